@@ -1,0 +1,38 @@
+"""Packaging.  The ranges are in requirements.txt; requirements-lock.txt is the exact set that was tested."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+TEST = ["pytest>=8", "ruff>=0.15"]
+EXPORT = ["safetensors>=0.5"]
+
+
+def requirements():
+  lines = (HERE / "requirements.txt").read_text().splitlines()
+  return [line.partition("#")[0].strip() for line in lines if line.partition("#")[0].strip()]
+
+
+setup(
+  name="simclr_jax",
+  version="0.1.0",
+  description="SimCLR v1 and v2 pretraining in JAX, from a laptop to a TPU pod",
+  long_description=(HERE / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  # The recipes live at the top of a checkout and inside the installed package.
+  packages=[*find_packages(include=["simclr_jax", "simclr_jax.*"]), "simclr_jax.configs"],
+  package_dir={"simclr_jax.configs": "configs"},
+  package_data={"simclr_jax.runtime": ["*.npz", "FASHION_MNIST_LICENSE"]},
+  install_requires=requirements(),
+  extras_require={
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda12]"],
+    "test": TEST,
+    "export": EXPORT,
+    "dev": [*TEST, *EXPORT, "matplotlib>=3.9"],
+  },
+  entry_points={"console_scripts": ["simclr=simclr_jax.__main__:main"]},
+)

@@ -1,0 +1,12 @@
+"""SimCLR v1 (arXiv 2002.05709) and v2 (arXiv 2006.10029) pretraining in JAX, from a laptop to a TPU pod."""
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name):
+  # Lazily, so that `simclr --help` and `import simclr_jax` do not wait for JAX.
+  if name == "load_encoder":
+    from simclr_jax.exporting import load_encoder
+
+    return load_encoder
+  raise AttributeError(f"module 'simclr_jax' has no attribute {name!r}")

@@ -1,0 +1,114 @@
+"""The `simclr` command: flags, what must be set before JAX starts, dispatch, and one-line errors."""
+
+import argparse
+import os
+import sys
+import traceback
+
+COMMANDS = {
+  "pretrain": "SimCLR pretraining: views, NT-Xent over the global batch, LARS; ends with scores, an export and a page",
+  "probe": "linear evaluation on the frozen h of a run",
+  "knn": "k-nearest-neighbour accuracy of the h of a run",
+  "export": "the encoder of a run, without the head, into a folder of its own",
+  "recipes": "the recipes that ship with the package",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line; `--config.key=value` overrides are parsed by the config itself."""
+  top = argparse.ArgumentParser(
+    prog="simclr", description="SimCLR v1 and v2 pretraining in JAX.", allow_abbrev=False,
+    epilog="simclr COMMAND --help shows a command's flags.",
+  )  # fmt: skip
+  subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+  for name, text in COMMANDS.items():
+    sub = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
+    if name == "pretrain":
+      sub.add_argument("--config", required=True, metavar="RECIPE", help="a recipe, such as configs/smoke.py or smoke")
+      sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+      again = sub.add_mutually_exclusive_group()
+      again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
+      again.add_argument("--overwrite", action="store_true", help="delete the run in DIR and start again")
+      sub.epilog = "--config.key=value changes one value of the recipe, e.g. --config.batch_size=512"
+    elif name != "recipes":
+      sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+      sub.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+      if name == "export":
+        sub.add_argument("--output", required=True, metavar="DIR", help="folder to write the encoder to")
+        sub.add_argument("--overwrite", action="store_true", help="replace the export in DIR")
+      else:
+        sub.epilog = "--config.key=value changes a value of the run's config, e.g. --config.evaluate.knn_k=200"
+  return top
+
+
+def main(argv=None) -> int:
+  """Runs a command; returns the exit code: 0 done, 1 error, 2 wrong flags, 42 stopped by SIGTERM and saved, 130 by SIGINT."""
+  argv = sys.argv[1:] if argv is None else argv
+  overrides = [a for a in argv if a.startswith("--config.")]
+  top = parser()
+  flags = top.parse_args([a for a in argv if not a.startswith("--config.")])
+  if flags.command in ("export", "recipes") and overrides:
+    top.error(f"{overrides[0]}: {flags.command} takes no config values")
+  try:
+    return _dispatch(flags, overrides)
+  except KeyboardInterrupt:
+    print("simclr: interrupted", file=sys.stderr)
+    return 130
+  except Exception as error:
+    if hasattr(error, "exit_code"):
+      print(f"simclr: {error}", file=sys.stderr)
+      return error.exit_code
+    if not _is_ours(error) or os.environ.get("SIMCLR_TRACEBACK"):
+      raise
+    print(f"simclr: {error}", file=sys.stderr)
+    return 1
+
+
+def _is_ours(error) -> bool:
+  """True for an error that this package raised on purpose about the user's input: one line, thrown by our own code."""
+  if isinstance(error, TypeError):  # a misspelt key of encoder, projector, augment, ... names the function it went to
+    return "unexpected keyword argument" in str(error)
+  if not isinstance(error, (ValueError, OSError)) or "\n" in str(error):
+    return False
+  last = traceback.extract_tb(error.__traceback__)[-1].filename
+  return isinstance(error, OSError) or os.path.dirname(os.path.abspath(__file__)) in os.path.abspath(last)
+
+
+def _dispatch(flags, overrides) -> int:
+  from simclr_jax.runtime import config as config_lib
+
+  if flags.command == "recipes":
+    for path in sorted(config_lib.recipe_folder().glob("[!_]*.py")):
+      print(f"{path.stem:20} {path.read_text().splitlines()[0].strip(chr(34))}")
+    return 0
+  # A wrong flag or value is reported before the seconds that importing JAX and TensorFlow take.
+  config = config_lib.load(flags.config, overrides) if flags.command == "pretrain" else None
+
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  from simclr_jax.runtime import cpu
+
+  note = cpu.prepare()
+  if note:
+    print(note)
+  import tensorflow as tf
+
+  tf.config.set_visible_devices([], "GPU")  # TensorFlow reads images here; the accelerators are JAX's
+
+  if flags.command == "pretrain":
+    from simclr_jax import pretrain
+
+    pretrain.run(config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+  elif flags.command == "export":
+    from simclr_jax import exporting
+
+    exporting.run(flags.workdir, flags.output, step=flags.step, overwrite=flags.overwrite)
+  else:
+    from simclr_jax import knn, probe
+
+    program = {"knn": knn, "probe": probe}[flags.command]
+    program.run(flags.workdir, step=flags.step, overrides=overrides)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,110 @@
+"""Features of a whole data set: every image once, centre-cropped, in order."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from simclr_jax import augment
+from simclr_jax.encoder import resnet
+from simclr_jax.runtime import checkpoint, data
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import mesh as mesh_lib
+
+CACHE_BYTES = 1 << 30  # evaluation images kept in memory between evaluations, at most
+
+
+class EvalSet:
+  """The images of a source as evaluation sees them: float32 [size, size, 3] in [0, 1], centre-cropped.
+
+  Sets that fit in CACHE_BYTES are decoded once and kept.
+  """
+
+  def __init__(self, source, *, size: int, crop: float, batch_size: int):
+    self.source = source
+    self._size, self._crop = size, crop
+    self._batch_size = min(batch_size, len(source))
+    self._cache = None
+
+  def _transform(self, image):
+    return augment.center_crop(image, size=self._size, proportion=self._crop)
+
+  def batches(self):
+    """dict(image [b, size, size, 3], label, mask, index [b]) in order; mask is false in padding and unreadable rows."""
+    if self._cache is not None:
+      return iter(self._cache)
+    batches = data.eval_batches(self.source, self._transform, batch_size=self._batch_size)
+    if len(self.source) * self._size**2 * 12 <= CACHE_BYTES:
+      self._cache = list(batches)
+      return iter(self._cache)
+    return batches
+
+  def images(self, indices):
+    """float32 [m, size, size, 3] of single examples."""
+    return np.stack([np.asarray(self._transform(self.source.read(int(i)))) for i in indices])
+
+  def pixels(self):
+    """float32 [n, size * size * 3]: the representation that everything must beat."""
+    return np.concatenate([b["image"][b["mask"]].reshape(b["mask"].sum(), -1) for b in self.batches()])
+
+  def labels(self):
+    """int32 [n]; -1 where there is none."""
+    return np.concatenate([b["label"][b["mask"]] for b in self.batches()])
+
+
+def embed(fn, variables, eval_set: EvalSet, mesh):
+  """Tree of float32 [n, ...] with the outputs of `fn(variables, images)` for every image of the set, in order.
+
+  `fn` is jitted by the caller; batches are padded to a multiple of the mesh and the padding is cut off again.
+  """
+  outputs = []
+  for batch in eval_set.batches():
+    image, mask = batch["image"], batch["mask"]
+    short = -len(image) % mesh.size
+    image = np.pad(image, ((0, short), (0, 0), (0, 0), (0, 0)))
+    out = fn(variables, mesh_lib.global_batch(mesh, image))
+    keep = np.flatnonzero(mask)
+    outputs.append(jax.tree.map(lambda x, keep=keep: np.asarray(x)[keep], out))
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
+
+
+class Run:
+  """A finished (or interrupted) pretraining run, opened for evaluation: its config, its encoder, its data.
+
+  Raises:
+    ValueError: no run or no such checkpoint in the folder, or an override that does not fit.
+  """
+
+  def __init__(self, workdir, *, step: int | None = None, overrides=()):
+    self.workdir = epath.Path(workdir)
+    self.config = config_lib.override(config_lib.from_json(checkpoint.read_config(workdir)), overrides)
+    self.mesh = mesh_lib.make_mesh()
+    self.encoder = resnet(**self.config.encoder)
+    size = self.config.augment.size
+    like = jax.eval_shape(self.encoder.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    self.step, self.variables = checkpoint.read_run_encoder(workdir, like, step)
+    self.train_source = data.open_source(self.config.data.train, data_dir=self.config.data.data_dir or None)
+    self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
+
+  def test_source(self):
+    """Labelled test images.
+
+    Raises:
+      ValueError: the run has none.
+    """
+    spec = self.config.data.test
+    if not spec or not self.train_source.num_classes:
+      raise ValueError(
+        f"data.train={self.config.data.train}, data.test={spec or 'none'}: evaluation needs labels in both; "
+        "name labelled sets with --config.data.train=... --config.data.test=..."
+      )
+    return data.open_source(spec, data_dir=self.config.data.data_dir or None)
+
+  def h(self, source):
+    """(h float32 [n, d], labels int32 [n]) of all readable images of a source, BatchNorm in inference mode."""
+    c = self.config
+    batch = -(-c.evaluate.batch_size // self.mesh.size) * self.mesh.size
+    images = EvalSet(source, size=c.augment.size, crop=c.evaluate.crop, batch_size=batch)
+    return embed(self._encode, self.variables, images, self.mesh), images.labels()

@@ -1,0 +1,300 @@
+"""The encoder f: ResNet-18 to -200 of any width, with selective kernels, squeeze-excite and a CIFAR stem.
+
+SimCLR (arXiv 2002.05709) maps an image x to h = f(x), the average-pooled output of a ResNet (arXiv 1512.03385) whose
+stride is in the 3x3 convolution.  SimCLRv2 (arXiv 2006.10029) makes it deeper, wider, and adds selective kernels
+(arXiv 1903.06586) with the ResNet-D stem and shortcuts (arXiv 1812.01187).  Paddings, initial values and constants are
+those of the official code, tf2/resnet.py, so that its weights give its numbers.
+
+Parameter paths: stem_conv, stem_norm (selective kernels: stem_conv1..3, stem_norm1..3) and
+group{1..4}/block{1..}/{shortcut_conv, shortcut_norm, conv1, norm1, conv2, norm2, conv3, norm3, sk/..., se/...}.
+Kernels are HWIO.  A BatchNorm holds the parameters scale, bias and the batch_stats mean, var.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# Depth -> (blocks in each of the four groups, bottleneck?).  arXiv 1512.03385, Table 1; 200: arXiv 1603.05027.
+DEPTHS = {
+  18: ((2, 2, 2, 2), False),
+  34: ((3, 4, 6, 3), False),
+  50: ((3, 4, 6, 3), True),
+  101: ((3, 4, 23, 3), True),
+  152: ((3, 8, 36, 3), True),
+  200: ((3, 24, 36, 3), True),
+}
+BN_EPSILON = 1e-5
+BN_MOMENTUM = 0.9
+# VarianceScaling(1, fan_in, truncated_normal) in the official code.
+CONV_INIT = nn.initializers.lecun_normal()
+
+
+def resnet(
+  depth: int,
+  *,
+  width: float = 1,
+  sk_ratio: float = 0.0,
+  se_ratio: float = 0.0,
+  stem: str = "imagenet",
+  pool_padding: str = "official",
+  dtype: Any = jnp.float32,
+) -> nn.Module:
+  """A ResNet: images float [n, h, w, 3] in [0, 1], not standardised, to representations h float32 [n, d].
+
+  d is int(512 * width) for depths 18 and 34, four times that for the others.
+
+  Args:
+    depth: 18, 34, 50, 101, 152 or 200.
+    width: multiplies the channels of every convolution, the stem's included; fractions are rounded down.
+    sk_ratio: above 0, selective kernels in bottleneck blocks with that reduction (SimCLRv2: 0.0625), and the
+      ResNet-D stem and shortcuts at any depth.
+    se_ratio: above 0, squeeze-excite after the last BatchNorm of each block, with that reduction.
+    stem: "imagenet" (7x7 stride 2 and a max-pool) or "cifar" (3x3 stride 1, no pool: arXiv 2002.05709, B.9).
+    pool_padding: where the stem's 3x3 max-pool pads an even side: "official" (TensorFlow SAME: only bottom and right)
+      or "torch" (one pixel on every side, as torchvision).
+    dtype: of the activations, float32 or bfloat16.  Parameters, statistics and h are float32 in either case.
+
+  Returns:
+    a Linen module, `.apply({"params", "batch_stats"}, x, train=False)`.  Under train=True, BatchNorm normalises with
+    the statistics of the batch it sees (under jit, the global batch) and updates batch_stats.  It sows the outputs
+    stem and block_group1..4 into the collection "intermediates".
+
+  Raises:
+    ValueError: an argument outside of the above.
+  """
+  if depth not in DEPTHS:
+    raise ValueError(f"encoder depth {depth!r}: expected one of {', '.join(map(str, DEPTHS))}")
+  if isinstance(width, str) or not 1 <= 64 * width < float("inf"):
+    raise ValueError(f"encoder width {width!r}: expected a multiplier of at least 1/64, such as 0.25, 1 or 2")
+  for name, ratio in (("sk_ratio", sk_ratio), ("se_ratio", se_ratio)):
+    if isinstance(ratio, str) or not 0 <= ratio <= 1:
+      raise ValueError(f"encoder {name} {ratio!r}: expected 0 (off) to 1, such as 0.0625")
+  if stem not in ("imagenet", "cifar"):
+    raise ValueError(f'encoder stem {stem!r}: expected "imagenet" or "cifar"')
+  if pool_padding not in ("official", "torch"):
+    raise ValueError(f'encoder pool_padding {pool_padding!r}: expected "official" or "torch"')
+  if dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
+    raise ValueError(f'encoder dtype {dtype!r}: expected "float32" or "bfloat16"')
+  return ResNet(depth, width, sk_ratio, se_ratio, stem, pool_padding, jnp.dtype(dtype))
+
+
+class ResNet(nn.Module):
+  """See `resnet`, which checks the arguments."""
+
+  depth: int
+  width: float
+  sk_ratio: float
+  se_ratio: float
+  stem: str
+  pool_padding: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"the encoder got {x.dtype} {list(x.shape)}: expected float images [n, h, w, 3] in [0, 1]")
+    x = self._stem(x.astype(self.dtype), train)
+    self.sow("intermediates", "stem", x)
+    blocks, bottleneck = DEPTHS[self.depth]
+    for i, count in enumerate(blocks):
+      x = BlockGroup(
+        blocks=count,
+        filters=int(64 * 2**i * self.width),
+        stride=1 if i == 0 else 2,
+        bottleneck=bottleneck,
+        sk_ratio=self.sk_ratio,
+        se_ratio=self.se_ratio,
+        name=f"group{i + 1}",
+      )(x, train)
+      self.sow("intermediates", f"block_group{i + 1}", x)
+    return jnp.mean(x, (1, 2), dtype=jnp.float32)
+
+  def _stem(self, x, train):
+    filters = int(64 * self.width)
+    if self.stem == "cifar":
+      x = Conv(filters, 3, name="stem_conv")(x)
+      return BatchNorm(name="stem_norm")(x, train)
+    if self.sk_ratio > 0:  # ResNet-D: three 3x3 for one 7x7
+      for i, (f, stride) in enumerate(((filters // 2, 2), (filters // 2, 1), (filters, 1)), 1):
+        x = Conv(f, 3, stride, name=f"stem_conv{i}")(x)
+        x = BatchNorm(name=f"stem_norm{i}")(x, train)
+    else:
+      x = Conv(filters, 7, 2, name="stem_conv")(x)
+      x = BatchNorm(name="stem_norm")(x, train)
+    padding = "SAME" if self.pool_padding == "official" else ((1, 1), (1, 1))
+    return nn.max_pool(x, (3, 3), (2, 2), padding)
+
+
+class BlockGroup(nn.Module):
+  """Residual blocks of one resolution; the first strides and projects its shortcut, in group 1 of basic nets too."""
+
+  blocks: int
+  filters: int
+  stride: int
+  bottleneck: bool
+  sk_ratio: float
+  se_ratio: float
+
+  @nn.compact
+  def __call__(self, x, train):
+    for i in range(self.blocks):
+      x = Block(
+        filters=self.filters,
+        stride=self.stride if i == 0 else 1,
+        project=i == 0,
+        bottleneck=self.bottleneck,
+        sk_ratio=self.sk_ratio,
+        se_ratio=self.se_ratio,
+        name=f"block{i + 1}",
+      )(x, train)
+    return x
+
+
+class Block(nn.Module):
+  """A post-activation residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1 when `bottleneck`."""
+
+  filters: int
+  stride: int
+  project: bool
+  bottleneck: bool
+  sk_ratio: float
+  se_ratio: float
+
+  @nn.compact
+  def __call__(self, x, train):
+    shortcut = self._shortcut(x, train) if self.project else x
+    if not self.bottleneck:
+      x = Conv(self.filters, 3, self.stride, name="conv1")(x)
+      x = BatchNorm(name="norm1")(x, train)
+      x = Conv(self.filters, 3, name="conv2")(x)
+      x = BatchNorm(relu=False, zero_scale=True, name="norm2")(x, train)
+    else:
+      x = Conv(self.filters, 1, name="conv1")(x)
+      x = BatchNorm(name="norm1")(x, train)
+      if self.sk_ratio > 0:
+        x = SelectiveKernel(self.filters, self.stride, self.sk_ratio, name="sk")(x, train)
+      else:
+        x = Conv(self.filters, 3, self.stride, name="conv2")(x)
+        x = BatchNorm(name="norm2")(x, train)
+      x = Conv(4 * self.filters, 1, name="conv3")(x)
+      x = BatchNorm(relu=False, zero_scale=True, name="norm3")(x, train)
+    if self.se_ratio > 0:
+      # The reduction counts from the block's `filters`, not from the 4 * filters of a bottleneck's output.
+      x = SqueezeExcite(max(1, int(self.filters * self.se_ratio)), name="se")(x)
+    return relu_of_sum(x, shortcut)
+
+  def _shortcut(self, x, train):
+    stride = self.stride
+    if self.sk_ratio > 0:
+      x, stride = resnet_d_pool(x, stride), 1
+    x = Conv(self.filters * (4 if self.bottleneck else 1), 1, stride, name="shortcut_conv")(x)
+    return BatchNorm(relu=False, name="shortcut_norm")(x, train)
+
+
+class SelectiveKernel(nn.Module):
+  """Two 3x3 streams mixed by a softmax over streams, one weight a channel; arXiv 1903.06586 as in SimCLRv2."""
+
+  filters: int
+  stride: int
+  ratio: float
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = Conv(2 * self.filters, 3, self.stride, name="conv")(x)
+    x = BatchNorm(name="norm")(x, train)
+    n, h, w, _ = x.shape
+    x = x.reshape(n, h, w, 2, self.filters)
+    g = jnp.mean(x, (1, 2), dtype=jnp.float32).sum(1)[:, None, None]
+    g = Conv(max(int(self.filters * self.ratio), 32), 1, name="reduce_conv")(g)
+    g = BatchNorm(name="reduce_norm")(g, train)
+    g = Conv(2 * self.filters, 1, name="expand_conv")(g)
+    weights = nn.softmax(g.reshape(n, 1, 1, 2, self.filters), axis=3)
+    return (x * weights.astype(x.dtype)).sum(3)
+
+
+class SqueezeExcite(nn.Module):
+  """Scales channels by a sigmoid of their averages; arXiv 1709.01507."""
+
+  reduced: int
+
+  @nn.compact
+  def __call__(self, x):
+    g = jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32)
+    g = nn.relu(Conv(self.reduced, 1, use_bias=True, name="reduce_conv")(g))
+    g = nn.sigmoid(Conv(x.shape[-1], 1, use_bias=True, name="expand_conv")(g))
+    return x * g.astype(x.dtype)
+
+
+class Conv(nn.Module):
+  """A k x k convolution with (k - 1) // 2 zeros in front and the rest behind, whatever the image size and stride."""
+
+  features: int
+  size: int
+  stride: int = 1
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", CONV_INIT, (self.size, self.size, x.shape[-1], self.features), jnp.float32)
+    kernel = kernel.astype(x.dtype)
+    if self.size == 1:  # a matrix product; XLA:CPU is several times slower at the gradients of the convolution
+      y = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+    else:
+      front = (self.size - 1) // 2
+      padding = ((front, self.size - 1 - front),) * 2
+      y = jax.lax.conv_general_dilated(
+        x, kernel, (self.stride, self.stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+      )
+    if self.use_bias:
+      y += self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(x.dtype)
+    return y
+
+
+class BatchNorm(nn.Module):
+  """Batch normalisation over all axes but the last, and the ReLU after it.
+
+  Statistics are float32 and, under jit with a batch sharded over devices, those of the global batch.  The variance is
+  E[x^2] - E[x]^2, biased, also in the moving average, as in the official code's synchronised BatchNorm.
+  """
+
+  relu: bool = True
+  zero_scale: bool = False
+
+  @nn.compact
+  def __call__(self, x, train):
+    shape = x.shape[-1:]
+    scale_init = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
+    scale = self.param("scale", scale_init, shape, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+    moving_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+    moving_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+    if train:
+      axes = tuple(range(x.ndim - 1))
+      mean = jnp.mean(x, axes, dtype=jnp.float32)
+      mean_of_squares = jnp.mean(jnp.square(x.astype(jnp.float32)), axes)
+      var = jnp.maximum(mean_of_squares - jnp.square(mean), 0)  # rounding can take it below 0
+      if not self.is_initializing():
+        moving_mean.value = BN_MOMENTUM * moving_mean.value + (1 - BN_MOMENTUM) * mean
+        moving_var.value = BN_MOMENTUM * moving_var.value + (1 - BN_MOMENTUM) * var
+    else:
+      mean, var = moving_mean.value, moving_var.value
+    scale = scale * jax.lax.rsqrt(var + BN_EPSILON)
+    shift = bias - mean * scale
+    y = x.astype(jnp.float32) * scale
+    y = relu_of_sum(y, shift) if self.relu else y + shift
+    return y.astype(x.dtype)
+
+
+def relu_of_sum(a, b):
+  """max(a + b, 0), in the form that XLA:CPU fuses with its neighbours, which it does not do with a maximum."""
+  return jnp.where(a > -b, a + b, 0)
+
+
+def resnet_d_pool(x, stride):
+  """ResNet-D's average-pool before the projection of a shortcut, which the official code also has at stride 1."""
+  if stride == 1:
+    return nn.avg_pool(x, (2, 2), (1, 1), "SAME", count_include_pad=False)
+  x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+  return nn.avg_pool(x, (2, 2), (stride, stride), "VALID")

@@ -1,0 +1,71 @@
+"""k-nearest-neighbour classification of h: no training, no parameters to tune, hence the number to watch.
+
+Source: weighted vote of arXiv 1805.01978 (section 3.4): cosine similarity, weights exp(similarity / temperature).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simclr_jax import embed
+
+CHUNK = 1024  # queries at a time, which bounds memory at CHUNK x bank similarities
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _nearest(bank, queries, k):
+  return jax.lax.top_k(jnp.matmul(queries, bank.T, precision="highest"), k)
+
+
+def _unit(x):
+  x = jnp.asarray(x, jnp.float32)
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def nearest(bank, queries, *, k: int):
+  """(cosine similarities [m, k], indices [m, k]) of the k rows of bank [n, d] closest to each of queries [m, d]."""
+  bank, queries = _unit(bank), _unit(queries)
+  k = min(k, len(bank))
+  parts = [_nearest(bank, queries[i : i + CHUNK], k) for i in range(0, len(queries), CHUNK)]
+  similarities, indices = zip(*parts, strict=True)
+  return np.concatenate(similarities), np.concatenate(indices)
+
+
+def predict(bank, bank_labels, queries, *, k: int = 20, temperature: float = 0.1, num_classes: int):
+  """Predicted class int [m] of each query, by a weighted vote of its k nearest rows of the bank."""
+  similarities, indices = nearest(bank, queries, k=k)
+  weights = np.exp((similarities - 1.0) / temperature)  # - 1: the same vote, without overflow
+  votes = np.zeros((len(indices), num_classes))
+  rows = np.arange(len(indices))
+  for j in range(indices.shape[1]):
+    np.add.at(votes, (rows, bank_labels[indices[:, j]]), weights[:, j])
+  return votes.argmax(1)
+
+
+def accuracy(bank, bank_labels, queries, labels, **keywords) -> float:
+  """Share of queries that `predict` gets right."""
+  return float(np.mean(predict(bank, bank_labels, queries, **keywords) == labels))
+
+
+def run(workdir, *, step: int | None = None, overrides=()) -> float:
+  """The program `simclr knn`: prints and returns the accuracy of the h of a run on its test images."""
+  opened = embed.Run(workdir, step=step, overrides=overrides)
+  test = opened.test_source()
+  (bank, bank_labels), (queries, labels) = opened.h(opened.train_source), opened.h(test)
+  c = opened.config.evaluate
+  value = accuracy(
+    bank,
+    bank_labels,
+    queries,
+    labels,
+    k=c.knn_k,
+    temperature=c.knn_temperature,
+    num_classes=opened.train_source.num_classes,
+  )
+  print(
+    f"kNN (k={c.knn_k}) on h of step {opened.step}: {100 * value:.2f} %  "
+    f"({len(labels):,} test images of {opened.config.data.test}, bank of {len(bank_labels):,})"
+  )
+  return value

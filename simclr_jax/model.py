@@ -1,0 +1,73 @@
+"""SimCLR = encoder f + projection head g, with a linear classifier that watches h without touching it."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from simclr_jax.encoder import resnet
+from simclr_jax.projector import Projector
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that training changes, and nothing else."""
+
+  step: jax.Array  # int32 [], number of updates done
+  params: dict
+  batch_stats: dict  # BatchNorm running means and variances, f32
+  opt_state: tuple
+
+
+class SimCLR(nn.Module):
+  """views x [n, 2, height, width, 3] -> h, z and the online classifier's logits.
+
+  Attributes:
+    encoder: f, maps [m, height, width, 3] to h [m, d].
+    projector: g, maps h to z [m, out_dim].
+    num_classes: size of the online classifier on stop_gradient(h); 0 for none (no labels).
+
+  Source: v1 paper section 2.1, Algorithm 1; the online classifier is the official run.py
+  --lineareval_while_pretraining.
+  """
+
+  encoder: nn.Module
+  projector: nn.Module
+  num_classes: int = 0
+
+  def setup(self):
+    if self.num_classes:
+      # N(0, 0.01) kernel and zero bias: official model.py SupervisedHead / resnet.py LinearLayer.
+      self.classifier = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01))
+
+  def __call__(self, views, train: bool = False):
+    """Returns (h [n, 2, d], z [n, 2, out_dim], logits [n, 2, num_classes] or None), all float32.
+
+    The two views of an image stay neighbours all the way: folding [n, 2, ...] to [2n, ...] is a reshape, which
+    moves nothing between devices, whereas concatenating all first views with all second ones would move images.
+    """
+    n, two = views.shape[:2]
+    h = self.encoder(views.reshape(n * two, *views.shape[2:]), train=train)
+    z = self.projector(h, train=train)
+    logits = self.classifier(jax.lax.stop_gradient(h)).reshape(n, two, -1) if self.num_classes else None
+    return h.reshape(n, two, -1), z.reshape(n, two, -1), logits
+
+
+def create(config, num_classes: int = 0) -> SimCLR:
+  """The model of a config: `config.encoder` goes to `encoder.resnet`, `config.projector` to `Projector`."""
+  return SimCLR(encoder=resnet(**config.encoder), projector=Projector(**config.projector), num_classes=num_classes)
+
+
+def part(tree: TrainState, name: str) -> dict:
+  """Variables {"params", "batch_stats"} of one submodule: "encoder", "projector" or "classifier"."""
+  return {"params": tree.params.get(name, {}), "batch_stats": tree.batch_stats.get(name, {})}
+
+
+def keep_encoder(state: TrainState) -> dict:
+  """What pretraining is for: the variables of f, with g and the classifier thrown away."""
+  return part(state, "encoder")
+
+
+def count(params) -> int:
+  """Number of scalars in a parameter tree."""
+  return sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,346 @@
+"""SimCLR pretraining: two views of each image, encode, project, contrast over the global batch, update (Algorithm 1).
+
+`train_step` is the algorithm; `run` is the program around it: it reads a config, trains through the one loop, compares
+what was learned with raw pixels and with an untrained encoder, exports f and writes a page to look at.
+"""
+
+import functools
+import json
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from simclr_jax import augment, contrast, diagnostics, embed, exporting, knn, optimizer, probe
+from simclr_jax import model as model_lib
+from simclr_jax.model import TrainState
+from simclr_jax.runtime import checkpoint, data, loop, report
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime import metrics as metrics_lib
+
+BANK_SEED = 7  # of the labelled examples drawn for the 10-labels-a-class column
+
+
+def init_state(key, *, model, tx, image_size: int) -> TrainState:
+  """The state before the first update; `key` is a jax PRNG key."""
+  variables = model.init(key, jnp.zeros((1, 2, image_size, image_size, 3)), train=False)
+  params, batch_stats = variables["params"], variables.get("batch_stats", {})
+  return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, tx.init(params))
+
+
+def train_step(state: TrainState, batch, *, model, tx, schedule, loss, weight_decay: float = 0.0):
+  """One update.
+
+  Args:
+    batch: `views` float32 [n, 2, h, w, 3] in [0, 1], n the global batch; `label` int32 [n], -1 where unknown.
+    loss: (z [n, 2, d]) -> (scalar, metrics), such as `contrast.nt_xent` with its temperature bound.
+    weight_decay: on the online classifier's kernel, which LARS leaves alone.
+
+  Returns:
+    (next state, metrics as float32 scalars).
+
+  BatchNorm statistics and negatives range over the global batch, whatever the number of devices.
+  """
+  labels = batch["label"]
+
+  def objective(params):
+    (_, z, logits), updated = model.apply(
+      {"params": params, "batch_stats": state.batch_stats}, batch["views"], train=True, mutable=["batch_stats"]
+    )
+    contrastive, metrics = loss(z)
+    total, online = contrastive, {}
+    if logits is not None:
+      known = jnp.repeat(labels >= 0, 2)
+      logits, y = logits.reshape(known.size, -1), jnp.repeat(jnp.maximum(labels, 0), 2)
+      count = jnp.maximum(known.sum(), 1)
+      xent = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+      total += jnp.sum(known * xent) / count
+      total += optimizer.classifier_l2(params["classifier"], weight_decay)
+      online["online_accuracy"] = jnp.sum(known * (logits.argmax(1) == y)) / count
+    return total, (updated["batch_stats"], {"loss": contrastive, **metrics, **online})
+
+  (_, (batch_stats, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics |= {"learning_rate": schedule(state.step), "grad_norm": optax.global_norm(grads)}
+  return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+
+def chance_loss(config) -> float:
+  """NT-Xent of embeddings that know nothing: ln(2n - 1), twice that for the official sum."""
+  return contrast.REDUCTIONS[config.loss.reduction] * math.log(2 * config.batch_size - 1)
+
+
+def augmentation(config):
+  """(image uint8 [h, w, 3], seed [2]) -> views [2, size, size, 3], by `config.augment`."""
+  return functools.partial(augment.two_views, **config.augment)
+
+
+def make_task(config, source, *, evaluators=None) -> loop.Task:
+  """The config and the training images as the loop wants them."""
+  model = model_lib.create(config, source.num_classes)
+  tx, schedule = optimizer.create(config, len(source))
+  return loop.Task(
+    init=functools.partial(init_state, model=model, tx=tx, image_size=config.augment.size),
+    step=functools.partial(
+      train_step,
+      model=model,
+      tx=tx,
+      schedule=schedule,
+      loss=functools.partial(contrast.nt_xent, **config.loss),
+      weight_decay=config.optimizer.weight_decay if config.optimizer.name == "lars" else 0.0,
+    ),
+    stream=lambda start: data.train_stream(
+      source,
+      augmentation(config),
+      batch_size=config.batch_size,
+      seed=config.seed,
+      start_step=start,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      max_bad_fraction=config.data.max_bad_fraction,
+    ),
+    evaluators=evaluators or {},
+    total_steps=optimizer.train_steps(config, len(source)),
+    batch_size=config.batch_size,
+    num_examples=len(source),
+    exports=model_lib.keep_encoder,
+  )
+
+
+@functools.lru_cache
+def _representations(model):
+  """Jitted (variables, images [m, h, w, 3]) -> {"h", "z"}, BatchNorm in inference mode."""
+
+  @jax.jit
+  def apply(variables, images):
+    h, z, _ = model.apply(variables, images[:, None], train=False)
+    return {"h": h[:, 0], "z": z[:, 0]}
+
+  return apply
+
+
+def _variables(state):
+  return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+class Evaluation:
+  """kNN, collapse diagnostics and linear evaluation of a state, on the labelled train and test images."""
+
+  def __init__(self, config, model, train_source, test_source, mesh):
+    size, crop, batch = config.augment.size, config.evaluate.crop, config.evaluate.batch_size
+    self._apply, self._mesh, self._config = _representations(model), mesh, config
+    self.num_classes = train_source.num_classes
+    make = functools.partial(embed.EvalSet, size=size, crop=crop, batch_size=-(-batch // mesh.size) * mesh.size)
+    self.train, self.test = make(train_source), make(test_source)
+
+  def embed(self, state):
+    """({"h", "z"} of the training images, the same of the test images), numpy."""
+    return tuple(embed.embed(self._apply, _variables(state), part, self._mesh) for part in (self.train, self.test))
+
+  def knn(self, train_x, test_x) -> float:
+    c = self._config.evaluate
+    return knn.accuracy(
+      train_x,
+      self.train.labels(),
+      test_x,
+      self.test.labels(),
+      k=c.knn_k,
+      temperature=c.knn_temperature,
+      num_classes=self.num_classes,
+    )
+
+  def quick(self, state) -> dict:
+    """What the loop shows now and then."""
+    if not self.num_classes:
+      part = embed.embed(self._apply, _variables(state), self.test, self._mesh)
+      return diagnostics.summary(part["h"], part["z"])
+    train, test = self.embed(state)
+    return {"knn": self.knn(train["h"], test["h"]), **diagnostics.summary(test["h"], test["z"])}
+
+  def scores(self, name: str, train_x, test_x) -> dict:
+    """One row of the table: kNN, linear evaluation with all labels, and with 10 labels a class."""
+    y, test_y = self.train.labels(), self.test.labels()
+    arguments = dict(num_classes=self.num_classes, seed=BANK_SEED)
+    return {
+      "representation": name,
+      "knn": self.knn(train_x, test_x),
+      "linear": probe.linear_evaluation(train_x, y, test_x, test_y, **arguments),
+      "linear_10": probe.few_label_evaluation(train_x, y, test_x, test_y, **arguments),
+    }
+
+
+def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:
+  """Pretrains by `config` (see configs/) into `workdir`.
+
+  Returns:
+    dict(state, scores, workdir): the trained state, the rows of the final table, and the folder.
+
+  Raises:
+    ValueError: a mistake in the config or the data, on one line.
+  """
+  began = time.monotonic()
+  mesh = mesh_lib.make_mesh()
+  mesh_lib.check_divisible(config.batch_size, mesh)
+  if resume and (checkpoint.folder(workdir)).exists():
+    config = _same_config(config, workdir)
+  train_source = data.open_source(config.data.train, data_dir=config.data.data_dir or None)
+  test_source = data.open_source(config.data.test or config.data.train, data_dir=config.data.data_dir or None)
+  if config.data.test and test_source.num_classes != train_source.num_classes:
+    raise ValueError(
+      f"data.train={config.data.train} has {train_source.num_classes} classes and data.test={config.data.test} "
+      f"{test_source.num_classes}: name two splits of one data set, or set data.test=''"
+    )
+  model = model_lib.create(config, train_source.num_classes)
+  evaluation = Evaluation(config, model, train_source, test_source, mesh)
+  every = config_lib.every(config.evaluate, len(train_source), config.batch_size)
+  task = make_task(config, train_source, evaluators={"knn": loop.Evaluator(evaluation.quick, every)})
+  checkpoint_every = config_lib.every(config.checkpoint, len(train_source), config.batch_size)
+  abstract = jax.eval_shape(
+    task.init, jax.random.key(0)
+  )  # an impossible network fails here, before the workdir is touched
+
+  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  config_json = config_lib.to_json(config)
+  checkpoint.write_text(workdir / "config.json", config_json)
+  views = next(iter(task.stream(0)))["views"][:16]
+  report.view_pairs_png(workdir / "views.png", views)
+  _greet(config, config_json, workdir, mesh, train_source, abstract, task)
+
+  state, clock = loop.run(
+    task,
+    mesh=mesh,
+    workdir=workdir,
+    config_json=config_json,
+    seed=config.seed,
+    log_every=config.log.every_steps,
+    checkpoint_every=checkpoint_every,
+    keep=config.checkpoint.keep,
+    constants={"chance_loss": chance_loss(config)},
+  )
+  clock.seconds["start"] += clock.started - began
+  with clock.phase("evaluate"):
+    result = _conclude(config, workdir, task, evaluation, state, mesh)
+  _farewell(config, workdir, result, views, clock)
+  return {"state": state, "scores": result["scores"], "workdir": workdir}
+
+
+def _same_config(config, workdir):
+  """Resuming goes on with the config that the run began with; a different one is refused."""
+  kept = config_lib.from_json(checkpoint.read_config(workdir))
+  changed = config_lib.difference(kept, config)
+  if changed:
+    key, before, now = changed[0]
+    raise ValueError(
+      f"--resume: config.{key} is {before!r} in the run and {now!r} now; use the run's value, or another --workdir"
+    )
+  return kept
+
+
+def _greet(config, config_json, workdir, mesh, source, abstract, task):
+  if jax.process_index():
+    return
+  parts = {name: model_lib.count(tree) for name, tree in abstract.params.items()}
+  device = mesh.devices.flat[0]
+  print(config_json)
+  print(f"images      {len(source):,} from {config.data.train}, {source.num_classes or 'no'} classes")
+  print("parameters  " + ", ".join(f"{name} {count:,}" for name, count in parts.items()))
+  print(
+    f"devices     {mesh.size} x {device.device_kind}, {jax.process_count()} process(es); BatchNorm and negatives range over all {config.batch_size} images"
+  )
+  print(
+    f"training    {task.total_steps:,} steps of {config.batch_size} images; loss at chance {chance_loss(config):.3f}"
+  )
+  print(f"view pairs  {workdir / 'views.png'}", flush=True)
+
+
+def _conclude(config, workdir, task, evaluation, state, mesh) -> dict:
+  """Scores, neighbours and confusion at the end of a run; the encoder is exported here."""
+  train, test = evaluation.embed(state)
+  numbers = diagnostics.summary(test["h"], test["z"])
+  collapsed, verdict = diagnostics.verdict(numbers)
+  out = {"verdict": verdict, "collapsed": collapsed, "scores": [], "confusion": None}
+  labels = test_labels = None
+  if evaluation.num_classes:
+    labels, test_labels = evaluation.train.labels(), evaluation.test.labels()
+    untrained = jax.jit(task.init, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(config.seed))
+    before = evaluation.embed(untrained)
+    chance = 1 / evaluation.num_classes
+    out["scores"] = [
+      evaluation.scores("raw pixels", evaluation.train.pixels(), evaluation.test.pixels()),
+      evaluation.scores("untrained encoder", before[0]["h"], before[1]["h"]),
+      evaluation.scores("SimCLR z", train["z"], test["z"]),
+      evaluation.scores("SimCLR h", train["h"], test["h"]),
+      {"representation": "chance", "knn": chance, "linear": chance, "linear_10": chance},
+    ]
+    predicted = knn.predict(
+      train["h"],
+      labels,
+      test["h"],
+      k=config.evaluate.knn_k,
+      temperature=config.evaluate.knn_temperature,
+      num_classes=evaluation.num_classes,
+    )
+    out["confusion"] = np.zeros((evaluation.num_classes,) * 2, int)
+    np.add.at(out["confusion"], (test_labels, predicted), 1)
+    out["class_names"] = list(evaluation.test.source.class_names)
+  queries = np.random.default_rng(config.seed).permutation(len(test["h"]))[:8]
+  _, nearest = knn.nearest(train["h"], test["h"][queries], k=8)
+  if not config.data.test:
+    nearest = nearest[:, 1:]  # the query itself
+  neighbours = np.stack([evaluation.train.images(row) for row in nearest])
+  same = labels[nearest] == test_labels[queries][:, None] if labels is not None else None
+  out["neighbours"] = (evaluation.test.images(queries), neighbours, same)
+  scores = {row["representation"]: {k: v for k, v in row.items() if k != "representation"} for row in out["scores"]}
+  step = int(state.step)
+  checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
+  exporting.write(workdir / "encoder", model_lib.keep_encoder(state), config, scores=scores, step=step, overwrite=True)
+  return out
+
+
+def _farewell(config, workdir, result, views, clock):
+  if jax.process_index():
+    return
+  files = {
+    str(workdir / "encoder"): "the encoder f, ready to load; the head is not in it",
+    str(workdir / "checkpoints"): "to resume from",
+    str(workdir / "metrics.jsonl"): "every logged number; TensorBoard files are beside it",
+    str(workdir / "views.png"): "augmented view pairs",
+    str(workdir / "config.json"): "the resolved config",
+  }
+  snippet = exporting.snippet(workdir / "encoder", config.augment.size)
+  best = {row["representation"]: row for row in result["scores"]}
+  summary = f"{config.data.train}, {config.train_epochs or config.train_steps} {'epochs' if config.train_epochs else 'steps'} at batch {config.batch_size}."
+  if best:
+    h, raw = best["SimCLR h"], best["raw pixels"]
+    summary += f" kNN on h {100 * h['knn']:.1f} % (raw pixels {100 * raw['knn']:.1f} %), linear {100 * h['linear']:.1f} % ({100 * raw['linear']:.1f} %)."
+  report.write_report(
+    workdir / "report.html",
+    title=f"SimCLR on {config.data.train.partition(':')[0]}",
+    summary=summary,
+    scores=result["scores"],
+    history=metrics_lib.read(workdir),
+    config=config.to_dict(),
+    files=files,
+    snippet=snippet,
+    views=views,
+    neighbours=result["neighbours"],
+    confusion=result["confusion"],
+    class_names=result.get("class_names"),
+    verdict=result["verdict"],
+    healthy=not result["collapsed"],
+    seconds=dict(clock.seconds),
+  )
+  print()
+  if best:
+    print(report.score_table(result["scores"]))
+    print()
+  print(result["verdict"])
+  print("time        " + ", ".join(f"{name} {metrics_lib.duration(s)}" for name, s in clock.seconds.items()))
+  for path, what in files.items():
+    print(f"  {path}  {what}")
+  print(f"  {workdir / 'report.html'}  the page to look at\n\nLoad the encoder:\n\n{snippet}", flush=True)

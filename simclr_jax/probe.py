@@ -1,0 +1,242 @@
+"""Linear evaluation: how well does a linear classifier on the frozen h do?
+
+Two protocols.  `logistic_regression`: full-batch multinomial regression by L-BFGS on features computed once, its L2
+chosen on held-out training examples (v1 paper, App. B.8).  `task`: the paper's ImageNet protocol, SGD-Nesterov on
+crop+flip views, no warm-up, no weight decay, BatchNorm in inference mode (v1 paper, App. B.6).
+"""
+
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from simclr_jax import augment, embed, optimizer
+from simclr_jax.runtime import checkpoint, data, loop
+from simclr_jax.runtime import mesh as mesh_lib
+
+L2_GRID = tuple(float(x) for x in np.logspace(-6, 0, 7))  # on features of unit variance, with the loss a mean
+SWEEP_STEPS = 60  # a rough fit ranks the penalties
+FINAL_STEPS = 500
+FOLDS = 5
+
+
+def _loss(weights, x, y, sample_weight, l2):
+  logits = jnp.matmul(x, weights["kernel"], precision="highest") + weights["bias"]
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+  return jnp.sum(sample_weight * losses) / jnp.sum(sample_weight) + 0.5 * l2 * jnp.sum(weights["kernel"] ** 2)
+
+
+def _fit(start, x, y, sample_weight, l2, max_steps):
+  """L-BFGS until the gradient is small or max_steps are done."""
+  objective = functools.partial(_loss, x=x, y=y, sample_weight=sample_weight, l2=l2)
+  solver = optax.lbfgs(memory_size=10)
+  value_and_grad = optax.value_and_grad_from_state(objective)
+
+  def body(carry):
+    weights, state, step, _ = carry
+    value, grad = value_and_grad(weights, state=state)
+    updates, state = solver.update(grad, state, weights, value=value, grad=grad, value_fn=objective)
+    return optax.apply_updates(weights, updates), state, step + 1, optax.global_norm(grad)
+
+  def unfinished(carry):
+    return (carry[2] < max_steps) & (carry[3] > 1e-4)
+
+  return jax.lax.while_loop(unfinished, body, (start, solver.init(start), 0, jnp.inf))[0]
+
+
+@jax.jit
+def _sweep(start, x, y, train_weight, held_out_weight, l2s):
+  """Held-out accuracy [folds, len(l2s)]; each fold walks from the strongest penalty to the weakest, warm-started."""
+
+  def fold(train_weight, held_out_weight):
+    def one(weights, l2):
+      weights = _fit(weights, x, y, train_weight, l2, SWEEP_STEPS)
+      right = (jnp.matmul(x, weights["kernel"]) + weights["bias"]).argmax(1) == y
+      return weights, jnp.sum(right * held_out_weight) / jnp.sum(held_out_weight)
+
+    return jax.lax.scan(one, start, l2s)[1]
+
+  return jax.vmap(fold)(train_weight, held_out_weight)
+
+
+_fit_jit = jax.jit(_fit, static_argnames="max_steps")
+
+
+def _held_out(labels, folds, rng):
+  """bool [folds, n]: class-balanced parts; a single fold holds out a tenth."""
+  parts = folds if folds > 1 else 10
+  part = np.empty(len(labels), int)
+  for c in np.unique(labels):
+    members = rng.permutation(np.flatnonzero(labels == c))
+    part[members] = np.arange(len(members)) % parts
+  return np.stack([part == f for f in range(folds)])
+
+
+def logistic_regression(x, y, *, num_classes: int, folds: int = 1, seed: int = 0, l2s=L2_GRID):
+  """Multinomial logistic regression on x [n, d] with labels y [n].
+
+  Features are centred and divided by one number, their root mean variance (folded back into what is returned), so
+  that the same penalties suit every representation.  L2 is the value of the grid with the best
+  accuracy on held-out training examples (a tenth, or `folds`-fold cross-validation), and the final fit uses all n.
+
+  Returns:
+    dict(kernel [d, num_classes], bias [num_classes], l2): logits = x @ kernel + bias.
+  """
+  x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
+  mean, scale = x.mean(0), max(float(np.sqrt(x.var(0).mean())), 1e-12)
+  x = jnp.asarray((x - mean) / scale)
+  held_out = _held_out(y, folds, np.random.default_rng(seed))
+  start = {"kernel": jnp.zeros((x.shape[1], num_classes)), "bias": jnp.zeros(num_classes)}
+  grid = jnp.asarray(sorted(l2s, reverse=True), jnp.float32)
+  scores = _sweep(start, x, y, jnp.float32(~held_out), jnp.float32(held_out), grid).mean(0)
+  l2 = grid[int(jnp.argmax(scores))]  # the strongest penalty among equals
+  weights = _fit_jit(start, x, y, jnp.ones(len(y)), l2, FINAL_STEPS)
+  kernel = np.asarray(weights["kernel"]) / scale
+  return {"kernel": kernel, "bias": np.asarray(weights["bias"]) - mean @ kernel, "l2": float(l2)}
+
+
+def accuracy(classifier: dict, x, y) -> float:
+  """Share of rows of x [n, d] whose largest logit is y [n]."""
+  return float(np.mean((x @ classifier["kernel"] + classifier["bias"]).argmax(1) == y))
+
+
+def few_labels(labels, per_class: int, rng):
+  """Indices of `per_class` examples of each class (all of a class that has fewer)."""
+  return np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in np.unique(labels)])
+
+
+def linear_evaluation(x, y, test_x, test_y, *, num_classes: int, seed: int = 0) -> float:
+  """Test accuracy with all labels."""
+  return accuracy(logistic_regression(x, y, num_classes=num_classes, seed=seed), test_x, test_y)
+
+
+def few_label_evaluation(
+  x, y, test_x, test_y, *, num_classes: int, per_class: int = 10, draws: int = 5, seed: int = 0
+) -> float:
+  """Mean test accuracy over `draws` class-balanced subsets with `per_class` labels each."""
+  scores = []
+  for draw in range(draws):
+    chosen = few_labels(y, per_class, np.random.default_rng((seed, draw)))
+    classifier = logistic_regression(x[chosen], y[chosen], num_classes=num_classes, folds=FOLDS, seed=seed)
+    scores.append(accuracy(classifier, test_x, test_y))
+  return float(np.mean(scores))
+
+
+@flax.struct.dataclass
+class ProbeState:
+  """A linear classifier in training on a frozen encoder."""
+
+  step: jax.Array
+  params: dict
+  opt_state: tuple
+  frozen: dict  # the encoder's variables, handed on untouched
+
+
+def train_step(state: ProbeState, batch, *, encoder, classifier, tx, schedule):
+  """One update of the classifier; the encoder runs in inference mode, BatchNorm included."""
+  h = jax.lax.stop_gradient(encoder.apply(state.frozen, batch["views"], train=False))
+  labels = batch["label"]
+
+  def objective(params):
+    logits = classifier.apply({"params": params}, h)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+
+  (loss, logits), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  metrics = {
+    "loss": loss,
+    "train_accuracy": jnp.mean(logits.argmax(1) == labels),
+    "learning_rate": schedule(state.step),
+  }
+  params = optax.apply_updates(state.params, updates)
+  return ProbeState(state.step + 1, params, opt_state, state.frozen), metrics
+
+
+def make_task(opened: embed.Run, source) -> loop.Task:
+  """SGD-Nesterov, momentum 0.9, base_lr * batch / 256 with cosine decay and no warm-up, crop+flip (App. B.6)."""
+  c = opened.config
+  if c.probe.batch_size > len(source):
+    raise ValueError(f"probe.batch_size={c.probe.batch_size} exceeds the {len(source)} training images: lower it")
+  rule = ml_collections.ConfigDict(
+    dict(
+      batch_size=c.probe.batch_size,
+      train_epochs=c.probe.train_epochs,
+      train_steps=0,
+      optimizer=dict(
+        name="sgd", base_lr=c.probe.base_lr, lr_scaling="linear", warmup_epochs=0.0, momentum=0.9, weight_decay=0.0
+      ),
+    )
+  )
+  tx, schedule = optimizer.create(rule, len(source))
+  classifier = nn.Dense(source.num_classes, kernel_init=nn.initializers.normal(0.01))
+  crop = {key: c.augment[key] for key in ("size", "crop_sampler", "crop_area") if key in c.augment}
+
+  def init(key):
+    frozen = jax.tree.map(jnp.asarray, opened.variables)
+    width = jax.eval_shape(functools.partial(opened.encoder.apply, train=False), frozen, _image(c.augment.size)).shape[
+      1
+    ]
+    params = classifier.init(key, jnp.zeros((1, width)))["params"]
+    return ProbeState(jnp.zeros((), jnp.int32), params, tx.init(params), frozen)
+
+  return loop.Task(
+    init=init,
+    step=functools.partial(train_step, encoder=opened.encoder, classifier=classifier, tx=tx, schedule=schedule),
+    stream=lambda start: data.train_stream(
+      source,
+      functools.partial(augment.one_view, **crop),
+      batch_size=c.probe.batch_size,
+      seed=c.seed,
+      start_step=start,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      max_bad_fraction=c.data.max_bad_fraction,
+    ),
+    evaluators={},
+    total_steps=optimizer.train_steps(rule, len(source)),
+    batch_size=c.probe.batch_size,
+    num_examples=len(source),
+    exports=lambda state: {"params": state.params},
+  )
+
+
+def _image(size):
+  return jnp.zeros((1, size, size, 3))
+
+
+def run(workdir, *, step: int | None = None, overrides=()) -> float:
+  """The program `simclr probe`: prints and returns the test accuracy of linear evaluation by `config.probe.method`."""
+  opened = embed.Run(workdir, step=step, overrides=overrides)
+  c, source, test = opened.config, opened.train_source, opened.test_source()
+  test_h, test_y = opened.h(test)
+  if c.probe.method == "lbfgs":
+    h, y = opened.h(source)
+    classifier = logistic_regression(h, y, num_classes=source.num_classes, seed=c.seed)
+    how = f"L-BFGS, l2 {classifier['l2']:.0e} chosen on held-out training images"
+  else:
+    mesh_lib.check_divisible(c.probe.batch_size, opened.mesh, "probe.batch_size")
+    folder = opened.workdir / "probe"
+    folder.mkdir(parents=True, exist_ok=True)
+    state, _ = loop.run(
+      make_task(opened, source),
+      mesh=opened.mesh,
+      workdir=checkpoint.claim_workdir(str(folder / f"step{opened.step}"), resume=True, overwrite=False),
+      config_json=checkpoint.read_config(workdir),
+      seed=c.seed,
+      log_every=c.log.every_steps,
+      checkpoint_every=0,
+      keep=1,
+    )
+    classifier = jax.device_get(state.params)
+    how = f"SGD-Nesterov, {c.probe.train_epochs:g} epochs"
+  value = accuracy(classifier, test_h, test_y)
+  print(
+    f"linear evaluation ({how}) on h of step {opened.step}: {100 * value:.2f} %  "
+    f"({len(test_y):,} test images of {c.data.test})"
+  )
+  return value

@@ -1,0 +1,227 @@
+"""Checkpoints: Orbax behind a few functions.
+
+Layout of a run's checkpoint:  <workdir>/checkpoints/<step>/{state, encoder, config}
+Layout of an export:           <folder>/{encoder/, card.json}
+Orbax writes under a temporary name and renames when complete, so a run that dies while saving keeps the last good step.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+CARD_VERSION = 1
+
+
+def folder(workdir) -> epath.Path:
+  return epath.Path(workdir) / "checkpoints"
+
+
+def claim_workdir(workdir, *, resume: bool, overwrite: bool) -> epath.Path:
+  """The absolute workdir, made if needed.
+
+  Raises:
+    ValueError: the folder holds something and neither resume nor overwrite was asked for, or both were, or there is
+      nothing to resume, or it cannot be written.
+  """
+  if resume and overwrite:
+    raise ValueError("--resume and --overwrite contradict each other: give one of them")
+  path = epath.Path(workdir if "://" in str(workdir) else os.path.abspath(workdir))
+  if path.exists() and not path.is_dir():
+    raise ValueError(f"--workdir={workdir} is a file: name a folder")
+  filled = path.exists() and any(path.iterdir())
+  if filled and not (resume or overwrite):
+    raise ValueError(
+      f"--workdir={workdir} is not empty: add --resume to go on, --overwrite to start again, or name another"
+    )
+  if overwrite and filled:
+    if not (path / "config.json").exists():
+      raise ValueError(
+        f"--workdir={workdir} --overwrite: the folder has no config.json, so it is no run; delete it yourself"
+      )
+    if jax.process_index() == 0:
+      path.rmtree()
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+      probe = path / ".writable"
+      probe.write_text("")
+      probe.unlink()
+  except OSError as error:
+    raise ValueError(
+      f"--workdir={workdir} cannot be written ({error.strerror or error}): name another folder"
+    ) from None
+  return path
+
+
+class Checkpoints:
+  """The checkpoints of one run."""
+
+  def __init__(self, workdir, *, keep: int = 3):
+    self._folder = folder(workdir)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
+    )
+    self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, step: int, state, encoder: dict, config_json: str):
+    """Writes one step: the state to resume from, the encoder's variables as an item of their own, the config.
+
+    Does nothing if the step is there already.
+
+    Raises:
+      OSError: the disk is full or gone; names the step that is still good.
+    """
+    if step in self._manager.all_steps():
+      return
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      encoder=ocp.args.StandardSave(encoder),
+      config=ocp.args.JsonSave(json.loads(config_json)),
+    )
+    last = self.latest_step()
+    try:
+      self._manager.save(step, args=args, force=True)
+      self._manager.wait_until_finished()
+    except Exception as error:  # Orbax raises many types here, with many-line messages
+      survivor = f"step {last} in {self._folder} is complete" if last is not None else "no checkpoint exists yet"
+      reason = "the disk is full" if _no_space(error, self._folder) else " ".join(str(error).split())[:200]
+      raise OSError(
+        f"could not save step {step}: {reason}; {survivor}; free space and run again with --resume"
+      ) from None
+
+  def restore(self, step: int, like):
+    """The state saved at `step`, placed as `like` (a tree of jax.ShapeDtypeStruct with shardings).
+
+    Raises:
+      ValueError: the checkpoint is of another architecture; names the first difference.
+    """
+    return _restore(self._folder / str(step) / "state", like)
+
+  def close(self):
+    self._manager.close()
+
+
+def read_run_encoder(workdir, like, step: int | None = None):
+  """(step, encoder variables as numpy) of a run's newest checkpoint, or of `step`.
+
+  Args:
+    like: tree of jax.ShapeDtypeStruct, the encoder that the run's config describes.
+
+  Raises:
+    ValueError: no such checkpoint.
+  """
+  steps = sorted(int(p.name) for p in folder(workdir).iterdir() if p.name.isdigit()) if folder(workdir).exists() else []
+  if not steps or (step is not None and step not in steps):
+    have = ", ".join(map(str, steps)) or "none"
+    raise ValueError(
+      f"--workdir={workdir}: no checkpoint{'' if step is None else f' of step {step}'}; steps there: {have}"
+    )
+  step = steps[-1] if step is None else step
+  return step, _restore(folder(workdir) / str(step) / "encoder", _empty(like))
+
+
+def _empty(like):
+  return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+
+
+def _restore(path, like):
+  with ocp.StandardCheckpointer() as checkpointer:
+    _compare(_shapes(checkpointer.metadata(path).item_metadata.tree), _shapes(like), path)
+    return checkpointer.restore(path, like)
+
+
+def _shapes(tree) -> dict:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(np.dtype(leaf.dtype)))
+    for path, leaf in leaves
+  }
+
+
+def _compare(saved: dict, wanted: dict, where):
+  different = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
+  if different:
+    key = different[0]
+    has, needs = (f"{v[1]}{list(v[0])}" if v else "nothing" for v in (saved.get(key), wanted.get(key)))
+    raise ValueError(
+      f"checkpoint {where} is of another architecture: {key} is {has} there and {needs} in this config "
+      f"({len(different)} such differences): use the config it was made with, or another --workdir"
+    )
+
+
+def _no_space(error, path) -> bool:
+  text = str(error)
+  free = shutil.disk_usage(path).free if os.path.isdir(path) else 1 << 40
+  return "No space left" in text or "RESOURCE_EXHAUSTED" in text or free < 1 << 20
+
+
+def read_config(workdir) -> str:
+  """config.json of a run.
+
+  Raises:
+    ValueError: there is no run in this folder.
+  """
+  path = epath.Path(workdir) / "config.json"
+  if not path.exists():
+    raise ValueError(f"--workdir={workdir}: no run here (config.json is missing); `simclr pretrain` makes one")
+  return path.read_text()
+
+
+def write_text(path, text: str):
+  """Writes a whole file or nothing."""
+  path = epath.Path(path)
+  temporary = path.parent / f".{path.name}.tmp"
+  temporary.write_text(text)
+  temporary.rename(path) if "://" in str(path) else os.replace(temporary, path)
+
+
+def save_encoder(path, variables: dict, card: dict, *, overwrite: bool = False) -> pathlib.Path:
+  """Writes an encoder's variables {"params", "batch_stats"} and its card to a folder of their own.
+
+  Arrays are stored as host numpy, so a folder written by a pod opens on a laptop.
+
+  Raises:
+    ValueError: the folder exists and is not empty.
+  """
+  path = pathlib.Path(path).absolute()
+  if path.exists() and any(path.iterdir()):
+    if not overwrite:
+      raise ValueError(f"{path} is not empty: add --overwrite or name another folder")
+    if not (path / "card.json").exists():
+      raise ValueError(f"{path} has no card.json, so it is no export: delete it yourself")
+    shutil.rmtree(path)
+  temporary = path.with_name(f".{path.name}.tmp")
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(temporary / "encoder", jax.tree.map(np.asarray, variables))
+  (temporary / "card.json").write_text(json.dumps({"card_version": CARD_VERSION, **card}, indent=2, sort_keys=True))
+  if path.exists():
+    path.rmdir()
+  temporary.rename(path)
+  return path
+
+
+def read_encoder(path, like_of):
+  """(variables as numpy, card) of a folder that save_encoder wrote; `like_of(card)` gives the tree of shapes.
+
+  Raises:
+    ValueError: not such a folder, or a card of an unknown version.
+  """
+  path = pathlib.Path(path).absolute()
+  card_path = path / "card.json"
+  if not card_path.is_file():
+    raise ValueError(f"{path} is no exported encoder (card.json is missing): give the folder `simclr export` wrote")
+  card = json.loads(card_path.read_text())
+  if card.get("card_version") != CARD_VERSION:
+    raise ValueError(f"{card_path}: card_version {card.get('card_version')}, this package reads {CARD_VERSION}")
+  return _restore(epath.Path(path) / "encoder", _empty(like_of(card))), card

@@ -1,0 +1,187 @@
+"""Configs: find a recipe, apply --config.key=value, check every value, and turn durations into steps.
+
+A config holds rules (`base_lr`, `lr_scaling`, `train_epochs`); the arithmetic is done by the code that uses them, so
+changing the batch size on the command line changes the learning rate with it.
+"""
+
+import difflib
+import json
+import math
+import pathlib
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+
+
+def recipe_folder() -> pathlib.Path:
+  """Folder of the recipes: inside the installed package, or beside it in a checkout."""
+  inside = PACKAGE / "configs"
+  return inside if inside.is_dir() else PACKAGE.parent / "configs"
+
+
+def find_recipe(name: str) -> str:
+  """`smoke`, `smoke.py`, `configs/smoke.py` or a path to a file (all with an optional `:argument`) -> `path[:argument]`.
+
+  Raises:
+    ValueError: no such file; names the nearest recipe.
+  """
+  path, colon, argument = name.partition(":")
+  candidates = [pathlib.Path(path), recipe_folder() / pathlib.Path(path).name]
+  for candidate in candidates:
+    candidate = candidate if candidate.suffix == ".py" else candidate.with_suffix(".py")
+    if candidate.is_file():
+      return f"{candidate}{colon}{argument}"
+  known = sorted(p.stem for p in recipe_folder().glob("[!_]*.py"))
+  near = difflib.get_close_matches(pathlib.Path(path).stem, known, n=1)
+  hint = f"did you mean {near[0]!r}?" if near else f"known recipes: {', '.join(known)}"
+  raise ValueError(f"--config={name}: no such recipe; {hint}")
+
+
+def load(recipe: str, overrides=()) -> ml_collections.FrozenConfigDict:
+  """The config of a recipe with overrides such as `--config.batch_size=512` applied, checked and frozen.
+
+  Raises:
+    ValueError: unknown recipe or key, value of the wrong type, impossible value; always one line.
+  """
+  argv = ["simclr", f"--config={find_recipe(recipe)}"]
+  values = flags.FlagValues()
+  holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  values(argv)
+  return override(holder.value, overrides)
+
+
+def override(config, overrides) -> ml_collections.FrozenConfigDict:
+  """A checked copy of a config with `--config.key=value` strings applied.
+
+  Raises:
+    ValueError: as for `load`.
+  """
+  known = _flatten(config)
+  for text in overrides:
+    key = text.partition("=")[0].removeprefix("--config.")
+    if key not in known:
+      raise ValueError(f"{text}: no such key; {_nearest(key, known)}")
+    if "=" not in text:
+      raise ValueError(f"{text}: expected --config.{key}=VALUE")
+  values = flags.FlagValues()
+  argv = ["simclr", *overrides]
+  holder = config_flags.DEFINE_config_dict(
+    "config", ml_collections.ConfigDict(config), flag_values=values, sys_argv=argv
+  )
+  try:
+    values(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(" ".join(str(error).split())) from None
+  return check(holder.value)
+
+
+def _nearest(key: str, known) -> str:
+  near = difflib.get_close_matches(key, known, n=1)
+  return f"did you mean config.{near[0]}?" if near else "the resolved config that a run prints shows every key"
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+  """The config of a finished run; resuming and exporting read this, never the recipe again."""
+  return ml_collections.FrozenConfigDict(json.loads(text))
+
+
+def to_json(config) -> str:
+  """Every resolved value, as JSON."""
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+# What a value may be, by key. A key of a recipe that is not here is refused, so a misspelt one cannot become a silent
+# default. Keys that end in `.` open a section that
+# goes to a science function as keyword arguments, which that function checks.
+_POSITIVE = (lambda v: v > 0, "a number above 0")
+_NOT_NEGATIVE = (lambda v: v >= 0, "a number of at least 0")
+_SHARE = (lambda v: 0 <= v <= 1, "a share between 0 and 1")
+_ANY = (lambda v: True, "")
+SCHEMA = {
+  "seed": _NOT_NEGATIVE,
+  "data.train": (bool, "a data set such as fashion:train or folder:/my/images"),
+  "data.test": _ANY,
+  "data.data_dir": _ANY,
+  "data.max_bad_fraction": _SHARE,
+  "batch_size": _POSITIVE,
+  "train_epochs": _NOT_NEGATIVE,
+  "train_steps": _NOT_NEGATIVE,
+  "augment.": _ANY,
+  "encoder.": _ANY,
+  "projector.": _ANY,
+  "loss.temperature": _POSITIVE,
+  "loss.normalize": _ANY,
+  "loss.reduction": (lambda v: v in ("mean", "official_sum"), "mean or official_sum"),
+  "loss.precision": (lambda v: v in ("highest", "high", "default"), "highest, high or default"),
+  "optimizer.name": _ANY,
+  "optimizer.base_lr": _POSITIVE,
+  "optimizer.lr_scaling": _ANY,
+  "optimizer.warmup_epochs": _NOT_NEGATIVE,
+  "optimizer.momentum": (lambda v: 0 <= v < 1, "a number of at least 0 and below 1"),
+  "optimizer.weight_decay": _NOT_NEGATIVE,
+  "evaluate.crop": (lambda v: 0 < v <= 1, "a share above 0 and at most 1"),
+  "evaluate.batch_size": _POSITIVE,
+  "evaluate.every_steps": _NOT_NEGATIVE,
+  "evaluate.every_epochs": _NOT_NEGATIVE,
+  "evaluate.knn_k": _POSITIVE,
+  "evaluate.knn_temperature": _POSITIVE,
+  "checkpoint.every_steps": _NOT_NEGATIVE,
+  "checkpoint.every_epochs": _NOT_NEGATIVE,
+  "checkpoint.keep": _POSITIVE,
+  "log.every_steps": _POSITIVE,
+  "probe.method": (lambda v: v in ("lbfgs", "sgd"), "lbfgs or sgd"),
+  "probe.train_epochs": _POSITIVE,
+  "probe.batch_size": _POSITIVE,
+  "probe.base_lr": _POSITIVE,
+}
+
+
+def check(config):
+  """The config, frozen, if every key is known and every value possible; else ValueError on one line."""
+  flat = _flatten(config)
+  sections = tuple(key for key in SCHEMA if key.endswith("."))
+  for key, value in flat.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError(f"config.{key}={value}: expected a finite number")
+    rule = SCHEMA.get(key) or (_ANY if key.startswith(sections) else None)
+    if rule is None:
+      raise ValueError(f"config.{key}: no such key; {_nearest(key, SCHEMA)}")
+    possible, expected = rule
+    if not possible(value):
+      raise ValueError(f"config.{key}={value!r}: expected {expected}")
+  missing = [key for key in SCHEMA if not key.endswith(".") and key not in flat]
+  if missing:
+    raise ValueError(f"config.{missing[0]} is missing from the recipe; configs/smoke.py shows every key")
+  if not config.train_epochs and not config.train_steps:
+    raise ValueError("config.train_epochs=0 and config.train_steps=0: set one of them")
+  return ml_collections.FrozenConfigDict(config)
+
+
+def _flatten(config, prefix=""):
+  out = {}
+  for key, value in config.items():
+    if hasattr(value, "items"):
+      out.update(_flatten(value, f"{prefix}{key}."))
+    else:
+      out[f"{prefix}{key}"] = value
+  return out
+
+
+def every(section, num_examples: int, batch_size: int) -> int:
+  """Interval in steps of a section with `every_steps` and `every_epochs`, of which one may be set; 0 = never."""
+  if section.every_steps and section.every_epochs:
+    raise ValueError(
+      f"every_steps={section.every_steps} and every_epochs={section.every_epochs}: set one and leave the other 0"
+    )
+  if section.every_epochs:
+    return max(1, round(section.every_epochs * num_examples / batch_size))
+  return section.every_steps
+
+
+def difference(before, now) -> list[tuple]:
+  """[(key, value before, value now)] of two configs; a tuple and a list with the same entries are equal."""
+  a, b = (_flatten(json.loads(to_json(c))) for c in (before, now))
+  return [(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]

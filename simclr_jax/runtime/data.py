@@ -1,0 +1,782 @@
+"""Data: random-access sources of images, and streams whose only state is the step number.
+
+A `Source` answers `len(source)` and `source.read(i)`.  `train_stream` walks a fresh seeded permutation of the whole
+source in every epoch: the example at position p = step * batch_size + j is permutation(seed, p // N)[p % N], and
+the seed of its augmentations is a function of (seed, epoch, index) alone.  Hence any step can be reproduced by
+itself: nothing about the stream is saved in a checkpoint, and the batch does not depend on the number of hosts,
+threads or restarts.  As in the official code (google-research/simclr, tf2/data.py: `repeat` before `batch`),
+batches run across the ends of epochs, so no image is left out of any epoch.
+
+An unreadable image never shortens a batch, which would leave the hosts with different counts: the next readable
+image takes its place, the file is named in the log, and the run stops beyond a given share of such files.
+"""
+
+import functools
+import hashlib
+import io
+import logging
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from simclr_jax.runtime import textures
+
+logger = logging.getLogger(__name__)
+
+FASHION_CLASSES = (
+  "t-shirt",
+  "trouser",
+  "pullover",
+  "dress",
+  "coat",
+  "sandal",
+  "shirt",
+  "sneaker",
+  "bag",
+  "ankle boot",
+)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+MAX_PIXELS = 64_000_000
+SPECS = "fashion:SPLIT, textures:SPLIT, textures64:SPLIT, npz:FILE[:SPLIT], folder:PATH or tfds:NAME[/CONFIG][:SPLIT]"
+
+
+class BadImage(Exception):
+  """One image cannot be used; the message is the reason, in a few words."""
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------
+
+
+_FIRST_BYTES = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF8", "GIF"), (b"BM", "BMP"))
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+  2: lambda a: a[:, ::-1],
+  3: lambda a: a[::-1, ::-1],
+  4: lambda a: a[::-1],
+  5: lambda a: a.swapaxes(0, 1),
+  6: lambda a: a[::-1].swapaxes(0, 1),
+  7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+  8: lambda a: a[:, ::-1].swapaxes(0, 1),
+}
+
+
+def _sniff(data: bytes) -> str | None:
+  """The image format that the first bytes announce; file names are not to be trusted."""
+  if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+    return "WEBP"
+  return next((kind for magic, kind in _FIRST_BYTES if data.startswith(magic)), None)
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+  """Decodes one JPEG, PNG, WebP, BMP or single-frame GIF to uint8 [h, w, 3], upright.
+
+  Grey, palette and CMYK images become RGB; 16 bits a channel become 8; transparent pixels are laid over white; the
+  EXIF orientation is applied.  The size in the header is checked before a pixel is decoded, because a PNG of one
+  megabyte can unfold to a gigabyte.
+
+  Raises:
+    BadImage: empty, not an image, truncated, animated, or more than `max_pixels` pixels.
+  """
+  from PIL import Image, ImageOps
+
+  if not data:
+    raise BadImage("empty file")
+  kind = _sniff(data)
+  if kind is None:
+    raise BadImage(f"not a jpeg, png, webp, bmp or gif: it begins with {bytes(data[:12])!r}")
+  try:
+    with Image.open(io.BytesIO(data), formats=(kind,)) as picture:
+      width, height = picture.size
+      if width * height > max_pixels:
+        raise BadImage(f"{width} x {height} pixels in its header, above the limit of {max_pixels}")
+      if kind == "JPEG":
+        return _decode_jpeg(data, picture.getexif().get(_EXIF_ORIENTATION, 1))
+      if getattr(picture, "is_animated", False):
+        raise BadImage(f"animated {kind.lower()} of {picture.n_frames} frames")
+      picture = ImageOps.exif_transpose(picture)
+      if picture.mode.startswith("I"):  # 16-bit grey, whatever its byte order
+        return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+      if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+      return np.asarray(picture.convert("RGB"))
+  except BadImage:
+    raise
+  except Image.DecompressionBombError as error:  # Pillow's own limit, of 179 million
+    raise BadImage(f"far above the limit of {max_pixels} pixels, by its header: {error}") from error
+  except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, struct.error and more
+    raise BadImage(f"broken {kind.lower()}: {_one_line(error)}") from error
+
+
+def _decode_jpeg(data: bytes, orientation: int) -> np.ndarray:
+  import tensorflow as tf
+
+  # libjpeg-turbo by way of TensorFlow: nearly twice Pillow's speed, without the interpreter's lock, CMYK handled.
+  pixels = np.asarray(tf.io.decode_jpeg(data, channels=3))
+  return np.ascontiguousarray(_UPRIGHT[orientation](pixels)) if orientation in _UPRIGHT else pixels
+
+
+def _one_line(error: Exception) -> str:
+  # TensorFlow prefixes "{{function_node ...}}" and suffixes "[Op:...]".
+  text = " ".join(str(getattr(error, "message", error)).split())
+  return text.rpartition("}} ")[2].partition(" [Op:")[0][:200] or type(error).__name__
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------
+
+
+class Source:
+  """Images by number.  `class_names` is empty, and `labels` None, where there are no labels."""
+
+  class_names: Sequence[str] = ()
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+  @property
+  def labels(self) -> np.ndarray | None:
+    """int32 [N], or None where there are no labels."""
+    return None
+
+  def __len__(self) -> int:
+    raise NotImplementedError
+
+  def name(self, i: int) -> str:
+    """What to call image i in a message: its file, or set:index."""
+    raise NotImplementedError
+
+  def read(self, i: int) -> np.ndarray:
+    """Image i as uint8 [h, w, 3]; raises BadImage."""
+    raise NotImplementedError
+
+  def read_labelled(self, i: int) -> tuple[np.ndarray, int]:
+    """(image i, its label or -1), in one read."""
+    return self.read(i), -1 if self.labels is None else int(self.labels[i])
+
+
+class ArraySource(Source):
+  """Images in memory.
+
+  Args:
+    images: uint8 [N, h, w], [N, h, w, 1] or [N, h, w, 3]; grey becomes three equal channels when read.
+    labels: integers [N] or [N, 1], >= 0, or None.
+    class_names: names of the labels; by default their numbers.
+    title: what messages call the set.
+  """
+
+  def __init__(self, images, labels=None, *, class_names: Sequence[str] = (), title: str = "array"):
+    images = np.asarray(images)
+    if images.ndim == 3:
+      images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+      raise ValueError(
+        f"{title}: images are {images.dtype} {list(images.shape)}; give uint8 [N, h, w] or [N, h, w, 3], values 0 to 255"
+      )
+    if not len(images):
+      raise ValueError(f"{title}: holds no images; give at least one")
+    if labels is not None:
+      labels = np.asarray(labels)
+      if labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise ValueError(
+          f"{title}: labels are {labels.dtype} {list(labels.shape)} for {len(images)} images; give integers >= 0 of"
+          f" shape [{len(images)}], or none"
+        )
+      labels = labels.reshape(-1).astype(np.int32)
+      class_names = tuple(class_names) or tuple(str(c) for c in range(int(labels.max()) + 1))
+    self.images, self.class_names, self._labels, self._title = images, class_names, labels, title
+
+  @property
+  def labels(self):
+    return self._labels
+
+  def __len__(self):
+    return len(self.images)
+
+  def name(self, i):
+    return f"{self._title}:{i}"
+
+  def read(self, i):
+    return self.gather(np.asarray([i]))[0]
+
+  def gather(self, indices: np.ndarray) -> np.ndarray:
+    """The images at int [b] as uint8 [b, h, w, 3]."""
+    images = self.images[indices]
+    return images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
+
+
+class FolderSource(Source):
+  """Image files below a folder, in sorted order.
+
+  Every sub-folder (hidden ones apart) is a class, in alphabetical order, and owns the images at any depth below it;
+  empty ones count, so that a training and a validation folder number their classes alike.  Without sub-folders, or
+  when none holds an image, the images directly inside are unlabelled.  Files without an image's suffix are ignored.
+  """
+
+  def __init__(self, path: str):
+    self._root = os.path.abspath(os.path.expanduser(path))
+    if not os.path.isdir(self._root):
+      raise ValueError(f"folder:{path}: there is no folder {self._root}; give the path of a folder of images")
+    loose, folders = _scan_folder(self._root)
+    self._files, labels = [], []
+    for label, folder in enumerate(folders):
+      files, pending = [], [folder]
+      seen = {os.path.realpath(os.path.join(self._root, folder))}
+      while pending:
+        here = pending.pop()
+        found, below = _scan_folder(os.path.join(self._root, here))
+        files += [os.path.join(here, file) for file in found]
+        for sub in (os.path.join(here, sub) for sub in below):
+          target = os.path.realpath(os.path.join(self._root, sub))
+          if target not in seen:  # a link may point at one of its parents
+            seen.add(target)
+            pending.append(sub)
+      self._files += sorted(files)
+      labels += [label] * len(files)
+    if self._files and loose:
+      raise ValueError(
+        f"folder:{path}: holds {len(loose)} images (such as {loose[0]}) beside class folders with images; move them"
+        " into class folders, or keep images without labels in a folder of their own"
+      )
+    if not self._files and not loose:
+      raise ValueError(
+        f"folder:{path}: no image in {self._root}; expected files ending in {' '.join(IMAGE_SUFFIXES)}, directly"
+        " inside or in one sub-folder a class"
+      )
+    self._labels = np.asarray(labels, np.int32) if self._files else None
+    self.class_names = tuple(folders) if self._files else ()
+    self._files = self._files or loose
+
+  @property
+  def labels(self):
+    return self._labels
+
+  def __len__(self):
+    return len(self._files)
+
+  def name(self, i):
+    return os.path.join(self._root, self._files[i])
+
+  def read(self, i):
+    try:
+      with open(self.name(i), "rb") as file:
+        data = file.read()
+    except OSError as error:
+      raise BadImage(error.strerror or str(error)) from error
+    return decode(data)
+
+
+def _scan_folder(path: str) -> tuple[list[str], list[str]]:
+  """Sorted names of the image files and of the folders directly inside `path`, hidden ones left out."""
+  files, folders = [], []
+  try:
+    with os.scandir(path) as entries:
+      for entry in entries:
+        if entry.name.startswith("."):
+          continue
+        if entry.is_dir():
+          folders.append(entry.name)
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
+          files.append(entry.name)
+  except OSError as error:
+    raise ValueError(f"folder:{path}: cannot be listed ({error.strerror}); check that it may be read") from error
+  return sorted(files), sorted(folders)
+
+
+class TfdsSource(Source):
+  """A prepared TensorFlow Datasets set, read from its TFRecord shards by byte offset.
+
+  Nothing is shuffled, interleaved or decoded by TFDS: a record is one `pread`, and its encoded image goes through
+  `decode`.  The offsets are found once by hopping from record header to record header and kept in a small file
+  under $XDG_CACHE_HOME (~/.cache), named after the sizes and times of the shards.
+
+  The labels stand inside the records.  `read_labelled` costs nothing extra; `labels` reads the whole split on its
+  first use and then keeps them beside the offsets.
+  """
+
+  def __init__(self, rest: str, data_dir: str | None = None):
+    import tensorflow_datasets as tfds
+
+    name, _, split = rest.partition(":")
+    spec = f"tfds:{rest}"
+    root = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    builder = tfds.builder_from_directory(_prepared_folder(spec, name, root))
+    info = builder.info
+    if info.file_format is not tfds.core.FileFormat.TFRECORD:
+      raise ValueError(
+        f"{spec}: {builder.data_dir} is stored as {info.file_format.value}, which has no reader here; prepare it with"
+        f" tfds build {name} --file_format=tfrecord --data_dir={root}"
+      )
+    self._image_key = _only_feature(spec, info.features, tfds.features.Image, "image")
+    self._label_key = _only_feature(spec, info.features, tfds.features.ClassLabel, "label", required=False)
+    if self._label_key:
+      self.class_names = tuple(info.features[self._label_key].names)
+    try:
+      instructions = info.splits[split or "train"].file_instructions
+    except (KeyError, ValueError, AssertionError) as error:
+      raise ValueError(
+        f"{spec}: no split {split or 'train'!r} in {builder.data_dir}; it has {', '.join(info.splits)}, and slices"
+        " such as train[:10%]"
+      ) from error
+    self._title = f"tfds:{name}:{split or 'train'}"
+    self._shards = [os.fspath(instruction.filename) for instruction in instructions]
+    # Offsets and lengths of whole shards are what is cached; a slice of the split is a view of them.
+    self._cache = _cache_file(spec, self._shards)
+    offsets = _load_cache(self._cache)
+    if offsets is None:
+      offsets = _scan_shards(self._shards)
+      _save_cache(self._cache, offsets)
+    self._offsets = offsets
+    kept = []
+    for shard, instruction in enumerate(instructions):
+      (rows,) = np.nonzero(offsets["shard"] == shard)
+      if len(rows) != instruction.examples_in_shard:
+        raise ValueError(
+          f"{spec}: {instruction.filename} holds {len(rows)} records, its description says"
+          f" {instruction.examples_in_shard}; copy or prepare it again"
+        )
+      kept.append(rows[instruction.skip :][: instruction.take if instruction.take >= 0 else None])
+    self._rows = np.concatenate(kept) if kept else np.zeros(0, np.int64)
+    if not len(self._rows):
+      raise ValueError(f"{spec}: the split is empty; choose a larger slice of {', '.join(info.splits)}")
+
+  def __len__(self):
+    return len(self._rows)
+
+  def name(self, i):
+    return f"{self._title}:{i}"
+
+  def read(self, i):
+    return self.read_labelled(i)[0]
+
+  def read_labelled(self, i):
+    features = self._features(self._rows[i])
+    if self._image_key not in features or not features[self._image_key].bytes_list.value:
+      raise BadImage(f"no bytes under {self._image_key!r} in the record")
+    return decode(features[self._image_key].bytes_list.value[0]), self._label(features)
+
+  @functools.cached_property
+  def labels(self):
+    if not self._label_key:
+      return None
+    if "labels" not in self._offsets:
+      count = len(self._offsets["shard"])
+      labels = (self._label(self._features(row)) for row in range(count))
+      self._offsets["labels"] = np.fromiter(labels, np.int32, count)
+      _save_cache(self._cache, self._offsets)
+    return self._offsets["labels"][self._rows]
+
+  def _label(self, features) -> int:
+    return int(features[self._label_key].int64_list.value[0]) if self._label_key else -1
+
+  def _features(self, row):
+    """The tf.train.Example at `row`, as a mapping from names to features."""
+    import tensorflow as tf
+
+    shard, offset, length = (int(self._offsets[key][row]) for key in ("shard", "offset", "length"))
+    try:
+      # Opened anew each time: a set may have more shards than a process may have open files.
+      file = os.open(self._shards[shard], os.O_RDONLY)
+      try:
+        record = os.pread(file, length, offset)
+      finally:
+        os.close(file)
+      return tf.train.Example.FromString(record).features.feature
+    except OSError as error:
+      raise BadImage(f"{self._shards[shard]}: {error.strerror}") from error
+    except Exception as error:  # google.protobuf.message.DecodeError, a class of a package we do not depend on
+      raise BadImage(f"broken record at byte {offset} of {self._shards[shard]}") from error
+
+
+def _prepared_folder(spec: str, name: str, root: str) -> str:
+  """The folder of the newest version of the set `name` (name, name/config or with a version) below `root`."""
+  base = pathlib.Path(root) / name
+  found = sorted(path.parent for below in ("", "*/", "*/*/") for path in base.glob(f"{below}dataset_info.json"))
+  if not found:
+    raise ValueError(
+      f"{spec}: not prepared under {base}; prepare it once, with network access: tfds build {name} --data_dir={root}"
+    )
+  configs = sorted({path.parent.name for path in found if path.parent not in (base, base.parent)})
+  if len(configs) > 1:
+    raise ValueError(f"{spec}: {base} holds several configurations; name one: tfds:{name}/{configs[0]} (of {configs})")
+  return os.fspath(max(found, key=lambda path: [int(part) for part in path.name.split(".") if part.isdigit()]))
+
+
+def _only_feature(spec: str, features, kind: type, usual: str, *, required: bool = True) -> str | None:
+  """The name of the feature of this kind: the usual one, or the only one."""
+  names = [name for name, feature in features.items() if isinstance(feature, kind)]
+  if usual in names:
+    return usual
+  if len(names) == 1:
+    return names[0]
+  if required:
+    raise ValueError(f"{spec}: has {len(names)} features of kind {kind.__name__} ({list(features)}); one is needed")
+  return None
+
+
+def _scan_shards(shards: Sequence[str]) -> dict[str, np.ndarray]:
+  """Where the records of TFRecord files lie: int32 shard [N], int64 offset [N] and length [N] of the payloads."""
+  shard_of, offsets, lengths = [], [], []
+  for shard, path in enumerate(shards):
+    with open(path, "rb", buffering=0) as file:
+      size, at = os.fstat(file.fileno()).st_size, 0
+      # A record: length (8 bytes, little-endian), its checksum (4), the payload, the payload's checksum (4).
+      while at + 12 <= size:
+        length = int.from_bytes(os.pread(file.fileno(), 8, at), "little")
+        if at + 16 + length > size:
+          break
+        shard_of.append(shard)
+        offsets.append(at + 12)
+        lengths.append(length)
+        at += 16 + length
+    if at != size:
+      raise ValueError(f"{path}: is cut off or damaged after {at} of {size} bytes; copy or prepare it again")
+  return {
+    "shard": np.asarray(shard_of, np.int32),
+    "offset": np.asarray(offsets, np.int64),
+    "length": np.asarray(lengths, np.int64),
+  }
+
+
+def _cache_file(spec: str, shards: Sequence[str]) -> pathlib.Path:
+  try:
+    facts = [(path, status.st_size, status.st_mtime_ns) for path in shards for status in [os.stat(path)]]
+  except OSError as error:
+    raise ValueError(f"{spec}: cannot read the shard {error.filename} ({error.strerror}); prepare it again") from error
+  folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "simclr_jax"
+  return folder / f"tfrecord-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.npz"
+
+
+def _load_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+  try:
+    with np.load(path, allow_pickle=False) as arrays:
+      return dict(arrays)
+  except Exception:  # absent, or torn: it is only a cache
+    return None
+
+
+def _save_cache(path: pathlib.Path, arrays: dict[str, np.ndarray]):
+  temporary = path.with_suffix(f".{os.getpid()}.npz")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(temporary, **arrays)
+    os.replace(temporary, path)  # whole or not at all, also when several processes do it at once
+  except OSError as error:
+    logger.info("no cache of record offsets at %s: %s", path, error)
+
+
+@functools.lru_cache(maxsize=4)
+def _texture_split(split: str, size: int) -> ArraySource:
+  seed, count = {"train": (0, 5000), "test": (1, 2000)}[split]
+  title = f"textures{'' if size == 32 else size}:{split}"
+  return ArraySource(*textures.split(seed, count, size=size), class_names=textures.CLASS_NAMES, title=title)
+
+
+def _embedded_fashion(split: str) -> ArraySource:
+  file = pathlib.Path(__file__).with_name("fashion_mnist_12k.npz")
+  with np.load(file, allow_pickle=False) as arrays:
+    images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+  return ArraySource(images, labels, class_names=FASHION_CLASSES, title=f"fashion:{split}")
+
+
+def _npz(rest: str) -> ArraySource:
+  path, split = (rest, "") if os.path.exists(rest) or ":" not in rest else rest.rsplit(":", 1)
+  if not os.path.isfile(path):
+    raise ValueError(f"npz:{rest}: there is no file {os.path.abspath(path)}; give the path of an .npz file")
+  images_keys, labels_keys = (("images", "x"), ("labels", "y"))
+  if split:
+    images_keys = (f"{split}_images", f"{split}_x", f"images_{split}", f"x_{split}")
+    labels_keys = (f"{split}_labels", f"{split}_y", f"labels_{split}", f"y_{split}")
+  try:
+    with np.load(path, allow_pickle=False) as arrays:
+      present = list(arrays.keys())
+      image_key = next((key for key in images_keys if key in present), None)
+      label_key = next((key for key in labels_keys if key in present), None)
+      images = arrays[image_key] if image_key else None
+      labels = arrays[label_key] if label_key else None
+  except Exception as error:  # zipfile.BadZipFile, OSError, and ValueError for pickled objects or a plain .npy
+    raise ValueError(f"npz:{rest}: cannot read {path} ({_one_line(error)}); save it with numpy.savez") from error
+  if images is None:
+    raise ValueError(
+      f"npz:{rest}: holds the arrays {', '.join(present)}; expected images under {' or '.join(images_keys)} and, if"
+      f" any, labels under {' or '.join(labels_keys)}; name another split as npz:FILE:SPLIT"
+    )
+  return ArraySource(images, labels, title=f"npz:{rest}")
+
+
+def open_source(spec: str, *, data_dir: str | None = None) -> Source:
+  """Opens a data set by name.
+
+  fashion:train|test      the first 10,000 / 2,000 images of Fashion-MNIST, inside this package, 28 pixels, grey
+  textures:train|test     5,000 / 2,000 procedural colour images of 32 pixels; textures64: of 64 pixels
+  npz:FILE[:SPLIT]        uint8 arrays `images` or `x`, optionally `labels` or `y`; with SPLIT: `SPLIT_images`,
+                          `x_SPLIT`, ... and likewise for labels
+  folder:PATH             image files, labelled by sub-folder or not at all; see FolderSource
+  tfds:NAME[/CONFIG][:SPLIT]  any prepared TensorFlow Datasets set with an image, e.g. tfds:imagenet2012:train[:10%];
+                          looked for in data_dir, else in $TFDS_DATA_DIR, else in ~/tensorflow_datasets
+
+  Raises:
+    ValueError: unknown, missing or empty; the message names the path and the cure.
+  """
+  kind, _, rest = spec.partition(":")
+  if kind in ("fashion", "textures", "textures64"):
+    if rest not in ("train", "test"):
+      raise ValueError(f"{spec!r} names no split of {kind}: use {kind}:train or {kind}:test")
+    return _embedded_fashion(rest) if kind == "fashion" else _texture_split(rest, 64 if kind == "textures64" else 32)
+  openers = {"npz": _npz, "folder": FolderSource, "tfds": functools.partial(TfdsSource, data_dir=data_dir)}
+  if not rest or kind not in openers:
+    raise ValueError(f"{spec!r} is not a data set: use {SPECS}")
+  return openers[kind](rest)
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+  """The order of epoch `epoch`: a permutation of range(n), int64 [n], read-only; 8 bytes an image.
+
+  It sorts raw Philox draws, because NumPy keeps the bits of its generators for ever but not the order that its
+  shuffles make of them.
+  """
+  draws = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(n)
+  order = np.argsort(draws, kind="stable")
+  order.setflags(write=False)
+  return order
+
+
+def example_seeds(seed: int, epoch: np.ndarray, index: np.ndarray) -> np.ndarray:
+  """Two int32 for every example, a function of (seed, epoch, index) alone: [b], [b] -> int32 [b, 2]."""
+  state = np.zeros(np.shape(index), np.uint64)
+  for word in (np.uint64(seed % 2**64), epoch, index):
+    # SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection that mixes all 64 bits.
+    state = (state ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    state = state ^ (state >> np.uint64(31))
+  halves = np.stack([state >> np.uint64(32), state & np.uint64(0xFFFFFFFF)], axis=-1)
+  return halves.astype(np.uint32).view(np.int32)
+
+
+class _Reader:
+  """Reads examples for the threads of a stream; replaces, counts and names the unreadable ones."""
+
+  def __init__(self, source: Source, max_bad_fraction: float):
+    self.source = source
+    self.bad: dict[int, str] = {}
+    self.error: Exception | None = None
+    # One damaged file should not stop a run over a small folder, unless the share is set to zero.
+    self._allowed = max(1, int(max_bad_fraction * len(source))) if max_bad_fraction > 0 else 0
+    self._share = max_bad_fraction
+    self._lock = threading.Lock()
+
+  def read(self, index: int):
+    """-> uint8 [h, w, 3], label, index of the image that was read.  Never raises: see `error`."""
+    try:
+      i = int(index)
+      for _ in range(len(self.source)):
+        if i not in self.bad:
+          try:
+            image, label = self.source.read_labelled(i)
+            return image, np.int32(label), np.int32(i)
+          except BadImage as reason:
+            self._count(i, str(reason))
+        i = (i + 1) % len(self.source)
+      raise ValueError(f"all {len(self.bad)} images are unreadable; the first is {self.source.name(0)} ({self.bad[0]})")
+    except Exception as error:
+      # Kept for the caller's thread: raised here, TensorFlow would wrap it in pages of its own.
+      self.error = self.error or error
+    return np.zeros((1, 1, 3), np.uint8), np.int32(-1), np.int32(-1)
+
+  def _count(self, i: int, reason: str):
+    with self._lock:
+      if i in self.bad:
+        return
+      self.bad[i] = reason
+      count = len(self.bad)
+    if count <= 20:
+      logger.warning("unreadable image %s: %s; the next image takes its place", self.source.name(i), reason)
+    elif count == 21:
+      logger.warning("more than 20 unreadable images; the others are counted but not named")
+    if count > self._allowed:
+      raise ValueError(
+        f"{count} of {len(self.source)} images are unreadable, more than the {self._allowed} allowed by"
+        f" max_bad_fraction={self._share:g}; the last is {self.source.name(i)} ({reason}): remove or repair them, or"
+        " raise max_bad_fraction"
+      )
+
+
+class Stream:
+  """Iterator over batches.  `bad` maps the names of the unreadable images met so far to the reasons."""
+
+  def __init__(self, dataset, reader: _Reader):
+    self._batches, self._reader = dataset.as_numpy_iterator(), reader
+
+  @property
+  def bad(self) -> dict[str, str]:
+    return {self._reader.source.name(i): reason for i, reason in dict(self._reader.bad).items()}
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> dict:
+    import tensorflow as tf
+
+    try:
+      batch = next(self._batches)
+    except tf.errors.OpError:
+      if self._reader.error is None:  # then it is the transform that failed
+        raise
+      raise self._reader.error from None
+    if self._reader.error is not None:
+      raise self._reader.error
+    return batch
+
+
+def _examples(source: Source, drawn, reader: _Reader, workers: int):
+  """Dataset of (index [b], seed [b, 2]) -> dataset of single (image, label, index, seed)."""
+  import tensorflow as tf
+
+  if isinstance(source, ArraySource):
+    # One call a batch: the cost of entering Python is shared by the batch.
+    labels = np.full(len(source), -1, np.int32) if source.labels is None else source.labels
+
+    def gather(index, seed):
+      images = tf.numpy_function(source.gather, [index], tf.uint8)
+      images.set_shape([None, *source.images.shape[1:3], 3])
+      return images, tf.gather(labels, index), index, seed
+
+    return drawn.map(gather).unbatch()
+
+  def read(index, seed):
+    image, label, index = tf.numpy_function(reader.read, [index], [tf.uint8, tf.int32, tf.int32])
+    image.set_shape([None, None, 3])
+    return image, tf.ensure_shape(label, []), tf.ensure_shape(index, []), seed
+
+  return drawn.unbatch().map(read, num_parallel_calls=workers, deterministic=True)
+
+
+def _cores() -> int:
+  """The cores this process may use, which on a shared machine are fewer than the machine has."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _with_options(dataset, workers: int):
+  """Ordered, on threads of its own, with memory bounded by the buffers written in this file."""
+  import tensorflow as tf
+
+  options = tf.data.Options()
+  options.deterministic = True
+  options.autotune.enabled = False
+  options.threading.private_threadpool_size = workers
+  options.threading.max_intra_op_parallelism = 1
+  return dataset.with_options(options)
+
+
+def train_stream(
+  source: Source,
+  transform: Callable,
+  *,
+  batch_size: int,
+  seed: int,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+  max_bad_fraction: float = 0.001,
+  workers: int | None = None,
+) -> Stream:
+  """The endless stream of training batches from step `start_step` on.
+
+  Args:
+    source: the images.
+    transform: a TensorFlow function (image uint8 [h, w, 3], seed int32 [2]) -> tensor or dict of tensors, all its
+      randomness taken from the seed.
+    batch_size: images of the global batch; this process reads rows process_index * b to (process_index + 1) * b - 1
+      of it, b = batch_size / process_count.
+    seed: of the permutations and of the augmentations.
+    max_bad_fraction: the share of distinct unreadable images, met by this process, beyond which the stream raises
+      ValueError; any positive share allows at least one.
+    workers: threads; by default one for every core this process may use.
+
+  Returns:
+    An iterator of dicts of numpy arrays: `views`, what `transform` returned, stacked; `label` int32 [b], -1 where
+    there is none; `index` int32 [b], the images that were read.  The seed of an image that replaces an unreadable
+    one is that of the place, so it is augmented differently from its own appearance in the same epoch.
+  """
+  import tensorflow as tf
+
+  if batch_size % process_count:
+    raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes: use a multiple")
+  if batch_size > len(source):
+    logger.warning(
+      "batch_size=%d exceeds the %d images: every batch repeats images, which then count as negatives of themselves",
+      batch_size,
+      len(source),
+    )
+  rows = batch_size // process_count
+  workers = workers or _cores()
+  reader = _Reader(source, max_bad_fraction)
+
+  def draw(step):
+    position = step * batch_size + process_index * rows + np.arange(rows)
+    epoch, place = np.divmod(position, len(source))
+    index = np.empty(rows, np.int64)
+    for e in np.unique(epoch):
+      index[epoch == e] = permutation(seed, int(e), len(source))[place[epoch == e]]
+    return index.astype(np.int32), example_seeds(seed, epoch, index)
+
+  def draw_batch(step):
+    index, seeds = tf.numpy_function(draw, [step], [tf.int32, tf.int32])
+    return tf.ensure_shape(index, [rows]), tf.ensure_shape(seeds, [rows, 2])
+
+  def finish(image, label, index, example_seed):
+    return {"views": transform(image, example_seed), "label": label, "index": index}
+
+  drawn = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max).map(draw_batch)
+  dataset = _examples(source, drawn, reader, workers)
+  dataset = dataset.map(finish, num_parallel_calls=workers, deterministic=True)
+  return Stream(_with_options(dataset.batch(rows, drop_remainder=True).prefetch(2), workers), reader)
+
+
+def eval_batches(
+  source: Source,
+  transform: Callable,
+  *,
+  batch_size: int,
+  max_bad_fraction: float = 0.001,
+  workers: int | None = None,
+) -> Iterator[dict]:
+  """Every image once, in order.
+
+  Args:
+    transform: a TensorFlow function, image uint8 [h, w, 3] -> tensor.
+
+  Yields:
+    Dicts of numpy arrays of batch_size rows: `image`, what `transform` returned, stacked; `label` int32, -1 where
+    there is none; `index` int32; `mask` bool, false in the rows that pad the last batch (all zero, index -1) and in
+    those of unreadable images (which hold the next readable image; `index` is the unreadable one).
+
+  Raises:
+    ValueError: more than the allowed share of unreadable images, as in `train_stream`.
+  """
+  import tensorflow as tf
+
+  workers = workers or _cores()
+  reader = _Reader(source, max_bad_fraction)
+  drawn = tf.data.Dataset.range(len(source)).batch(batch_size)
+  drawn = drawn.map(lambda index: (tf.cast(index, tf.int32), tf.cast(index, tf.int32)))
+
+  def finish(image, label, index, wanted):
+    return {"image": transform(image), "label": label, "index": wanted, "mask": index == wanted}
+
+  dataset = _examples(source, drawn, reader, workers)
+  dataset = dataset.map(finish, num_parallel_calls=workers, deterministic=True)
+  for batch in Stream(_with_options(dataset.batch(batch_size).prefetch(2), workers), reader):
+    missing = batch_size - len(batch["index"])
+    if missing:
+      batch = {key: np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]) for key, x in batch.items()}
+      batch["index"][-missing:] = batch["label"][-missing:] = -1
+    yield batch

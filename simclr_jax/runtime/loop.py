@@ -1,0 +1,207 @@
+"""The one training loop: restore, step, log, evaluate, save.  Programs hand it a Task and get a trained state back.
+
+Order, which resuming relies on: the state of step s is saved after s updates; batch s is a pure function of (seed, s);
+so a run that stops anywhere and restores step s sees the same batch next as one that never stopped.
+"""
+
+import collections
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime import metrics as metrics_lib
+from simclr_jax.runtime.checkpoint import Checkpoints
+
+State = Any  # a pytree dataclass with an int32 `step`
+Batch = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  """`run(state)` -> {name: number}, every `every` steps (0: never) and after the last one."""
+
+  run: Callable[[State], dict]
+  every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Everything the loop needs to know about a program."""
+
+  init: Callable[[jax.Array], State]  # PRNG key -> state at step 0
+  step: Callable[[State, Batch], tuple[State, dict]]  # one update; jitted here, state donated
+  stream: Callable[[int], Iterator[Batch]]  # start step -> this process's numpy batches
+  evaluators: Mapping[str, Evaluator]
+  total_steps: int
+  batch_size: int  # global
+  num_examples: int
+  exports: Callable[[State], dict]  # state -> variables kept as the checkpoint item `encoder`
+
+
+class Diverged(ValueError):
+  """The loss is not finite any more."""
+
+
+class Interrupted(Exception):
+  """SIGINT or SIGTERM arrived and the state was saved."""
+
+  def __init__(self, message: str, exit_code: int):
+    super().__init__(message)
+    self.exit_code = exit_code
+
+
+class _Signals:
+  """Turns SIGINT and SIGTERM into a flag that is read between steps; a second one acts at once."""
+
+  def __enter__(self):
+    self.received = None
+    self._old = {}
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGINT, signal.SIGTERM):
+        self._old[number] = signal.signal(number, self._note)
+    return self
+
+  def _note(self, number, frame):
+    self.received = number
+    signal.signal(number, self._old[number])
+
+  def __exit__(self, *_):
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+
+def abstract_state(init, mesh):
+  """The state's shapes and shardings, without making it."""
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  replicated = mesh_lib.replicated(mesh)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
+
+
+def compile_step(task: Task, mesh):
+  """The jitted update: state in and out replicated, batch split over `data`, the old state's memory reused."""
+  replicated = mesh_lib.replicated(mesh)
+  return jax.jit(task.step, donate_argnums=0, out_shardings=(replicated, replicated))
+
+
+def run(
+  task: Task,
+  *,
+  mesh,
+  workdir,
+  config_json: str,
+  seed: int,
+  log_every: int,
+  checkpoint_every: int,
+  keep: int,
+  constants: Mapping = {},
+) -> tuple[State, metrics_lib.Clock]:
+  """Trains to `task.total_steps`, from the newest checkpoint in workdir if there is one.
+
+  Args:
+    log_every, checkpoint_every: in steps; checkpoint_every=0 saves at the end only.
+    constants: numbers that are written with every row, such as the loss at chance.
+
+  Returns:
+    (final state, seconds per phase).
+
+  Raises:
+    Diverged: the loss became nan or infinite; nothing not finite is ever saved.
+    Interrupted: SIGINT or SIGTERM; the state was saved first.
+    OSError: a checkpoint could not be written; names the one that is good.
+  """
+  clock = metrics_lib.Clock()
+  checkpoints = Checkpoints(workdir, keep=keep)
+  with clock.phase("start"):
+    first = checkpoints.latest_step() or 0
+    if first:
+      state = checkpoints.restore(first, abstract_state(task.init, mesh))
+    else:
+      state = jax.jit(task.init, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(seed))
+  writer = metrics_lib.Writer(workdir, resume_step=first)
+  progress = metrics_lib.Progress(task.total_steps, task.num_examples / task.batch_size)
+  if first:
+    progress.note(f"resuming from step {first} of {task.total_steps}")
+  step_fn = compile_step(task, mesh)
+  window, in_flight = [], collections.deque()
+  last_logged = first
+  mark = dict(clock.seconds)
+
+  def log(step):
+    """Fetches the window's metrics (this waits for the device), writes their mean, and checks they are finite."""
+    nonlocal window, last_logged, mark
+    if not window:
+      return
+    with clock.phase("step"):
+      rows = jax.device_get(window)
+    window = []
+    row = {key: float(np.mean([r[key] for r in rows])) for key in rows[0]}
+    if not all(np.isfinite(r["loss"]) for r in rows):
+      good = checkpoints.latest_step()
+      kept = f"step {good} is saved" if good is not None else "nothing was saved yet"
+      raise Diverged(
+        f"the loss became {row['loss']} within steps {last_logged + 1} to {step}; {kept}; "
+        "lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
+      )
+    spent = {k: v - mark.get(k, 0.0) for k, v in clock.seconds.items()}
+    mark = dict(clock.seconds)
+    busy = sum(spent.get(k, 0.0) for k in ("data", "step"))
+    if busy:
+      row["images_per_second"] = (step - last_logged) * task.batch_size / busy
+      row["data_wait"] = spent.get("data", 0.0) / busy
+    row["epoch"] = step * task.batch_size / task.num_examples
+    row.update(constants)
+    writer.scalars(step, row)
+    progress.update(step, row, eta(step))
+    last_logged = step
+
+  def eta(step):
+    done = step - first
+    working = sum(clock.seconds[k] for k in ("data", "step", "evaluate", "save"))
+    return (task.total_steps - step) * working / done if done else 0.0
+
+  def save(step):
+    log(step)
+    with clock.phase("save"):
+      checkpoints.save(step, state, task.exports(state), config_json)
+
+  with _Signals() as signals:
+    stream = task.stream(first)
+    for step in range(first + 1, task.total_steps + 1):
+      with clock.phase("data"):
+        batch = mesh_lib.global_batch(mesh, next(stream))
+      with clock.phase("compile" if step == first + 1 else "step"):
+        state, metrics = step_fn(state, batch)
+        window.append(metrics)
+        in_flight.append(metrics)
+        if step == first + 1 or len(in_flight) > 2:  # two steps ahead of the device at most: bounds memory
+          jax.block_until_ready(in_flight.popleft())
+      if step % log_every == 0 or step == task.total_steps:
+        log(step)
+      row = {}
+      for evaluator in task.evaluators.values():
+        if step == task.total_steps or (evaluator.every and step % evaluator.every == 0):
+          log(step)
+          with clock.phase("evaluate"):
+            row.update(evaluator.run(state))
+      if row:
+        writer.scalars(step, row)
+        progress.update(step, row, eta(step))
+      if step == task.total_steps or (checkpoint_every and step % checkpoint_every == 0) or signals.received:
+        save(step)
+      if signals.received and step < task.total_steps:
+        writer.close()
+        checkpoints.close()
+        name = signal.Signals(signals.received).name
+        raise Interrupted(
+          f"{name}: stopped after step {step} and saved it; go on with --resume",
+          130 if signals.received == signal.SIGINT else 42,
+        )
+  writer.close()
+  checkpoints.close()
+  return state, clock

@@ -1,0 +1,39 @@
+"""Where arrays live: one mesh axis, `data`; batches are split over it, everything else is a copy on every device."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def make_mesh(devices=None) -> Mesh:
+  """A one-axis mesh `data` over `devices` (default: all devices of all processes).
+
+  The axis type is Auto: the compiler places the collectives, so BatchNorm and NT-Xent over the global batch are the
+  plain formulas.
+  """
+  devices = jax.devices() if devices is None else devices
+  return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Axis 0 split over all devices."""
+  return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def global_batch(mesh: Mesh, local):
+  """A tree of this process's numpy rows [b_local, ...] -> the global arrays [b, ...], split over `data`."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
+
+
+def check_divisible(batch_size: int, mesh: Mesh, name: str = "batch_size"):
+  """Raises ValueError unless every device gets the same number of images."""
+  if batch_size % mesh.size:
+    below, above = batch_size // mesh.size * mesh.size, -(-batch_size // mesh.size) * mesh.size
+    nearest = " or ".join(str(b) for b in (below, above) if b)
+    raise ValueError(f"{name}={batch_size} cannot be split over {mesh.size} devices: use {nearest}")

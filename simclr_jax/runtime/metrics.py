@@ -1,0 +1,133 @@
+"""What a run tells: metrics.jsonl and TensorBoard for later, one progress line for now, and where the time went."""
+
+import collections
+import contextlib
+import json
+import math
+import sys
+import time
+
+import jax
+import numpy as np
+from etils import epath
+
+
+class Clock:
+  """Seconds spent per phase: start-up, compile, data, step, evaluate, save."""
+
+  def __init__(self):
+    self.started = time.monotonic()
+    self.seconds = collections.Counter()
+
+  @contextlib.contextmanager
+  def phase(self, name: str):
+    start = time.monotonic()
+    try:
+      yield
+    finally:
+      self.seconds[name] += time.monotonic() - start
+
+  def total(self) -> float:
+    return time.monotonic() - self.started
+
+
+class Writer:
+  """Appends rows to metrics.jsonl and TensorBoard; process 0 writes, the others stay silent."""
+
+  def __init__(self, workdir, *, resume_step: int = 0):
+    self._path = epath.Path(workdir) / "metrics.jsonl"
+    self._active = jax.process_index() == 0
+    self._board = None
+    if self._active:
+      from clu.metric_writers import SummaryWriter  # imports TensorFlow, and wants the tensorboard package
+
+      self._board = SummaryWriter(str(workdir))
+      # Rows past the restored step belong to updates that are about to be made again.
+      rows = [row for row in read(workdir) if row["step"] <= resume_step] if resume_step else []
+      self._path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+  def scalars(self, step: int, row: dict):
+    """One row of finite numbers; a value that is not finite is written as null."""
+    if not self._active:
+      return
+    clean = {k: (float(v) if math.isfinite(v) else None) for k, v in row.items()}
+    with self._path.open("a") as file:
+      file.write(json.dumps({"step": step, **clean}) + "\n")
+    self._board.write_scalars(step, {k: v for k, v in clean.items() if v is not None})
+
+  def image(self, step: int, name: str, image: np.ndarray):
+    """One uint8 picture [h, w, 3] for TensorBoard."""
+    if self._active:
+      self._board.write_images(step, {name: image[None]})
+
+  def close(self):
+    if self._board:
+      self._board.close()
+
+
+def read(workdir) -> list[dict]:
+  """Rows of metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
+  path = epath.Path(workdir) / "metrics.jsonl"
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    with contextlib.suppress(json.JSONDecodeError):
+      rows.append(json.loads(line))
+  return rows
+
+
+def duration(seconds: float) -> str:
+  """75 -> '1:15', 4000 -> '1:06:40'."""
+  minutes, seconds = divmod(int(round(seconds)), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress:
+  """One line that a person watches: rewritten in place on a terminal, printed now and then into a log file."""
+
+  def __init__(self, total_steps: int, steps_per_epoch: float, *, seconds_between_lines: float = 10.0):
+    self._total, self._per_epoch = total_steps, steps_per_epoch
+    self._live = sys.stdout.isatty()
+    self._active = jax.process_index() == 0
+    self._between, self._last = seconds_between_lines, -math.inf
+    self._latest = {}
+
+  def update(self, step: int, row: dict, eta: float):
+    """Shows the newest value of everything seen so far; `eta` in seconds."""
+    self._latest.update(row)
+    if not self._active:
+      return
+    last_step = step >= self._total
+    if not self._live and not last_step and time.monotonic() - self._last < self._between:
+      return
+    self._last = time.monotonic()
+    line = self._line(step, eta)
+    if self._live:
+      sys.stdout.write(f"\r\033[K{line}" + ("\n" if last_step else ""))
+    else:
+      sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+  def note(self, text: str):
+    """A line of its own, above the progress line."""
+    if self._active:
+      sys.stdout.write(("\r\033[K" if self._live else "") + text + "\n")
+      sys.stdout.flush()
+
+  def _line(self, step, eta):
+    r = self._latest
+    parts = [f"step {step}/{self._total} ({step / self._per_epoch:.1f} epochs)"]
+    if "loss" in r:
+      chance = f" (chance {r['chance_loss']:.2f})" if "chance_loss" in r else ""
+      parts.append(f"loss {r['loss']:.3f}{chance}")
+    for key, label in (
+      ("contrastive_accuracy", "contrastive acc"),
+      ("online_accuracy", "online"),
+      ("knn", "kNN"),
+    ):
+      if key in r:
+        parts.append(f"{label} {100 * r[key]:.1f} %")
+    if "images_per_second" in r:
+      parts.append(f"{r['images_per_second']:,.0f} images/s, waiting for data {100 * r['data_wait']:.0f} %")
+    parts.append(f"ETA {duration(eta)}")
+    return "  ".join(parts)

@@ -1,0 +1,410 @@
+"""The end-of-run page is one well-formed, self-contained, escaped file, and its curves and pictures are right."""
+
+import base64
+import html.parser
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simclr_jax.runtime import report
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+rng = np.random.default_rng(0)
+
+
+class Page(html.parser.HTMLParser):
+  """Checks nesting while it reads; keeps (tag, attributes, text) of every element in the order of their ends."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.open, self.elements = [], []
+    self.feed(text)
+    self.close()
+    assert not self.open, f"left open: {[tag for tag, *_ in self.open]}"
+
+  def handle_starttag(self, tag, attrs):
+    assert len(dict(attrs)) == len(attrs), f"attribute twice in <{tag} {attrs}>"
+    element = (tag, dict(attrs), [])
+    if tag in VOID:
+      self.elements.append(element)
+    else:
+      self.open.append(element)
+
+  def handle_startendtag(self, tag, attrs):
+    self.elements.append((tag, dict(attrs), []))
+
+  def handle_endtag(self, tag):
+    assert self.open and self.open[-1][0] == tag, f"</{tag}> closes <{self.open[-1:]}>"
+    self.elements.append(self.open.pop())
+
+  def handle_data(self, data):
+    for _, _, text in self.open:
+      text.append(data)
+
+  def all(self, tag, kind=None):
+    return [
+      (attrs, "".join(text))
+      for name, attrs, text in self.elements
+      if name == tag and (kind is None or kind in attrs.get("class", "").split())
+    ]
+
+  def texts(self, tag, kind=None):
+    return [text for _, text in self.all(tag, kind)]
+
+
+def full_arguments(folder):
+  (folder / "encoder").mkdir()
+  (folder / "encoder" / "a").write_bytes(bytes(1500))
+  (folder / "encoder" / "b").write_bytes(bytes(500))
+  return dict(
+    title="A run",
+    summary="It went well.",
+    verdict="Healthy.",
+    healthy=True,
+    scores=[
+      dict(representation="chance", knn=0.99, linear=0.1),
+      dict(representation="raw pixels", knn=0.81, linear=0.824, linear_10=0.71),
+      dict(representation="h", knn=0.8461, linear=None, linear_10=0.75),
+    ],
+    history=[
+      dict(step=i, epoch=i / 10, loss=6.0 - i / 20, chance_loss=6.24, contrastive_accuracy=i / 100, odd=float(i))
+      for i in range(50)
+    ]
+    + [dict(step=50, knn=0.5, note="text", flag=True)],
+    config=dict(seed=0, optimizer=dict(name="lars", schedule=dict(warmup=10))),
+    files={folder / "report.html": "the page", folder / "encoder": "the encoder", folder / "none": "nothing"},
+    snippet="import simclr_jax\nx = 1 < 2\n",
+    views=rng.random((30, 2, 28, 28, 3), np.float32),
+    neighbours=(rng.random((3, 28, 28, 3)), rng.random((3, 5, 28, 28, 3)), rng.random((3, 5)) < 0.5),
+    confusion=np.array([[8, 2], [1, 9]]),
+    class_names=["cat", "dog"],
+    seconds={"compile": 20.0, "train": 3600.0},
+  )
+
+
+EMPTY = dict(title="t", summary="", scores=[], history=[], config={}, files={}, snippet="")
+
+
+def write(folder, **arguments):
+  path = folder / "report.html"
+  report.write_report(path, **(EMPTY | arguments))
+  return path.read_text()
+
+
+def test_the_page_is_well_formed_and_self_contained(tmp_path):
+  text = write(tmp_path, **full_arguments(tmp_path))
+  page = Page(text)
+  ids = [attrs["id"] for _, attrs, _ in page.elements if "id" in attrs]
+  assert len(ids) == len(set(ids))
+  references = [attrs[k] for _, attrs, _ in page.elements for k in ("src", "href") if k in attrs]
+  assert len(references) > 60  # 24 pairs, 3 rows of 6, the links to the sections
+  for reference in references:
+    assert reference.startswith("data:") or reference.removeprefix("#") in ids
+  assert not re.search(r"https?:|url\(|@import|srcset|<iframe|<object", text)
+  assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
+  assert page.texts("h2") == [
+    *("Scores", "Curves", "View pairs", "Nearest neighbours", "Confusion matrix", "Time budget"),
+    *("Load the encoder", "Files", "Config"),
+  ]
+  assert page.all("table") and text.count("<table") == text.count('<div class="scroll"><table')
+  assert not list(tmp_path.glob(".*")), "a partial file stayed behind"
+
+
+def test_a_missing_section_leaves_no_heading(tmp_path):
+  page = Page(write(tmp_path))
+  assert not page.texts("section") and not page.texts("h2") and not page.texts("a") and not page.all("script")
+  assert not page.all("p")
+  everything = full_arguments(tmp_path)
+  for gone, heading in [
+    *(("scores", "Scores"), ("history", "Curves"), ("views", "View pairs"), ("seconds", "Time budget")),
+    *(("neighbours", "Nearest neighbours"), ("confusion", "Confusion matrix"), ("snippet", "Load the encoder")),
+    *(("files", "Files"), ("config", "Config")),
+  ]:
+    page = Page(write(tmp_path, **{k: v for k, v in everything.items() if k != gone}))
+    assert heading not in page.texts("h2") + page.texts("a") and len(page.texts("h2")) == 8
+  assert "Curves" not in Page(write(tmp_path, history=[dict(step=1), dict(step=2, note="x")])).texts("h2")
+
+
+def test_everything_a_user_names_is_escaped(tmp_path):
+  evil = "</script></pre><script>alert('1')</script><img src=x onerror=\"alert(2)\"> & \udc80"
+  text = write(
+    tmp_path,
+    title=evil,
+    summary=evil,
+    verdict=evil,
+    scores=[{"representation": evil, evil: 0.5}],
+    history=[{"step": 1, evil: 1.0, "loss": 1.0}],
+    config={evil: {evil: evil}, "list": [evil]},
+    files={tmp_path / "a<b>": evil},
+    snippet=evil,
+    confusion=np.eye(2, dtype=int),
+    class_names=[evil, "b"],
+    seconds={evil: 1.0},
+  )
+  page = Page(text)
+  shown = evil.replace("\udc80", "?")
+  assert page.texts("h1") == [shown] and page.texts("title")[0] == shown and page.texts("pre") == [shown]
+  assert len(page.all("script")) == 1 and "alert" not in page.texts("script")[0]
+  assert not page.all("img") and not any("onerror" in attrs for _, attrs, _ in page.elements)
+  assert f"{shown}: 1 right" in [attrs.get("title") for attrs, _ in page.all("td")]
+  many = [evil, *map(str, range(39))]
+  page = Page(write(tmp_path, confusion=np.ones((40, 40), int), class_names=many))
+  assert shown in page.texts("td") and not page.all("script")
+
+
+def panel(page, heading):
+  return next(f for f in re.findall(r"<figure>.*?</figure>", page, re.S) if f"<span>{heading}</span>" in f)
+
+
+def curve(page, heading):
+  """Reads a panel back through its own axes: {class of the line: [(step, value)]}, height → value, tooltips."""
+  figure = panel(page, heading)
+  svg = Page(figure)
+  scale = {"G": 1e9, "M": 1e6, "k": 1e3, "%": 1e-2}
+
+  def number(text):
+    return float(text.rstrip("GMk%")) * scale.get(text[-1], 1.0)
+
+  y_axis = [(float(a["y"]) - 3.5, number(text)) for a, text in svg.all("text", "y")]
+  x_axis = [(float(a["x"]), number(text)) for a, text in svg.all("text") if "class" not in a]
+  to_value, to_step = (np.polyfit(*zip(*axis, strict=True), 1) for axis in (y_axis, x_axis))
+  assert to_value[0] < 0 < to_step[0]  # up is more, right is later
+  lines = {}
+  for attrs, _ in svg.all("polyline"):
+    points = np.array([point.split(",") for point in attrs["points"].split()], float)
+    lines[attrs["class"]] = np.polyval(to_step, points[:, 0]), np.polyval(to_value, points[:, 1])
+  return lines, lambda height: np.polyval(to_value, height), svg.texts("title"), figure
+
+
+def test_a_curve_stands_where_its_axes_say(tmp_path):
+  page = write(tmp_path, **full_arguments(tmp_path))
+  lines, to_value, tooltips, figure = curve(page, "Loss")
+  steps, values = lines["curve"]
+  np.testing.assert_allclose(steps, np.arange(50), atol=0.1)
+  np.testing.assert_allclose(values, 6.0 - np.arange(50) / 20, atol=0.02)
+  dashed = re.search(r'class="reference" d="M\d+ ([\d.]+)H', figure)
+  assert to_value(float(dashed[1])) == pytest.approx(6.24, abs=0.02) and "dashed: chance, 6.24" in figure
+  assert tooltips[30] == "step 30 (epoch 3): 4.5" and len(tooltips) == 50
+  assert "<b>3.55</b>" in figure  # the last value
+
+  steps, values = curve(page, "Contrastive accuracy")[0]["curve"]
+  np.testing.assert_allclose(values, np.arange(50) / 100, atol=0.004)
+  folded = page[page.index("Everything else that was logged") :]
+  assert "<span>odd</span>" in folded and "<span>Loss</span>" not in folded
+  assert "<span>note</span>" not in page and "<span>flag</span>" not in page  # not numbers
+  assert "<b>50.0 %</b>" in panel(page, "kNN accuracy of h")  # a single point has a panel too
+
+
+def test_the_later_of_two_rows_of_a_step_counts_and_what_is_not_finite_is_counted(tmp_path):
+  before = [dict(step=i, loss=9.0) for i in (1, 2, 3, 4, 6, 8, 10)]
+  after = [dict(step=i, loss=float("nan") if i in (7, 8) else np.float32(2.0 + i)) for i in range(5, 13)]
+  page = write(tmp_path, history=before + after)
+  steps, values = curve(page, "Loss")[0]["curve"]
+  np.testing.assert_allclose(steps, [1, 2, 3, 4, 5, 6, 9, 10, 11, 12], atol=0.05)
+  np.testing.assert_allclose(values, [9, 9, 9, 9, 7, 8, 11, 12, 13, 14], atol=0.1)
+  assert "2 not finite, left out" in page
+
+
+def test_downsampling_keeps_the_ends_and_the_extremes():
+  n = 100_000
+  values = rng.normal(size=n)
+  values[31_234], values[77_777] = 50.0, -50.0
+  steps = np.arange(n) * 3.0
+  x, y = report.downsample(steps, values)
+  assert len(x) == len(y) <= 400 and np.all(np.diff(x) > 0)
+  assert np.array_equal(values[(x / 3).astype(int)], y)  # points that were logged, none made up
+  assert x[0] == 0 and x[-1] == 3.0 * (n - 1) and y.max() == 50.0 and y.min() == -50.0
+  for k in range(10):  # every tenth of the curve keeps its own lowest and highest, to within one stretch at its ends
+    inside = slice(k * n // 10 + 600, (k + 1) * n // 10 - 600)
+    kept = y[(x >= 3 * k * n // 10) & (x < 3 * (k + 1) * n // 10)]
+    assert kept.max() >= values[inside].max() and kept.min() <= values[inside].min()
+  short = np.arange(400.0)
+  assert report.downsample(short, short)[1] is short
+
+
+def test_a_long_history_is_a_small_page_that_shows_its_spike(tmp_path):
+  n = 100_000
+  loss = 3.0 + 0.1 * rng.normal(size=n)
+  loss[60_000] = 20.0
+  page = write(tmp_path, history=[dict(step=i, loss=loss[i], learning_rate=i / n) for i in range(n)])
+  assert len(page) < 60_000
+  lines, _, tooltips, _ = curve(page, "Loss")
+  steps, values = lines["pale"]
+  assert len(steps) <= 400
+  assert values.max() == pytest.approx(20.0, abs=0.2) and steps[values.argmax()] == pytest.approx(60_000, abs=250)
+  steps, values = lines["curve"]
+  for k, stretch in enumerate(np.array_split(loss, 48)):
+    assert values[k] == pytest.approx(stretch.mean(), abs=0.1)
+  assert sum(tooltip.endswith(" to 20") for tooltip in tooltips) == 1 and len(tooltips) == 48
+
+
+@pytest.mark.parametrize("value", [0.0, 6.2383, -3.0, 1e-7, 1e6])
+def test_a_constant_curve_has_distinct_ticks(tmp_path, value):
+  page = write(tmp_path, history=[dict(step=i, loss=value, learning_rate=value, knn=0.1) for i in range(3)])
+  for heading in ("Loss", "Learning rate", "kNN accuracy of h"):
+    ticks = Page(panel(page, heading)).texts("text", "y")
+    assert 3 <= len(ticks) == len(set(ticks)) <= 8
+  _, values = curve(page, "Loss")[0]["curve"]
+  np.testing.assert_allclose(values, value, atol=max(abs(value) * 1e-3, 0.01 if value == 0 else 0))
+
+
+def test_scores_on_the_page_and_in_the_terminal_agree(tmp_path):
+  scores = full_arguments(tmp_path)["scores"]
+  page = Page(write(tmp_path, scores=scores))
+  assert page.texts("td", "best") == ["84.6", "75.0"]  # linear has one value besides chance: nothing to be best of
+  assert page.texts("td", "none") == ["–", "–"]
+  assert page.texts("tr", "chance") == ["chance99.010.0–"]
+  assert report.score_table(scores) == "\n".join(
+    [
+      "             kNN   linear   linear 10/class",
+      "raw pixels  81.0     82.4              71.0",
+      "h           84.6*       –              75.0*",
+      "chance      99.0     10.0                 –",
+    ]
+  )
+  tied = report.score_table([dict(representation=r, knn=0.5) for r in "ab"])
+  assert tied.count("50.0*") == 2
+
+
+def test_a_confusion_matrix_shows_shares_and_hides_counts_in_hints(tmp_path):
+  confusion = np.array([[8, 2, 0], [1, 999, 0], [0, 0, 0]])
+  page = Page(write(tmp_path, confusion=confusion, class_names=["cat", "dog", "eel"]))
+  cells = [(attrs.get("title"), attrs.get("class"), text) for attrs, text in page.all("td") if "title" in attrs]
+  assert cells[:3] == [
+    ("cat: 8 right", "hit", "80"),
+    ("cat taken for dog: 2", "miss", "20"),
+    ("cat taken for eel: 0", None, ""),
+  ]
+  assert cells[4] == ("dog: 999 right", "hit", "100") and cells[8] == ("eel: 0 right", None, "")
+  assert "99.7 % of 1,010 images are right" in page.texts("p")[0]
+  many = np.eye(50, dtype=int) * 10
+  many[3, 7] = 30
+  page = Page(write(tmp_path, confusion=many))
+  assert page.texts("td") == ["3", "7", "30", "75.0 %"]
+
+
+def test_time_and_files(tmp_path):
+  page = Page(write(tmp_path, **full_arguments(tmp_path)))
+  text = " ".join(page.texts("tr"))
+  assert "20.0 s0.6 %" in text and "1 h 0 min99.4 %" in text
+  grow = [float(re.search("flex-grow:([0-9.]+)", a["style"])[1]) for a, _ in page.all("span") if "style" in a]
+  assert grow == pytest.approx([20 / 3620, 3600 / 3620], abs=1e-4)
+  assert "report.htmlthis pagethe page" in text and "encoder2 kBthe encoder" in text and "none–nothing" in text
+
+
+def picture(source):
+  head, data = source.split(",")
+  return head, np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+def test_embedded_pictures_are_the_views(tmp_path):
+  arguments = full_arguments(tmp_path)
+  images = [attrs for attrs, _ in Page(write(tmp_path, views=arguments["views"])).all("img")]
+  assert len(images) == 48
+  for k, attrs in enumerate(images):
+    head, pixels = picture(attrs["src"])
+    assert head == "data:image/png;base64" and attrs["alt"] == f"image {k // 2}, view {k % 2 + 1}"
+    assert np.abs(pixels - 255.0 * arguments["views"][k // 2, k % 2]).max() <= 0.51
+  photo = np.tile(np.linspace(0, 1, 224)[:, None, None], (1, 2, 1, 224, 3)).reshape(1, 2, 224, 224, 3)
+  head, pixels = picture(Page(write(tmp_path, views=photo)).all("img")[0][0]["src"])
+  assert head == "data:image/jpeg;base64" and pixels.shape == (128, 128, 3)
+
+  queries, neighbours, same = arguments["neighbours"]
+  page = Page(write(tmp_path, neighbours=(queries, neighbours, same)))
+  assert len(page.all("span", "same")) == same.sum() and len(page.all("span", "other")) == (~same).sum()
+  assert f"{100 * same.mean():.1f} % of 15 neighbours agree" in page.texts("p")[0]
+  _, pixels = picture(page.all("img")[1 * 6 + 3][0]["src"])  # second row, third neighbour
+  assert np.abs(pixels - 255.0 * neighbours[1, 2]).max() <= 0.51
+
+
+def test_pairs_stand_side_by_side_in_their_frame(tmp_path):
+  views = rng.integers(0, 256, (11, 2, 28, 30, 3), np.uint8)
+  report.view_pairs_png(tmp_path / "views.png", views, columns=4)
+  sheet = np.asarray(Image.open(tmp_path / "views.png"))
+  h, w = 84, 90  # enlarged three times
+  assert sheet.shape == (14 + 3 * (h + 6 + 14), 14 + 4 * (2 * w + 9 + 14), 3)
+  covered = np.zeros(sheet.shape[:2], bool)
+  for i in range(11):
+    x, y = 17 + i % 4 * (2 * w + 23), 17 + i // 4 * (h + 20)
+    for v in range(2):
+      left = x + v * (w + 3)
+      block = sheet[y : y + h, left : left + w]
+      assert np.array_equal(block[::3, ::3], views[i, v]) and np.array_equal(block[2::3, 1::3], views[i, v])
+    frame = sheet[y - 3 : y + h + 3, x - 3 : x + 2 * w + 6].copy()
+    frame[3:-3, 3 : 3 + w] = frame[3:-3, 6 + w : 6 + 2 * w] = report.INK
+    assert np.all(frame == report.INK)
+    covered[y - 3 : y + h + 3, x - 3 : x + 2 * w + 6] = True
+  assert np.all(sheet[~covered] == report.PAPER)
+
+  report.view_pairs_png(tmp_path / "float.png", views / np.float32(255), columns=4)
+  assert np.array_equal(np.asarray(Image.open(tmp_path / "float.png")), sheet)
+  report.view_pairs_png(tmp_path / "few.png", views[:2], zoom=1)
+  assert Image.open(tmp_path / "few.png").size == (14 + 2 * (2 * 30 + 23), 14 + 28 + 20)
+
+
+def test_neighbours_are_framed_by_their_label(tmp_path):
+  queries = rng.random((2, 40, 40, 3))
+  neighbours = rng.integers(0, 256, (2, 3, 40, 40, 3), np.uint8)
+  same = np.array([[True, False, True], [False, False, True]])
+  report.neighbours_png(tmp_path / "n.png", queries, neighbours, same)
+  sheet = np.asarray(Image.open(tmp_path / "n.png")).astype(int)
+  size = 120  # three times 40
+  assert sheet.shape == (14 + 2 * (size + 20), 14 + 4 * (size + 20) + 14, 3)
+  for i in range(2):
+    y = 17 + i * (size + 20)
+    assert np.abs(sheet[y : y + size : 3, 17 : 17 + size : 3] - 255 * queries[i]).max() <= 0.51
+    assert tuple(sheet[y, 14]) == report.INK
+    for j in range(3):
+      x = 31 + (j + 1) * (size + 20)
+      assert np.array_equal(sheet[y : y + size : 3, x : x + size : 3], neighbours[i, j])
+      red, green, _ = sheet[y + 50, x - 1]
+      assert (green > red) == same[i, j] and np.array_equal(sheet[y - 3, x - 3], sheet[y + size + 2, x + size + 2])
+  report.neighbours_png(tmp_path / "plain.png", queries, neighbours)
+  assert tuple(np.asarray(Image.open(tmp_path / "plain.png"))[17, 14 + 154]) == report.INK
+
+
+@pytest.mark.parametrize(
+  "call, words",
+  [
+    (lambda p: report.view_pairs_png(p, np.zeros((4, 28, 28, 3))), r"\[4, 28, 28, 3\].*\[n, 2, h, w, 3\]"),
+    (lambda p: report.view_pairs_png(p, np.zeros((0, 2, 28, 28, 3))), "pass pairs"),
+    (lambda p: report.neighbours_png(p, np.zeros((2, 8, 8, 3)), np.zeros((3, 4, 8, 8, 3))), "don't fit"),
+    (
+      lambda p: report.neighbours_png(p, np.zeros((2, 8, 8, 3)), np.zeros((2, 4, 8, 8, 3)), [True]),
+      r"same_label.*\[2, 4\]",
+    ),
+    (lambda p: report.write_report(p, **EMPTY, confusion=np.zeros((2, 3))), r"\[2, 3\]"),
+    (lambda p: report.write_report(p, **EMPTY, confusion=np.eye(2), class_names=["a"]), "1 class names"),
+    (lambda p: report.write_report(p, **EMPTY, views=np.zeros((1, 3, 8, 8, 3))), r"\[1, 3, 8, 8, 3\]"),
+  ],
+)
+def test_a_wrong_shape_is_named_in_one_line_and_writes_nothing(tmp_path, call, words):
+  with pytest.raises(ValueError, match=words) as error:
+    call(tmp_path / "out")
+  assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_reader_of_the_old_page_never_sees_half_of_the_new(tmp_path):
+  old = write(tmp_path, title="old")
+  with open(tmp_path / "report.html") as reader:
+    start = reader.read(100)
+    write(tmp_path, title="new" * 10_000)
+    assert start + reader.read() == old
+
+
+def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
+  old = write(tmp_path, title="old")
+
+  def full_disk(self, data):
+    with open(self, "wb") as file:
+      file.write(data[:100])
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(type(tmp_path), "write_bytes", full_disk)
+  with pytest.raises(OSError, match="No space"):
+    write(tmp_path, title="new")
+  assert (tmp_path / "report.html").read_text() == old
+  assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
