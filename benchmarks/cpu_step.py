@@ -1,73 +1,67 @@
 """Training speed on a CPU: our encoder against a plain torch one, forward, backward and SGD.
 
-  python -m venv /tmp/torchvenv && /tmp/torchvenv/bin/pip install jax flax optax torch   # CPU wheels
-  /tmp/torchvenv/bin/python -m benchmarks.cpu_step [--rounds=5] [--views=256] [--size=32]
+  python -m venv /tmp/torchvenv && /tmp/torchvenv/bin/pip install numpy torch   # a CPU wheel
+  python -m benchmarks.cpu_step --torch_python=/tmp/torchvenv/bin/python [--rounds=7] [--views=256] [--size=32]
 
 Both are ResNet-18 with the CIFAR stem and the official code's projected shortcut in every group: the same
-multiplications.  Variants take turns, one step each, so that load from elsewhere hits them alike; a ratio is the median
-over turns of (torch float32's time / the variant's time in the same turn).  torch runs in channels_last, bfloat16 as
-autocast; ours as `simclr` runs on a CPU, with the XLA flag that runtime/cpu.py sets.
+multiplications.  torch runs in channels_last, in bfloat16 as autocast; ours as `simclr` does on a CPU, with what
+runtime/cpu.py sets, and a third time without that.  Each variant is a process of its own that sleeps between its
+turns.  They take turns, one step each, so that load from elsewhere hits them alike; a ratio is the median over rounds
+of (torch float32's time / the variant's time in the same round).
 """
 
 import argparse
 import os
+import platform
 import statistics
+import subprocess
+import sys
 import time
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-from simclr_jax.runtime import cpu
-
-flags_line = cpu.prepare()  # before jax starts
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from simclr_jax.encoder import resnet  # noqa: E402
+import numpy as np
 
 LEARNING_RATE = 1e-3
-
-
-class TorchBlock(torch.nn.Module):
-  """The basic residual block."""
-
-  def __init__(self, channels, filters, stride, project):
-    super().__init__()
-    self.conv1 = torch.nn.Conv2d(channels, filters, 3, stride, 1, bias=False)
-    self.norm1 = torch.nn.BatchNorm2d(filters)
-    self.conv2 = torch.nn.Conv2d(filters, filters, 3, 1, 1, bias=False)
-    self.norm2 = torch.nn.BatchNorm2d(filters)
-    self.shortcut = torch.nn.Identity()
-    if project:
-      self.shortcut = torch.nn.Sequential(
-        torch.nn.Conv2d(channels, filters, 1, stride, bias=False), torch.nn.BatchNorm2d(filters)
-      )
-
-  def forward(self, x):
-    y = torch.relu(self.norm1(self.conv1(x)))
-    return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+VARIANTS = ("torch float32", "torch bfloat16", "ours float32", "ours bfloat16", "ours float32, unprepared")
 
 
 def torch_resnet18():
   """ResNet-18 with the CIFAR stem: [n, 3, h, w] -> [n, 512]."""
-  layers = [torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.BatchNorm2d(64), torch.nn.ReLU()]
+  from torch import nn
+
+  class Block(nn.Module):
+    def __init__(self, channels, filters, stride, project):
+      super().__init__()
+      self.conv1 = nn.Conv2d(channels, filters, 3, stride, 1, bias=False)
+      self.norm1 = nn.BatchNorm2d(filters)
+      self.conv2 = nn.Conv2d(filters, filters, 3, 1, 1, bias=False)
+      self.norm2 = nn.BatchNorm2d(filters)
+      self.shortcut = nn.Identity()
+      if project:
+        convolution = nn.Conv2d(channels, filters, 1, stride, bias=False)
+        self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(filters))
+
+    def forward(self, x):
+      y = self.norm1(self.conv1(x)).relu()
+      return (self.norm2(self.conv2(y)) + self.shortcut(x)).relu()
+
+  layers = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
   channels = 64
   for filters, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-    layers += [TorchBlock(channels, filters, stride, True), TorchBlock(filters, filters, 1, False)]
+    layers += [Block(channels, filters, stride, True), Block(filters, filters, 1, False)]
     channels = filters
-  return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+  return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def torch_step(images, bfloat16):
-  """A function that does one training step and returns when it is done."""
+def torch_step(images, variant):
+  """(a function that does one training step and returns when it is done, what it runs on)."""
+  import torch
+
   model = torch_resnet18().to(memory_format=torch.channels_last)
   sgd = torch.optim.SGD(model.parameters(), LEARNING_RATE)
   x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
   def step():
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in variant):
       h = model(x)
     loss = h.float().square().mean()
     sgd.zero_grad()
@@ -75,25 +69,34 @@ def torch_step(images, bfloat16):
     sgd.step()
     return loss.item()
 
-  return step
+  return step, f"torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
-def our_step(images, dtype):
-  """A function that does one training step and returns when it is done."""
-  model = resnet(18, stem="cifar", dtype=dtype)
+def our_step(images, variant):
+  """The same of our encoder."""
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  from simclr_jax.runtime import cpu
+
+  prepared = None if "unprepared" in variant else cpu.prepare()
+
+  import jax
+  import jax.numpy as jnp
+
+  from simclr_jax.encoder import resnet
+
+  model = resnet(18, stem="cifar", dtype="bfloat16" if "bfloat16" in variant else "float32")
   x = jnp.asarray(images)
   variables = jax.jit(model.init)(jax.random.key(0), x[:1])
 
   @jax.jit
   def update(params, batch_stats):
     def loss_fn(params):
-      h, new = model.apply(
-        {"params": params, "batch_stats": batch_stats}, x, train=True, mutable=["batch_stats"]
-      )
+      variables = {"params": params, "batch_stats": batch_stats}
+      h, new = model.apply(variables, x, train=True, mutable=["batch_stats"])
       return jnp.mean(jnp.square(h)), new["batch_stats"]
 
-    (loss, batch_stats), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    return jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, gradients), batch_stats, loss
+    (loss, new), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, gradients), new, loss
 
   state = [variables["params"], variables["batch_stats"]]
 
@@ -102,38 +105,68 @@ def our_step(images, dtype):
     jax.block_until_ready(state)
     return float(loss)
 
-  return step
+  return step, f"jax {jax.__version__}. {prepared or ''}"
+
+
+def work(variant, args):
+  """In a process of its own: one step, timed, for each line of standard input."""
+  images = np.random.default_rng(0).random((args.views, args.size, args.size, 3), np.float32)
+  build = torch_step if variant.startswith("torch") else our_step
+  step, version = build(images, variant)
+  step()  # compiles
+  step()
+  print(version, flush=True)
+  for _ in sys.stdin:
+    start = time.perf_counter()
+    step()
+    print(time.perf_counter() - start, flush=True)
+
+
+def measure(args):
+  """Seconds a step, {variant: [one for each round]}."""
+  workers = {}
+  for variant in VARIANTS:
+    python = args.torch_python if variant.startswith("torch") else sys.executable
+    options = [f"--worker={variant}", f"--views={args.views}", f"--size={args.size}"]
+    command = [python, "-m", "benchmarks.cpu_step", *options]
+    workers[variant] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    print(f"{variant}: {read(workers[variant])}", flush=True)
+  seconds = {variant: [] for variant in VARIANTS}
+  for _ in range(args.rounds):
+    for variant, worker in workers.items():
+      print(file=worker.stdin, flush=True)
+      seconds[variant].append(float(read(worker)))
+  for worker in workers.values():
+    worker.communicate()
+  return seconds
+
+
+def read(worker):
+  line = worker.stdout.readline()
+  if not line:
+    raise SystemExit(f"{' '.join(worker.args)} ended early: see its message above")
+  return line.strip()
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--torch_python", default=sys.executable, help="a Python that has torch")
+  parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--views", type=int, default=256)
   parser.add_argument("--size", type=int, default=32)
+  parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
   args = parser.parse_args()
-
-  images = np.random.default_rng(0).random((args.views, args.size, args.size, 3), np.float32)
-  variants = {
-    "torch float32": torch_step(images, False),
-    "torch bfloat16": torch_step(images, True),
-    "simclr_jax float32": our_step(images, "float32"),
-    "simclr_jax bfloat16": our_step(images, "bfloat16"),
-  }
-  print(flags_line or f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')}")
-  print(f"jax {jax.__version__}, torch {torch.__version__}, {os.cpu_count()} cores, {args.rounds} rounds")
-  times = {name: [] for name in variants}
-  for step in variants.values():
-    step()  # compiles
-  for _ in range(args.rounds):
-    for name, step in variants.items():
-      start = time.perf_counter()
-      step()
-      times[name].append(time.perf_counter() - start)
-  print(f"{'':20}{'views/s':>9}{'x torch float32':>17}   (smallest to largest)")
-  for name, seconds in times.items():
-    ratios = sorted(base / s for base, s in zip(times["torch float32"], seconds, strict=True))
-    speed = args.views / statistics.median(seconds)
-    print(f"{name:20}{speed:9.1f}{statistics.median(ratios):17.2f}   ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+  if args.worker:
+    work(args.worker, args)
+    return
+  seconds = measure(args)
+  print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.rounds} rounds,", end=" ")
+  print(f"{args.views} views of {args.size} pixels\n")
+  print(f"{'':26}{'views/s':>9}{'x torch float32':>17}   smallest to largest ratio")
+  for variant, times in seconds.items():
+    ratios = sorted(base / t for base, t in zip(seconds["torch float32"], times, strict=True))
+    speed = args.views / statistics.median(times)
+    print(f"{variant:26}{speed:9.1f}{statistics.median(ratios):17.2f}   {ratios[0]:.2f} to {ratios[-1]:.2f}")
 
 
 if __name__ == "__main__":

@@ -55,37 +55,45 @@ def nt_xent(z, temperature, *, normalize=True, reduction="mean", precision="high
     ValueError: z is not [n, 2, d], temperature is not positive, reduction or precision is not one of the above.
   """
   y, metrics = _prepare(z, temperature, normalize, reduction, precision)
-  n, _, d = y.shape
-  anchors = y.reshape(2 * n, d)  # 2i and 2i + 1 are image i
-  candidates = jnp.swapaxes(y, 0, 1).reshape(2 * n, d)  # i and n + i are image i
-  logits = _dot(anchors, candidates.T, precision)  # [2n, 2n]
-  same_image = (jnp.arange(2 * n) // 2)[:, None] == jnp.arange(2 * n) % n
-  negatives = jnp.where(same_image, MASKED, logits)
+  logits, positive, negatives = _compare(y, precision)
   # -log(e^pos / (e^pos + sum e^neg)) = log(1 + e^(lse(neg) - pos)), which keeps its digits when nearly 0.
-  positive = jnp.repeat(_row_dot(y[:, 0], y[:, 1]), 2)
-  losses = jax.nn.softplus(jax.nn.logsumexp(negatives, axis=1) - positive)  # [2n]
+  losses = jax.nn.softplus(jax.nn.logsumexp(negatives, axis=1) - positive)
+  return _reduce(losses, reduction), metrics | _matrix_metrics(logits, negatives, _potentials(y, temperature, logits))
 
-  y, logits, negatives = jax.lax.stop_gradient((y, logits, negatives))
 
-  def of_first_views(x):
-    return x.reshape(n, 2)[:, 0]
+def _compare(y, precision):
+  """Logits of all 2n views, 2i and 2i + 1 of image i: all [2n, 2n], of the positives [2n], of the negatives alone."""
+  n, _, d = y.shape
+  rows = y.reshape(2 * n, d)
+  logits = _dot(rows, rows.T, precision)
+  image = jnp.arange(2 * n) // 2
+  negatives = jnp.where(image[:, None] == image[None, :], MASKED, logits)
+  return logits, jnp.repeat(_row_dot(y[:, 0], y[:, 1]), 2), negatives
 
-  cross, own = logits[:, n:], same_image[:, n:]  # in the rows of first views, the official logits_ab
+
+def _matrix_metrics(logits, negatives, potentials):
+  """The metrics that `_prepare` leaves, from the matrices [2n, 2n] and `_potential` between first views [n, n]."""
+  logits, negatives, potentials = jax.lax.stop_gradient((logits, negatives, potentials))
+  n = len(logits) // 2
+  cross = logits.reshape(n, 2, 2 * n)[:, 0, 1::2]  # [n, n], the official logits_ab
+  own = jnp.eye(n, dtype=bool)
   positive = jnp.sum(jnp.where(own, cross, 0.0), axis=1)  # as the matrix has it: equal rows are exact ties
   p = jax.nn.softmax(cross, axis=1)
-  square = _row_dot(y, y)
-  potential = _potential(logits[:, :n], square.reshape(-1), square[:, 0], temperature)
-  first = of_first_views(positive)
-  metrics |= _summary(
-    hit=first > of_first_views(jnp.max(negatives[:, n:], axis=1)),
-    hit_all=jnp.repeat(first, 2) > jnp.max(negatives, axis=1),
-    entropy=of_first_views(-jnp.sum(p * jnp.log(p + 1e-8), axis=1)),
-    potential=jnp.sum(of_first_views(jnp.sum(jnp.where(own, 0.0, potential), axis=1))),
+  return _summary(
+    hit=positive > jnp.max(jnp.where(own, MASKED, cross), axis=1),
+    hit_all=jnp.repeat(positive, 2) > jnp.max(negatives, axis=1),
+    entropy=-jnp.sum(p * jnp.log(p + 1e-8), axis=1),
+    potential=jnp.sum(jnp.where(own, 0.0, potentials)),
   )
-  return _reduce(losses, reduction), metrics
 
 
-def _prepare(z, temperature, normalize, reduction, precision):
+def _potentials(y, temperature, logits):
+  n = len(y)
+  square = _row_dot(y[:, 0], y[:, 0])
+  return _potential(logits.reshape(n, 2, 2 * n)[:, 0, 0::2], square, square, temperature)
+
+
+def _prepare(z, temperature, normalize, reduction, precision, fewest=1):
   """Checks the arguments; returns y = z / sqrt(tau), so that logits are y y^T, and the metrics that need no matmul."""
   if z.ndim != 3 or z.shape[1] != 2:
     raise ValueError(
@@ -96,7 +104,9 @@ def _prepare(z, temperature, normalize, reduction, precision):
   for name, value, known in (("reduction", reduction, REDUCTIONS), ("precision", precision, PRECISIONS)):
     if value not in known:
       raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
-  n = z.shape[0]
+  n = len(z)
+  if n < fewest:
+    raise ValueError(f"batch of {n} images; expected at least {fewest}")
   z = z.astype(jnp.float32)
   if normalize:
     z = z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-12))  # tf.math.l2_normalize
@@ -173,7 +183,7 @@ def nt_xent_tiled(z, temperature, *, mesh=None, tile=None, normalize=True, reduc
     z, temperature, normalize, reduction, precision: as for `nt_xent`.
     mesh: a mesh with an axis "data" over which z is sharded, n a multiple of its size. None: one device.
     tile: most images along the side of a tile (a tile has four [tile, tile] matrices, one a pair of views).
-      None: 128 on a CPU, where a tile should stay in the cache, 1024 elsewhere.
+      None: 128 on a CPU, where a tile should stay in the cache, 2048 elsewhere.
 
   Returns:
     loss and metrics, as `nt_xent`.
@@ -190,7 +200,7 @@ def nt_xent_tiled(z, temperature, *, mesh=None, tile=None, normalize=True, reduc
     raise ValueError(f"batch of {n} images on {devices} devices; expected a multiple of {devices}")
   if tile is None:
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    tile = 128 if platform == "cpu" else 1024
+    tile = 128 if platform == "cpu" else 2048
   if tile < 1:
     raise ValueError(f"tile is {tile}; expected a number of images of at least 1, or None")
   local = n // devices
@@ -209,6 +219,24 @@ def nt_xent_tiled(z, temperature, *, mesh=None, tile=None, normalize=True, reduc
   losses, rows = _losses(y, jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32)), plan)
   rows["potential"] = jnp.sum(rows["potential"])
   return _reduce(losses, reduction), metrics | _summary(**jax.lax.stop_gradient(rows))
+
+
+def nt_xent_auto(z, temperature, *, mesh=None, tile=None, normalize=True, reduction="mean", precision="highest"):
+  """`nt_xent` or `nt_xent_tiled`, whichever `choose` takes. Arguments, returns and errors as theirs."""
+  keywords = {"normalize": normalize, "reduction": reduction, "precision": precision}
+  if choose(len(z), 1 if mesh is None else mesh.size) == "dense":
+    return nt_xent(z, temperature, **keywords)
+  return nt_xent_tiled(z, temperature, mesh=mesh, tile=tile, **keywords)
+
+
+def choose(n, num_devices):
+  """Says "tiled" if the dense form's matrix, 4 (2n)^2 bytes, would take more than 4 MiB a device; else "dense".
+
+  Measured by benchmarks/contrast.py, see docs/contrast.md. On a CPU the tiled form takes as much processor time
+  as the dense one at 0.5 MiB (512 images on 8 devices), 0.8 times at 2 MiB and 0.4 times at 32 MiB. A ring of
+  TPUs pays for latency first and meets the dense form near 128 MiB; up to there either is far below 1 % of a step.
+  """
+  return "tiled" if 4 * (2 * n) ** 2 / num_devices > 4 * 2**20 else "dense"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +305,7 @@ def _ring_order(mesh):
   for size in shape:
     rows = [(*row, k if r % 2 == 0 else size - 1 - k) for r, row in enumerate(rows) for k in range(size)]
   # Out through columns 1 ... width - 1, to and fro, and home along column 0.
-  walk = [(row, c if r % 2 else width - c) for r, row in enumerate(rows) for c in range(1, width)]
+  walk = [(row, width - c if r % 2 else c) for r, row in enumerate(rows) for c in range(1, width)]
   walk += [(row, 0) for row in reversed(rows)]
   position = {tuple(place): k for k, place in enumerate(places.tolist())}
   return [position[(*row[:across], c, *row[across:])] for row, c in walk]
@@ -342,7 +370,7 @@ def _meet_all(visit, merge, empty, blocks, plan):
 class _Sums(NamedTuple):
   """Over the negatives of anchors of view u with view v, exponentials being exp(logit - base), see `_base`."""
 
-  top: Any  # [..., u, v, size], the largest logit
+  top: Any  # [..., u, v, size], the largest logit; with a fixed base, the largest exponential
   total: Any  # [..., u, v, size], the sum of exponentials
   cross_moment: Any  # [..., size], the sum of exponential * logit for u = 0, v = 1
   potential: Any  # [..., size], the sum of `_potential` for u = v = 0; of a symmetric tile its rows count both
@@ -373,11 +401,13 @@ def _tile_sums(logits, exponentials, axis, plan):
     return jnp.stack([sums[uv] for uv in VIEW_PAIRS]).reshape(2, 2, plan.size)
 
   logits = by_anchor(logits)
-  top = {uv: jnp.max(s, axis=axis) for uv, s in logits.items()}
   if exponentials is None:
+    top = {uv: jnp.max(s, axis=axis) for uv, s in logits.items()}
     e = {uv: jnp.exp(s - jnp.expand_dims(_base(top[uv], plan), axis)) for uv, s in logits.items()}
   else:
     e = by_anchor(exponentials)
+    # As good as the largest logit, and the one maximum that XLA fuses with the sums (on a TPU, with the dot too).
+    top = {uv: jnp.max(e_uv, axis=axis) for uv, e_uv in e.items()}
   return _Sums(
     top=stack(top),
     total=stack({uv: jnp.sum(e_uv, axis=axis) for uv, e_uv in e.items()}),
@@ -428,14 +458,16 @@ def _losses_forward(y, temperature, plan):
     total = sums.total[:, 0, 1] * scale + own
     entropy = top + jnp.log(total) - (sums.cross_moment * scale + own * positive) / total
 
+    compared = positive if plan.shift is None else jnp.exp(positive - plan.shift)
+
     def images(x):
       return x.reshape(-1, *x.shape[2:])[: plan.local]
 
     return (
       plan.unblock(losses),
       {
-        "hit": images(positive > sums.top[:, 0, 1]),
-        "hit_all": plan.unblock(positive[:, None] > jnp.max(sums.top, axis=2)),
+        "hit": images(compared > sums.top[:, 0, 1]),
+        "hit_all": plan.unblock(compared[:, None] > jnp.max(sums.top, axis=2)),
         "entropy": images(entropy),
         "potential": images(sums.potential),
       },
@@ -489,3 +521,152 @@ def _losses_backward(plan, residuals, cotangents):
 
 
 _losses.defvjp(_losses_forward, _losses_backward)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Other objectives on the same z, each one term away from NT-Xent and each with the whole matrix in memory.
+# ----------------------------------------------------------------------------------------------------------
+
+
+def decoupled(z, temperature, *, normalize=True, precision="highest"):
+  """Decoupled contrastive loss (Yeh et al., arXiv 2110.06848): NT-Xent without the positive in its denominator.
+
+  Args and returns: as `nt_xent`, the mean over the 2n anchors. Raises ValueError for n = 1 too.
+  """
+  y, metrics = _prepare(z, temperature, normalize, "mean", precision, fewest=2)
+  logits, positive, negatives = _compare(y, precision)
+  losses = jax.nn.logsumexp(negatives, axis=1) - positive
+  return jnp.mean(losses), metrics | _matrix_metrics(logits, negatives, _potentials(y, temperature, logits))
+
+
+def supervised(z, temperature, *, labels, normalize=True, precision="highest"):
+  """Supervised contrastive loss, L_out (Khosla et al., arXiv 2004.11362): all views of a class are positives.
+
+  Args:
+    z, temperature, normalize, precision: as for `nt_xent`; labels: [n] integers.
+
+  Returns:
+    The mean over anchors of the mean over their positives of -log softmax over all other 2n - 1 views, without
+    the factor tau of that paper's code; and the metrics of `nt_xent`, which know of images only.
+  """
+  if labels.shape != z.shape[:1]:
+    raise ValueError(f"labels have shape {labels.shape}; expected {z.shape[:1]}, one for each image of z")
+  y, metrics = _prepare(z, temperature, normalize, "mean", precision)
+  logits, _, negatives = _compare(y, precision)
+  itself = jnp.eye(len(logits), dtype=bool)
+  label = jnp.repeat(labels, 2)
+  positives = (label[:, None] == label[None, :]) & ~itself
+  log_p = logits - jax.nn.logsumexp(jnp.where(itself, MASKED, logits), axis=1, keepdims=True)
+  losses = -jnp.sum(jnp.where(positives, log_p, 0.0), axis=1) / jnp.sum(positives, axis=1)
+  return jnp.mean(losses), metrics | _matrix_metrics(logits, negatives, _potentials(y, temperature, logits))
+
+
+def debiased(z, temperature, *, class_prior=0.1, normalize=True, precision="highest"):
+  """Debiased contrastive loss (Chuang et al., arXiv 2007.00224, equation 8, one positive).
+
+  The N = 2n - 2 terms of the denominator become N g, an estimate of what true negatives would add:
+  g = max((mean e^neg - prior e^pos) / (1 - prior), e^(-1/tau)).
+
+  Args:
+    z, temperature, normalize, precision: as for `nt_xent`. class_prior: how often a "negative" shares the
+      anchor's class, at least 0 and below 1; 0 gives NT-Xent.
+
+  Returns: loss, the mean over the 2n anchors, and metrics as `nt_xent`. Raises ValueError for n = 1 too.
+  """
+  if not 0 <= class_prior < 1:
+    raise ValueError(f"class_prior is {class_prior}; expected at least 0 and below 1, such as 0.1 for ten classes")
+  y, metrics = _prepare(z, temperature, normalize, "mean", precision, fewest=2)
+  logits, positive, negatives = _compare(y, precision)
+  count = len(logits) - 2
+  log_mean = jax.nn.logsumexp(negatives, axis=1) - math.log(count)
+  top = jax.lax.stop_gradient(jnp.maximum(log_mean, positive))
+  estimate = (jnp.exp(log_mean - top) - class_prior * jnp.exp(positive - top)) / (1 - class_prior)
+  floor = jnp.finfo(jnp.float32).tiny  # keeps the gradient of log finite where the maximum below takes over
+  log_g = jnp.maximum(top + jnp.log(jnp.maximum(estimate, floor)), -1.0 / temperature)
+  losses = jax.nn.softplus(math.log(count) + log_g - positive)
+  return jnp.mean(losses), metrics | _matrix_metrics(logits, negatives, _potentials(y, temperature, logits))
+
+
+def cauchy(z, *, precision="highest"):
+  """NT-Xent with a heavy-tailed similarity, for two-dimensional maps (t-SimCNE, Boehm et al., arXiv 2210.09879).
+
+  The logit of a pair is log(1 / (1 + |z_i - z_j|^2)), z as it comes: no normalisation and no temperature.
+
+  Args: z, precision: as for `nt_xent`.
+  Returns: loss, the mean over the 2n anchors, and metrics as `nt_xent`, over these logits.
+  """
+  y, metrics = _prepare(z, 1.0, False, "mean", precision)
+  n, _, d = y.shape
+  rows = y.reshape(2 * n, d)
+  if d <= 3:  # |a|^2 + |b|^2 - 2ab loses digits far from the origin, and saves nothing here
+    squared = jnp.sum(jnp.square(rows[:, None].astype(jnp.float32) - rows[None, :].astype(jnp.float32)), axis=-1)
+  else:
+    square = _row_dot(rows, rows)
+    squared = jnp.maximum(square[:, None] + square[None, :] - 2.0 * _dot(rows, rows.T, precision), 0.0)
+  logits = -jnp.log1p(squared)
+  image = jnp.arange(2 * n) // 2
+  negatives = jnp.where(image[:, None] == image[None, :], MASKED, logits)
+  difference = y[:, 0].astype(jnp.float32) - y[:, 1].astype(jnp.float32)
+  positive = jnp.repeat(-jnp.log1p(_row_dot(difference, difference)), 2)
+  losses = jax.nn.softplus(jax.nn.logsumexp(negatives, axis=1) - positive)
+  potentials = jnp.exp(-2.0 * squared.reshape(n, 2, 2 * n)[:, 0, 0::2])
+  return jnp.mean(losses), metrics | _matrix_metrics(logits, negatives, potentials)
+
+
+def nt_logistic(z, temperature, *, semi_hard=False, normalize=True, precision="highest"):
+  """NT-Logistic, the competitor of arXiv 2002.05709, Tables 2 and 4: -log s(pos) - log s(-neg), s the sigmoid.
+
+  An anchor's negatives are the n - 1 other images in the view that is not its own (ibid., appendix B.10).
+
+  Args:
+    z, temperature, normalize, precision: as for `nt_xent`.
+    semi_hard: of the negatives take only the nearest that is farther than the positive (ibid., section 5.1);
+      an anchor that has none keeps its positive term. Otherwise the mean over all negatives.
+
+  Returns: loss, the mean over the 2n anchors, and metrics as `nt_xent`. Raises ValueError for n = 1 too.
+  """
+  y, metrics = _prepare(z, temperature, normalize, "mean", precision, fewest=2)
+  logits, positive, negatives = _compare(y, precision)
+  terms = jax.nn.softplus(negatives)  # -log s(-neg); 0 where masked
+  losses = jax.nn.softplus(-positive) + _over_negatives(terms, positive, negatives, semi_hard)
+  return jnp.mean(losses), metrics | _matrix_metrics(logits, negatives, _potentials(y, temperature, logits))
+
+
+def margin_triplet(z, *, margin=0.8, semi_hard=False, normalize=True, precision="highest"):
+  """Margin triplet loss, the competitor of arXiv 2002.05709, Tables 2 and 4: max(neg - pos + margin, 0).
+
+  Similarities are cosines, negatives and semi_hard as for `nt_logistic`; an anchor without a semi-hard negative
+  adds 0. The paper tried margins 0, 0.4, 0.8 and 1.6 (appendix B.10).
+
+  Returns: loss, the mean over the 2n anchors, and metrics as `nt_xent` at tau = 1. Raises ValueError for n = 1 too.
+  """
+  y, metrics = _prepare(z, 1.0, normalize, "mean", precision, fewest=2)
+  similarity, positive, negatives = _compare(y, precision)
+  terms = jnp.maximum(negatives - positive[:, None] + margin, 0.0)  # 0 where masked
+  losses = _over_negatives(terms, positive, negatives, semi_hard)
+  return jnp.mean(losses), metrics | _matrix_metrics(similarity, negatives, _potentials(y, 1.0, similarity))
+
+
+def _over_negatives(terms, positive, negatives, semi_hard):
+  """The mean of an anchor's terms [2n, 2n] over its n - 1 negatives in the other view, or its semi-hard one."""
+  view = jnp.arange(len(terms)) % 2
+  candidate = (view[:, None] != view[None, :]) & (negatives > MASKED)
+  if not semi_hard:
+    return jnp.sum(jnp.where(candidate, terms, 0.0), axis=1) / (len(terms) // 2 - 1)
+  candidate &= negatives < positive[:, None]
+  nearest = jnp.argmax(jnp.where(candidate, negatives, MASKED), axis=1)[:, None]
+  term = jnp.take_along_axis(jnp.where(candidate, terms, 0.0), nearest, axis=1)
+  return term[:, 0]
+
+
+LOSSES = {
+  "nt_xent": nt_xent_auto,
+  "decoupled": decoupled,
+  "supervised": supervised,
+  "debiased": debiased,
+  "cauchy": cauchy,
+  "nt_logistic": nt_logistic,
+  "nt_logistic_semi_hard": functools.partial(nt_logistic, semi_hard=True),
+  "margin_triplet": margin_triplet,
+  "margin_triplet_semi_hard": functools.partial(margin_triplet, semi_hard=True),
+}

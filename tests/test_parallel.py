@@ -1,0 +1,117 @@
+"""The compiled step on 8 devices: same numbers as one device, an eighth of the work each, no image on the wire."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from simclr_jax import contrast, pretrain
+from simclr_jax.runtime import loop
+from simclr_jax.runtime import mesh as mesh_lib
+
+COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+def batch_of(config, n=tiny.BATCH):
+  rng = np.random.default_rng(0)
+  size = config.augment.size
+  views = rng.random((n, 2, size, size, 3), np.float32)
+  return {"views": views, "label": np.arange(n, dtype=np.int32) % 10, "index": np.arange(n, dtype=np.int32)}
+
+
+@functools.lru_cache
+def compiled(devices, stacking=None):
+  """(compiled step, its task, mesh) on so many devices."""
+  config = tiny.config()
+  mesh = mesh_lib.make_mesh(jax.devices()[:devices])
+  task = pretrain.make_task(config, tiny.source())
+  if stacking:
+    task = stacking(task)
+  state = loop.abstract_state(task.init, mesh)
+  sharding = mesh_lib.batch_sharding(mesh)
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch_of(config))
+  return loop.compile_step(task, mesh).lower(state, batch).compile(), task, mesh
+
+
+def train(devices, steps=3):
+  step, task, mesh = compiled(devices)
+  state = jax.jit(task.init, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(0))
+  for _ in range(steps):
+    state, metrics = step(state, mesh_lib.global_batch(mesh, batch_of(tiny.config())))
+  return jax.device_get((state.params, state.batch_stats, metrics))
+
+
+def test_eight_devices_equal_one():
+  """Parameters and statistics after 3 steps: equal to rounding, which a loss or BatchNorm per device would not be."""
+  one, eight = train(1), train(8)
+  for a, b in zip(jax.tree.leaves(one[:2]), jax.tree.leaves(eight[:2]), strict=True):
+    np.testing.assert_allclose(b, a, atol=3e-5, rtol=1e-4)
+  for key in ("loss", "contrastive_accuracy", "entropy"):
+    np.testing.assert_allclose(eight[2][key], one[2][key], rtol=1e-4)
+
+
+def collectives(text):
+  """[(kind, [shapes])] of the compiled text."""
+  return [
+    (kind, [tuple(int(d) for d in s.split(",") if d) for s in re.findall(r"\w+\[([\d,]*)\]", result)])
+    for result, kind in COLLECTIVE.findall(text)
+  ]
+
+
+def replicates_or_moves_images(step, single):
+  """Why a compiled step on 8 devices is not data-parallel; an empty list if it is."""
+  faults = []
+  flops, whole = step.cost_analysis()["flops"], single.cost_analysis()["flops"]
+  if flops > 1.05 * whole / 8:
+    faults.append(f"{8 * flops / whole:.2f} times the FLOPs of one device")
+  found = collectives(step.as_text())
+  if not any(kind == "all-reduce" for kind, _ in found):
+    faults.append("no all-reduce")
+  # Images and activations have rank 4 and more with a batch; weight gradients (rank 4 too) are only ever all-reduced.
+  faults += [f"{k} of {s}" for k, shapes in found for s in shapes if k != "all-reduce" and len(s) >= 4]
+  return faults
+
+
+def test_the_step_is_data_parallel():
+  assert replicates_or_moves_images(compiled(8)[0], compiled(1)[0]) == []
+
+
+def stack_views_wrongly(task):
+  """All first views, then all second ones: right numbers, but the compiler gathers the images on every device."""
+
+  def step(state, batch):
+    views = jnp.swapaxes(batch["views"], 0, 1)
+    views = views.reshape(-1, 2, *views.shape[2:])
+    return task.step(state, {**batch, "views": views})
+
+  return loop.Task(**{**vars(task), "step": step})
+
+
+def test_the_check_catches_a_wrong_stacking():
+  assert replicates_or_moves_images(compiled(8, stack_views_wrongly)[0], compiled(1)[0])
+
+
+def test_all_reduces_never_carry_images():
+  """All-reduces are of parameters, statistics and embeddings: none as large as this device's share of the images."""
+  config = tiny.config()
+  share = tiny.BATCH // 8 * 2 * config.augment.size**2 * 3
+  parameters = {
+    tuple(x.shape) for x in jax.tree.leaves(loop.abstract_state(compiled(8)[1].init, compiled(8)[2]).params)
+  }
+  for _, shapes in collectives(compiled(8)[0].as_text()):
+    for shape in shapes:
+      assert shape in parameters or np.prod(shape) < share, shape
+
+
+@pytest.mark.parametrize("reduction, factor", [("mean", 1), ("official_sum", 2)])
+def test_chance_loss(reduction, factor):
+  """Orthogonal embeddings at a high temperature know nothing; their loss tends to ln(2n - 1)."""
+  config = tiny.config(**{"loss.reduction": reduction})
+  z = np.random.default_rng(0).standard_normal((tiny.BATCH, 2, 64)).astype(np.float32)
+  loss, _ = contrast.nt_xent(z, 1000.0, reduction=reduction)
+  np.testing.assert_allclose(loss, pretrain.chance_loss(config), rtol=1e-3)
+  np.testing.assert_allclose(pretrain.chance_loss(config), factor * np.log(2 * tiny.BATCH - 1), rtol=1e-6)

@@ -1,0 +1,210 @@
+"""Every program end to end on a tiny network, and the command line as a user meets it."""
+
+import html.parser
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import simclr_jax
+from simclr_jax import __main__ as cli
+from simclr_jax import embed, exporting, knn, model, pretrain, probe
+from simclr_jax.runtime import loop
+from simclr_jax.runtime import metrics as metrics_lib
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A finished run: (workdir, what pretrain.run returned)."""
+  folder = tmp_path_factory.mktemp("run")
+  spec = tiny.npz(folder / "tiny.npz")
+  config = tiny.config(
+    **{"data.train": spec, "data.test": spec, "evaluate.every_steps": 2, "checkpoint.every_steps": 2}
+  )
+  return folder / "work", pretrain.run(config, folder / "work")
+
+
+def test_pretrain_leaves_everything(finished):
+  workdir, result = finished
+  for name in ("config.json", "metrics.jsonl", "views.png", "report.html", "scores.json", "encoder/card.json"):
+    assert (workdir / name).stat().st_size > 0, name
+  assert list(workdir.glob("events.out.tfevents*"))
+  rows = metrics_lib.read(workdir)
+  assert {"loss", "chance_loss", "contrastive_accuracy", "images_per_second", "data_wait"} <= set(rows[0])
+  assert [r["step"] for r in rows if "knn" in r] == [2, 4]
+  assert [r["representation"] for r in result["scores"]][:4] == [
+    "raw pixels",
+    "untrained encoder",
+    "SimCLR z",
+    "SimCLR h",
+  ]
+  html.parser.HTMLParser().feed((workdir / "report.html").read_text())
+
+
+def test_knn_program_agrees_with_the_run(finished, capsys):
+  workdir, result = finished
+  value = knn.run(workdir)
+  assert value == pytest.approx(result["scores"][3]["knn"])
+  assert f"{100 * value:.2f} %" in capsys.readouterr().out
+
+
+def test_probe_by_lbfgs_agrees_with_the_run(finished):
+  workdir, result = finished
+  assert probe.run(workdir) == pytest.approx(result["scores"][3]["linear"], abs=0.05)
+
+
+def test_probe_by_sgd_trains_the_classifier_and_nothing_else(finished):
+  workdir, _ = finished
+  overrides = ["--config.probe.method=sgd", "--config.probe.train_epochs=20.0", "--config.probe.batch_size=32"]
+  opened = embed.Run(workdir, overrides=overrides)
+  task = probe.make_task(opened, opened.train_source)
+  state = task.init(jax.random.key(0))
+  before = jax.device_get(state)
+  batch = next(iter(task.stream(0)))
+  losses = []
+  step = jax.jit(task.step)
+  for _ in range(5):
+    state, metrics = step(state, batch)
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < losses[0]
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.frozen), before.frozen)
+  assert not np.array_equal(state.params["kernel"], before.params["kernel"])
+  assert 0 <= probe.run(workdir, overrides=overrides) <= 1
+
+
+def test_export_loads_with_nothing_but_the_folder(finished, tmp_path, capsys):
+  workdir, result = finished
+  out = tmp_path / "encoder"
+  exporting.run(workdir, out)
+  code = capsys.readouterr().out
+  assert "load_encoder" in code
+  images = np.random.default_rng(0).random((5, 16, 16, 3), np.float32)
+  os.rename(out, tmp_path / "moved")
+  apply, variables, card = simclr_jax.load_encoder(tmp_path / "moved")
+  state = result["state"]
+  net = model.create(tiny.config(), 10)
+  h, _, _ = net.apply({"params": state.params, "batch_stats": state.batch_stats}, images[:, None], train=False)
+  np.testing.assert_allclose(apply(images), h[:, 0], rtol=1e-5, atol=1e-6)
+  assert card["feature_dimension"] == apply(images).shape[1]
+  assert card["scores"]["SimCLR h"]["knn"] == pytest.approx(result["scores"][3]["knn"])
+  assert {"size", "range", "center_crop", "resize"} <= set(card["preprocessing"])
+  names = " ".join(jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(variables))
+  assert "projector" not in names and "classifier" not in names
+  with pytest.raises(ValueError, match="is not empty: add --overwrite"):
+    exporting.run(workdir, tmp_path / "moved")
+
+
+def test_the_printed_snippet_runs(finished):
+  code = exporting.snippet(finished[0] / "encoder", 16)
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert re.search(r"\(4, \d+\)", done.stdout)
+
+
+def test_unlabelled_images(tmp_path):
+  """No labels: no classifier and no scores, but a verdict, neighbours, an export and a page."""
+  images = np.stack([tiny.source().read(i) for i in range(48)])
+  np.savez(tmp_path / "plain.npz", images=images)
+  config = tiny.config(**{"data.train": f"npz:{tmp_path / 'plain.npz'}", "data.test": "", "train_steps": 2})
+  result = pretrain.run(config, tmp_path / "run")
+  assert result["scores"] == [] and "classifier" not in result["state"].params
+  assert (tmp_path / "run/report.html").exists() and (tmp_path / "run/encoder/card.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, monkeypatch):
+  config = tiny.config(**{"train_steps": 6, "checkpoint.every_steps": 2})
+  task = pretrain.make_task(config, tiny.source())
+
+  def stream(start):
+    for step, batch in enumerate(task.stream(start), start + 1):
+      yield {**batch, "views": batch["views"] * np.nan} if step == 4 else batch
+
+  from simclr_jax.runtime import config as config_lib
+  from simclr_jax.runtime import mesh as mesh_lib
+
+  with pytest.raises(loop.Diverged, match="loss became nan within steps 4 to 4; step 2 is saved"):
+    loop.run(
+      loop.Task(**{**vars(task), "stream": stream}),
+      mesh=mesh_lib.make_mesh(),
+      workdir=tmp_path,
+      config_json=config_lib.to_json(config),
+      seed=0,
+      log_every=1,
+      checkpoint_every=2,
+      keep=3,
+    )
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2"]
+
+
+# ---- the command line ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "argv, message",
+  [
+    (["pretrain", "--config=configs/smoke.py", "--config.optimizer.nmae=x"], "did you mean config.optimizer.name?"),
+    (["pretrain", "--config=nowhere"], "no such recipe"),
+    (["pretrain", "--config=smoke", "--config.batch_size=12"], "cannot be split over 8 devices: use 8 or 16"),
+    (["pretrain", "--config=smoke", "--config.data.train=folder:/no/such"], "/no/such"),
+    (["pretrain", "--config=smoke", "--config.encoder.depth=51"], "encoder depth 51: expected one of 18"),
+    (["pretrain", "--config=smoke", "--config.augment.color_strength=9.0"], "color_strength=9.0"),
+    (["pretrain", "--config=smoke", "--config.optimizer.name=lasr"], "expected one of lars"),
+    (["knn"], "no run here"),
+  ],
+)
+def test_mistakes_are_one_line_and_touch_nothing(argv, message, tmp_path, capfd):
+  workdir = tmp_path / "run"
+  assert cli.main([*argv, f"--workdir={workdir}"]) == 1
+  error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("simclr: ")]
+  assert len(error) == 1 and message in error[0]
+  assert not workdir.exists()
+
+
+def test_empty_folder(tmp_path, capfd):
+  (tmp_path / "images").mkdir()
+  argv = ["pretrain", "--config=smoke", f"--config.data.train=folder:{tmp_path / 'images'}", "--config.data.test="]
+  assert cli.main([*argv, f"--workdir={tmp_path / 'run'}"]) == 1
+  assert str(tmp_path / "images") in capfd.readouterr().err
+
+
+def test_resume_with_another_config_is_refused(finished, capfd):
+  workdir, _ = finished
+  assert cli.main(["pretrain", "--config=smoke", f"--workdir={workdir}", "--resume"]) == 1
+  assert "in the run and" in capfd.readouterr().err
+  assert cli.main(["pretrain", "--config=smoke", f"--workdir={workdir}"]) == 1
+  assert "--resume" in capfd.readouterr().err
+
+
+def test_sigterm_saves_and_exits_42(tmp_path):
+  """Through the real command: stopped in the middle, saved, and resumable."""
+  changes = {"batch_size": 16, "train_steps": 5000, "augment.size": 16, "encoder.width": 0.0625}
+  argv = [f"--config.{k}={v}" for k, v in changes.items()]
+  argv += ["--config.log.every_steps=1", "--config.evaluate.every_epochs=0.0", f"--workdir={tmp_path / 'run'}"]
+  process = subprocess.Popen(
+    [sys.executable, "-m", "simclr_jax", "pretrain", "--config=smoke", *argv],
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  rows = tmp_path / "run/metrics.jsonl"
+  deadline = time.monotonic() + 240
+  while not (rows.exists() and rows.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+    time.sleep(0.2)
+  process.send_signal(signal.SIGTERM)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 42, stderr
+  step = int(re.search(r"SIGTERM: stopped after step (\d+) and saved it; go on with --resume", stderr)[1])
+  assert (tmp_path / f"run/checkpoints/{step}").is_dir()
+  assert json.loads(rows.read_text().splitlines()[-1])["step"] == step
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+  code = "import sys; from simclr_jax import __main__ as m; m.parser(); print([x for x in ('jax', 'tensorflow', 'numpy') if x in sys.modules])"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "[]"

@@ -1,0 +1,46 @@
+"""The smallest real run: a ResNet-18 a sixteenth as wide, on 96 Fashion-MNIST images."""
+
+import ml_collections
+import numpy as np
+
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import data
+
+BATCH = 16
+
+
+def config(**changes):
+  """The smoke recipe, shrunk; `changes` are dotted keys, e.g. **{"loss.temperature": 0.5}."""
+  small = ml_collections.ConfigDict(config_lib.load("configs/smoke.py"))
+  small.update_from_flattened_dict(
+    {
+      "batch_size": BATCH,
+      "train_epochs": 0.0,
+      "train_steps": 4,
+      "augment.size": 16,
+      "encoder.width": 0.0625,
+      "projector.out_dim": 16,
+      "optimizer.warmup_epochs": 0.2,
+      "evaluate.batch_size": 32,
+      "evaluate.every_epochs": 0.0,
+      "checkpoint.every_epochs": 0.0,
+      "log.every_steps": 1,
+      **changes,
+    }
+  )
+  return config_lib.check(small)
+
+
+def source(count=96, labelled=True):
+  """The first images of the embedded test set."""
+  full = data.open_source("fashion:test")
+  images = np.stack([full.read(i) for i in range(count)])
+  labels = full.labels[:count] if labelled else None
+  return data.ArraySource(images, labels, class_names=full.class_names if labelled else (), title="tiny")
+
+
+def npz(path, count=96):
+  """The same images as a file that data.train can name, labels included; returns its spec."""
+  s = source(count)
+  np.savez(path, images=np.stack([s.read(i) for i in range(count)]), labels=s.labels)
+  return f"npz:{path}"
