@@ -7,7 +7,8 @@ Both are ResNet-18 with the CIFAR stem and the official code's projected shortcu
 multiplications.  torch runs in channels_last, in bfloat16 as autocast; ours as `simclr` does on a CPU, with what
 runtime/cpu.py sets, and a third time without that.  Each variant is a process of its own that sleeps between its
 turns.  They take turns, one step each, so that load from elsewhere hits them alike; a ratio is the median over rounds
-of (torch float32's time / the variant's time in the same round).
+of (torch float32's time / the variant's time in the same round).  The last column is the same ratio of CPU time: it
+feels other load less, but counts as work the spinning of threads that wait.
 """
 
 import argparse
@@ -117,13 +118,13 @@ def work(variant, args):
   step()
   print(version, flush=True)
   for _ in sys.stdin:
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     step()
-    print(time.perf_counter() - start, flush=True)
+    print(time.perf_counter() - start, time.process_time() - cpu_start, flush=True)
 
 
 def measure(args):
-  """Seconds a step, {variant: [one for each round]}."""
+  """{variant: [(seconds, CPU seconds) of a step, for each round]}."""
   workers = {}
   for variant in VARIANTS:
     python = args.torch_python if variant.startswith("torch") else sys.executable
@@ -135,7 +136,7 @@ def measure(args):
   for _ in range(args.rounds):
     for variant, worker in workers.items():
       print(file=worker.stdin, flush=True)
-      seconds[variant].append(float(read(worker)))
+      seconds[variant].append(tuple(map(float, read(worker).split())))
   for worker in workers.values():
     worker.communicate()
   return seconds
@@ -162,11 +163,13 @@ def main():
   seconds = measure(args)
   print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.rounds} rounds,", end=" ")
   print(f"{args.views} views of {args.size} pixels\n")
-  print(f"{'':26}{'views/s':>9}{'x torch float32':>17}   smallest to largest ratio")
-  for variant, times in seconds.items():
-    ratios = sorted(base / t for base, t in zip(seconds["torch float32"], times, strict=True))
-    speed = args.views / statistics.median(times)
-    print(f"{variant:26}{speed:9.1f}{statistics.median(ratios):17.2f}   {ratios[0]:.2f} to {ratios[-1]:.2f}")
+  print(f"{'':26}{'views/s':>9}{'x torch float32':>17}{'smallest, largest':>20}{'CPU time':>11}")
+  for variant, steps in seconds.items():
+    pairs = list(zip(seconds["torch float32"], steps, strict=True))
+    wall, cpu = (sorted(base[i] / ours[i] for base, ours in pairs) for i in (0, 1))
+    speed = args.views / statistics.median(step[0] for step in steps)
+    spread = f"{wall[0]:.2f}, {wall[-1]:.2f}"
+    print(f"{variant:26}{speed:9.1f}{statistics.median(wall):17.2f}{spread:>20}{statistics.median(cpu):11.2f}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def get_config():
       projector=dict(kind="nonlinear", layers=2, out_dim=64),
       loss=dict(temperature=0.2, normalize=True, reduction="mean", precision="highest"),
       optimizer=dict(name="adamw", base_lr=2e-3, lr_scaling="none", warmup_epochs=1.0, momentum=0.9, weight_decay=1e-4),
-      evaluate=dict(crop=1.0, batch_size=500, every_steps=0, every_epochs=2.0, knn_k=20, knn_temperature=0.1),
+      evaluate=dict(
+        crop=1.0, batch_size=500, train_examples=0, every_steps=0, every_epochs=2.0, knn_k=20, knn_temperature=0.1
+      ),
       checkpoint=dict(every_steps=0, every_epochs=5.0, keep=2),
       log=dict(every_steps=10),
       probe=dict(method="lbfgs", train_epochs=90.0, batch_size=256, base_lr=0.1),

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import tempfile
 import traceback
 
 COMMANDS = {
@@ -74,6 +75,28 @@ def _is_ours(error) -> bool:
   return isinstance(error, OSError) or os.path.dirname(os.path.abspath(__file__)) in os.path.abspath(last)
 
 
+def _import_tensorflow():
+  """Imports TensorFlow without its start-up chatter, and keeps it off the accelerators, which are JAX's.
+
+  TensorFlow 2.21 writes to file descriptor 2 before it reads TF_CPP_MIN_LOG_LEVEL; what it wrote is shown if it fails.
+  """
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  stderr = os.dup(2)
+  with tempfile.TemporaryFile() as chatter:
+    os.dup2(chatter.fileno(), 2)
+    try:
+      import tensorflow as tf
+
+      tf.config.set_visible_devices([], "GPU")
+    except BaseException:
+      chatter.seek(0)
+      os.write(stderr, chatter.read())
+      raise
+    finally:
+      os.dup2(stderr, 2)
+      os.close(stderr)
+
+
 def _dispatch(flags, overrides) -> int:
   from simclr_jax.runtime import config as config_lib
 
@@ -84,16 +107,12 @@ def _dispatch(flags, overrides) -> int:
   # A wrong flag or value is reported before the seconds that importing JAX and TensorFlow take.
   config = config_lib.load(flags.config, overrides) if flags.command == "pretrain" else None
 
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   from simclr_jax.runtime import cpu
 
   note = cpu.prepare()
   if note:
     print(note)
-  import tensorflow as tf
-
-  tf.config.set_visible_devices([], "GPU")  # TensorFlow reads images here; the accelerators are JAX's
-
+  _import_tensorflow()
   if flags.command == "pretrain":
     from simclr_jax import pretrain
 

@@ -75,7 +75,8 @@ def _matrix_metrics(logits, negatives, potentials):
   """The metrics that `_prepare` leaves, from the matrices [2n, 2n] and `_potential` between first views [n, n]."""
   logits, negatives, potentials = jax.lax.stop_gradient((logits, negatives, potentials))
   n = len(logits) // 2
-  cross = logits.reshape(n, 2, 2 * n)[:, 0, 1::2]  # [n, n], the official logits_ab
+  first = logits.reshape(n, 2, 2 * n)[:, 0]  # [n, 2n], the rows of first views
+  cross = first[:, 1::2]  # [n, n], the official logits_ab
   own = jnp.eye(n, dtype=bool)
   positive = jnp.sum(jnp.where(own, cross, 0.0), axis=1)  # as the matrix has it: equal rows are exact ties
   p = jax.nn.softmax(cross, axis=1)
@@ -89,8 +90,9 @@ def _matrix_metrics(logits, negatives, potentials):
 
 def _potentials(y, temperature, logits):
   n = len(y)
+  first = logits.reshape(n, 2, 2 * n)[:, 0]
   square = _row_dot(y[:, 0], y[:, 0])
-  return _potential(logits.reshape(n, 2, 2 * n)[:, 0, 0::2], square, square, temperature)
+  return _potential(first[:, 0::2], square, square, temperature)
 
 
 def _prepare(z, temperature, normalize, reduction, precision, fewest=1):

@@ -46,8 +46,15 @@ class EvalSet:
     return np.stack([np.asarray(self._transform(self.source.read(int(i)))) for i in indices])
 
   def pixels(self):
-    """float32 [n, size * size * 3]: the representation that everything must beat."""
-    return np.concatenate([b["image"][b["mask"]].reshape(b["mask"].sum(), -1) for b in self.batches()])
+    """float32 [n, side * side * 3]: the representation that everything must beat; images over 64 pixels are averaged
+    down to a side of about 32."""
+    block = 1 if self._size <= 64 else self._size // 32
+    side = self._size // block
+    parts = []
+    for batch in self.batches():
+      x = batch["image"][batch["mask"]][:, : side * block, : side * block]
+      parts.append(x.reshape(len(x), side, block, side, block, 3).mean((2, 4)).reshape(len(x), -1))
+    return np.concatenate(parts)
 
   def labels(self):
     """int32 [n]; -1 where there is none."""
@@ -68,6 +75,11 @@ def embed(fn, variables, eval_set: EvalSet, mesh):
     keep = np.flatnonzero(mask)
     outputs.append(jax.tree.map(lambda x, keep=keep: np.asarray(x)[keep], out))
   return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
+
+
+def bank(source, config):
+  """The training images that evaluation uses: all, or `config.evaluate.train_examples` of them."""
+  return data.Subset(source, config.evaluate.train_examples, config.seed) if config.evaluate.train_examples else source
 
 
 class Run:

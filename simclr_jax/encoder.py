@@ -310,8 +310,11 @@ class BatchNorm(nn.Module):
 
 
 def relu_of_sum(a, b):
-  """max(a + b, 0), in the form that XLA:CPU fuses with its neighbours, which it does not do with a maximum."""
-  return jnp.where(a > -b, a + b, 0)
+  """max(a + b, 0), in the form that XLA:CPU fuses with its neighbours, which it does not do with a maximum.
+
+  The comparison is this way round so that a NaN stays one and a diverged run is noticed.
+  """
+  return jnp.where(a <= -b, 0, a + b)
 
 
 def resnet_d_pool(x, stride):

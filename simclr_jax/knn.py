@@ -53,7 +53,7 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
   """The program `simclr knn`: prints and returns the accuracy of the h of a run on its test images."""
   opened = embed.Run(workdir, step=step, overrides=overrides)
   test = opened.test_source()
-  (bank, bank_labels), (queries, labels) = opened.h(opened.train_source), opened.h(test)
+  (bank, bank_labels), (queries, labels) = opened.h(embed.bank(opened.train_source, opened.config)), opened.h(test)
   c = opened.config.evaluate
   value = accuracy(
     bank,

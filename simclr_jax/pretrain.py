@@ -66,7 +66,7 @@ def train_step(state: TrainState, batch, *, model, tx, schedule, loss, weight_de
   (_, (batch_stats, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics |= {"learning_rate": schedule(state.step), "grad_norm": optax.global_norm(grads)}
+  metrics |= {"learning_rate": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
   return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
 
@@ -136,7 +136,7 @@ class Evaluation:
     self._apply, self._mesh, self._config = _representations(model), mesh, config
     self.num_classes = train_source.num_classes
     make = functools.partial(embed.EvalSet, size=size, crop=crop, batch_size=-(-batch // mesh.size) * mesh.size)
-    self.train, self.test = make(train_source), make(test_source)
+    self.train, self.test = make(embed.bank(train_source, config)), make(test_source)
 
   def embed(self, state):
     """({"h", "z"} of the training images, the same of the test images), numpy."""

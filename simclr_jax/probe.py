@@ -14,57 +14,37 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+import scipy.optimize
 
 from simclr_jax import augment, embed, optimizer
 from simclr_jax.runtime import checkpoint, data, loop
 from simclr_jax.runtime import mesh as mesh_lib
 
 L2_GRID = tuple(float(x) for x in np.logspace(-6, 0, 7))  # on features of unit variance, with the loss a mean
-SWEEP_STEPS = 60  # a rough fit ranks the penalties
-FINAL_STEPS = 500
+SWEEP = dict(max_steps=60, tolerance=1e-3)  # a rough fit ranks the penalties
+FINAL = dict(max_steps=1000, tolerance=1e-5)
 FOLDS = 5
 
 
-def _loss(weights, x, y, sample_weight, l2):
-  logits = jnp.matmul(x, weights["kernel"], precision="highest") + weights["bias"]
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-  return jnp.sum(sample_weight * losses) / jnp.sum(sample_weight) + 0.5 * l2 * jnp.sum(weights["kernel"] ** 2)
-
-
-def _fit(start, x, y, sample_weight, l2, max_steps):
-  """L-BFGS until the gradient is small or max_steps are done."""
-  objective = functools.partial(_loss, x=x, y=y, sample_weight=sample_weight, l2=l2)
-  solver = optax.lbfgs(memory_size=10)
-  value_and_grad = optax.value_and_grad_from_state(objective)
-
-  def body(carry):
-    weights, state, step, _ = carry
-    value, grad = value_and_grad(weights, state=state)
-    updates, state = solver.update(grad, state, weights, value=value, grad=grad, value_fn=objective)
-    return optax.apply_updates(weights, updates), state, step + 1, optax.global_norm(grad)
-
-  def unfinished(carry):
-    return (carry[2] < max_steps) & (carry[3] > 1e-4)
-
-  return jax.lax.while_loop(unfinished, body, (start, solver.init(start), 0, jnp.inf))[0]
-
-
 @jax.jit
-def _sweep(start, x, y, train_weight, held_out_weight, l2s):
-  """Held-out accuracy [folds, len(l2s)]; each fold walks from the strongest penalty to the weakest, warm-started."""
-
-  def fold(train_weight, held_out_weight):
-    def one(weights, l2):
-      weights = _fit(weights, x, y, train_weight, l2, SWEEP_STEPS)
-      right = (jnp.matmul(x, weights["kernel"]) + weights["bias"]).argmax(1) == y
-      return weights, jnp.sum(right * held_out_weight) / jnp.sum(held_out_weight)
-
-    return jax.lax.scan(one, start, l2s)[1]
-
-  return jax.vmap(fold)(train_weight, held_out_weight)
+@jax.value_and_grad
+def _objective(weights, x, y, sample_weight, l2):
+  """Mean cross-entropy and its L2 penalty; weights [d + 1, classes], the bias in the last row, x [n, d]."""
+  logits = jnp.matmul(x, weights[:-1], precision="highest") + weights[-1]
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+  return jnp.sum(sample_weight * losses) / jnp.sum(sample_weight) + 0.5 * l2 * jnp.sum(weights[:-1] ** 2)
 
 
-_fit_jit = jax.jit(_fit, static_argnames="max_steps")
+def _fit(start, x, y, sample_weight, l2, *, max_steps, tolerance):
+  """L-BFGS from `start` until every entry of the gradient is below the tolerance, or for max_steps iterations."""
+
+  def flat(w):
+    value, grad = _objective(jnp.asarray(w.reshape(start.shape), jnp.float32), x, y, sample_weight, l2)
+    return float(value), np.asarray(grad, np.float64).ravel()
+
+  options = {"maxiter": max_steps, "gtol": tolerance, "ftol": 1e-10}
+  found = scipy.optimize.minimize(flat, start.ravel(), jac=True, method="L-BFGS-B", options=options)
+  return found.x.reshape(start.shape)
 
 
 def _held_out(labels, folds, rng):
@@ -81,23 +61,29 @@ def logistic_regression(x, y, *, num_classes: int, folds: int = 1, seed: int = 0
   """Multinomial logistic regression on x [n, d] with labels y [n].
 
   Features are centred and divided by one number, their root mean variance (folded back into what is returned), so
-  that the same penalties suit every representation.  L2 is the value of the grid with the best
-  accuracy on held-out training examples (a tenth, or `folds`-fold cross-validation), and the final fit uses all n.
+  that the same penalties suit every representation.  L2 is the value of the grid with the best accuracy on held-out
+  training examples (a tenth, or `folds`-fold cross-validation), and the final fit uses all n.
 
   Returns:
     dict(kernel [d, num_classes], bias [num_classes], l2): logits = x @ kernel + bias.
   """
   x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
   mean, scale = x.mean(0), max(float(np.sqrt(x.var(0).mean())), 1e-12)
-  x = jnp.asarray((x - mean) / scale)
-  held_out = _held_out(y, folds, np.random.default_rng(seed))
-  start = {"kernel": jnp.zeros((x.shape[1], num_classes)), "bias": jnp.zeros(num_classes)}
-  grid = jnp.asarray(sorted(l2s, reverse=True), jnp.float32)
-  scores = _sweep(start, x, y, jnp.float32(~held_out), jnp.float32(held_out), grid).mean(0)
-  l2 = grid[int(jnp.argmax(scores))]  # the strongest penalty among equals
-  weights = _fit_jit(start, x, y, jnp.ones(len(y)), l2, FINAL_STEPS)
-  kernel = np.asarray(weights["kernel"]) / scale
-  return {"kernel": kernel, "bias": np.asarray(weights["bias"]) - mean @ kernel, "l2": float(l2)}
+  x, y_device = jnp.asarray((x - mean) / scale), jnp.asarray(y)
+  grid = sorted(l2s, reverse=True)
+  start = np.zeros((x.shape[1] + 1, num_classes))
+  l2 = grid[0]
+  if len(grid) > 1:
+    right = np.zeros(len(grid))
+    for part in _held_out(y, folds, np.random.default_rng(seed)):
+      weights, sample_weight = start, jnp.asarray(~part, jnp.float32)
+      for i, candidate in enumerate(grid):  # from the strongest penalty to the weakest, each from the last one's end
+        weights = _fit(weights, x, y_device, sample_weight, candidate, **SWEEP)
+        right[i] += np.sum((np.asarray(x)[part] @ weights[:-1] + weights[-1]).argmax(1) == y[part])
+    l2 = grid[int(right.argmax())]  # the strongest penalty among equals
+  weights = _fit(start, x, y_device, jnp.ones(len(y)), l2, **FINAL)
+  kernel = weights[:-1] / scale
+  return {"kernel": kernel.astype(np.float32), "bias": (weights[-1] - mean @ kernel).astype(np.float32), "l2": l2}
 
 
 def accuracy(classifier: dict, x, y) -> float:
@@ -215,7 +201,7 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
   c, source, test = opened.config, opened.train_source, opened.test_source()
   test_h, test_y = opened.h(test)
   if c.probe.method == "lbfgs":
-    h, y = opened.h(source)
+    h, y = opened.h(embed.bank(source, c))
     classifier = logistic_regression(h, y, num_classes=source.num_classes, seed=c.seed)
     how = f"L-BFGS, l2 {classifier['l2']:.0e} chosen on held-out training images"
   else:

@@ -1,5 +1,6 @@
 """The contrastive losses on one page: the official code's numbers, and float64 loops over anchors and candidates."""
 
+import functools
 import json
 import math
 import pathlib
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from simclr_jax import contrast
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "official_golden.json").read_text())["ntxent"]
+FAST_COMPILE = {"xla_backend_optimization_level": 0}  # compiling is nearly all of what these tests do
 
 
 def pair_major(rows):
@@ -62,7 +64,7 @@ def random_z(n, d, noise, seed=0):
 def compiled(loss, *arguments, **keywords):
   """z -> loss, metrics, gradient."""
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
   def run(z):
     (value, metrics), gradient = jax.value_and_grad(lambda z: loss(z, *arguments, **keywords), has_aux=True)(z)
     return value, metrics, gradient
@@ -75,7 +77,8 @@ def loss_and_gradient(loss, z, *arguments, **keywords):
 
 
 def loss_only(loss, z, *arguments, **keywords):
-  return jax.jit(lambda z: loss(z, *arguments, **keywords)[0])(jnp.asarray(z))
+  run = jax.jit(lambda z: loss(z, *arguments, **keywords)[0], compiler_options=FAST_COMPILE)
+  return run(jnp.asarray(z))
 
 
 def assert_gradient(actual, expected, tolerance):

@@ -16,7 +16,10 @@ from simclr_jax.runtime import mesh as mesh_lib
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
-def batch_of(config, n=tiny.BATCH):
+BATCH = 64  # large enough for the images, and not the copies of LARS on every device, to be most of the work
+
+
+def batch_of(config, n=BATCH):
   rng = np.random.default_rng(0)
   size = config.augment.size
   views = rng.random((n, 2, size, size, 3), np.float32)
@@ -26,7 +29,7 @@ def batch_of(config, n=tiny.BATCH):
 @functools.lru_cache
 def compiled(devices, stacking=None):
   """(compiled step, its task, mesh) on so many devices."""
-  config = tiny.config()
+  config = tiny.config(batch_size=BATCH)
   mesh = mesh_lib.make_mesh(jax.devices()[:devices])
   task = pretrain.make_task(config, tiny.source())
   if stacking:
@@ -98,7 +101,7 @@ def test_the_check_catches_a_wrong_stacking():
 def test_all_reduces_never_carry_images():
   """All-reduces are of parameters, statistics and embeddings: none as large as this device's share of the images."""
   config = tiny.config()
-  share = tiny.BATCH // 8 * 2 * config.augment.size**2 * 3
+  share = BATCH // 8 * 2 * config.augment.size**2 * 3
   parameters = {
     tuple(x.shape) for x in jax.tree.leaves(loop.abstract_state(compiled(8)[1].init, compiled(8)[2]).params)
   }

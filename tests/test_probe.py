@@ -38,9 +38,9 @@ def test_lbfgs_finds_the_optimum():
 
 
 def test_penalty_is_chosen_on_held_out_examples():
-  """With 60 dimensions of noise and 80 examples a strong penalty generalises best, and is what is picked."""
-  x, y = blobs(80, 4, 2, 1.5)
-  x = np.concatenate([x, np.random.default_rng(5).standard_normal((80, 60)).astype(np.float32)], 1)
+  """With 200 dimensions of noise and 120 examples a strong penalty generalises best, and is what is picked."""
+  x, y = blobs(120, 4, 2, 1.5)
+  x = np.concatenate([x, np.random.default_rng(5).standard_normal((120, 200)).astype(np.float32)], 1)
   classifier = probe.logistic_regression(x, y, num_classes=2, folds=5)
   assert classifier["l2"] >= 1e-2
 

@@ -6,6 +6,7 @@ Orbax writes under a temporary name and renames when complete, so a run that die
 """
 
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -92,6 +93,7 @@ class Checkpoints:
       self._manager.save(step, args=args, force=True)
       self._manager.wait_until_finished()
     except Exception as error:  # Orbax raises many types here, with many-line messages
+      logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # or each array that failed prints a traceback of its own
       survivor = f"step {last} in {self._folder} is complete" if last is not None else "no checkpoint exists yet"
       reason = "the disk is full" if _no_space(error, self._folder) else " ".join(str(error).split())[:200]
       raise OSError(

@@ -124,6 +124,7 @@ SCHEMA = {
   "optimizer.weight_decay": _NOT_NEGATIVE,
   "evaluate.crop": (lambda v: 0 < v <= 1, "a share above 0 and at most 1"),
   "evaluate.batch_size": _POSITIVE,
+  "evaluate.train_examples": _NOT_NEGATIVE,
   "evaluate.every_steps": _NOT_NEGATIVE,
   "evaluate.every_epochs": _NOT_NEGATIVE,
   "evaluate.knn_k": _POSITIVE,

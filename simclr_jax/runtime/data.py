@@ -208,6 +208,31 @@ class ArraySource(Source):
     return images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
 
 
+class Subset(Source):
+  """`count` images of another source, drawn without replacement by `seed`; all of them, as they are, for count 0."""
+
+  def __init__(self, source: Source, count: int, seed: int):
+    self._source, self.class_names = source, source.class_names
+    chosen = permutation(seed, 0, len(source))[: count or None]
+    self._chosen = np.sort(chosen)
+
+  @property
+  def labels(self):
+    return None if self._source.labels is None else self._source.labels[self._chosen]
+
+  def __len__(self):
+    return len(self._chosen)
+
+  def name(self, i):
+    return self._source.name(int(self._chosen[i]))
+
+  def read(self, i):
+    return self._source.read(int(self._chosen[i]))
+
+  def read_labelled(self, i):
+    return self._source.read_labelled(int(self._chosen[i]))
+
+
 class FolderSource(Source):
   """Image files below a folder, in sorted order.
 

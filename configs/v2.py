@@ -1,0 +1,52 @@
+"""SimCLR v2 on ImageNet: ResNet-50, 101 or 152, width 1 to 3, with or without selective kernels, 800 epochs.
+
+Command:   simclr pretrain --config=configs/v2.py:r50_1x_sk0 --workdir=gs://BUCKET/v2      (... :r152_3x_sk1)
+Hardware:  the paper used 128 Cloud TPUs; nobody has run this file at that scale yet
+Expected:  linear evaluation top-1 on ImageNet about 71.1 for r50_1x_sk0 (the paper's 71.7 used a momentum encoder and
+           a memory bank); 74.6 r50_1x_sk1, 79.8 r152_3x_sk1, both of the paper with that memory
+Source:    arXiv 2006.10029: Table 1 and App. A; google-research/simclr README (learning rate, weight decay)
+Data:      a prepared TFDS imagenet2012 in --config.data.data_dir
+"""
+
+import ml_collections
+
+
+def get_config(arg="r50_1x_sk0"):
+  depth, width, sk = arg.split("_")
+  return ml_collections.ConfigDict(
+    dict(
+      seed=0,
+      data=dict(
+        train="tfds:imagenet2012:train", test="tfds:imagenet2012:validation", data_dir="", max_bad_fraction=0.001
+      ),
+      batch_size=4096,
+      train_epochs=800.0,
+      train_steps=0,
+      augment=dict(
+        size=224, color_strength=1.0, blur=True, crop_sampler="official", brightness="v2", crop_area=(0.08, 1.0)
+      ),
+      encoder=dict(
+        depth=int(depth[1:]),
+        width=int(width[:-1]),
+        stem="imagenet",
+        sk_ratio={"sk0": 0.0, "sk1": 0.0625}[sk],
+        se_ratio=0.0,
+        dtype="bfloat16",
+      ),
+      projector=dict(kind="nonlinear", layers=3, out_dim=128),
+      loss=dict(temperature=0.1, normalize=True, reduction="official_sum", precision="highest"),
+      optimizer=dict(name="lars", base_lr=0.1, lr_scaling="sqrt", warmup_epochs=40.0, momentum=0.9, weight_decay=1e-4),
+      evaluate=dict(
+        crop=0.875,
+        batch_size=1024,
+        train_examples=50000,
+        every_steps=0,
+        every_epochs=0.0,
+        knn_k=200,
+        knn_temperature=0.1,
+      ),
+      checkpoint=dict(every_steps=0, every_epochs=1.0, keep=5),
+      log=dict(every_steps=100),
+      probe=dict(method="sgd", train_epochs=90.0, batch_size=4096, base_lr=0.1),
+    )
+  )

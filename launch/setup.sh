@@ -1,0 +1,10 @@
+# Sourced by the other scripts: makes .venv at the top of the checkout, with the tested versions, once.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if ! cmp -s requirements-lock.txt .venv/installed.txt; then
+  echo "setting up .venv (a few minutes, once)"
+  "${PYTHON:-$(command -v python3.11 || command -v python3)}" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-lock.txt
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+  cp requirements-lock.txt .venv/installed.txt
+fi
+export PATH="$PWD/.venv/bin:$PATH"
