@@ -16,6 +16,8 @@ def get_config():
       seed=0,
       data=dict(train="tfds:cifar10:train", test="tfds:cifar10:test", data_dir="", max_bad_fraction=0.001),
       batch_size=512,
+      microbatches=1,
+      microbatch_norm="microbatch",
       train_epochs=1000.0,
       train_steps=0,
       augment=dict(

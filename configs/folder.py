@@ -16,6 +16,8 @@ def get_config():
       seed=0,
       data=dict(train="folder:NAME_IT", test="", data_dir="", max_bad_fraction=0.01),
       batch_size=256,
+      microbatches=1,
+      microbatch_norm="microbatch",
       train_epochs=200.0,
       train_steps=0,
       augment=dict(

@@ -13,6 +13,8 @@ def get_config():
       seed=0,
       data=dict(train="fashion:train", test="fashion:test", data_dir="", max_bad_fraction=0.001),
       batch_size=256,
+      microbatches=1,
+      microbatch_norm="microbatch",
       train_epochs=10.0,
       train_steps=0,  # 0: by epochs
       augment=dict(

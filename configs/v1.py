@@ -19,6 +19,8 @@ def get_config(arg="1x"):
         train="tfds:imagenet2012:train", test="tfds:imagenet2012:validation", data_dir="", max_bad_fraction=0.001
       ),
       batch_size=4096,
+      microbatches=1,
+      microbatch_norm="microbatch",
       train_epochs={"": 1000.0, "100ep": 100.0}[epochs],
       train_steps=0,
       augment=dict(

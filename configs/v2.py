@@ -20,6 +20,8 @@ def get_config(arg="r50_1x_sk0"):
         train="tfds:imagenet2012:train", test="tfds:imagenet2012:validation", data_dir="", max_bad_fraction=0.001
       ),
       batch_size=4096,
+      microbatches=1,
+      microbatch_norm="microbatch",
       train_epochs=800.0,
       train_steps=0,
       augment=dict(

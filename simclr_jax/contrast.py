@@ -183,7 +183,8 @@ def nt_xent_tiled(z, temperature, *, mesh=None, tile=None, normalize=True, reduc
 
   Args:
     z, temperature, normalize, reduction, precision: as for `nt_xent`.
-    mesh: a mesh with an axis "data" over which z is sharded, n a multiple of its size. None: one device.
+    mesh: a mesh with an axis "data" over which z is sharded, n a multiple of its size. None: one device (with z
+      sharded under jit the result is right all the same, but every device computes all of it).
     tile: most images along the side of a tile (a tile has four [tile, tile] matrices, one a pair of views).
       None: 128 on a CPU, where a tile should stay in the cache, 2048 elsewhere.
 
@@ -234,9 +235,9 @@ def nt_xent_auto(z, temperature, *, mesh=None, tile=None, normalize=True, reduct
 def choose(n, num_devices):
   """Says "tiled" if the dense form's matrix, 4 (2n)^2 bytes, would take more than 4 MiB a device; else "dense".
 
-  Measured by benchmarks/contrast.py, see docs/contrast.md. On a CPU the tiled form takes as much processor time
-  as the dense one at 0.5 MiB (512 images on 8 devices), 0.8 times at 2 MiB and 0.4 times at 32 MiB. A ring of
-  TPUs pays for latency first and meets the dense form near 128 MiB; up to there either is far below 1 % of a step.
+  Measured by benchmarks/contrast.py, see docs/contrast.md. On a CPU the tiled form takes 1.2 times the processor time
+  of the dense one at 0.5 MiB (512 images on 8 devices), 0.7 times at 2 MiB and 0.4 times at 32 MiB. A ring of TPUs
+  pays for latency first and meets the dense form near 32 MiB; up to there either is far below 1 % of a step.
   """
   return "tiled" if 4 * (2 * n) ** 2 / num_devices > 4 * 2**20 else "dense"
 
@@ -294,7 +295,7 @@ def _ring_order(mesh):
   Longer hops share links, and on some TPUs they no longer overlap with computation.
   """
   devices = np.moveaxis(mesh.devices, mesh.axis_names.index(AXIS), 0).reshape(mesh.shape[AXIS], -1)[:, 0]
-  if not hasattr(devices[0], "coords"):
+  if devices[0].platform != "tpu":
     return list(range(len(devices)))
   places = np.array([(*d.coords, d.core_on_chip) for d in devices])
   places -= places.min(axis=0)

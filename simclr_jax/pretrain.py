@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simclr_jax import augment, contrast, diagnostics, embed, exporting, knn, optimizer, probe
+from simclr_jax import accumulate, augment, contrast, diagnostics, embed, exporting, knn, optimizer, probe
 from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.runtime import checkpoint, data, loop, report
@@ -32,38 +32,64 @@ def init_state(key, *, model, tx, image_size: int) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, tx.init(params))
 
 
-def train_step(state: TrainState, batch, *, model, tx, schedule, loss, weight_decay: float = 0.0):
+def train_step(
+  state: TrainState,
+  batch,
+  *,
+  model,
+  tx,
+  schedule,
+  loss,
+  weight_decay: float = 0.0,
+  microbatches: int = 1,
+  batch_norm: str = "microbatch",
+  devices: int = 1,
+):
   """One update.
 
   Args:
     batch: `views` float32 [n, 2, h, w, 3] in [0, 1], n the global batch; `label` int32 [n], -1 where unknown.
     loss: (z [n, 2, d]) -> (scalar, metrics), such as `contrast.nt_xent` with its temperature bound.
     weight_decay: on the online classifier's kernel, which LARS leaves alone.
+    microbatches, batch_norm: above 1, the batch is worked off in so many parts, with all its negatives, and
+      `batch_norm` says what BatchNorm ranges over: see accumulate.py.
+    devices: over which the batch is split.
 
   Returns:
     (next state, metrics as float32 scalars).
 
   BatchNorm statistics and negatives range over the global batch, whatever the number of devices.
   """
-  labels = batch["label"]
+  known = batch["label"] >= 0
+  count = jnp.maximum(known.sum(), 1)
 
-  def objective(params):
+  def forward(params, batch_stats, part, train):
     (_, z, logits), updated = model.apply(
-      {"params": params, "batch_stats": state.batch_stats}, batch["views"], train=True, mutable=["batch_stats"]
+      {"params": params, "batch_stats": batch_stats}, part["views"], train=train, mutable=["batch_stats"]
     )
-    contrastive, metrics = loss(z)
-    total, online = contrastive, {}
-    if logits is not None:
-      known = jnp.repeat(labels >= 0, 2)
-      logits, y = logits.reshape(known.size, -1), jnp.repeat(jnp.maximum(labels, 0), 2)
-      count = jnp.maximum(known.sum(), 1)
-      xent = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-      total += jnp.sum(known * xent) / count
-      total += optimizer.classifier_l2(params["classifier"], weight_decay)
-      online["online_accuracy"] = jnp.sum(known * (logits.argmax(1) == y)) / count
-    return total, (updated["batch_stats"], {"loss": contrastive, **metrics, **online})
+    if logits is None:
+      return (z, {"online_loss": jnp.zeros(())}), updated.get("batch_stats", {})
+    y = jnp.maximum(part["label"], 0)[:, None]  # both views of an image have its label
+    weight = (part["label"] >= 0)[:, None] / (2 * count)
+    xent = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.broadcast_to(y, logits.shape[:2]))
+    side = {"online_loss": jnp.sum(weight * xent), "online_accuracy": jnp.sum(weight * (logits.argmax(-1) == y))}
+    return (z, side), updated["batch_stats"]
 
-  (_, (batch_stats, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+  def whole(params):
+    (z, side), batch_stats = forward(params, state.batch_stats, batch, True)
+    contrastive, metrics = loss(z)
+    return contrastive + side["online_loss"], ({"loss": contrastive, **metrics, **side}, batch_stats)
+
+  if microbatches == 1:
+    (_, (metrics, batch_stats)), grads = jax.value_and_grad(whole, has_aux=True)(state.params)
+  else:
+    parts = jax.tree.map(lambda x: accumulate.split(x, microbatches, devices), batch)
+    (metrics, batch_stats), grads = accumulate.value_and_grad(
+      forward, loss, state.params, state.batch_stats, parts, devices=devices, batch_norm=batch_norm
+    )
+  if "classifier" in grads and weight_decay:
+    decay = jax.grad(optimizer.classifier_l2)(state.params["classifier"], weight_decay)
+    grads = {**grads, "classifier": jax.tree.map(jnp.add, grads["classifier"], decay)}
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics |= {"learning_rate": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
@@ -80,7 +106,7 @@ def augmentation(config):
   return functools.partial(augment.two_views, **config.augment)
 
 
-def make_task(config, source, *, evaluators=None) -> loop.Task:
+def make_task(config, source, *, mesh, evaluators=None) -> loop.Task:
   """The config and the training images as the loop wants them."""
   model = model_lib.create(config, source.num_classes)
   tx, schedule = optimizer.create(config, len(source))
@@ -93,6 +119,9 @@ def make_task(config, source, *, evaluators=None) -> loop.Task:
       schedule=schedule,
       loss=functools.partial(contrast.nt_xent, **config.loss),
       weight_decay=config.optimizer.weight_decay if config.optimizer.name == "lars" else 0.0,
+      microbatches=config.microbatches,
+      batch_norm=config.microbatch_norm,
+      devices=mesh.size,
     ),
     stream=lambda start: data.train_stream(
       source,
@@ -186,6 +215,11 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   began = time.monotonic()
   mesh = mesh_lib.make_mesh()
   mesh_lib.check_divisible(config.batch_size, mesh)
+  if config.batch_size % (config.microbatches * mesh.size):
+    raise ValueError(
+      f"microbatches={config.microbatches}: batch_size={config.batch_size} on {mesh.size} devices has "
+      f"{config.batch_size // mesh.size} images a device, which is no multiple"
+    )
   if resume and (checkpoint.folder(workdir)).exists():
     config = _same_config(config, workdir)
   train_source = data.open_source(config.data.train, data_dir=config.data.data_dir or None)
@@ -198,7 +232,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   model = model_lib.create(config, train_source.num_classes)
   evaluation = Evaluation(config, model, train_source, test_source, mesh)
   every = config_lib.every(config.evaluate, len(train_source), config.batch_size)
-  task = make_task(config, train_source, evaluators={"knn": loop.Evaluator(evaluation.quick, every)})
+  task = make_task(config, train_source, mesh=mesh, evaluators={"knn": loop.Evaluator(evaluation.quick, every)})
   checkpoint_every = config_lib.every(config.checkpoint, len(train_source), config.batch_size)
   abstract = jax.eval_shape(
     task.init, jax.random.key(0)

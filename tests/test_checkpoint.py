@@ -15,7 +15,7 @@ from simclr_jax.runtime import mesh as mesh_lib
 
 @pytest.fixture(scope="module")
 def task():
-  return pretrain.make_task(tiny.config(), tiny.source())
+  return pretrain.make_task(tiny.config(), tiny.source(), mesh=mesh_lib.make_mesh())
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_the_encoder_item_is_the_encoder_alone(tmp_path, state):
 def test_another_architecture_is_refused_by_name(tmp_path, state):
   saved = checkpoint.Checkpoints(tmp_path)
   saved.save(3, state, model.keep_encoder(state), "{}")
-  wider = pretrain.make_task(tiny.config(**{"encoder.width": 0.125}), tiny.source())
+  wider = pretrain.make_task(tiny.config(**{"encoder.width": 0.125}), tiny.source(), mesh=mesh_lib.make_mesh())
   with pytest.raises(ValueError, match="another architecture: .*kernel is float32.* there and float32") as error:
     saved.restore(3, loop.abstract_state(wider.init, mesh_lib.make_mesh()))
   assert "\n" not in str(error.value)

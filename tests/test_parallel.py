@@ -31,7 +31,7 @@ def compiled(devices, stacking=None):
   """(compiled step, its task, mesh) on so many devices."""
   config = tiny.config(batch_size=BATCH)
   mesh = mesh_lib.make_mesh(jax.devices()[:devices])
-  task = pretrain.make_task(config, tiny.source())
+  task = pretrain.make_task(config, tiny.source(), mesh=mesh)
   if stacking:
     task = stacking(task)
   state = loop.abstract_state(task.init, mesh)

@@ -17,7 +17,9 @@ import tiny
 import simclr_jax
 from simclr_jax import __main__ as cli
 from simclr_jax import embed, exporting, knn, model, pretrain, probe
+from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import loop
+from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 
 
@@ -121,14 +123,11 @@ def test_unlabelled_images(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, monkeypatch):
   config = tiny.config(**{"train_steps": 6, "checkpoint.every_steps": 2})
-  task = pretrain.make_task(config, tiny.source())
+  task = pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh())
 
   def stream(start):
     for step, batch in enumerate(task.stream(start), start + 1):
       yield {**batch, "views": batch["views"] * np.nan} if step == 4 else batch
-
-  from simclr_jax.runtime import config as config_lib
-  from simclr_jax.runtime import mesh as mesh_lib
 
   with pytest.raises(loop.Diverged, match="loss became nan within steps 4 to 4; step 2 is saved"):
     loop.run(

@@ -17,7 +17,7 @@ from simclr_jax.runtime import config, loop, mesh
 
 workdir, kill_at = sys.argv[1], int(sys.argv[2])
 c = tiny.config(**{{"train_steps": 20, "checkpoint.every_steps": 10, "data.train": "fashion:test"}})
-original = pretrain.make_task(c, tiny.source())
+original = pretrain.make_task(c, tiny.source(), mesh=mesh.make_mesh())
 
 def stream(start):
   for step, batch in enumerate(original.stream(start), start + 1):

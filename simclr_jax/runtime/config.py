@@ -107,6 +107,8 @@ SCHEMA = {
   "data.data_dir": _ANY,
   "data.max_bad_fraction": _SHARE,
   "batch_size": _POSITIVE,
+  "microbatches": _POSITIVE,
+  "microbatch_norm": (lambda v: v in ("microbatch", "exact"), "microbatch or exact"),
   "train_epochs": _NOT_NEGATIVE,
   "train_steps": _NOT_NEGATIVE,
   "augment.": _ANY,
