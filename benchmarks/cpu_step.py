@@ -7,8 +7,9 @@ Both are ResNet-18 with the CIFAR stem and the official code's projected shortcu
 multiplications.  torch runs in channels_last, in bfloat16 as autocast; ours as `simclr` does on a CPU, with what
 runtime/cpu.py sets, and a third time without that.  Each variant is a process of its own that sleeps between its
 turns.  They take turns, one step each, so that load from elsewhere hits them alike; a ratio is the median over rounds
-of (torch float32's time / the variant's time in the same round).  The last column is the same ratio of CPU time: it
-feels other load less, but counts as work the spinning of threads that wait.
+of (torch float32's time / the variant's time in the same round).  The last column is the same ratio of CPU time.  On a
+machine that does other things too, use --cores=1 and read that column: with more cores, torch's threads spin while
+they wait for one that was interrupted.
 """
 
 import argparse
@@ -111,6 +112,7 @@ def our_step(images, variant):
 
 def work(variant, args):
   """In a process of its own: one step, timed, for each line of standard input."""
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-args.cores :])
   images = np.random.default_rng(0).random((args.views, args.size, args.size, 3), np.float32)
   build = torch_step if variant.startswith("torch") else our_step
   step, version = build(images, variant)
@@ -128,7 +130,7 @@ def measure(args):
   workers = {}
   for variant in VARIANTS:
     python = args.torch_python if variant.startswith("torch") else sys.executable
-    options = [f"--worker={variant}", f"--views={args.views}", f"--size={args.size}"]
+    options = [f"--worker={variant}", f"--views={args.views}", f"--size={args.size}", f"--cores={args.cores}"]
     command = [python, "-m", "benchmarks.cpu_step", *options]
     workers[variant] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     print(f"{variant}: {read(workers[variant])}", flush=True)
@@ -155,13 +157,14 @@ def main():
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--views", type=int, default=256)
   parser.add_argument("--size", type=int, default=32)
+  parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
   parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.worker:
     work(args.worker, args)
     return
   seconds = measure(args)
-  print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.rounds} rounds,", end=" ")
+  print(f"\n{platform.processor() or platform.machine()}, {args.cores} cores, {args.rounds} rounds,", end=" ")
   print(f"{args.views} views of {args.size} pixels\n")
   print(f"{'':26}{'views/s':>9}{'x torch float32':>17}{'smallest, largest':>20}{'CPU time':>11}")
   for variant, steps in seconds.items():

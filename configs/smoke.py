@@ -1,7 +1,9 @@
 """Smoke run: Fashion-MNIST (10,000 grey 28-pixel images inside the package), a ResNet-18 of a quarter of its width.
 
-Command:   simclr pretrain --config=configs/smoke.py --workdir=runs/smoke
+Command:   simclr pretrain --config=configs/smoke.py --workdir=runs/smoke      (bash launch/local.sh sets up first)
 Hardware:  two CPU cores, minutes
+Expected:  kNN (k=20) on h 83 %, linear evaluation 87 %; raw pixels 81.0 % and 84.9 %
+Source:    arXiv 2002.05709 with its CIFAR stem (App. B.9); gentler crops and views of 20 pixels were tuned on this set
 """
 
 import ml_collections
@@ -12,28 +14,23 @@ def get_config():
     dict(
       seed=0,
       data=dict(train="fashion:train", test="fashion:test", data_dir="", max_bad_fraction=0.001),
-      batch_size=256,
+      batch_size=128,
       microbatches=1,
       microbatch_norm="microbatch",
-      train_epochs=10.0,
+      train_epochs=30.0,
       train_steps=0,  # 0: by epochs
       augment=dict(
-        size=28,
-        color_strength=0.5,
-        blur=False,
-        crop_sampler="official",
-        brightness="v2",
-        crop_area=(0.2, 1.0),
+        size=20, color_strength=0.8, blur=False, crop_sampler="official", brightness="v2", crop_area=(0.4, 1.0)
       ),
       encoder=dict(depth=18, width=0.25, stem="cifar", sk_ratio=0.0, se_ratio=0.0, dtype="float32"),
       projector=dict(kind="nonlinear", layers=2, out_dim=64),
       loss=dict(temperature=0.2, normalize=True, reduction="mean", precision="highest"),
       optimizer=dict(name="adamw", base_lr=2e-3, lr_scaling="none", warmup_epochs=1.0, momentum=0.9, weight_decay=1e-4),
       evaluate=dict(
-        crop=1.0, batch_size=500, train_examples=0, every_steps=0, every_epochs=2.0, knn_k=20, knn_temperature=0.1
+        crop=1.0, batch_size=500, train_examples=0, every_steps=0, every_epochs=5.0, knn_k=20, knn_temperature=0.1
       ),
       checkpoint=dict(every_steps=0, every_epochs=5.0, keep=2),
-      log=dict(every_steps=10),
+      log=dict(every_steps=20),
       probe=dict(method="lbfgs", train_epochs=90.0, batch_size=256, base_lr=0.1),
     )
   )

@@ -227,19 +227,25 @@ def nt_xent_tiled(z, temperature, *, mesh=None, tile=None, normalize=True, reduc
 def nt_xent_auto(z, temperature, *, mesh=None, tile=None, normalize=True, reduction="mean", precision="highest"):
   """`nt_xent` or `nt_xent_tiled`, whichever `choose` takes. Arguments, returns and errors as theirs."""
   keywords = {"normalize": normalize, "reduction": reduction, "precision": precision}
-  if choose(len(z), 1 if mesh is None else mesh.size) == "dense":
+  platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+  if choose(len(z), 1 if mesh is None else mesh.size, platform) == "dense":
     return nt_xent(z, temperature, **keywords)
   return nt_xent_tiled(z, temperature, mesh=mesh, tile=tile, **keywords)
 
 
-def choose(n, num_devices):
-  """Says "tiled" if the dense form's matrix, 4 (2n)^2 bytes, would take more than 4 MiB a device; else "dense".
+# Bytes of similarities a device above which the tiled form is the cheaper one, measured by benchmarks/contrast.py.
+# On a CPU it takes 1.2 times the processor time of the dense form at 0.5 MiB (512 images on 8 devices), 0.7 times at
+# 2 MiB and 0.4 times at 32 MiB.  A ring of accelerators pays for latency first, and either form is far below 1 % of a
+# step where they meet.
+DENSE_BYTES = {"cpu": 4 * 2**20}
+DENSE_BYTES_ACCELERATOR = 32 * 2**20
 
-  Measured by benchmarks/contrast.py, see docs/contrast.md. On a CPU the tiled form takes 1.2 times the processor time
-  of the dense one at 0.5 MiB (512 images on 8 devices), 0.7 times at 2 MiB and 0.4 times at 32 MiB. A ring of TPUs
-  pays for latency first and meets the dense form near 32 MiB; up to there either is far below 1 % of a step.
-  """
-  return "tiled" if 4 * (2 * n) ** 2 / num_devices > 4 * 2**20 else "dense"
+
+def choose(n, num_devices, platform):
+  """ "dense" for n images on so many devices if a device's share of the matrix, 4 (2n)^2 bytes in all, is small; else
+  "tiled"."""
+  most = DENSE_BYTES.get(platform, DENSE_BYTES_ACCELERATOR)
+  return "tiled" if 4 * (2 * n) ** 2 / num_devices > most else "dense"
 
 
 @dataclasses.dataclass(frozen=True)

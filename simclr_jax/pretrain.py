@@ -117,7 +117,7 @@ def make_task(config, source, *, mesh, evaluators=None) -> loop.Task:
       model=model,
       tx=tx,
       schedule=schedule,
-      loss=functools.partial(contrast.nt_xent, **config.loss),
+      loss=functools.partial(contrast.nt_xent_auto, mesh=mesh, **config.loss),
       weight_decay=config.optimizer.weight_decay if config.optimizer.name == "lars" else 0.0,
       microbatches=config.microbatches,
       batch_norm=config.microbatch_norm,
@@ -164,8 +164,14 @@ class Evaluation:
     size, crop, batch = config.augment.size, config.evaluate.crop, config.evaluate.batch_size
     self._apply, self._mesh, self._config = _representations(model), mesh, config
     self.num_classes = train_source.num_classes
-    make = functools.partial(embed.EvalSet, size=size, crop=crop, batch_size=-(-batch // mesh.size) * mesh.size)
-    self.train, self.test = make(embed.bank(train_source, config)), make(test_source)
+    make = functools.partial(embed.EvalSet, batch_size=-(-batch // mesh.size) * mesh.size)
+    bank = embed.bank(train_source, config)
+    self.train, self.test = make(bank, size=size, crop=crop), make(test_source, size=size, crop=crop)
+    native = min(test_source.read(0).shape[:2])  # raw pixels compete at their own size where that is small
+    self.raw = [
+      make(part, size=native, crop=1.0) if native <= 64 else made
+      for part, made in ((bank, self.train), (test_source, self.test))
+    ]
 
   def embed(self, state):
     """({"h", "z"} of the training images, the same of the test images), numpy."""
@@ -305,7 +311,7 @@ def _conclude(config, workdir, task, evaluation, state, mesh) -> dict:
     before = evaluation.embed(untrained)
     chance = 1 / evaluation.num_classes
     out["scores"] = [
-      evaluation.scores("raw pixels", evaluation.train.pixels(), evaluation.test.pixels()),
+      evaluation.scores("raw pixels", *(part.pixels() for part in evaluation.raw)),
       evaluation.scores("untrained encoder", before[0]["h"], before[1]["h"]),
       evaluation.scores("SimCLR z", train["z"], test["z"]),
       evaluation.scores("SimCLR h", train["h"], test["h"]),

@@ -106,8 +106,8 @@ def random_variables(model, x):
 
   def fill(path, shape):
     leaf = path[-1].key
-    values = rng.normal(size=shape.shape).astype(np.float32)
-    return values * np.prod(shape.shape[:3]) ** -0.5 if leaf == "kernel" else values * 0.1 + (leaf in ("scale", "var"))
+    scale, shift = (np.prod(shape.shape[:3]) ** -0.5, 0) if leaf == "kernel" else (0.1, leaf in ("scale", "var"))
+    return (scale * rng.normal(size=shape.shape) + shift).astype(shape.dtype)
 
   return jax.tree_util.tree_map_with_path(fill, shapes)
 
@@ -131,7 +131,14 @@ def assert_matches(golden, intermediates, h, tolerances):
   assert error <= tolerances[-1], error
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+# What these two run is in the others as well.
+SLOW = ("r50-1x-32px", "r18-2x-64px")
+
+
+@pytest.mark.parametrize(
+  "case",
+  [pytest.param(c, id=case_name(c), marks=[pytest.mark.slow] * (case_name(c) in SLOW)) for c in CASES],
+)
 def test_golden(case):
   model = build(case)
   variables = hashed_variables(model, case)

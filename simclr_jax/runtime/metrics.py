@@ -8,7 +8,6 @@ import sys
 import time
 
 import jax
-import numpy as np
 from etils import epath
 
 
@@ -54,11 +53,6 @@ class Writer:
     with self._path.open("a") as file:
       file.write(json.dumps({"step": step, **clean}) + "\n")
     self._board.write_scalars(step, {k: v for k, v in clean.items() if v is not None})
-
-  def image(self, step: int, name: str, image: np.ndarray):
-    """One uint8 picture [h, w, 3] for TensorBoard."""
-    if self._active:
-      self._board.write_images(step, {name: image[None]})
 
   def close(self):
     if self._board:

@@ -1,0 +1,36 @@
+"""The wheel alone, in an empty environment, away from the checkout: help, recipes, and a short run of the smoke recipe."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import venv
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_runs_the_smoke_recipe(tmp_path):
+  environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+
+  def call(*argv):
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+  venv.create(tmp_path / "venv", with_pip=True)
+  python = str(tmp_path / "venv/bin/python")
+  call(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT))
+  wheel = next(tmp_path.glob("simclr_jax-*.whl"))
+  call(python, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "requirements-lock.txt"), str(wheel))
+  simclr = str(tmp_path / "venv/bin/simclr")
+  assert "pretrain" in call(simclr, "--help")
+  assert "smoke" in call(simclr, "recipes")
+  out = call(
+    simclr, "pretrain", "--config=smoke", "--workdir=run", "--config.train_epochs=0.0", "--config.train_steps=3"
+  )  # fmt: skip
+  assert "SimCLR h" in out and (tmp_path / "run/report.html").exists()
+  snippet = out.partition("Load the encoder:")[2]
+  assert "(4, " in call(python, "-c", snippet)
