@@ -21,7 +21,7 @@ def get_config(arg=""):
       microbatches=1,
       microbatch_norm="microbatch",
       train_epochs=0.0,
-      train_steps=600,
+      train_steps=400,
       augment=dict(
         size=24,
         color_strength=strength,
@@ -34,7 +34,7 @@ def get_config(arg=""):
       encoder=dict(depth=18, width=0.125, stem="cifar", sk_ratio=0.0, se_ratio=0.0, dtype="float32"),
       projector=dict(kind="nonlinear", layers=2, out_dim=64),
       loss=dict(temperature=0.2, normalize=True, reduction="mean", precision="highest"),
-      optimizer=dict(name="adamw", base_lr=4e-3, lr_scaling="none", warmup_epochs=1.0, momentum=0.9, weight_decay=1e-4),
+      optimizer=dict(name="adamw", base_lr=8e-3, lr_scaling="none", warmup_epochs=1.0, momentum=0.9, weight_decay=1e-4),
       evaluate=dict(
         crop=1.0, batch_size=500, train_examples=0, every_steps=200, every_epochs=0.0, knn_k=20, knn_temperature=0.1
       ),

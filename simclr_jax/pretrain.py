@@ -22,8 +22,6 @@ from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 
-BANK_SEED = 7  # of the labelled examples drawn for the 10-labels-a-class column
-
 
 def init_state(key, *, model, tx, image_size: int) -> TrainState:
   """The state before the first update; `key` is a jax PRNG key."""
@@ -200,12 +198,11 @@ class Evaluation:
   def scores(self, name: str, train_x, test_x) -> dict:
     """One row of the table: kNN, linear evaluation with all labels, and with 10 labels a class."""
     y, test_y = self.train.labels(), self.test.labels()
-    arguments = dict(num_classes=self.num_classes, seed=BANK_SEED)
     return {
       "representation": name,
       "knn": self.knn(train_x, test_x),
-      "linear": probe.linear_evaluation(train_x, y, test_x, test_y, **arguments),
-      "linear_10": probe.few_label_evaluation(train_x, y, test_x, test_y, **arguments),
+      "linear": probe.linear_evaluation(train_x, y, test_x, test_y, num_classes=self.num_classes),
+      "linear_10": probe.few_label_evaluation(train_x, y, test_x, test_y, num_classes=self.num_classes),
     }
 
 

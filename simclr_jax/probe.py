@@ -24,6 +24,7 @@ L2_GRID = tuple(float(x) for x in np.logspace(-6, 0, 7))  # on features of unit 
 SWEEP = dict(max_steps=60, tolerance=1e-3)  # a rough fit ranks the penalties
 FINAL = dict(max_steps=1000, tolerance=1e-5)
 FOLDS = 5
+SPLIT_SEED = 0  # of held-out parts and few-label draws; not the run's seed, so that runs are scored alike
 
 
 @jax.jit
@@ -57,7 +58,7 @@ def _held_out(labels, folds, rng):
   return np.stack([part == f for f in range(folds)])
 
 
-def logistic_regression(x, y, *, num_classes: int, folds: int = 1, seed: int = 0, l2s=L2_GRID):
+def logistic_regression(x, y, *, num_classes: int, folds: int = 1, seed: int = SPLIT_SEED, l2s=L2_GRID):
   """Multinomial logistic regression on x [n, d] with labels y [n].
 
   Features are centred and divided by one number, their root mean variance (folded back into what is returned), so
@@ -96,13 +97,13 @@ def few_labels(labels, per_class: int, rng):
   return np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in np.unique(labels)])
 
 
-def linear_evaluation(x, y, test_x, test_y, *, num_classes: int, seed: int = 0) -> float:
+def linear_evaluation(x, y, test_x, test_y, *, num_classes: int, seed: int = SPLIT_SEED) -> float:
   """Test accuracy with all labels."""
   return accuracy(logistic_regression(x, y, num_classes=num_classes, seed=seed), test_x, test_y)
 
 
 def few_label_evaluation(
-  x, y, test_x, test_y, *, num_classes: int, per_class: int = 10, draws: int = 5, seed: int = 0
+  x, y, test_x, test_y, *, num_classes: int, per_class: int = 10, draws: int = 5, seed: int = SPLIT_SEED
 ) -> float:
   """Mean test accuracy over `draws` class-balanced subsets with `per_class` labels each."""
   scores = []
@@ -202,7 +203,7 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
   test_h, test_y = opened.h(test)
   if c.probe.method == "lbfgs":
     h, y = opened.h(embed.bank(source, c))
-    classifier = logistic_regression(h, y, num_classes=source.num_classes, seed=c.seed)
+    classifier = logistic_regression(h, y, num_classes=source.num_classes)
     how = f"L-BFGS, l2 {classifier['l2']:.0e} chosen on held-out training images"
   else:
     mesh_lib.check_divisible(c.probe.batch_size, opened.mesh, "probe.batch_size")

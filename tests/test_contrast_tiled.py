@@ -230,8 +230,10 @@ def test_mistakes_are_named_in_one_line(message):
 
 
 def test_choice():
-  assert contrast.choose(4096, 128) == "dense"
-  assert contrast.choose(4096, 8) == contrast.choose(4096, 1) == contrast.choose(65536, 128) == "tiled"
+  for platform in ("cpu", "tpu"):
+    assert contrast.choose(4096, 128, platform) == "dense"
+    assert contrast.choose(262144, 128, platform) == "tiled"
+  assert contrast.choose(4096, 8, "cpu") == "tiled"
   text = [
     str(jax.make_jaxpr(lambda z: contrast.nt_xent_auto(z, 0.1, mesh=make_mesh(8)))(jnp.zeros((n, 2, 8))))
     for n in (512, 4096)

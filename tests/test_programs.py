@@ -60,7 +60,7 @@ def test_knn_program_agrees_with_the_run(finished, capsys):
 
 def test_probe_by_lbfgs_agrees_with_the_run(finished):
   workdir, result = finished
-  assert probe.run(workdir) == pytest.approx(result["scores"][3]["linear"], abs=0.05)
+  assert probe.run(workdir) == pytest.approx(result["scores"][3]["linear"])
 
 
 def test_probe_by_sgd_trains_the_classifier_and_nothing_else(finished):
