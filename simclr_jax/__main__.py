@@ -1,6 +1,7 @@
 """The `simclr` command: flags, what must be set before JAX starts, dispatch, and one-line errors."""
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -109,6 +110,7 @@ def _dispatch(flags, overrides) -> int:
 
   from simclr_jax.runtime import cpu
 
+  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that nobody misses
   note = cpu.prepare()
   if note:
     print(note)

@@ -116,12 +116,13 @@ def _prepare(z, temperature, normalize, reduction, precision, fewest=1):
   if precision == "default":
     y = y.astype(jnp.bfloat16)
   z = jax.lax.stop_gradient(z)
+  # Reductions over the views, not z[:, 0] and z[:, 1]: XLA would copy each of those out of z.
   both = jnp.sum(z, axis=1)  # [n, d]
   between_images = jnp.sum(jnp.square(jnp.sum(both, axis=0))) - jnp.sum(jnp.square(both))
   return y, {
-    "positive_similarity": jnp.mean(_row_dot(z[:, 0], z[:, 1])),
+    "positive_similarity": jnp.sum(jnp.prod(z, axis=1)) / n,
     "negative_similarity": between_images / max(1.0, 4.0 * n * (n - 1)),
-    "alignment": jnp.mean(jnp.sum(jnp.square(z[:, 0] - z[:, 1]), axis=-1)),
+    "alignment": 2.0 * jnp.sum(jnp.square(z - both[:, None] / 2.0)) / n,  # |a - b|^2 = 2 |a - m|^2 + 2 |b - m|^2
   }
 
 
@@ -132,6 +133,11 @@ def _dot(a, b, precision):
 
 def _row_dot(a, b):
   return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=-1)
+
+
+def _positives(blocks):
+  """[count, 2, size, d] -> logits of the positives [count, size]."""
+  return jnp.sum(jnp.prod(blocks.astype(jnp.float32), axis=1), axis=-1)
 
 
 def _potential(logits, square_i, square_j, temperature):
@@ -233,12 +239,12 @@ def nt_xent_auto(z, temperature, *, mesh=None, tile=None, normalize=True, reduct
   return nt_xent_tiled(z, temperature, mesh=mesh, tile=tile, **keywords)
 
 
-# Bytes of similarities a device above which the tiled form is the cheaper one, measured by benchmarks/contrast.py.
-# On a CPU it takes 1.2 times the processor time of the dense form at 0.5 MiB (512 images on 8 devices), 0.7 times at
-# 2 MiB and 0.4 times at 32 MiB.  A ring of accelerators pays for latency first, and either form is far below 1 % of a
-# step where they meet.
+# Bytes of similarities a device above which the tiled form is the cheaper one (docs/contrast.md).  On a CPU it takes 1.2
+# times the processor time of the dense form at 0.5 MiB (512 images on 8 devices) and 0.4 times at 32 MiB.  On a ring of
+# TPUs latency counts first: compiled for 256 v5e chips at 32,768 images, 16 MiB, the dense form is estimated at a third
+# of the tiled one's time, so memory decides there.
 DENSE_BYTES = {"cpu": 4 * 2**20}
-DENSE_BYTES_ACCELERATOR = 32 * 2**20
+DENSE_BYTES_ACCELERATOR = 128 * 2**20
 
 
 def choose(n, num_devices, platform):
@@ -328,36 +334,35 @@ def _put(tree, block, k):
   return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, k, 0), tree, block)
 
 
-def _meet_all(visit, merge, empty, blocks, plan):
-  """Each device's results from its own blocks meeting every other block of the batch.
+def _meet_all(visit, merge, empty, start, blocks, plan):
+  """Each device's results after its own blocks have met every other block of the batch.
 
   Args:
     visit: (i, block i, j, block j, result of i, result of j or None) -> the two results, updated.
     merge: adds two trees of results.
-    empty: the results before any meeting, a tree of [count, ...].
+    empty, start: the results of a block that has met nobody, and of this device's blocks so far; [count, ...].
     blocks: a tree of [count, ...], this device's blocks.
   """
   count = plan.count
 
-  def sweep(pair, pairs, visitors, rows, columns):
+  def among_own(k, rows):
+    i = k % count
+    j = (i + k // count + 1) % count  # each pair once: a ring of blocks
+    row, column = visit(i, _block(blocks, i), j, _block(blocks, j), _block(rows, i), _block(rows, j))
+    return _put(_put(rows, row, i), column, j)
+
+  def sweep(visitors, rows, columns):
     def body(k, results):
-      i, j = pair(k)
-      block_i, row = _block((blocks, results[0]), i)
-      block_j, column = _block((visitors, results[1]), j)
-      row, column = visit(i, block_i, j, block_j, row, column)
+      i, j = k // count, k % count
+      row, column = _block(results[0], i), _block(results[1], j)
+      row, column = visit(i, _block(blocks, i), j, _block(visitors, j), row, column)
       return _put(results[0], row, i), _put(results[1], column, j)
 
-    return jax.lax.fori_loop(0, pairs, body, (rows, columns))
-
-  def triangle(k):
-    return k % count, (k % count + k // count + 1) % count
-
-  def square(k):
-    return k // count, k % count
+    return jax.lax.fori_loop(0, count * count, body, (rows, columns))
 
   # A hop is issued one sweep before its result is needed, so that it overlaps with the sweep.
   visitors = plan.hop(blocks, 1) if plan.devices > 1 else None
-  rows = merge(*sweep(triangle, count * (count - 1) // 2, blocks, empty, empty)) if count > 1 else empty
+  rows = jax.lax.fori_loop(0, count * (count - 1) // 2, among_own, start) if count > 1 else start
   if plan.devices == 1:
     return rows
 
@@ -365,14 +370,14 @@ def _meet_all(visit, merge, empty, blocks, plan):
     rows, visitors, travelling = carry
     following = plan.hop(visitors, 1)
     arriving = plan.hop(travelling, 1)  # the results so far of the blocks that visit now
-    rows, columns = sweep(square, count * count, visitors, rows, empty)
+    rows, columns = sweep(visitors, rows, empty)
     return rows, following, merge(arriving, columns)
 
   meetings = (plan.devices - 1) // 2
   rows, visitors, travelling = jax.lax.fori_loop(0, meetings, meet, (rows, visitors, empty))
   returned = plan.hop(travelling, -meetings)
   if plan.devices % 2 == 0:
-    rows, _ = sweep(square, count * count, visitors, rows, None)
+    rows, _ = sweep(visitors, rows, None)
   return merge(rows, returned)
 
 
@@ -455,12 +460,11 @@ def _losses_forward(y, temperature, plan):
       return visit(i, own, i, own, start, None, same_images=True)[0], positive
 
     sums, positive = jax.lax.map(meet_itself, jnp.arange(plan.count))
-    sums = merge(sums, _meet_all(visit, merge, empty, blocks, plan))
+    sums = _meet_all(visit, merge, empty, sums, blocks, plan)
 
     base = _base(sums.top, plan)
     lse_negatives = jax.nn.logsumexp(base + jnp.log(sums.total), axis=2)
-    exact = plan.blocks(jnp.stack([_row_dot(y[:, 0], y[:, 1])] * 2, axis=1))
-    losses = jax.nn.softplus(lse_negatives - exact)
+    losses = jax.nn.softplus(lse_negatives - _positives(blocks)[:, None])
     # The softmax of first views over all n second views: the negatives and the positive.
     top = jnp.maximum(base[:, 0, 1], positive)
     scale, own = jnp.exp(base[:, 0, 1] - top), jnp.exp(positive - top)
@@ -480,11 +484,12 @@ def _losses_forward(y, temperature, plan):
         "entropy": images(entropy),
         "potential": images(sums.potential),
       },
+      blocks,
     )
 
   data = PartitionSpec(AXIS)
-  losses, rows = plan.island(on_device, data, PartitionSpec())(y, temperature)
-  return (losses, rows), (y, temperature, losses)
+  losses, rows, blocks = plan.island(on_device, data, PartitionSpec())(y, temperature)
+  return (losses, rows), (blocks, temperature, losses)
 
 
 def _losses_backward(plan, residuals, cotangents):
@@ -492,14 +497,13 @@ def _losses_backward(plan, residuals, cotangents):
   weights, _ = cotangents
 
   def on_device(y, losses, weights):
-    positive = _row_dot(y[:, 0], y[:, 1])
-    lse = losses + positive[:, None]
-    blocks = {"y": plan.blocks(y)}
+    losses, weights = plan.blocks(losses), plan.blocks(weights)
+    lse = losses + _positives(y)[:, None]
     if plan.shift is None:
-      blocks |= {"weight": plan.blocks(weights), "lse": plan.blocks(lse)}
+      blocks = {"y": y, "weight": weights, "lse": lse}
     else:
-      blocks |= {"weight": plan.blocks(weights * jnp.exp(plan.shift - lse))}
-    empty = jnp.zeros(blocks["y"].shape, jnp.float32)
+      blocks = {"y": y, "weight": weights * jnp.exp(plan.shift - lse)}
+    empty = jnp.zeros(y.shape, jnp.float32)
 
     def visit(i, block_i, j, block_j, row, column, same_images=False):
       y_i, y_j = block_i["y"], block_j["y"]
@@ -521,9 +525,10 @@ def _losses_backward(plan, residuals, cotangents):
       own, start = _block((blocks, empty), i)
       return visit(i, own, i, own, start, None, same_images=True)[0]
 
-    dy = jax.lax.map(meet_itself, jnp.arange(plan.count)) + _meet_all(visit, jnp.add, empty, blocks, plan)
-    attraction = jnp.sum(weights * -jnp.expm1(-losses), axis=1)  # [local], w_i q_i + w_p q_p
-    return (plan.unblock(dy) - attraction[:, None, None] * y[:, ::-1]).astype(y.dtype)
+    dy = jax.lax.map(meet_itself, jnp.arange(plan.count))
+    dy = _meet_all(visit, jnp.add, empty, dy, blocks, plan)
+    attraction = jnp.sum(weights * -jnp.expm1(-losses), axis=1, keepdims=True)  # w_i q_i + w_p q_p
+    return plan.unblock(dy - attraction[..., None] * y[:, ::-1]).astype(y.dtype)
 
   data = PartitionSpec(AXIS)
   return plan.island(on_device, data, data, data)(y, losses, weights), jnp.zeros_like(temperature)

@@ -49,7 +49,9 @@ def test_another_architecture_is_refused_by_name(tmp_path, state):
   saved = checkpoint.Checkpoints(tmp_path)
   saved.save(3, state, model.keep_encoder(state), "{}")
   wider = pretrain.make_task(tiny.config(**{"encoder.width": 0.125}), tiny.source(), mesh=mesh_lib.make_mesh())
-  with pytest.raises(ValueError, match="another architecture: .*kernel is float32.* there and float32") as error:
+  with pytest.raises(
+    ValueError, match=r"another architecture: .* is float32\[4\] there and float32\[8\] in this config"
+  ) as error:
     saved.restore(3, loop.abstract_state(wider.init, mesh_lib.make_mesh()))
   assert "\n" not in str(error.value)
 

@@ -19,8 +19,13 @@ from etils import epath
 CARD_VERSION = 1
 
 
+def absolute(path) -> epath.Path:
+  """Orbax wants absolute paths, and gs:// ones as they are."""
+  return epath.Path(path if "://" in str(path) else os.path.abspath(path))
+
+
 def folder(workdir) -> epath.Path:
-  return epath.Path(workdir) / "checkpoints"
+  return absolute(workdir) / "checkpoints"
 
 
 def claim_workdir(workdir, *, resume: bool, overwrite: bool) -> epath.Path:
@@ -32,7 +37,7 @@ def claim_workdir(workdir, *, resume: bool, overwrite: bool) -> epath.Path:
   """
   if resume and overwrite:
     raise ValueError("--resume and --overwrite contradict each other: give one of them")
-  path = epath.Path(workdir if "://" in str(workdir) else os.path.abspath(workdir))
+  path = absolute(workdir)
   if path.exists() and not path.is_dir():
     raise ValueError(f"--workdir={workdir} is a file: name a folder")
   filled = path.exists() and any(path.iterdir())
