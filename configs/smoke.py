@@ -1,8 +1,10 @@
 """Smoke run: Fashion-MNIST (10,000 grey 28-pixel images inside the package), a ResNet-18 of a quarter of its width.
 
 Command:   simclr pretrain --config=configs/smoke.py --workdir=runs/smoke      (bash launch/local.sh sets up first)
-Hardware:  two CPU cores, minutes
-Expected:  kNN (k=20) on h 83 %, linear evaluation 87 %; raw pixels 81.0 % and 84.9 %
+Hardware:  two CPU cores; about 10 minutes of training (420 to 530 images/s)
+Expected:  kNN (k=20) / linear evaluation / linear with 10 labels a class, in %, of one seed:
+           h 83.3 / 87.4 / 73.3, z 82.4 / 82.7 / 71.1, raw pixels 81.0 / 84.5 / 71.2,
+           untrained encoder 53.8 / 61.0 / 37.7, histogram of 64 grey levels 44.0 / 40.8 / 30.9
 Source:    arXiv 2002.05709 with its CIFAR stem (App. B.9); gentler crops and views of 20 pixels were tuned on this set
 """
 

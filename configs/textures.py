@@ -2,10 +2,13 @@
 
 Command:   simclr pretrain --config=configs/textures.py --workdir=runs/textures
            simclr pretrain --config=configs/textures.py:crop_only --workdir=runs/crop_only
-Hardware:  two CPU cores, minutes each
-Expected:  linear evaluation of h at least 70 % with crop and colour, at most 35 % with crops alone, whose contrastive
-           accuracy is 99 % all the same: two crops are told apart by their colours, and nothing is learned
-Source:    arXiv 2002.05709, Figure 5 and Table 1; frequent greyscale was tuned on this set
+Hardware:  two CPU cores; 100 to 160 CPU-seconds of training each
+Expected:  kNN (k=20) / linear evaluation, in %, at 400 steps.  Crop and colour, one seed: h 79.3 / 82.0, z 82.5 / 84.4,
+           contrastive accuracy 48.  Crops alone, seeds 0 and 1: h 11.6 / 12.4 and 11.6 / 13.4, contrastive accuracy
+           over 99: two crops are told apart by their colours, and nothing is learned.
+           Histogram of 64 colours 9.8 / 10.1, chance 10
+Source:    arXiv 2002.05709, Figure 5 and Table 1; frequent greyscale, views of 24 pixels and the learning rate were
+           tuned on this set
 """
 
 import ml_collections
