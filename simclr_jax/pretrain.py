@@ -237,6 +237,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   every = config_lib.every(config.evaluate, len(train_source), config.batch_size)
   task = make_task(config, train_source, mesh=mesh, evaluators={"knn": loop.Evaluator(evaluation.quick, every)})
   checkpoint_every = config_lib.every(config.checkpoint, len(train_source), config.batch_size)
+  augmentation(config)(np.zeros((8, 8, 3), np.uint8), (0, 0))
   abstract = jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
 
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
