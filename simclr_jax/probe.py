@@ -207,12 +207,12 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
     how = f"L-BFGS, l2 {classifier['l2']:.0e} chosen on held-out training images"
   else:
     mesh_lib.check_divisible(c.probe.batch_size, opened.mesh, "probe.batch_size")
-    folder = opened.workdir / "probe"
-    folder.mkdir(parents=True, exist_ok=True)
+    # One folder a setting, so that a probe with other settings never goes on from this one's classifier.
+    folder = f"step{opened.step}-{c.probe.train_epochs:g}ep-b{c.probe.batch_size}-lr{c.probe.base_lr:g}"
     state, _ = loop.run(
       make_task(opened, source),
       mesh=opened.mesh,
-      workdir=checkpoint.claim_workdir(str(folder / f"step{opened.step}"), resume=True, overwrite=False),
+      workdir=checkpoint.claim_workdir(str(opened.workdir / "probe" / folder), resume=True, overwrite=False),
       config_json=checkpoint.read_config(workdir),
       seed=c.seed,
       log_every=c.log.every_steps,

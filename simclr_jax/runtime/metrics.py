@@ -26,9 +26,6 @@ class Clock:
     finally:
       self.seconds[name] += time.monotonic() - start
 
-  def total(self) -> float:
-    return time.monotonic() - self.started
-
 
 class Writer:
   """Appends rows to metrics.jsonl and TensorBoard; process 0 writes, the others stay silent."""
