@@ -18,6 +18,7 @@ def get_config():
       batch_size=256,
       microbatches=1,
       microbatch_norm="microbatch",
+      zero1=False,
       train_epochs=200.0,
       train_steps=0,
       augment=dict(

@@ -19,6 +19,7 @@ def get_config():
       batch_size=128,
       microbatches=1,
       microbatch_norm="microbatch",
+      zero1=False,
       train_epochs=30.0,
       train_steps=0,  # 0: by epochs
       augment=dict(

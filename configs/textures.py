@@ -23,6 +23,7 @@ def get_config(arg=""):
       batch_size=128,
       microbatches=1,
       microbatch_norm="microbatch",
+      zero1=False,
       train_epochs=0.0,
       train_steps=400,
       augment=dict(

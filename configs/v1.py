@@ -21,6 +21,7 @@ def get_config(arg="1x"):
       batch_size=4096,
       microbatches=1,
       microbatch_norm="microbatch",
+      zero1=False,
       train_epochs={"": 1000.0, "100ep": 100.0}[epochs],
       train_steps=0,
       augment=dict(

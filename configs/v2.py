@@ -22,6 +22,7 @@ def get_config(arg="r50_1x_sk0"):
       batch_size=4096,
       microbatches=1,
       microbatch_norm="microbatch",
+      zero1=False,
       train_epochs=800.0,
       train_steps=0,
       augment=dict(

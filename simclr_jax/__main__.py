@@ -12,6 +12,7 @@ COMMANDS = {
   "probe": "linear evaluation on the frozen h of a run",
   "knn": "k-nearest-neighbour accuracy of the h of a run",
   "export": "the encoder of a run, without the head, into a folder of its own",
+  "plan": "memory, time, collectives and chip-hours of a recipe on a TPU pod, compiled here without one",
   "recipes": "the recipes that ship with the package",
 }
 
@@ -32,9 +33,23 @@ def parser() -> argparse.ArgumentParser:
       again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
       again.add_argument("--overwrite", action="store_true", help="delete the run in DIR and start again")
       sub.epilog = "--config.key=value changes one value of the recipe, e.g. --config.batch_size=512"
+    elif name == "plan":
+      sub.add_argument("--config", required=True, metavar="RECIPE", help="a recipe, such as configs/v1.py:1x")
+      sub.add_argument(
+        "--topology", required=True, action="append", help="such as v4:4x4x8 or v5e:16x16; may be repeated"
+      )
+      sub.add_argument("--num_examples", type=int, default=0, help="images, where the data set is not at hand")
+      sub.add_argument("--num_classes", type=int, default=0, help="of those images")
+      sub.add_argument("--json", action="store_true", help="print JSON")
+      sub.epilog = "--config.key=value changes one value of the recipe, e.g. --config.batch_size=8192"
     elif name != "recipes":
       sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
       sub.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    if name in ("pretrain", "probe", "knn"):
+      several = sub.add_argument_group("several processes", "found by themselves on Cloud TPU, GKE, SLURM and Open MPI")
+      several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+      several.add_argument("--num_processes", type=int, metavar="N")
+      several.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
       if name == "export":
         sub.add_argument("--output", required=True, metavar="DIR", help="folder to write the encoder to")
         sub.add_argument("--overwrite", action="store_true", help="replace the export in DIR")
@@ -52,18 +67,21 @@ def main(argv=None) -> int:
   if flags.command in ("export", "recipes") and overrides:
     top.error(f"{overrides[0]}: {flags.command} takes no config values")
   try:
-    return _dispatch(flags, overrides)
+    code, message = _dispatch(flags, overrides), ""
   except KeyboardInterrupt:
-    print("simclr: interrupted", file=sys.stderr)
-    return 130
+    code, message = 130, "interrupted"
   except Exception as error:
-    if hasattr(error, "exit_code"):
-      print(f"simclr: {error}", file=sys.stderr)
-      return error.exit_code
-    if not _is_ours(error) or os.environ.get("SIMCLR_TRACEBACK"):
-      raise
-    print(f"simclr: {error}", file=sys.stderr)
-    return 1
+    code, message = getattr(error, "exit_code", 1), str(error)
+    if code == 1 and (not _is_ours(error) or os.environ.get("SIMCLR_TRACEBACK")):
+      if type(error).__name__ == "JaxRuntimeError" and "simclr_jax.runtime.cluster" in sys.modules:
+        sys.modules["simclr_jax.runtime.cluster"].await_verdict()
+      traceback.print_exc()
+      message = ""
+  if message:
+    print(f"simclr: {message}", file=sys.stderr)
+  if "simclr_jax.runtime.cluster" in sys.modules:
+    sys.modules["simclr_jax.runtime.cluster"].leave(code, message)
+  return code
 
 
 def _is_ours(error) -> bool:
@@ -106,13 +124,26 @@ def _dispatch(flags, overrides) -> int:
       print(f"{path.stem:20} {path.read_text().splitlines()[0].strip(chr(34))}")
     return 0
   # A wrong flag or value is reported before the seconds that importing JAX and TensorFlow take.
-  config = config_lib.load(flags.config, overrides) if flags.command == "pretrain" else None
+  config = config_lib.load(flags.config, overrides) if flags.command in ("pretrain", "plan") else None
+  if flags.command == "plan":
+    from simclr_jax.runtime import aot
+
+    aot.prepare()
+    _import_tensorflow()
+    from simclr_jax import plan
+
+    plan.run(config, flags.topology, num_examples=flags.num_examples, num_classes=flags.num_classes, as_json=flags.json)
+    return 0
 
   from simclr_jax.runtime import cpu
 
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that nobody misses
   note = cpu.prepare()
-  if note:
+  from simclr_jax.runtime import cluster
+
+  if flags.command != "export":
+    cluster.start(flags.coordinator, flags.num_processes, flags.process_id)
+  if note and not cluster.process_index():
     print(note)
   _import_tensorflow()
   if flags.command == "pretrain":

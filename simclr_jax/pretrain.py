@@ -136,7 +136,25 @@ def make_task(config, source, *, mesh, evaluators=None) -> loop.Task:
     batch_size=config.batch_size,
     num_examples=len(source),
     exports=model_lib.keep_encoder,
+    zero1=config.zero1,
   )
+
+
+def abstract_step(config, mesh, *, num_examples: int, num_classes: int):
+  """(jitted update, its arguments as shapes with shardings), of a run on `mesh`, which may be devices nobody has."""
+
+  class Size:  # of a data set, which is all that the step depends on
+    def __len__(self):
+      return num_examples
+
+  source = Size()
+  source.num_classes = num_classes
+  task = make_task(config, source, mesh=mesh)
+  b, size = config.batch_size, config.augment.size
+  shapes = {"views": ((b, 2, size, size, 3), np.float32), "label": ((b,), np.int32), "index": ((b,), np.int32)}
+  split = mesh_lib.batch_sharding(mesh)
+  batch = {key: jax.ShapeDtypeStruct(*shape, sharding=split) for key, shape in shapes.items()}
+  return loop.compile_step(task, mesh), (loop.abstract_state(task, mesh), batch)
 
 
 @functools.lru_cache
@@ -242,9 +260,10 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
 
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
   config_json = config_lib.to_json(config)
-  checkpoint.write_text(workdir / "config.json", config_json)
   views = next(iter(task.stream(0)))["views"][:16]
-  report.view_pairs_png(workdir / "views.png", views)
+  if not jax.process_index():
+    checkpoint.write_text(workdir / "config.json", config_json)
+    report.view_pairs_png(workdir / "views.png", views)
   _greet(config, config_json, workdir, mesh, train_source, abstract, task)
 
   state, clock = loop.run(
@@ -333,8 +352,10 @@ def _conclude(config, workdir, task, evaluation, state, mesh) -> dict:
   out["neighbours"] = (evaluation.test.images(queries), neighbours, same)
   scores = {row["representation"]: {k: v for k, v in row.items() if k != "representation"} for row in out["scores"]}
   step = int(state.step)
-  checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
-  exporting.write(workdir / "encoder", model_lib.keep_encoder(state), config, scores=scores, step=step, overwrite=True)
+  if not jax.process_index():
+    kept = model_lib.keep_encoder(state)
+    checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
+    exporting.write(workdir / "encoder", kept, config, scores=scores, step=step, overwrite=True)
   return out
 
 

@@ -58,6 +58,15 @@ def _held_out(labels, folds, rng):
   return np.stack([part == f for f in range(folds)])
 
 
+def _in_its_span(x):
+  """(x in coordinates of the span of its rows, the orthonormal basis [d, coordinates]) if there are fewer rows than
+  columns; a penalised solution lies in that span."""
+  if len(x) >= x.shape[1]:
+    return x, np.eye(x.shape[1], dtype=np.float32)
+  u, s, vt = np.linalg.svd(x, full_matrices=False)
+  return u * s, vt.T
+
+
 def logistic_regression(x, y, *, num_classes: int, folds: int = 1, seed: int = SPLIT_SEED, l2s=L2_GRID):
   """Multinomial logistic regression on x [n, d] with labels y [n].
 
@@ -70,7 +79,8 @@ def logistic_regression(x, y, *, num_classes: int, folds: int = 1, seed: int = S
   """
   x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
   mean, scale = x.mean(0), max(float(np.sqrt(x.var(0).mean())), 1e-12)
-  x, y_device = jnp.asarray((x - mean) / scale), jnp.asarray(y)
+  x, basis = _in_its_span((x - mean) / scale)
+  x, y_device = jnp.asarray(x), jnp.asarray(y)
   grid = sorted(l2s, reverse=True)
   start = np.zeros((x.shape[1] + 1, num_classes))
   l2 = grid[0]
@@ -83,7 +93,7 @@ def logistic_regression(x, y, *, num_classes: int, folds: int = 1, seed: int = S
         right[i] += np.sum((np.asarray(x)[part] @ weights[:-1] + weights[-1]).argmax(1) == y[part])
     l2 = grid[int(right.argmax())]  # the strongest penalty among equals
   weights = _fit(start, x, y_device, jnp.ones(len(y)), l2, **FINAL)
-  kernel = weights[:-1] / scale
+  kernel = basis @ weights[:-1] / scale
   return {"kernel": kernel.astype(np.float32), "bias": (weights[-1] - mean @ kernel).astype(np.float32), "l2": l2}
 
 

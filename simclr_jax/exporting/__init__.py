@@ -3,10 +3,10 @@
 import datetime
 import importlib.metadata
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from simclr_jax import embed
 from simclr_jax.encoder import resnet
@@ -15,7 +15,7 @@ from simclr_jax.runtime import checkpoint
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow", "simclr_jax")
 
 
-def write(path, variables, config, *, scores: dict, step: int, overwrite: bool = False) -> Path:
+def write(path, variables, config, *, scores: dict, step: int, overwrite: bool = False) -> epath.Path:
   """Writes the encoder's variables {"params", "batch_stats"} and card.json to the folder `path`.
 
   Raises:
@@ -42,10 +42,10 @@ def write(path, variables, config, *, scores: dict, step: int, overwrite: bool =
   return checkpoint.save_encoder(path, variables, card, overwrite=overwrite)
 
 
-def run(workdir, output, *, step: int | None = None, overwrite: bool = False) -> Path:
+def run(workdir, output, *, step: int | None = None, overwrite: bool = False) -> epath.Path:
   """The program `simclr export`: writes the encoder of a run's checkpoint to `output` and says how to load it."""
   opened = embed.Run(workdir, step=step)
-  scores_file = Path(workdir) / "scores.json"
+  scores_file = checkpoint.absolute(workdir) / "scores.json"
   scores = json.loads(scores_file.read_text()) if scores_file.exists() else {}
   scores = scores if scores.get("step") == opened.step else {}
   path = write(

@@ -771,18 +771,22 @@ def eval_batches(
   transform: Callable,
   *,
   batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
   max_bad_fraction: float = 0.001,
   workers: int | None = None,
 ) -> Iterator[dict]:
-  """Every image once, in order.
+  """Every image once, in order; of every batch each process reads its rows, as in `train_stream`.
 
   Args:
     transform: a TensorFlow function, image uint8 [h, w, 3] -> tensor.
+    batch_size: rows of the global batch.
 
   Yields:
-    Dicts of numpy arrays of batch_size rows: `image`, what `transform` returned, stacked; `label` int32, -1 where
-    there is none; `index` int32; `mask` bool, false in the rows that pad the last batch (all zero, index -1) and in
-    those of unreadable images (which hold the next readable image; `index` is the unreadable one).
+    Dicts of numpy arrays of batch_size / process_count rows: `image`, what `transform` returned, stacked; `label`
+    int32, -1 where there is none; `index` int32; `mask` bool, false in the rows that pad the last batch (they repeat
+    the last image, index -1) and in those of unreadable images (which hold the next readable image; `index` is the
+    unreadable one).
 
   Raises:
     ValueError: more than the allowed share of unreadable images, as in `train_stream`.
@@ -791,17 +795,22 @@ def eval_batches(
 
   workers = workers or _cores()
   reader = _Reader(source, max_bad_fraction)
-  drawn = tf.data.Dataset.range(len(source)).batch(batch_size)
-  drawn = drawn.map(lambda index: (tf.cast(index, tf.int32), tf.cast(index, tf.int32)))
+  if batch_size % process_count:
+    raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes: use a multiple")
+  rows = batch_size // process_count
+  places = np.arange(-(-len(source) // batch_size) * batch_size).reshape(-1, process_count, rows)[:, process_index]
+  wanted = np.minimum(places, len(source) - 1).astype(np.int32)
+  drawn = tf.data.Dataset.from_tensor_slices((wanted, wanted))
 
   def finish(image, label, index, wanted):
     return {"image": transform(image), "label": label, "index": wanted, "mask": index == wanted}
 
   dataset = _examples(source, drawn, reader, workers)
   dataset = dataset.map(finish, num_parallel_calls=workers, deterministic=True)
-  for batch in Stream(_with_options(dataset.batch(batch_size).prefetch(2), workers), reader):
-    missing = batch_size - len(batch["index"])
-    if missing:
-      batch = {key: np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]) for key, x in batch.items()}
-      batch["index"][-missing:] = batch["label"][-missing:] = -1
+  batches = Stream(_with_options(dataset.batch(rows).prefetch(2), workers), reader)
+  for batch, place in zip(batches, places, strict=True):
+    padding = place >= len(source)
+    batch["mask"] = batch["mask"] & ~padding
+    for key in ("index", "label"):
+      batch[key] = np.where(padding, np.int32(-1), batch[key])
     yield batch

@@ -25,6 +25,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def zero1(mesh: Mesh, opt_state):
+  """Shardings for an optimizer state of which every device keeps a share (ZeRO stage 1, arXiv 1910.02054).
+
+  A leaf is split along its longest axis that the number of devices divides; where there is none it is replicated.
+  The update of a parameter is then made where its share of the state is, and gathered.
+  """
+
+  def split(leaf):
+    axes = [a for a in range(leaf.ndim) if leaf.shape[a] % mesh.size == 0 and leaf.shape[a]]
+    if not axes:
+      return replicated(mesh)
+    longest = max(axes, key=lambda a: leaf.shape[a])
+    return NamedSharding(mesh, PartitionSpec(*(["data" if a == longest else None for a in range(leaf.ndim)])))
+
+  return jax.tree.map(split, opt_state)
+
+
 def global_batch(mesh: Mesh, local):
   """A tree of this process's numpy rows [b_local, ...] -> the global arrays [b, ...], split over `data`."""
   sharding = batch_sharding(mesh)
