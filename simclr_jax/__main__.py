@@ -12,6 +12,7 @@ COMMANDS = {
   "probe": "linear evaluation on the frozen h of a run",
   "knn": "k-nearest-neighbour accuracy of the h of a run",
   "export": "the encoder of a run, without the head, into a folder of its own",
+  "import": "an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it",
   "recipes": "the recipes that ship with the package",
 }
 
@@ -32,6 +33,13 @@ def parser() -> argparse.ArgumentParser:
       again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
       again.add_argument("--overwrite", action="store_true", help="delete the run in DIR and start again")
       sub.epilog = "--config.key=value changes one value of the recipe, e.g. --config.batch_size=512"
+    elif name == "import":
+      sub.add_argument(
+        "source", metavar="SRC", help="TF1 bundle or TF2 checkpoint (the part before .index), or SavedModel"
+      )
+      sub.add_argument("--output", required=True, metavar="DIR", help="folder to write the encoder to")
+      sub.add_argument("--overwrite", action="store_true", help="replace the export in DIR")
+      sub.add_argument("--ema", action="store_true", help="take the moving averages ema_model/...")
     elif name != "recipes":
       sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
       sub.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
@@ -49,7 +57,7 @@ def main(argv=None) -> int:
   overrides = [a for a in argv if a.startswith("--config.")]
   top = parser()
   flags = top.parse_args([a for a in argv if not a.startswith("--config.")])
-  if flags.command in ("export", "recipes") and overrides:
+  if flags.command in ("export", "import", "recipes") and overrides:
     top.error(f"{overrides[0]}: {flags.command} takes no config values")
   try:
     return _dispatch(flags, overrides)
@@ -123,6 +131,10 @@ def _dispatch(flags, overrides) -> int:
     from simclr_jax import exporting
 
     exporting.run(flags.workdir, flags.output, step=flags.step, overwrite=flags.overwrite)
+  elif flags.command == "import":
+    from simclr_jax.importing import official
+
+    official.run(flags.source, flags.output, ema=flags.ema, overwrite=flags.overwrite)
   else:
     from simclr_jax import knn, probe
 

@@ -136,6 +136,15 @@ def read_run_encoder(workdir, like, step: int | None = None):
   return step, _restore(folder(workdir) / str(step) / "encoder", _empty(like))
 
 
+def read_tree(path) -> dict:
+  """What an item was saved as, as nested dicts of numpy arrays; {} if there is no such item."""
+  path = absolute(path)
+  if not path.exists():
+    return {}
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(path, _empty(checkpointer.metadata(path).item_metadata.tree))
+
+
 def _empty(like):
   return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
 
@@ -191,8 +200,8 @@ def write_text(path, text: str):
   temporary.rename(path) if "://" in str(path) else os.replace(temporary, path)
 
 
-def save_encoder(path, variables: dict, card: dict, *, overwrite: bool = False) -> pathlib.Path:
-  """Writes an encoder's variables {"params", "batch_stats"} and its card to a folder of their own.
+def save_encoder(path, variables: dict, card: dict, *, heads=None, overwrite: bool = False) -> pathlib.Path:
+  """Writes an encoder's variables {"params", "batch_stats"}, its card and any `heads` (name -> variables) to a folder.
 
   Arrays are stored as host numpy, so a folder written by a pod opens on a laptop.
 
@@ -210,7 +219,8 @@ def save_encoder(path, variables: dict, card: dict, *, overwrite: bool = False) 
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(temporary / "encoder", jax.tree.map(np.asarray, variables))
+    for name, tree in {"encoder": variables, **(heads or {})}.items():
+      checkpointer.save(temporary / name, jax.tree.map(np.asarray, tree))
   (temporary / "card.json").write_text(json.dumps({"card_version": CARD_VERSION, **card}, indent=2, sort_keys=True))
   if path.exists():
     path.rmdir()
