@@ -135,7 +135,7 @@ SCHEMA = {
   "checkpoint.every_epochs": _NOT_NEGATIVE,
   "checkpoint.keep": _POSITIVE,
   "log.every_steps": _POSITIVE,
-  "probe.method": (lambda v: v in ("lbfgs", "sgd"), "lbfgs or sgd"),
+  "probe.method": (lambda v: v in ("lbfgs", "lbfgs_45", "sgd"), "lbfgs, lbfgs_45 or sgd"),
   "probe.train_epochs": _POSITIVE,
   "probe.batch_size": _POSITIVE,
   "probe.base_lr": _POSITIVE,
