@@ -1,6 +1,7 @@
 """The `simclr` command: flags, what must be set before JAX starts, dispatch, and one-line errors."""
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -10,11 +11,13 @@ import traceback
 COMMANDS = {
   "pretrain": "SimCLR pretraining: views, NT-Xent over the global batch, LARS; ends with scores, an export and a page",
   "probe": "linear evaluation on the frozen h of a run",
+  "finetune": "training on few or all labels: from a run or an exported encoder, or from scratch",
   "knn": "k-nearest-neighbour accuracy of the h of a run",
   "export": "the encoder of a run, without the head, into a folder of its own",
   "import": "an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it",
   "recipes": "the recipes that ship with the package",
 }
+TRAINING = ("pretrain", "finetune")  # take a recipe and fill a folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
   subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
   for name, text in COMMANDS.items():
     sub = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
-    if name == "pretrain":
+    if name in TRAINING:
       sub.add_argument("--config", required=True, metavar="RECIPE", help="a recipe, such as configs/smoke.py or smoke")
       sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
       again = sub.add_mutually_exclusive_group()
@@ -114,7 +117,9 @@ def _dispatch(flags, overrides) -> int:
       print(f"{path.stem:20} {path.read_text().splitlines()[0].strip(chr(34))}")
     return 0
   # A wrong flag or value is reported before the seconds that importing JAX and TensorFlow take.
-  config = config_lib.load(flags.config, overrides) if flags.command == "pretrain" else None
+  config = config_lib.load(flags.config, overrides) if flags.command in TRAINING else None
+  if config and config_lib.program(config) != flags.command:
+    raise ValueError(f"--config={flags.config} is a recipe for simclr {config_lib.program(config)}")
 
   from simclr_jax.runtime import cpu
 
@@ -123,10 +128,9 @@ def _dispatch(flags, overrides) -> int:
   if note:
     print(note)
   _import_tensorflow()
-  if flags.command == "pretrain":
-    from simclr_jax import pretrain
-
-    pretrain.run(config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+  if flags.command in TRAINING:
+    program = importlib.import_module(f"simclr_jax.{flags.command}")
+    program.run(config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
   elif flags.command == "export":
     from simclr_jax import exporting
 

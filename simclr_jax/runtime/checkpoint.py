@@ -126,14 +126,24 @@ def read_run_encoder(workdir, like, step: int | None = None):
   Raises:
     ValueError: no such checkpoint.
   """
+  step = _find_step(workdir, step)
+  return step, _restore(folder(workdir) / str(step) / "encoder", _empty(like))
+
+
+def read_run_state(workdir, step: int | None = None):
+  """(step, state as nested dicts of numpy arrays) of a run's newest checkpoint, or of `step`; raises ValueError."""
+  step = _find_step(workdir, step)
+  return step, read_tree(folder(workdir) / str(step) / "state")
+
+
+def _find_step(workdir, step):
   steps = sorted(int(p.name) for p in folder(workdir).iterdir() if p.name.isdigit()) if folder(workdir).exists() else []
   if not steps or (step is not None and step not in steps):
     have = ", ".join(map(str, steps)) or "none"
     raise ValueError(
       f"--workdir={workdir}: no checkpoint{'' if step is None else f' of step {step}'}; steps there: {have}"
     )
-  step = steps[-1] if step is None else step
-  return step, _restore(folder(workdir) / str(step) / "encoder", _empty(like))
+  return steps[-1] if step is None else step
 
 
 def read_tree(path) -> dict:

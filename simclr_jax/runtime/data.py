@@ -233,6 +233,25 @@ class Subset(Source):
     return self._source.read_labelled(int(self._chosen[i]))
 
 
+class Selection(Subset):
+  """The images of another source at `indices` [n], in that order."""
+
+  def __init__(self, source: Source, indices):
+    self._source, self.class_names, self._chosen = source, source.class_names, np.asarray(indices)
+
+
+def class_balanced(labels, fraction: float, seed: int) -> np.ndarray:
+  """Sorted indices of a share of every class of labels [n], at least one image of each, drawn by `seed`.
+
+  Of two shares of one seed the smaller is part of the larger.
+  """
+  chosen = []
+  for c in np.unique(labels):
+    members = np.flatnonzero(labels == c)
+    chosen.append(members[permutation(seed, int(c), len(members))][: max(1, round(fraction * len(members)))])
+  return np.sort(np.concatenate(chosen))
+
+
 class FolderSource(Source):
   """Image files below a folder, in sorted order.
 

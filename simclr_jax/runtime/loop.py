@@ -42,6 +42,7 @@ class Task:
   batch_size: int  # global
   num_examples: int
   exports: Callable[[State], dict]  # state -> variables kept as the checkpoint item `encoder`
+  warm_start: Callable[[State], State] = lambda state: state  # puts given weights into the state at step 0, not jitted
 
 
 class Diverged(ValueError):
@@ -122,7 +123,7 @@ def run(
     if first:
       state = checkpoints.restore(first, abstract_state(task.init, mesh))
     else:
-      state = jax.jit(task.init, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(seed))
+      state = task.warm_start(jax.jit(task.init, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(seed)))
   writer = metrics_lib.Writer(workdir, resume_step=first)
   progress = metrics_lib.Progress(task.total_steps, task.num_examples / task.batch_size)
   if first:
