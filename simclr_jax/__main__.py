@@ -13,11 +13,12 @@ COMMANDS = {
   "probe": "linear evaluation on the frozen h of a run",
   "finetune": "training on few or all labels: from a run or an exported encoder, or from scratch",
   "knn": "k-nearest-neighbour accuracy of the h of a run",
+  "distill": "a fine-tuned teacher's knowledge into a smaller student, or one of its own size, without labels or with",
   "export": "the encoder of a run, without the head, into a folder of its own",
   "import": "an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it",
   "recipes": "the recipes that ship with the package",
 }
-TRAINING = ("pretrain", "finetune")  # take a recipe and fill a folder
+TRAINING = ("pretrain", "finetune", "distill")  # take a recipe and fill a folder
 
 
 def parser() -> argparse.ArgumentParser:

@@ -170,6 +170,14 @@ _START = {
 SCHEMAS = {
   "pretrain": SCHEMA,
   "finetune": {**_SHARED, **_START},
+  "distill": {
+    **_SHARED,
+    **_START,
+    "teacher": (bool, "the folder of a run of simclr finetune"),
+    "temperature": _POSITIVE,
+    "alpha": (lambda v: 0 < v <= 1, "a share above 0 and at most 1, 1 for no labels"),
+    "cache": _ANY,
+  },
 }
 
 
