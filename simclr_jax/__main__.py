@@ -15,10 +15,12 @@ COMMANDS = {
   "knn": "k-nearest-neighbour accuracy of the h of a run",
   "distill": "a fine-tuned teacher's knowledge into a smaller student, or one of its own size, without labels or with",
   "export": "the encoder of a run, without the head, into a folder of its own",
+  "transfer": "an encoder on a list of other data sets, linear and fine-tuned, beside the paper's table",
+  "downstream": "all of it in a row over several seeds, a table and a figure of accuracy against labels",
   "import": "an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it",
   "recipes": "the recipes that ship with the package",
 }
-TRAINING = ("pretrain", "finetune", "distill")  # take a recipe and fill a folder
+TRAINING = ("pretrain", "finetune", "distill", "transfer", "downstream")  # take a recipe and fill a folder
 
 
 def parser() -> argparse.ArgumentParser:

@@ -55,7 +55,7 @@ def _fit(start, x, y, sample_weight, l2, *, max_steps, tolerance):
   return found.x.reshape(start.shape)
 
 
-def _held_out(labels, folds, rng):
+def held_out_parts(labels, folds, rng):
   """bool [folds, n]: class-balanced parts; a single fold holds out a tenth."""
   parts = folds if folds > 1 else 10
   if labels.ndim == 2:  # several classes an image: balance by the first of them
@@ -137,7 +137,7 @@ def logistic_regression(
   l2 = grid[0]
   if len(grid) > 1:
     total = np.zeros(len(grid))
-    parts = _held_out(y, folds, np.random.default_rng(seed)) if held_out is None else held_out[None]
+    parts = held_out_parts(y, folds, np.random.default_rng(seed)) if held_out is None else held_out[None]
     for part in parts:
       weights, sample_weight = start, place((~part).astype(np.float32))
       for i, candidate in enumerate(grid):  # from the strongest penalty to the weakest, each from the last one's end

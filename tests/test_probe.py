@@ -130,10 +130,10 @@ def test_penalty_is_chosen_on_held_out_examples():
 
 def test_held_out_parts_are_disjoint_balanced_and_cover_all():
   y = np.repeat(np.arange(5), 20)
-  parts = probe._held_out(y, 5, np.random.default_rng(0))
+  parts = probe.held_out_parts(y, 5, np.random.default_rng(0))
   assert (parts.sum(0) == 1).all()
   assert all((np.bincount(y[part]) == 4).all() for part in parts)
-  assert np.bincount(y[probe._held_out(y, 1, np.random.default_rng(0))[0]]).tolist() == [2] * 5
+  assert np.bincount(y[probe.held_out_parts(y, 1, np.random.default_rng(0))[0]]).tolist() == [2] * 5
 
 
 def test_few_labels_is_balanced_and_seeded():

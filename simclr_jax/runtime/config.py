@@ -178,6 +178,35 @@ SCHEMAS = {
     "alpha": (lambda v: 0 < v <= 1, "a share above 0 and at most 1, 1 for no labels"),
     "cache": _ANY,
   },
+  "downstream": {
+    "program": _ANY,
+    "seeds": (bool, "at least one seed, such as (0,)"),
+    "pretrain": _ANY,
+    "pretrain_epochs": _POSITIVE,
+    "finetune": _ANY,
+    "shares": (lambda v: v and all(0 < share <= 1 for share in v), "shares of the labels, such as (0.01, 0.1)"),
+    "distill": _ANY,
+    "distill_share": (lambda v: 0 < v <= 1, "one of the shares"),
+    "transfer": _ANY,
+  },
+  "transfer": {
+    "program": _ANY,
+    "seed": _NOT_NEGATIVE,
+    "start": (bool, "the folder of a run, or an exported or imported encoder"),
+    "supervised": _ANY,
+    "methods": (lambda v: v and set(v) <= {"linear", "finetune"}, "linear, finetune or both"),
+    "rows.": _ANY,
+    "data_dir": _ANY,
+    "samples": _POSITIVE,
+    "augment.": _ANY,
+    "evaluate.crop": SCHEMA["evaluate.crop"],
+    "evaluate.batch_size": _POSITIVE,
+    "finetune.recipe": _ANY,
+    "finetune.train_steps": _POSITIVE,
+    "finetune.batch_size": _POSITIVE,
+    "finetune.base_lrs": (bool, "at least one learning rate"),
+    "finetune.weight_decays": (bool, "at least one weight decay, such as 0.0"),
+  },
 }
 
 
@@ -206,7 +235,7 @@ def check(config):
   missing = [key for key in schema if not key.endswith(".") and key not in flat]
   if missing:
     raise ValueError(f"config.{missing[0]} is missing from the recipe; configs/{recipe} shows every key")
-  if not config.train_epochs and not config.train_steps:
+  if "train_steps" in flat and not config.train_epochs and not config.train_steps:
     raise ValueError("config.train_epochs=0 and config.train_steps=0: set one of them")
   return ml_collections.FrozenConfigDict(config)
 
