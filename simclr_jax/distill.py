@@ -108,7 +108,13 @@ def make_task(config, start, source, *, mesh, loss, evaluators, teacher: Teacher
 def _logits(config, teacher, source, mesh):
   """float32 [n, classes]: the teacher's, one a training image, centre-cropped."""
   batch = -(-config.evaluate.batch_size // mesh.size) * mesh.size
-  images = embed.EvalSet(source, size=config.augment.size, crop=config.evaluate.crop, batch_size=batch)
+  images = embed.EvalSet(
+    source,
+    size=config.augment.size,
+    crop=config.evaluate.crop,
+    batch_size=batch,
+    resize=config.augment.get("resize", "bicubic"),
+  )
   out = embed.embed(jax.jit(teacher.apply), teacher.variables, images, mesh)
   if len(out) != len(source):
     raise ValueError(f"config.cache=True: {len(source) - len(out)} images are unreadable; remove them, or set it False")

@@ -71,6 +71,8 @@ def resolve(config):
   if start:
     config = ml_collections.ConfigDict(config)
     config.encoder, config.projector = start.encoder, start.projector
+    if "resize" not in config.augment:  # pixels as the weights know them
+      config.augment.resize = start.config.augment.get("resize", "bicubic")
     config = config_lib.check(config)
   layers = {"nonlinear": config.projector.get("layers", 3), "linear": 1}.get(config.projector.get("kind"), 0)
   if config.tap > layers:
@@ -224,7 +226,13 @@ class Evaluation:
 
   def __init__(self, config, num_classes, test_source, mesh):
     batch = -(-config.evaluate.batch_size // mesh.size) * mesh.size
-    self._images = embed.EvalSet(test_source, size=config.augment.size, crop=config.evaluate.crop, batch_size=batch)
+    self._images = embed.EvalSet(
+      test_source,
+      size=config.augment.size,
+      crop=config.evaluate.crop,
+      batch_size=batch,
+      resize=config.augment.get("resize", "bicubic"),
+    )
     self._apply = jax.jit(functools.partial(create(config, num_classes).apply, train=False))
     self._mesh = mesh
 

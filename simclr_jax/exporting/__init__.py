@@ -17,6 +17,7 @@ _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow", "simclr_j
 
 _RESIZES = {
   "bicubic": "bicubic, half-pixel centres, no antialiasing",
+  "bilinear": "bilinear, half-pixel centres, no antialiasing",
   "bicubic_tf1": "bicubic_tf1: a = -0.75, no half-pixel centres, no antialiasing, as TF1 resizes",
 }
 
