@@ -6,7 +6,7 @@ Command:   simclr distill --config=configs/distill.py:r50_1x_sk0 --config.teache
 Hardware:  as configs/v2.py; :small runs on two CPU cores in minutes.  Nobody has run the ImageNet variants yet
 Expected:  ImageNet top-1 after a teacher fine-tuned on 1 % / 10 %: r50_1x_sk0 73.9 / 77.5, r50_2x_sk1 75.9 / 80.2,
            r152_3x_sk1 from itself 76.6 / 80.9.  small: docs/downstream.md
-Source:    arXiv 2006.10029, section 2.3, Tables 2 and 3: temperature 0.1 for self-distillation and 1 from a bigger
+Source:    arXiv 2006.10029, abstract and section 2.3: temperature 0.1 for self-distillation and 1 from a bigger
            teacher, 400 epochs, batch, learning rate and weight decay of pretraining, crop and flip only
 Data:      a prepared TFDS imagenet2012 in --config.data.data_dir; its labels are read for the test score alone
 """

@@ -33,7 +33,7 @@ def get_config(arg="1x"):
         crop_sampler="official",
         brightness="v1",
         crop_area=(0.08, 1.0),
-        extra=broader if epochs == "broader" else (),
+        **({"extra": broader} if epochs == "broader" else {}),
       ),
       encoder=dict(
         depth=50,

@@ -22,7 +22,7 @@ from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
 ROWS = "food101 cifar10 cifar100 birdsnap sun397 cars aircraft voc2007 dtd pets caltech101 flowers".split()
-# Table 8 (ResNet-50 4x) and Table B.5 (1x) of arXiv 2002.05709, in percent, in the order of ROWS.
+# arXiv 2002.05709, Table 8 (ResNet-50 4x) and App. B.8 (1x), in percent, in the order of ROWS.
 PAPER = {
   name: dict(zip(ROWS, map(float, scores.split()), strict=True))
   for name, scores in {
