@@ -69,7 +69,7 @@ def resolve(config):
   """
   start = open_start(config.start) if config.start else None
   if start:
-    config = ml_collections.ConfigDict(config)
+    config = ml_collections.ConfigDict(config.to_dict())
     config.encoder, config.projector = start.encoder, start.projector
     if "resize" not in config.augment:  # pixels as the weights know them
       config.augment.resize = start.config.augment.get("resize", "bicubic")

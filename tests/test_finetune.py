@@ -164,6 +164,7 @@ def test_a_list_of_names(tmp_path):
     finetune.choose(source, labels)
 
 
+@pytest.mark.slow
 def test_the_program(start, tmp_path, capsys):
   """Trains, scores, exports with its heads, and goes on from what it left."""
   spec = tiny.npz(tmp_path / "tiny.npz")
@@ -179,10 +180,17 @@ def test_the_program(start, tmp_path, capsys):
       opened.variables["classifier"]["params"],
       jax.device_get(result["state"].params["classifier"]),
     )
+
+
+def test_mistakes_are_one_line_and_touch_nothing(start, tmp_path, capsys):
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  changes = {"data.train": spec, "data.test": spec, "start": start[0], "labels.fraction": 0.5}
   with pytest.raises(ValueError, match="tap=3: start=.* has 2 layers"):
     finetune.run(config(**{**changes, "tap": 3}), tmp_path / "other")
   with pytest.raises(ValueError, match="exceeds the 47 training images"):
     finetune.run(config(**{**changes, "batch_size": 64}), tmp_path / "other")
+  with pytest.raises(ValueError, match="no run here"):
+    finetune.run(config(**{**changes, "start": str(tmp_path)}), tmp_path / "other")
   assert not (tmp_path / "other").exists()
   assert cli.main(["pretrain", "--config=configs/finetune.py:small", f"--workdir={tmp_path / 'x'}"]) == 1
   assert "is a recipe for simclr finetune" in capsys.readouterr().err
