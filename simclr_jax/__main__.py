@@ -1,6 +1,7 @@
 """The `simclr` command: flags, what must be set before JAX starts, dispatch, and one-line errors."""
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -10,11 +11,17 @@ import traceback
 COMMANDS = {
   "pretrain": "SimCLR pretraining: views, NT-Xent over the global batch, LARS; ends with scores, an export and a page",
   "probe": "linear evaluation on the frozen h of a run",
+  "finetune": "training on few or all labels: from a run or an exported encoder, or from scratch",
   "knn": "k-nearest-neighbour accuracy of the h of a run",
+  "distill": "a fine-tuned teacher's knowledge into a smaller student, or one of its own size, without labels or with",
   "export": "the encoder of a run, without the head, into a folder of its own",
   "plan": "memory, time, collectives and chip-hours of a recipe on a TPU pod, compiled here without one",
+  "transfer": "an encoder on a list of other data sets, linear and fine-tuned, beside the paper's table",
+  "downstream": "all of it in a row over several seeds, a table and a figure of accuracy against labels",
+  "import": "an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it",
   "recipes": "the recipes that ship with the package",
 }
+TRAINING = ("pretrain", "finetune", "distill", "transfer", "downstream")  # take a recipe and fill a folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
   subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
   for name, text in COMMANDS.items():
     sub = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
-    if name == "pretrain":
+    if name in TRAINING:
       sub.add_argument("--config", required=True, metavar="RECIPE", help="a recipe, such as configs/smoke.py or smoke")
       sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
       again = sub.add_mutually_exclusive_group()
@@ -42,6 +49,13 @@ def parser() -> argparse.ArgumentParser:
       sub.add_argument("--num_classes", type=int, default=0, help="of those images")
       sub.add_argument("--json", action="store_true", help="print JSON")
       sub.epilog = "--config.key=value changes one value of the recipe, e.g. --config.batch_size=8192"
+    elif name == "import":
+      sub.add_argument(
+        "source", metavar="SRC", help="TF1 bundle or TF2 checkpoint (the part before .index), or SavedModel"
+      )
+      sub.add_argument("--output", required=True, metavar="DIR", help="folder to write the encoder to")
+      sub.add_argument("--overwrite", action="store_true", help="replace the export in DIR")
+      sub.add_argument("--ema", action="store_true", help="take the moving averages ema_model/...")
     elif name != "recipes":
       sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
       sub.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
@@ -64,7 +78,7 @@ def main(argv=None) -> int:
   overrides = [a for a in argv if a.startswith("--config.")]
   top = parser()
   flags = top.parse_args([a for a in argv if not a.startswith("--config.")])
-  if flags.command in ("export", "recipes") and overrides:
+  if flags.command in ("export", "import", "recipes") and overrides:
     top.error(f"{overrides[0]}: {flags.command} takes no config values")
   try:
     code, message = _dispatch(flags, overrides), ""
@@ -124,7 +138,10 @@ def _dispatch(flags, overrides) -> int:
       print(f"{path.stem:20} {path.read_text().splitlines()[0].strip(chr(34))}")
     return 0
   # A wrong flag or value is reported before the seconds that importing JAX and TensorFlow take.
-  config = config_lib.load(flags.config, overrides) if flags.command in ("pretrain", "plan") else None
+  config = config_lib.load(flags.config, overrides) if flags.command in (*TRAINING, "plan") else None
+  wanted = "pretrain" if flags.command == "plan" else flags.command
+  if config and config_lib.program(config) != wanted:
+    raise ValueError(f"--config={flags.config} is a recipe for simclr {config_lib.program(config)}")
   if flags.command == "plan":
     from simclr_jax.runtime import aot
 
@@ -146,14 +163,17 @@ def _dispatch(flags, overrides) -> int:
   if note and not cluster.process_index():
     print(note)
   _import_tensorflow()
-  if flags.command == "pretrain":
-    from simclr_jax import pretrain
-
-    pretrain.run(config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+  if flags.command in TRAINING:
+    program = importlib.import_module(f"simclr_jax.{flags.command}")
+    program.run(config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
   elif flags.command == "export":
     from simclr_jax import exporting
 
     exporting.run(flags.workdir, flags.output, step=flags.step, overwrite=flags.overwrite)
+  elif flags.command == "import":
+    from simclr_jax.importing import official
+
+    official.run(flags.source, flags.output, ema=flags.ema, overwrite=flags.overwrite)
   else:
     from simclr_jax import knn, probe
 

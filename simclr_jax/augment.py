@@ -6,6 +6,8 @@ numerics of the official code (google-research/simclr, tf2/data_util.py) unless 
 Images have channels last and values in [0, 1]; like the official encoders' input, they are not normalised further.
 """
 
+import math
+
 import tensorflow as tf
 
 ASPECT_RANGE = (3 / 4, 4 / 3)  # width / height of a random crop
@@ -28,6 +30,7 @@ def two_views(
   grayscale_prob=0.2,
   blur_prob=0.5,
   resize="bicubic",
+  extra=(),
 ):
   """Two independent views of one image: crop, resize, flip, colour distortion, blur, in this order.
 
@@ -42,6 +45,8 @@ def two_views(
     flip: whether views are mirrored left-right with probability 1/2.
     color_jitter_prob, grayscale_prob, blur_prob: probabilities of the three, drawn for each view.
     resize: see `resize_bicubic`.
+    extra: names of EXTRA with probabilities, such as (("sobel", 0.1), ("solarize", 0.2)), drawn for each view in
+      this order between colour distortion and blur: the other transformations of arXiv:2002.05709, Figure 4 and B.2.
   Returns:
     [2, size, size, 3] float32 in [0, 1].
   Raises:
@@ -60,6 +65,7 @@ def two_views(
       grayscale_prob=grayscale_prob,
     )
     view = _clip(view)  # here and not before the jitter, which in the official code sees the bicubic overshoot
+    view = apply_extra(view, tf.random.experimental.stateless_fold_in(view_seed, 3), extra) if extra else view
     views.append(random_blur(view, blur_seed, prob=blur_prob) if blur else view)
   return tf.stack(views)
 
@@ -366,3 +372,83 @@ def _check_probability(name, value):
 def _check_choice(name, value, choices):
   if value not in choices:
     raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+
+
+def sobel(image, seed=None):
+  """Edges: the length of the Sobel gradient of each channel, over 4 (a step from 0 to 1), clipped; [h, w, 3] to the same."""
+  gradient = tf.image.sobel_edges(tf.convert_to_tensor(image)[None])[0]
+  return _clip(tf.sqrt(tf.reduce_sum(gradient**2, -1)) / 4)
+
+
+def solarize(image, seed=None):
+  """Inverts the pixels of at least 1/2."""
+  return tf.where(image < 0.5, image, 1 - image)
+
+
+def equalize(image, seed=None):
+  """A flat histogram in each channel, at 256 levels, as Pillow's ImageOps.equalize."""
+  levels = tf.cast(tf.round(image * 255), tf.int32)
+
+  def channel(x):
+    counts = tf.math.bincount(tf.reshape(x, [-1]), minlength=256, maxlength=256)
+    last = tf.reduce_max(tf.where(counts > 0, tf.range(256), -1))
+    step = (tf.reduce_sum(counts) - counts[last]) // 255
+    table = (step // 2 + tf.cumsum(counts, exclusive=True)) // tf.maximum(step, 1)
+    return tf.where(step > 0, tf.gather(tf.minimum(table, 255), x), x)
+
+  return tf.cast(tf.stack([channel(x) for x in tf.unstack(levels, axis=-1)], -1), tf.float32) / 255
+
+
+def motion_blur(image, seed):
+  """The mean along a line through each pixel, a tenth of the height long, of an angle uniform in [0, pi); zero padding."""
+  height, _, channels = _check_static(image)
+  radius = max(1, height // 20)
+  angle = math.pi * tf.random.stateless_uniform([], seed)
+  along = tf.range(-radius, radius + 1, dtype=tf.float32)
+  place = tf.cast(tf.round(tf.stack([along * tf.sin(angle), along * tf.cos(angle)], 1)), tf.int32) + radius
+  size = 2 * radius + 1
+  kernel = tf.scatter_nd(place, tf.fill([size], 1 / size), [size, size])
+  kernel = tf.tile(kernel[:, :, None, None], [1, 1, channels, 1])
+  return tf.nn.depthwise_conv2d(image[None], kernel, [1, 1, 1, 1], "SAME")[0]
+
+
+def cutout(image, seed):
+  """A grey square of half the height about a random pixel, cut off at the border (arXiv:1708.04552)."""
+  height, width, _ = _check_static(image)
+  centre = tf.random.stateless_uniform([2], seed) * [height, width]
+  y, x = tf.range(height, dtype=tf.float32) + 0.5, tf.range(width, dtype=tf.float32) + 0.5
+  inside = (tf.abs(y - centre[0]) < height / 4)[:, None] & (tf.abs(x - centre[1]) < height / 4)[None]
+  return tf.where(inside[..., None], 0.5, image)
+
+
+def rotate(image, seed):
+  """A turn by 90, 180 or 270 degrees; the image is square."""
+  return tf.image.rot90(image, tf.random.stateless_uniform([], seed, 1, 4, tf.int32))
+
+
+def noise(image, seed):
+  """Gaussian noise, independent for pixels and channels, of a standard deviation uniform in [0, 0.2]; clipped."""
+  strength, values = tf.unstack(tf.random.split(seed, 2))
+  scale = tf.random.stateless_uniform([], strength, 0, 0.2)
+  return _clip(image + scale * tf.random.stateless_normal(tf.shape(image), values))
+
+
+# What `extra` of `two_views` may name.  Each maps [h, w, 3] float32 in [0, 1] and a seed to the same.
+EXTRA = {op.__name__: op for op in (sobel, solarize, equalize, motion_blur, cutout, rotate, noise)}
+
+
+def apply_extra(image, seed, extra):
+  """Each of `extra`, ((name, probability), ...), with its probability, in this order; see `two_views`.
+
+  Raises:
+    ValueError: a name that is not in EXTRA, or no probability.
+  """
+  shape = image.shape
+  for i, (name, prob) in enumerate(extra):
+    _check_choice("extra", name, tuple(EXTRA))
+    _check_probability(f"extra {name}", prob)
+    drawn, own = tf.unstack(tf.random.split(tf.random.experimental.stateless_fold_in(seed, i), 2))
+    apply = tf.random.stateless_uniform([], drawn) < prob
+    image = tf.cond(apply, lambda x=image, op=EXTRA[name], s=own: op(x, s), lambda x=image: x)
+    image = tf.ensure_shape(image, shape)
+  return image

@@ -22,14 +22,14 @@ class EvalSet:
   Sets that fit in CACHE_BYTES are decoded once and kept.
   """
 
-  def __init__(self, source, *, size: int, crop: float, batch_size: int):
+  def __init__(self, source, *, size: int, crop: float, batch_size: int, resize: str = "bicubic"):
     self.source = source
-    self._size, self._crop = size, crop
+    self._size, self._crop, self._resize = size, crop, resize
     self._batch_size = batch_size
     self._cache = self._labels = None
 
   def _transform(self, image):
-    return augment.center_crop(image, size=self._size, proportion=self._crop)
+    return augment.center_crop(image, size=self._size, proportion=self._crop, resize=self._resize)
 
   def batches(self):
     """This process's rows of every batch in order: dict(image [b, size, size, 3], label, mask, index [b]); mask is

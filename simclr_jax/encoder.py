@@ -63,8 +63,9 @@ def resnet(
 
   Returns:
     a Linen module, `.apply({"params", "batch_stats"}, x, train=False)`.  Under train=True, BatchNorm normalises with
-    the statistics of the batch it sees (under jit, the global batch) and updates batch_stats.  It sows the outputs
-    stem and block_group1..4 into the collection "intermediates".
+    the statistics of the batch it sees (under jit, the global batch) and updates batch_stats.  tune_after=0 freezes
+    the stem, k > 0 also the groups up to k: no gradient, and BatchNorm in inference mode.  It sows the outputs stem
+    and block_group1..4 into the collection "intermediates".
 
   Raises:
     ValueError: an argument outside of the above.
@@ -100,10 +101,11 @@ class ResNet(nn.Module):
   remat: str = "none"
 
   @nn.compact
-  def __call__(self, x, train=False):
+  def __call__(self, x, train=False, tune_after=-1):
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(f"the encoder got {x.dtype} {list(x.shape)}: expected float images [n, h, w, 3] in [0, 1]")
-    x = self._stem(x.astype(self.dtype), train)
+    x = self._stem(x.astype(self.dtype), train and tune_after < 0)
+    x = jax.lax.stop_gradient(x) if tune_after == 0 else x
     self.sow("intermediates", "stem", x)
     blocks, bottleneck = DEPTHS[self.depth]
     group = nn.remat(BlockGroup, static_argnums=(2,)) if self.remat == "group" else BlockGroup
@@ -117,7 +119,8 @@ class ResNet(nn.Module):
         se_ratio=self.se_ratio,
         remat_blocks=self.remat == "block",
         name=f"group{i + 1}",
-      )(x, train)
+      )(x, train and tune_after <= i)
+      x = jax.lax.stop_gradient(x) if tune_after == i + 1 else x
       self.sow("intermediates", f"block_group{i + 1}", x)
     return jnp.mean(x, (1, 2), dtype=jnp.float32)
 

@@ -54,6 +54,29 @@ class SimCLR(nn.Module):
     return h.reshape(n, two, -1), z.reshape(n, two, -1), logits
 
 
+class Classifier(nn.Module):
+  """Images -> logits: encoder, the projection head up to layer `tap`, and a linear layer on that.
+
+  Attributes:
+    tap: the layer of the head that is classified: 0 for h itself (SimCLR), 1 for the output of the first layer, which
+      SimCLRv2 fine-tunes from (arXiv 2006.10029, section 2.2).
+    projector: not needed for tap 0.
+  """
+
+  encoder: nn.Module
+  num_classes: int
+  projector: nn.Module | None = None
+  tap: int = 0
+
+  def setup(self):
+    self.classifier = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01))
+
+  def __call__(self, x, train: bool = False, tune_after: int = -1):
+    """x [n, h, w, 3] -> logits float32 [n, num_classes]; `tune_after` as in encoder.resnet."""
+    h = self.encoder(x, train=train, tune_after=tune_after)
+    return self.classifier(self.projector(h, train=train, tap=self.tap) if self.tap else h)
+
+
 def create(config, num_classes: int = 0) -> SimCLR:
   """The model of a config: `config.encoder` goes to `encoder.resnet`, `config.projector` to `Projector`."""
   return SimCLR(encoder=resnet(**config.encoder), projector=Projector(**config.projector), num_classes=num_classes)

@@ -287,12 +287,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
 def _same_config(config, workdir):
   """Resuming goes on with the config that the run began with; a different one is refused."""
   kept = config_lib.from_json(checkpoint.read_config(workdir))
-  changed = config_lib.difference(kept, config)
-  if changed:
-    key, before, now = changed[0]
-    raise ValueError(
-      f"--resume: config.{key} is {before!r} in the run and {now!r} now; use the run's value, or another --workdir"
-    )
+  config_lib.check_same(kept, config)
   return kept
 
 

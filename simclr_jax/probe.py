@@ -1,7 +1,7 @@
 """Linear evaluation: how well does a linear classifier on the frozen h do?
 
 Two protocols.  `logistic_regression`: full-batch multinomial regression by L-BFGS on features computed once, its L2
-chosen on held-out training examples (v1 paper, App. B.8).  `task`: the paper's ImageNet protocol, SGD-Nesterov on
+chosen on held-out training examples (v1 paper, App. B.8; `METRICS` are the scores of its data sets).  `task`: the paper's ImageNet protocol, SGD-Nesterov on
 crop+flip views, no warm-up, no weight decay, BatchNorm in inference mode (v1 paper, App. B.6).
 """
 
@@ -21,6 +21,7 @@ from simclr_jax.runtime import checkpoint, data, loop
 from simclr_jax.runtime import mesh as mesh_lib
 
 L2_GRID = tuple(float(x) for x in np.logspace(-6, 0, 7))  # on features of unit variance, with the loss a mean
+L2_GRID_45 = tuple(float(x) for x in np.logspace(-6, 5, 45))  # v1 paper, App. B.8
 SWEEP = dict(max_steps=60, tolerance=1e-3)  # a rough fit ranks the penalties
 FINAL = dict(max_steps=1000, tolerance=1e-5)
 FOLDS = 5
@@ -30,17 +31,28 @@ SPLIT_SEED = 0  # of held-out parts and few-label draws; not the run's seed, so 
 @jax.jit
 @jax.value_and_grad
 def _objective(weights, x, y, sample_weight, l2):
-  """Mean cross-entropy and its L2 penalty; weights [d + 1, classes], the bias in the last row, x [n, d]."""
-  logits = jnp.matmul(x, weights[:-1], precision="highest") + weights[-1]
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-  return jnp.sum(sample_weight * losses) / jnp.sum(sample_weight) + 0.5 * l2 * jnp.sum(weights[:-1] ** 2)
+  """Mean cross-entropy and its L2 penalty, summed over problems that share their examples.
+
+  weights [problems, d + 1, classes], the bias in the last row; x [n, d]; sample_weight [n, problems].
+  Labels y [n] are classes; y [n, classes] are 1, 0 or -1 (do not ask) of each class by itself.
+  """
+
+  def one(weights, sample_weight):
+    logits = jnp.matmul(x, weights[:-1], precision="highest") + weights[-1]
+    if y.ndim == 1:
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    else:
+      losses = jnp.sum(jnp.where(y < 0, 0, optax.sigmoid_binary_cross_entropy(logits, y)), 1)
+    return jnp.sum(sample_weight * losses) / jnp.sum(sample_weight) + 0.5 * l2 * jnp.sum(weights[:-1] ** 2)
+
+  return jnp.sum(jax.vmap(one, in_axes=(0, 1))(weights, sample_weight))
 
 
 def _fit(start, x, y, sample_weight, l2, *, max_steps, tolerance):
-  """L-BFGS from `start` until every entry of the gradient is below the tolerance, or for max_steps iterations."""
+  """L-BFGS from `start` [problems, d + 1, classes] until every entry of the gradient is below the tolerance, or for max_steps iterations."""
 
   def flat(w):
-    value, grad = _objective(jnp.asarray(w.reshape(start.shape), jnp.float32), x, y, sample_weight, l2)
+    value, grad = _objective(w.reshape(start.shape).astype(np.float32), x, y, sample_weight, l2)
     return float(value), np.asarray(grad, np.float64).ravel()
 
   options = {"maxiter": max_steps, "gtol": tolerance, "ftol": 1e-10}
@@ -48,9 +60,11 @@ def _fit(start, x, y, sample_weight, l2, *, max_steps, tolerance):
   return found.x.reshape(start.shape)
 
 
-def _held_out(labels, folds, rng):
+def held_out_parts(labels, folds, rng):
   """bool [folds, n]: class-balanced parts; a single fold holds out a tenth."""
   parts = folds if folds > 1 else 10
+  if labels.ndim == 2:  # several classes an image: balance by the first of them
+    labels = (labels > 0).argmax(1)
   part = np.empty(len(labels), int)
   for c in np.unique(labels):
     members = rng.permutation(np.flatnonzero(labels == c))
@@ -63,16 +77,61 @@ def _in_its_span(x):
   columns; a penalised solution lies in that span."""
   if len(x) >= x.shape[1]:
     return x, np.eye(x.shape[1], dtype=np.float32)
-  u, s, vt = np.linalg.svd(x, full_matrices=False)
-  return u * s, vt.T
+  q, r = np.linalg.qr(x.T)
+  return r.T, q
 
 
-def logistic_regression(x, y, *, num_classes: int, folds: int = 1, seed: int = SPLIT_SEED, l2s=L2_GRID):
-  """Multinomial logistic regression on x [n, d] with labels y [n].
+def top_1(logits, y) -> float:
+  """Share of rows of logits [n, classes] whose largest is that of their class y [n]."""
+  return float(np.mean(logits.argmax(1) == y))
+
+
+def mean_per_class(logits, y) -> float:
+  """The mean over the classes of y [n] of the share of their examples that are found: every class counts alike."""
+  right = logits.argmax(1) == y
+  return float(np.mean([right[y == c].mean() for c in np.unique(y)]))
+
+
+def average_precision(logits, y) -> float:
+  """11-point interpolated average precision of one class, as PASCAL VOC 2007 (Everingham et al., IJCV 2010, 4.2).
+
+  The mean over the recalls 0, 0.1, ..., 1 of the highest precision reached at that recall or more.
+
+  Args:
+    logits: [n], of the class.
+    y: [n], 1 where the image has it, 0 where not, -1 where it is not to be judged ("difficult").
+  """
+  order = np.argsort(-logits[y >= 0], kind="stable")
+  hit = y[y >= 0][order] > 0
+  found = np.cumsum(hit)
+  precision = found / np.arange(1, len(hit) + 1)
+  # Recall in whole numbers: found / total >= k / 10, without the rounding of tenths.
+  reached = [precision[10 * found >= k * found[-1]] for k in range(11)]
+  return float(np.mean([p.max() for p in reached]))
+
+
+def mean_average_precision(logits, y) -> float:
+  """Mean of `average_precision` over the classes; logits and y [n, classes]."""
+  return float(np.mean([average_precision(logits[:, c], y[:, c]) for c in range(y.shape[1]) if (y[:, c] > 0).any()]))
+
+
+METRICS = {"top_1": top_1, "mean_per_class": mean_per_class, "mean_average_precision": mean_average_precision}
+
+
+def logistic_regression(
+  x, y, *, num_classes: int, folds: int = 1, seed: int = SPLIT_SEED, l2s=L2_GRID, held_out=None, score=top_1, mesh=None
+):
+  """Multinomial logistic regression on x [n, d] with labels y [n]; one against the rest where y is [n, num_classes].
 
   Features are centred and divided by one number, their root mean variance (folded back into what is returned), so
-  that the same penalties suit every representation.  L2 is the value of the grid with the best accuracy on held-out
+  that the same penalties suit every representation.  L2 is the value of the grid with the best score on held-out
   training examples (a tenth, or `folds`-fold cross-validation), and the final fit uses all n.
+
+  Args:
+    y: integers [n]; or [n, num_classes] of 1, 0 and -1, as `average_precision` takes them.
+    held_out: bool [n], the examples on which L2 is chosen, where the data set has a split for it.
+    score: one of METRICS, (logits, y) -> what is best when highest.
+    mesh: the devices over which the examples are split; by default one.
 
   Returns:
     dict(kernel [d, num_classes], bias [num_classes], l2): logits = x @ kernel + bias.
@@ -80,26 +139,38 @@ def logistic_regression(x, y, *, num_classes: int, folds: int = 1, seed: int = S
   x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
   mean, scale = x.mean(0), max(float(np.sqrt(x.var(0).mean())), 1e-12)
   x, basis = _in_its_span((x - mean) / scale)
-  x, y_device = jnp.asarray(x), jnp.asarray(y)
+  short = -len(x) % (mesh.size if mesh else 1)
+
+  def place(array):  # its first axis over the examples
+    array = np.pad(array, [(0, short)] + [(0, 0)] * (array.ndim - 1))
+    return jax.device_put(array, mesh_lib.batch_sharding(mesh)) if mesh else jnp.asarray(array)
+
+  x_device, y_device = place(x), place(y)
   grid = sorted(l2s, reverse=True)
-  start = np.zeros((x.shape[1] + 1, num_classes))
+  start = np.zeros((1, x.shape[1] + 1, num_classes))
   l2 = grid[0]
   if len(grid) > 1:
-    right = np.zeros(len(grid))
-    for part in _held_out(y, folds, np.random.default_rng(seed)):
-      weights, sample_weight = start, jnp.asarray(~part, jnp.float32)
-      for i, candidate in enumerate(grid):  # from the strongest penalty to the weakest, each from the last one's end
-        weights = _fit(weights, x, y_device, sample_weight, candidate, **SWEEP)
-        right[i] += np.sum((np.asarray(x)[part] @ weights[:-1] + weights[-1]).argmax(1) == y[part])
-    l2 = grid[int(right.argmax())]  # the strongest penalty among equals
-  weights = _fit(start, x, y_device, jnp.ones(len(y)), l2, **FINAL)
+    total = np.zeros(len(grid))
+    parts = held_out_parts(y, folds, np.random.default_rng(seed)) if held_out is None else held_out[None]
+    weights, sample_weight = np.repeat(start, len(parts), 0), place((~parts).astype(np.float32).T)
+    for i, candidate in enumerate(grid):  # from the strongest penalty to the weakest, each from the last one's end
+      weights = _fit(weights, x_device, y_device, sample_weight, candidate, **SWEEP)
+      for w, part in zip(weights, parts, strict=True):
+        total[i] += part.sum() * score(x[part] @ w[:-1] + w[-1], y[part])
+    l2 = grid[int(total.argmax())]  # the strongest penalty among equals
+  (weights,) = _fit(start, x_device, y_device, place(np.ones((len(y), 1), np.float32)), l2, **FINAL)
   kernel = basis @ weights[:-1] / scale
   return {"kernel": kernel.astype(np.float32), "bias": (weights[-1] - mean @ kernel).astype(np.float32), "l2": l2}
 
 
+def logits(classifier: dict, x):
+  """[n, classes] of x [n, d]."""
+  return x @ classifier["kernel"] + classifier["bias"]
+
+
 def accuracy(classifier: dict, x, y) -> float:
   """Share of rows of x [n, d] whose largest logit is y [n]."""
-  return float(np.mean((x @ classifier["kernel"] + classifier["bias"]).argmax(1) == y))
+  return top_1(logits(classifier, x), y)
 
 
 def few_labels(labels, per_class: int, rng):
@@ -211,9 +282,10 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
   opened = embed.Run(workdir, step=step, overrides=overrides)
   c, source, test = opened.config, opened.train_source, opened.test_source()
   test_h, test_y = opened.h(test)
-  if c.probe.method == "lbfgs":
+  if c.probe.method != "sgd":
     h, y = opened.h(embed.bank(source, c))
-    classifier = logistic_regression(h, y, num_classes=source.num_classes)
+    l2s = L2_GRID_45 if c.probe.method == "lbfgs_45" else L2_GRID
+    classifier = logistic_regression(h, y, num_classes=source.num_classes, l2s=l2s, mesh=opened.mesh)
     how = f"L-BFGS, l2 {classifier['l2']:.0e} chosen on held-out training images"
   else:
     mesh_lib.check_divisible(c.probe.batch_size, opened.mesh, "probe.batch_size")

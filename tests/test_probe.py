@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from simclr_jax import diagnostics, knn, probe
+from simclr_jax.runtime import mesh as mesh_lib
 
 
 def blobs(n, d, classes, spread, seed=0):
@@ -37,6 +38,88 @@ def test_lbfgs_finds_the_optimum():
   np.testing.assert_allclose(got - got.mean(1, keepdims=True), want - want.mean(1, keepdims=True), atol=5e-3)
 
 
+def test_lbfgs_agrees_with_scikit_learn_and_on_a_mesh_with_itself():
+  """Same features, same penalty: accuracy to 1e-3 and loss to 1e-4, relative; 401 examples do not divide by 8."""
+  linear_model = pytest.importorskip("sklearn.linear_model", reason="pip install .[test]")
+  x, y = blobs(401, 12, 5, 3.0)
+  x = (x - x.mean(0)) / np.sqrt(x.var(0).mean())
+  test_x, test_y = blobs(2000, 12, 5, 3.0, seed=1)
+  for l2 in (1e-4, 1e-2, 1.0):
+    theirs = linear_model.LogisticRegression(C=1 / (len(x) * l2), tol=1e-8, max_iter=10000).fit(x, y)
+
+    def loss(kernel, bias, l2=l2):
+      logits = (x @ kernel + bias).astype(np.float64)
+      losses = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1) - logits[np.arange(401), y]
+      return losses.mean() + 0.5 * l2 * np.sum(kernel**2)
+
+    wanted = loss(theirs.coef_.T, theirs.intercept_)
+    for mesh in (None, mesh_lib.make_mesh()):
+      ours = probe.logistic_regression(x, y, num_classes=5, l2s=(l2,), mesh=mesh)
+      assert loss(ours["kernel"], ours["bias"]) == pytest.approx(wanted, rel=1e-4)
+      assert probe.accuracy(ours, test_x, test_y) == pytest.approx(theirs.score(test_x, test_y), abs=1e-3)
+
+
+def test_one_against_the_rest_is_as_many_regressions_of_two_classes():
+  """A column of a multi-label problem, "difficult" examples left out, is the two-class problem by itself."""
+  linear_model = pytest.importorskip("sklearn.linear_model", reason="pip install .[test]")
+  x, y = blobs(300, 6, 3, 2.0)
+  x = (x - x.mean(0)) / np.sqrt(x.var(0).mean())
+  labels = np.eye(3, dtype=int)[y]
+  labels[::7, 1] = -1
+  ours = probe.logistic_regression(x, labels, num_classes=3, l2s=(1e-2,))
+  for c in range(3):
+    judged = labels[:, c] >= 0
+    # Our loss is a mean over all 300, whether they are judged or not.
+    theirs = linear_model.LogisticRegression(C=1 / (300 * 1e-2), tol=1e-8).fit(x[judged], labels[judged, c])
+    np.testing.assert_allclose(ours["kernel"][:, c], theirs.coef_[0], atol=2e-3)
+
+
+def test_the_45_penalties_of_the_paper():
+  assert len(probe.L2_GRID_45) == 45
+  assert probe.L2_GRID_45[0] == pytest.approx(1e-6) and probe.L2_GRID_45[-1] == pytest.approx(1e5)
+  x, y = blobs(200, 4, 3, 1.5)
+  held_out = np.arange(200) % 4 == 0
+  chosen = probe.logistic_regression(x, y, num_classes=3, l2s=probe.L2_GRID_45, held_out=held_out)
+  scores = [  # from the strongest penalty to the weakest, which is how ties are broken
+    probe.accuracy(
+      probe.logistic_regression(x[~held_out], y[~held_out], num_classes=3, l2s=(l2,)), x[held_out], y[held_out]
+    )
+    for l2 in (1e5, 1e2, chosen["l2"])
+  ]
+  assert scores[2] >= max(scores)
+
+
+def test_average_precision_worked_by_hand():
+  """Ranked + - + - - +: precisions at the hits 1, 2/3, 3/6 for recalls 1/3, 2/3, 1.
+
+  Recalls 0 to 0.3 see 1, 0.4 to 0.6 see 2/3, 0.7 to 1 see 1/2: (4 + 3 * 2/3 + 4 * 1/2) / 11 = 8 / 11.
+  """
+  logits = np.array([6.0, 5, 4, 3, 2, 1])
+  y = np.array([1, 0, 1, 0, 0, 1])
+  assert probe.average_precision(logits, y) == pytest.approx(8 / 11)
+  shuffled = np.array([3, 0, 5, 2, 4, 1])
+  assert probe.average_precision(logits[shuffled], y[shuffled]) == pytest.approx(8 / 11)
+  # A difficult image between them changes nothing; a perfect ranking is 1; the only hit in last place is 1 / n.
+  assert probe.average_precision(np.append(logits, 5.5), np.append(y, -1)) == pytest.approx(8 / 11)
+  assert probe.average_precision(np.array([2.0, 1, 0]), np.array([1, 1, 0])) == pytest.approx(1)
+  assert probe.average_precision(np.arange(10.0), (np.arange(10) == 0).astype(int)) == pytest.approx(0.1)
+  # Ten hits, the first and the last nine of 20: recall exactly 0.1 is reached at precision 1.
+  y = np.array([1] + [0] * 10 + [1] * 9)
+  later = max((k + 1) / (k + 11) for k in range(1, 10))
+  assert probe.average_precision(-np.arange(20.0), y) == pytest.approx((2 + 9 * later) / 11)
+  both = probe.mean_average_precision(np.stack([logits, -logits], 1), np.stack([np.array([1, 0, 1, 0, 0, 1])] * 2, 1))
+  backwards = (4 * 1 + 7 * 0.5) / 11  # ranked + - - + - +: precisions 1, 2/4, 3/6
+  assert both == pytest.approx((8 / 11 + backwards) / 2)
+
+
+def test_mean_per_class_worked_by_hand():
+  """Three of class 0, all right; one of class 1, wrong: 3/4 of the images, half of the classes."""
+  logits = np.array([[2.0, 1, 0], [2, 1, 0], [2, 1, 0], [2, 1, 0]])
+  y = np.array([0, 0, 0, 1])
+  assert probe.top_1(logits, y) == 0.75
+  assert probe.mean_per_class(logits, y) == 0.5
+
+
 def test_penalty_is_chosen_on_held_out_examples():
   """With 200 dimensions of noise and 120 examples a strong penalty generalises best, and is what is picked."""
   x, y = blobs(120, 4, 2, 1.5)
@@ -47,10 +130,10 @@ def test_penalty_is_chosen_on_held_out_examples():
 
 def test_held_out_parts_are_disjoint_balanced_and_cover_all():
   y = np.repeat(np.arange(5), 20)
-  parts = probe._held_out(y, 5, np.random.default_rng(0))
+  parts = probe.held_out_parts(y, 5, np.random.default_rng(0))
   assert (parts.sum(0) == 1).all()
   assert all((np.bincount(y[part]) == 4).all() for part in parts)
-  assert np.bincount(y[probe._held_out(y, 1, np.random.default_rng(0))[0]]).tolist() == [2] * 5
+  assert np.bincount(y[probe.held_out_parts(y, 1, np.random.default_rng(0))[0]]).tolist() == [2] * 5
 
 
 def test_few_labels_is_balanced_and_seeded():

@@ -15,8 +15,17 @@ from simclr_jax.runtime import checkpoint
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow", "simclr_jax")
 
 
-def write(path, variables, config, *, scores: dict, step: int, overwrite: bool = False) -> epath.Path:
+_RESIZES = {
+  "bicubic": "bicubic, half-pixel centres, no antialiasing",
+  "bilinear": "bilinear, half-pixel centres, no antialiasing",
+  "bicubic_tf1": "bicubic_tf1: a = -0.75, no half-pixel centres, no antialiasing, as TF1 resizes",
+}
+
+
+def write(path, variables, config, *, scores: dict, step: int, heads=None, overwrite: bool = False) -> epath.Path:
   """Writes the encoder's variables {"params", "batch_stats"} and card.json to the folder `path`.
+
+  `heads` are variables of what sits on h, by name, kept beside it for fine-tuning: "projector", "classifier".
 
   Raises:
     ValueError: the folder is not empty and `overwrite` is not set.
@@ -30,7 +39,7 @@ def write(path, variables, config, *, scores: dict, step: int, overwrite: bool =
       "range": "[0, 1], no mean or std is subtracted or divided",
       "size": config.augment.size,
       "center_crop": config.evaluate.crop,
-      "resize": config.augment.get("resize", "bicubic") + ", half-pixel centres, no antialiasing",
+      "resize": _RESIZES[config.augment.get("resize", "bicubic")],
       "layout": "NHWC, RGB",
     },
     "pretraining": config.to_dict(),
@@ -39,7 +48,7 @@ def write(path, variables, config, *, scores: dict, step: int, overwrite: bool =
     "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
-  return checkpoint.save_encoder(path, variables, card, overwrite=overwrite)
+  return checkpoint.save_encoder(path, variables, card, heads=heads, overwrite=overwrite)
 
 
 def run(workdir, output, *, step: int | None = None, overwrite: bool = False) -> epath.Path:

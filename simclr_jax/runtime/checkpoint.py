@@ -202,6 +202,17 @@ def read_run_encoder(workdir, like, step: int | None = None):
   Raises:
     ValueError: no such checkpoint, or it is damaged.
   """
+  step = _find_step(workdir, step)
+  return step, _restore(folder(workdir) / str(step) / "encoder", _empty(like))
+
+
+def read_run_state(workdir, step: int | None = None):
+  """(step, state as nested dicts of numpy arrays) of a run's newest checkpoint, or of `step`; raises ValueError."""
+  step = _find_step(workdir, step)
+  return step, read_tree(folder(workdir) / str(step) / "state")
+
+
+def _find_step(workdir, step):
   steps = _steps(workdir)
   if not steps or (step is not None and step not in steps):
     have = ", ".join(map(str, steps)) or "none"
@@ -210,7 +221,16 @@ def read_run_encoder(workdir, like, step: int | None = None):
     )
   step = steps[-1] if step is None else step
   _verify(folder(workdir) / str(step))
-  return step, _restore(folder(workdir) / str(step) / "encoder", _empty(like))
+  return step
+
+
+def read_tree(path) -> dict:
+  """What an item was saved as, as nested dicts of numpy arrays; {} if there is no such item."""
+  path = absolute(path)
+  if not path.exists():
+    return {}
+  with _by_this_process() as checkpointer:
+    return checkpointer.restore(path, _empty(checkpointer.metadata(path).item_metadata.tree))
 
 
 def _empty(like):
@@ -269,8 +289,8 @@ def write_text(path, text: str):
   temporary.rename(path) if "://" in str(path) else os.replace(temporary, path)
 
 
-def save_encoder(path, variables: dict, card: dict, *, overwrite: bool = False) -> epath.Path:
-  """Writes an encoder's variables {"params", "batch_stats"} and its card to a folder of their own.
+def save_encoder(path, variables: dict, card: dict, *, heads=None, overwrite: bool = False) -> epath.Path:
+  """Writes an encoder's variables {"params", "batch_stats"}, its card and any `heads` (name -> variables) to a folder.
 
   Arrays are stored as host numpy, so a folder written by a pod opens on a laptop.
 
@@ -288,7 +308,8 @@ def save_encoder(path, variables: dict, card: dict, *, overwrite: bool = False) 
     temporary.rmtree()
   temporary.mkdir(parents=True)
   with _by_this_process() as checkpointer:
-    checkpointer.save(temporary / "encoder", jax.tree.map(np.asarray, variables))
+    for name, tree in {"encoder": variables, **(heads or {})}.items():
+      checkpointer.save(temporary / name, jax.tree.map(np.asarray, tree))
   (temporary / "card.json").write_text(json.dumps({"card_version": CARD_VERSION, **card}, indent=2, sort_keys=True))
   _seal(temporary)
   if path.exists():

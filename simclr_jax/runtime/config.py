@@ -136,30 +136,107 @@ SCHEMA = {
   "checkpoint.every_epochs": _NOT_NEGATIVE,
   "checkpoint.keep": _POSITIVE,
   "log.every_steps": _POSITIVE,
-  "probe.method": (lambda v: v in ("lbfgs", "sgd"), "lbfgs or sgd"),
+  "probe.method": (lambda v: v in ("lbfgs", "lbfgs_45", "sgd"), "lbfgs, lbfgs_45 or sgd"),
   "probe.train_epochs": _POSITIVE,
   "probe.batch_size": _POSITIVE,
   "probe.base_lr": _POSITIVE,
 }
 
 
+_EVERY_TRAINING = (
+  "seed",
+  "data.",
+  "batch_size",
+  "train_",
+  "augment.",
+  "encoder.",
+  "optimizer.",
+  "evaluate.crop",
+  "evaluate.batch_size",
+  "evaluate.every",
+  "checkpoint.",
+  "log.",
+)
+_SHARED = {key: rule for key, rule in SCHEMA.items() if key.startswith(_EVERY_TRAINING)}
+_START = {
+  "program": _ANY,
+  "start": _ANY,  # folder of a run, or an exported or imported encoder; empty: from scratch
+  "tune_after": (lambda v: -1 <= v <= 4, "-1 (all is trained), 0 (frozen stem) or 1 to 4 (groups frozen up to it)"),
+  "tap": _NOT_NEGATIVE,
+  "projector.": _ANY,
+  "labels.fraction": (lambda v: 0 < v <= 1, "a share above 0 and at most 1"),
+  "labels.list": _ANY,
+  "labels.seed": _NOT_NEGATIVE,
+}
+SCHEMAS = {
+  "pretrain": SCHEMA,
+  "finetune": {**_SHARED, **_START},
+  "distill": {
+    **_SHARED,
+    **_START,
+    "teacher": (bool, "the folder of a run of simclr finetune"),
+    "temperature": _POSITIVE,
+    "alpha": (lambda v: 0 < v <= 1, "a share above 0 and at most 1, 1 for no labels"),
+    "cache": _ANY,
+  },
+  "downstream": {
+    "program": _ANY,
+    "seeds": (bool, "at least one seed, such as (0,)"),
+    "pretrain": _ANY,
+    "pretrain_epochs": _POSITIVE,
+    "finetune": _ANY,
+    "shares": (lambda v: v and all(0 < share <= 1 for share in v), "shares of the labels, such as (0.01, 0.1)"),
+    "distill": _ANY,
+    "distill_share": (lambda v: 0 < v <= 1, "one of the shares"),
+    "transfer": _ANY,
+  },
+  "transfer": {
+    "program": _ANY,
+    "seed": _NOT_NEGATIVE,
+    "start": (bool, "the folder of a run, or an exported or imported encoder"),
+    "supervised": _ANY,
+    "methods": (lambda v: v and set(v) <= {"linear", "finetune"}, "linear, finetune or both"),
+    "rows.": _ANY,
+    "data_dir": _ANY,
+    "samples": _POSITIVE,
+    "augment.": _ANY,
+    "evaluate.crop": SCHEMA["evaluate.crop"],
+    "evaluate.batch_size": _POSITIVE,
+    "finetune.recipe": _ANY,
+    "finetune.train_steps": _POSITIVE,
+    "finetune.batch_size": _POSITIVE,
+    "finetune.base_lrs": (bool, "at least one learning rate"),
+    "finetune.weight_decays": (bool, "at least one weight decay, such as 0.0"),
+  },
+}
+
+
+def program(config) -> str:
+  """The command that a recipe is for."""
+  return config.get("program", "pretrain")
+
+
 def check(config):
   """The config, frozen, if every key is known and every value possible; else ValueError on one line."""
   flat = flatten(config)
-  sections = tuple(key for key in SCHEMA if key.endswith("."))
+  if program(config) not in SCHEMAS:
+    raise ValueError(f"config.program={config.program!r}: expected one of {', '.join(SCHEMAS)}")
+  schema = SCHEMAS[program(config)]
+  sections = tuple(key for key in schema if key.endswith("."))
   for key, value in flat.items():
     if isinstance(value, float) and not math.isfinite(value):
       raise ValueError(f"config.{key}={value}: expected a finite number")
-    rule = SCHEMA.get(key) or (_ANY if key.startswith(sections) else None)
+    rule = schema.get(key) or (_ANY if key.startswith(sections) else None)
     if rule is None:
-      raise ValueError(f"config.{key}: no such key; {_nearest(key, SCHEMA)}")
+      raise ValueError(f"config.{key}: no such key; {_nearest(key, schema)}")
     possible, expected = rule
     if not possible(value):
       raise ValueError(f"config.{key}={value!r}: expected {expected}")
-  missing = [key for key in SCHEMA if not key.endswith(".") and key not in flat]
+  recipe = {"pretrain": "smoke.py"}.get(program(config), f"{program(config)}.py")
+  missing = [key for key in schema if not key.endswith(".") and key not in flat]
   if missing:
-    raise ValueError(f"config.{missing[0]} is missing from the recipe; configs/smoke.py shows every key")
-  if not config.train_epochs and not config.train_steps:
+    raise ValueError(f"config.{missing[0]} is missing from the recipe; configs/{recipe} shows every key")
+  if "train_steps" in flat and not config.train_epochs and not config.train_steps:
     raise ValueError("config.train_epochs=0 and config.train_steps=0: set one of them")
   return ml_collections.FrozenConfigDict(config)
 
@@ -190,3 +267,13 @@ def difference(before, now) -> list[tuple]:
   """[(key, value before, value now)] of two configs; a tuple and a list with the same entries are equal."""
   a, b = (flatten(json.loads(to_json(c))) for c in (before, now))
   return [(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+
+
+def check_same(kept, now):
+  """Raises ValueError, in one line, if a run is to be resumed with another config than the one `kept` with it."""
+  changed = difference(kept, now)
+  if changed:
+    key, before, value = changed[0]
+    raise ValueError(
+      f"--resume: config.{key} is {before!r} in the run and {value!r} now; use the run's value, or another --workdir"
+    )

@@ -142,6 +142,10 @@ class Source:
     """int32 [N], or None where there are no labels."""
     return None
 
+  def several_labels(self) -> np.ndarray | None:
+    """int8 [N, classes] where an image may have several classes: 1, 0, or -1 where it is too difficult to judge."""
+    return None
+
   def __len__(self) -> int:
     raise NotImplementedError
 
@@ -231,6 +235,56 @@ class Subset(Source):
 
   def read_labelled(self, i):
     return self._source.read_labelled(int(self._chosen[i]))
+
+
+class Selection(Subset):
+  """The images of another source at `indices` [n], in that order."""
+
+  def __init__(self, source: Source, indices):
+    self._source, self.class_names, self._chosen = source, source.class_names, np.asarray(indices)
+
+
+class Joined(Source):
+  """The images of several sources with the same classes, one source after the other."""
+
+  def __init__(self, sources: Sequence[Source]):
+    self._sources, self.class_names = tuple(sources), sources[0].class_names
+    self._begin = np.cumsum([0, *map(len, sources)])
+
+  @property
+  def labels(self):
+    return None if self._sources[0].labels is None else np.concatenate([s.labels for s in self._sources])
+
+  def __len__(self):
+    return int(self._begin[-1])
+
+  def _locate(self, i):
+    part = int(np.searchsorted(self._begin, i, "right")) - 1
+    return self._sources[part], int(i - self._begin[part])
+
+  def name(self, i):
+    source, j = self._locate(i)
+    return source.name(j)
+
+  def read(self, i):
+    source, j = self._locate(i)
+    return source.read(j)
+
+  def read_labelled(self, i):
+    source, j = self._locate(i)
+    return source.read_labelled(j)
+
+
+def class_balanced(labels, fraction: float, seed: int) -> np.ndarray:
+  """Sorted indices of a share of every class of labels [n], at least one image of each, drawn by `seed`.
+
+  Of two shares of one seed the smaller is part of the larger.
+  """
+  chosen = []
+  for c in np.unique(labels):
+    members = np.flatnonzero(labels == c)
+    chosen.append(members[permutation(seed, int(c), len(members))][: max(1, round(fraction * len(members)))])
+  return np.sort(np.concatenate(chosen))
 
 
 class FolderSource(Source):
@@ -335,6 +389,7 @@ class TfdsSource(Source):
         f"{spec}: {builder.data_dir} is stored as {info.file_format.value}, which has no reader here; prepare it with"
         f" tfds build {name} --file_format=tfrecord --data_dir={root}"
       )
+    self._all_features = dict(info.features.items())
     self._image_key = _only_feature(spec, info.features, tfds.features.Image, "image")
     self._label_key = _only_feature(spec, info.features, tfds.features.ClassLabel, "label", required=False)
     if self._label_key:
@@ -393,6 +448,23 @@ class TfdsSource(Source):
       self._offsets["labels"] = np.fromiter(labels, np.int32, count)
       _save_cache(self._cache, self._offsets)
     return self._offsets["labels"][self._rows]
+
+  def several_labels(self):
+    """Where the set has a list of classes an image (PASCAL VOC); a class that `labels` names and
+    `labels_no_difficult` does not is there, but too difficult to judge."""
+    import tensorflow_datasets as tfds
+
+    feature = self._all_features.get("labels")
+    if self._label_key or not isinstance(getattr(feature, "feature", None), tfds.features.ClassLabel):
+      return None
+    out = np.zeros((len(self), feature.feature.num_classes), np.int8)
+    for i, row in enumerate(self._rows):
+      features = self._features(row)
+      out[i, list(features["labels"].int64_list.value)] = 1
+      if "labels_no_difficult" in features:
+        easy = set(features["labels_no_difficult"].int64_list.value)
+        out[i, [c for c in features["labels"].int64_list.value if c not in easy]] = -1
+    return out
 
   def _label(self, features) -> int:
     return int(features[self._label_key].int64_list.value[0]) if self._label_key else -1

@@ -45,6 +45,7 @@ class Task:
   num_examples: int
   exports: Callable[[State], dict]  # state -> variables kept as the checkpoint item `encoder`
   zero1: bool = False  # whether state.opt_state is split over the devices
+  warm_start: Callable[[State], State] = lambda state: state  # puts given weights into the state at step 0, not jitted
 
 
 class Diverged(ValueError):
@@ -139,7 +140,7 @@ def run(
     first, state = checkpoints.restore_newest(abstract_state(task, mesh))
     if state is None:
       placed = jax.tree.map(lambda x: x.sharding, abstract_state(task, mesh))
-      state = jax.jit(task.init, out_shardings=placed)(jax.random.key(seed))
+      state = task.warm_start(jax.jit(task.init, out_shardings=placed)(jax.random.key(seed)))
   writer = metrics_lib.Writer(workdir, resume_step=first)
   progress = metrics_lib.Progress(task.total_steps, task.num_examples / task.batch_size)
   if first:

@@ -777,3 +777,53 @@ summary { cursor: pointer; padding: 3px 0; }
   .row .query { margin-right: 5px; }
 }
 """
+
+
+# ------------------------------------------------------------------------------------------- accuracy against labels
+
+
+def accuracy_against_labels_svg(path, curves):
+  """Accuracy over the share of labels, one line a method: means, and bars from the lowest to the highest seed.
+
+  curves: {method: {share of labels in (0, 1]: [accuracy in [0, 1] of each seed]}}; the axis of shares is logarithmic.
+  """
+  shares = sorted({share for points in curves.values() for share in points})
+  every = [100 * value for points in curves.values() for values in points.values() for value in values]
+  low, high = math.floor(min(every) / 10) * 10, math.ceil(max(every) / 10) * 10
+  left, top, width, height = 56, 16, 420, 260
+  span = math.log(shares[-1] / shares[0]) or 1.0
+
+  def x(share):
+    return left + width * (math.log(share / shares[0]) / span if len(shares) > 1 else 0.5)
+
+  def y(percent):
+    return top + height * (high - percent) / (high - low)
+
+  colours = ("#1f5fa8", "#c2571a", "#2e7d32", "#7b3fa0", "#555555")
+  out = [
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 150} {top + height + 48}" font-family="sans-serif"'
+    ' font-size="12"><rect width="100%" height="100%" fill="white"/>'
+  ]
+  for tick in range(low, high + 1, 10):
+    out.append(f'<path d="M{left} {y(tick):.1f}h{width}" stroke="#ddd"/>')
+    out.append(f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick}</text>')
+  for share in shares:
+    out.append(f'<text x="{x(share):.1f}" y="{top + height + 18}" text-anchor="middle">{100 * share:g} %</text>')
+  out.append(f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">labels</text>')
+  out.append(
+    f'<text transform="translate(14 {top + height / 2}) rotate(-90)" text-anchor="middle">test accuracy, %</text>'
+  )
+  for i, (name, points) in enumerate(curves.items()):
+    colour = colours[i % len(colours)]
+    means = [(x(share), y(100 * float(np.mean(points[share])))) for share in sorted(points)]
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in means)
+    out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    for (a, b), share in zip(means, sorted(points), strict=True):
+      ends = y(100 * max(points[share])), y(100 * min(points[share]))
+      out.append(
+        f'<path d="M{a:.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{colour}" stroke-width="5" stroke-opacity=".35"/>'
+      )
+      out.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}"/>')
+    out.append(f'<circle cx="{left + width + 22}" cy="{top + 14 + 20 * i}" r="3.5" fill="{colour}"/>')
+    out.append(f'<text x="{left + width + 32}" y="{top + 18 + 20 * i}">{html.escape(name)}</text>')
+  _write(path, ("".join(out) + "</svg>").encode())

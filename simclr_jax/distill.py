@@ -1,0 +1,153 @@
+"""Distillation (arXiv 2006.10029, section 2.3): a fine-tuned teacher labels images for a student that never needs theirs.
+
+Big to small, or self-distillation where the student is as large as its teacher.  A student is trained by the program that
+fine-tunes (finetune.py); its loss is equation 2, or 3 with labels.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from simclr_jax import embed, finetune
+from simclr_jax import model as model_lib
+from simclr_jax.runtime import checkpoint, loop
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import mesh as mesh_lib
+
+
+@flax.struct.dataclass
+class DistillState(model_lib.TrainState):
+  """A student in training and the teacher's variables, handed on untouched (empty where its logits are cached)."""
+
+  teacher: dict
+
+
+def distillation(logits, teacher_logits, temperature: float):
+  """-sum_y P_T(y | x; t) log P_S(y | x; t), mean over x; both logits [n, classes], P(y | x; t) = softmax(logits / t).
+
+  Source: arXiv 2006.10029, equation 2.
+  """
+  target = jax.nn.softmax(teacher_logits / temperature)
+  return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(logits / temperature), 1))
+
+
+def loss(logits, batch, *, temperature: float, alpha: float):
+  """(1 - alpha) * cross-entropy of the labelled images + alpha * distillation of all (equation 3; 2 for alpha = 1).
+
+  Each term is a mean over its images of the batch.  `batch` has `teacher` [n, classes] logits, and `label` [n], -1 where
+  the student may not know it.
+  """
+  supervised, metrics = finetune.cross_entropy(logits, batch)
+  distilled = distillation(logits, batch["teacher"], temperature)
+  agreement = jnp.mean(logits.argmax(1) == batch["teacher"].argmax(1))
+  value = (1 - alpha) * supervised + alpha * distilled
+  return value, {**metrics, "supervised_loss": supervised, "distillation_loss": distilled, "agreement": agreement}
+
+
+class Teacher:
+  """A fine-tuned network: `apply(variables, images)` -> logits [n, classes].
+
+  Raises:
+    ValueError: `path` holds no classifier.
+  """
+
+  def __init__(self, path):
+    opened = finetune.open_start(path)
+    if "classifier" not in opened.variables:
+      raise ValueError(
+        f"config.teacher={path}: holds no classifier; name a run of simclr finetune, or what it exported"
+      )
+    config = ml_collections.ConfigDict(
+      dict(encoder=opened.encoder, projector=opened.projector, tap=opened.config.get("tap", 0))
+    )
+    self.num_classes = opened.variables["classifier"]["params"]["bias"].shape[0]
+    names = ("encoder", "classifier") + ("projector",) * bool(config.tap)
+    self.variables = {
+      collection: {name: opened.variables[name][collection] for name in names if opened.variables[name].get(collection)}
+      for collection in ("params", "batch_stats")
+    }
+    self.apply = functools.partial(finetune.create(config, self.num_classes).apply, train=False)
+
+
+def make_task(config, start, source, *, mesh, loss, evaluators, teacher: Teacher, chosen) -> loop.Task:
+  """The fine-tuning task with a teacher in it; `chosen` are the indices of the images whose labels count."""
+  task = finetune.make_task(config, start, source, mesh=mesh, loss=loss, evaluators=evaluators)
+  labelled = np.zeros(len(source), bool)
+  labelled[chosen] = config.alpha < 1
+  cache = _logits(config, teacher, source, mesh) if config.cache else None
+
+  def init(key):
+    state = task.init(key)
+    variables = {} if config.cache else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), teacher.variables)
+    return DistillState(state.step, state.params, state.batch_stats, state.opt_state, variables)
+
+  def warm_start(state):
+    state = task.warm_start(state)
+    if config.cache:
+      return state
+    variables = jax.tree.map(jnp.array, teacher.variables)
+    return state.replace(teacher=jax.device_put(variables, mesh_lib.replicated(mesh)))
+
+  def step(state, batch):
+    if not config.cache:
+      batch = {**batch, "teacher": jax.lax.stop_gradient(teacher.apply(state.teacher, batch["views"]))}
+    return task.step(state, batch)
+
+  def stream(first):
+    for batch in task.stream(first):
+      batch = {**batch, "label": np.where(labelled[batch["index"]], batch["label"], -1)}
+      yield {**batch, "teacher": cache[batch["index"]]} if config.cache else batch
+
+  return loop.Task(**{**vars(task), "init": init, "warm_start": warm_start, "step": step, "stream": stream})
+
+
+def _logits(config, teacher, source, mesh):
+  """float32 [n, classes]: the teacher's, one a training image, centre-cropped."""
+  batch = -(-config.evaluate.batch_size // mesh.size) * mesh.size
+  images = embed.EvalSet(
+    source,
+    size=config.augment.size,
+    crop=config.evaluate.crop,
+    batch_size=batch,
+    resize=config.augment.get("resize", "bicubic"),
+  )
+  out = embed.embed(jax.jit(teacher.apply), teacher.variables, images, mesh)
+  if len(out) != len(source):
+    raise ValueError(f"config.cache=True: {len(source) - len(out)} images are unreadable; remove them, or set it False")
+  return out
+
+
+def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:
+  """The program `simclr distill`: prints the student's and the teacher's test accuracy; returns what finetune.run does.
+
+  Raises:
+    ValueError: a mistake in the config or the data, on one line.
+  """
+  mesh = mesh_lib.make_mesh()
+  mesh_lib.check_divisible(config.batch_size, mesh)
+  config, start = finetune.resolve(config)
+  teacher = Teacher(config.teacher)
+  source, test = finetune.open_data(config)
+  if teacher.num_classes != source.num_classes:
+    raise ValueError(
+      f"config.teacher={config.teacher} knows {teacher.num_classes} classes, data.train={config.data.train} has "
+      f"{source.num_classes}: name the data it was fine-tuned on"
+    )
+  chosen = finetune.choose(source, config.labels) if config.alpha < 1 else np.zeros(0, int)
+  make = functools.partial(make_task, teacher=teacher, chosen=chosen)
+  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  if resume and checkpoint.folder(workdir).exists():
+    config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
+  student_loss = functools.partial(loss, temperature=config.temperature, alpha=config.alpha)
+  result = finetune.train(config, start, source, test, workdir, mesh=mesh, loss=student_loss, make=make)
+  logits = _logits(config, teacher, test, mesh)
+  result["teacher"] = float(np.mean(logits.argmax(1) == test.labels))
+  print(
+    f"{config.data.test}: top-1 {100 * result['scores']['accuracy']:.2f} %, its teacher {100 * result['teacher']:.2f} %; "
+    f"{result['workdir']}"
+  )
+  return result

@@ -1,0 +1,120 @@
+"""All that one does with h, in one command: pretrain, linear evaluation, few labels, distillation, transfer.
+
+Over several seeds: SimCLR by one recipe; a linear classifier on h; fine-tuning with shares of the labels beside training
+from scratch on the same images by the same recipe; a smaller student of the fine-tuned network beside that student
+trained from scratch on the teacher's labels; and a linear classifier on the h of another data set.  It prints means and
+spreads and draws accuracy against labels (as Figure 1 of arXiv 2006.10029).
+"""
+
+import functools
+import json
+
+import ml_collections
+import numpy as np
+
+from simclr_jax import distill, finetune, pretrain, transfer
+from simclr_jax.runtime import checkpoint, report
+from simclr_jax.runtime import config as config_lib
+
+
+def part(run, config, folder) -> dict:
+  """scores.json of a program's run in `folder`, made if it is not there; an interrupted run goes on."""
+  done = folder / "scores.json"
+  if not done.exists():
+    run(config, folder, resume=folder.exists(), overwrite=False)
+  return json.loads(done.read_text())["scores"]
+
+
+def changed(recipe: str, changes: dict):
+  """A recipe's config with values replaced; sections may be given whole."""
+  config = ml_collections.ConfigDict(config_lib.load(recipe).to_dict())
+  for key, value in changes.items():
+    *sections, leaf = key.split(".")
+    functools.reduce(lambda c, name: c[name], sections, config)[leaf] = value
+  return config_lib.check(config)
+
+
+def one_seed(config, seed: int, folder) -> dict:
+  """{(what, share of labels): accuracy} of one seed; share 1 where all labels or none are meant."""
+  recipe = config_lib.load(config.pretrain)
+  epochs = {"train_epochs": config.pretrain_epochs, "optimizer.warmup_epochs": min(1.0, config.pretrain_epochs / 10)}
+  pretraining = changed(config.pretrain, {"seed": seed, **epochs})
+  scores = part(pretrain.run, pretraining, folder / "pretrain")
+  names = {"raw pixels": "raw pixels", "untrained encoder": "an untrained h", "SimCLR h": "h"}
+  out = {(f"linear on {name}", 1.0): scores[key]["linear"] for key, name in names.items()}
+  shared = {
+    "seed": seed,
+    "labels.seed": seed,
+    "data": recipe.data.to_dict(),
+    "encoder": recipe.encoder.to_dict(),
+    "augment.size": recipe.augment.size,
+  }
+  for share in config.shares:
+    for name, start in (("fine-tuned", str(folder / "pretrain")), ("from scratch", "")):
+      tuning = changed(config.finetune, {**shared, "labels.fraction": share, "start": start})
+      where = folder / f"{name.replace(' ', '_')}_{share:g}"
+      out[name, share] = part(finetune.run, tuning, where)["accuracy"]
+  share = config.distill_share
+  teacher = folder / f"fine-tuned_{share:g}"
+  student_shared = {key: value for key, value in shared.items() if key != "encoder"}
+  student = changed(config.distill, {**student_shared, "teacher": str(teacher)})
+  out["student", share] = part(distill.run, student, folder / "student")["accuracy"]
+  alone = changed(config.finetune, {**shared, "encoder": student.encoder.to_dict(), "labels.fraction": share})
+  out["student from scratch", share] = part(finetune.run, alone, folder / "student_from_scratch")["accuracy"]
+  moved = changed(
+    config.transfer,
+    {
+      "start": str(folder / "pretrain"),
+      "supervised": str(folder / f"from_scratch_{max(config.shares):g}"),
+      "seed": seed,
+      "augment.size": recipe.augment.size,
+    },
+  )
+  done = folder / "transfer" / "transfer.json"
+  if not done.exists():
+    transfer.run(moved, folder / "transfer", resume=(folder / "transfer").exists())
+  for row in json.loads(done.read_text()):
+    for name, value in row["scores"].items():
+      out[f"transfer to {row['name']}, {name}", 1.0] = value
+  return out
+
+
+def table(results: list[dict]) -> str:
+  """Mean and spread (lowest to highest) of every score over the seeds, in percent."""
+  lines = [f"{'':44} labels   mean   lowest to highest of {len(results)} seeds"]
+  for name, share in results[0]:
+    values = 100 * np.array([result[name, share] for result in results])
+    labels = f"{100 * share:g} %"
+    lines.append(f"{name:44} {labels:>6}  {values.mean():5.1f}   {values.min():.1f} to {values.max():.1f}")
+  return "\n".join(lines)
+
+
+def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:
+  """The program `simclr downstream`; with --resume whatever is finished is kept.
+
+  Returns:
+    dict(results, workdir): one {(what, share of labels): accuracy} a seed.
+
+  Raises:
+    ValueError: a mistake in the config or the data, on one line.
+  """
+  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
+  results = [one_seed(config, seed, workdir / f"seed{seed}") for seed in config.seeds]
+  rows = [
+    {"seed": seed, "what": name, "share": share, "accuracy": value}
+    for seed, result in zip(config.seeds, results, strict=True)
+    for (name, share), value in result.items()
+  ]
+  checkpoint.write_text(workdir / "downstream.json", json.dumps(rows, indent=2))
+  text = table(results)
+  checkpoint.write_text(workdir / "downstream.txt", text + "\n")
+  curves = {
+    name: {share: [result[name, share] for result in results] for share in config.shares}
+    for name in ("fine-tuned", "from scratch")
+  }
+  curves["student"] = {config.distill_share: [result["student", config.distill_share] for result in results]}
+  curves["linear on h"] = {1.0: [result["linear on h", 1.0] for result in results]}
+  report.accuracy_against_labels_svg(workdir / "downstream.svg", curves)
+  print(f"\n{text}\n\n{workdir / 'downstream.txt'}\n{workdir / 'downstream.svg'}  accuracy against labels", flush=True)
+  return {"results": results, "workdir": workdir}

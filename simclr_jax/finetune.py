@@ -1,0 +1,326 @@
+"""Fine-tuning on few or all labels, and supervised training from scratch: the same encoder, the same loop.
+
+SimCLR fine-tunes from h, SimCLRv2 from the first layer of the projection head, which is trained with the rest
+(arXiv 2002.05709, section 6 and App. B.5; arXiv 2006.10029, section 2.2).  Without a start it is the supervised
+baseline.  Training sees crops and flips, BatchNorm ranges over the global batch.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from etils import epath
+
+from simclr_jax import augment, embed, exporting, optimizer
+from simclr_jax import model as model_lib
+from simclr_jax.encoder import resnet
+from simclr_jax.model import TrainState
+from simclr_jax.projector import Projector
+from simclr_jax.runtime import checkpoint, data, loop
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import mesh as mesh_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """Trained networks: what `resnet` and `Projector` take, and variables {"params", "batch_stats"} (numpy) by name:
+  "encoder", and where they are known "projector" and "classifier"; `config` is that of their training."""
+
+  encoder: dict
+  projector: dict
+  variables: dict
+  config: ml_collections.ConfigDict
+
+
+def open_start(path) -> Start:
+  """The networks of a run's newest checkpoint, or of a folder that `simclr export` or `simclr import` wrote.
+
+  Raises:
+    ValueError: neither.
+  """
+  path = epath.Path(path)
+  if (path / "card.json").exists():
+    _, encoder, card = exporting.load_encoder(path)
+    config = ml_collections.ConfigDict(card["pretraining"])
+    heads = {name: checkpoint.read_tree(path / name) for name in ("projector", "classifier")}
+    architecture = {key: value for key, value in card["architecture"].items() if key != "name"}
+    variables = {"encoder": encoder, **{name: tree for name, tree in heads.items() if tree}}
+    return Start(architecture, dict(config.get("projector", {})), variables, config)
+  config = ml_collections.ConfigDict(json.loads(checkpoint.read_config(path)))
+  _, state = checkpoint.read_run_state(path)
+  variables = {
+    name: {"params": params, "batch_stats": state["batch_stats"].get(name, {})}
+    for name, params in state["params"].items()
+  }
+  return Start(dict(config.encoder), dict(config.get("projector", {})), variables, config)
+
+
+def resolve(config):
+  """(config, Start or None): where `start` names networks, `encoder` and `projector` become theirs.
+
+  Raises:
+    ValueError: no such start, or no projection head for the tap.
+  """
+  start = open_start(config.start) if config.start else None
+  if start:
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.encoder, config.projector = start.encoder, start.projector
+    if "resize" not in config.augment:  # pixels as the weights know them
+      config.augment.resize = start.config.augment.get("resize", "bicubic")
+    config = config_lib.check(config)
+  layers = {"nonlinear": config.projector.get("layers", 3), "linear": 1}.get(config.projector.get("kind"), 0)
+  if config.tap > layers:
+    raise ValueError(f"config.tap={config.tap}: start={config.start or 'nothing'} has {layers} layers in its head")
+  if start and config.tap and "projector" not in start.variables:
+    raise ValueError(f"config.tap={config.tap}: {config.start} holds no projection head; use tap 0")
+  return config, start
+
+
+def create(config, num_classes: int) -> model_lib.Classifier:
+  """The network of a resolved config."""
+  projector = Projector(**config.projector) if config.tap else None
+  return model_lib.Classifier(
+    encoder=resnet(**config.encoder), projector=projector, num_classes=num_classes, tap=config.tap
+  )
+
+
+def frozen(path, tune_after: int) -> bool:
+  """True for a parameter that is not trained, from its key path: the stem from 0 on, and groups 1 to `tune_after`."""
+  top, module = (str(key.key) for key in path[:2])
+  if top != "encoder" or tune_after < 0:
+    return False
+  return module.startswith("stem") or int(module.removeprefix("group")) <= tune_after
+
+
+def optimizer_of(config, num_examples: int):
+  """(optax transformation, schedule) by `config.optimizer`, which leaves alone what `tune_after` freezes."""
+  tx, schedule = optimizer.create(config, num_examples)
+
+  def mask(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: frozen(path, config.tune_after), params)
+
+  return optax.chain(tx, optax.masked(optax.set_to_zero(), mask)), schedule
+
+
+def cross_entropy(logits, batch):
+  """Mean over the examples with a label (batch["label"] >= 0), and their accuracy."""
+  known = batch["label"] >= 0
+  label, count = jnp.maximum(batch["label"], 0), jnp.maximum(known.sum(), 1)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+  right = jnp.sum(known * (logits.argmax(1) == label)) / count
+  return jnp.sum(known * losses) / count, {"train_accuracy": right}
+
+
+def train_step(state: TrainState, batch, *, model, tx, schedule, tune_after: int, weight_decay: float, loss):
+  """One update of everything that is not frozen.
+
+  Args:
+    batch: `views` float32 [n, h, w, 3], `label` int32 [n].
+    weight_decay: on the classifier's kernel, which LARS leaves alone.
+    loss: (logits [n, classes], batch) -> (scalar, metrics).
+  """
+
+  def objective(params):
+    variables = {"params": params, "batch_stats": state.batch_stats}
+    logits, updated = model.apply(variables, batch["views"], train=True, tune_after=tune_after, mutable=["batch_stats"])
+    value, metrics = loss(logits, batch)
+    return value + optimizer.classifier_l2(params["classifier"], weight_decay), (value, metrics, updated["batch_stats"])
+
+  (_, (value, metrics, batch_stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  metrics = {"loss": value, **metrics, "learning_rate": schedule(state.step)}
+  return state.replace(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    batch_stats=batch_stats,
+    opt_state=opt_state,
+  ), metrics
+
+
+def view(config):
+  """(image, seed) -> a training view: crop and flip, or a whole view of pretraining where colours are given."""
+  if "color_strength" in config.augment:  # the supervised baselines of arXiv 2002.05709, Table B.3
+    return lambda image, seed: augment.two_views(image, seed, **config.augment)[0]
+  return functools.partial(augment.one_view, **config.augment)
+
+
+def choose(source, labels) -> np.ndarray:
+  """Indices of the images whose labels may be used: a file of names, or a class-balanced share.
+
+  Raises:
+    ValueError: the source has no labels, or a name of the list is not in it.
+  """
+  if not source.num_classes:
+    raise ValueError("data.train has no labels: name a labelled set with --config.data.train=...")
+  if not labels.list:
+    return data.class_balanced(source.labels, labels.fraction, labels.seed)
+  wanted = epath.Path(labels.list).read_text().split()
+  at = {os.path.basename(source.name(i)): i for i in range(len(source))}
+  missing = [name for name in wanted if name not in at]
+  if missing:
+    raise ValueError(
+      f"labels.list={labels.list}: {len(missing)} of {len(wanted)} names are not in data.train, such as {missing[0]}"
+    )
+  return np.sort([at[name] for name in wanted])
+
+
+def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=None) -> loop.Task:
+  """A resolved config and the labelled images as the loop wants them."""
+  if config.batch_size > len(source):
+    raise ValueError(f"batch_size={config.batch_size} exceeds the {len(source)} training images: lower it")
+  model = create(config, source.num_classes)
+  tx, schedule = optimizer_of(config, len(source))
+
+  def init(key):
+    variables = model.init(key, jnp.zeros((1, config.augment.size, config.augment.size, 3)))
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, tx.init(params))
+
+  def warm_start(state):
+    """The trained encoder and head in place of the random ones; the classifier is always new."""
+    for name in ("encoder", "projector") if start else ():
+      if name in state.params:
+        put = jax.device_put(jax.tree.map(jnp.array, start.variables[name]), mesh_lib.replicated(mesh))
+        state.params[name] = put["params"]
+        state.batch_stats[name] = put["batch_stats"]
+    return state
+
+  return loop.Task(
+    init=init,
+    step=functools.partial(
+      train_step,
+      model=model,
+      tx=tx,
+      schedule=schedule,
+      tune_after=config.tune_after,
+      weight_decay=config.optimizer.weight_decay if config.optimizer.name == "lars" else 0.0,
+      loss=loss,
+    ),
+    stream=lambda first: data.train_stream(
+      source,
+      view(config),
+      batch_size=config.batch_size,
+      seed=config.seed,
+      start_step=first,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      max_bad_fraction=config.data.max_bad_fraction,
+    ),
+    evaluators=evaluators or {},
+    total_steps=optimizer.train_steps(config, len(source)),
+    batch_size=config.batch_size,
+    num_examples=len(source),
+    exports=model_lib.keep_encoder,
+    warm_start=warm_start,
+  )
+
+
+class Evaluation:
+  """Top-1 and top-5 of a state on the test images, centre-cropped, BatchNorm in inference mode."""
+
+  def __init__(self, config, num_classes, test_source, mesh):
+    batch = -(-config.evaluate.batch_size // mesh.size) * mesh.size
+    self._images = embed.EvalSet(
+      test_source,
+      size=config.augment.size,
+      crop=config.evaluate.crop,
+      batch_size=batch,
+      resize=config.augment.get("resize", "bicubic"),
+    )
+    self._apply = jax.jit(functools.partial(create(config, num_classes).apply, train=False))
+    self._mesh = mesh
+
+  def logits(self, state):
+    """(logits float32 [n, classes], labels [n])."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return embed.embed(self._apply, variables, self._images, self._mesh), self._images.labels()
+
+  def run(self, state) -> dict:
+    logits, labels = self.logits(state)
+    own = np.take_along_axis(logits, labels[:, None], 1)
+    rank = np.sum(logits > own, 1)
+    return {"accuracy": float(np.mean(rank < 1)), "top_5": float(np.mean(rank < 5))}
+
+
+def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entropy, make=make_task) -> dict:
+  """Trains, saves `scores.json` and exports encoder and heads; the folder is claimed already.
+
+  Returns:
+    dict(state, scores, workdir, config).
+  """
+  every = config_lib.every(config.evaluate, len(source), config.batch_size)
+  evaluation = Evaluation(config, source.num_classes, test_source, mesh)
+  task = make(config, start, source, mesh=mesh, loss=loss, evaluators={"test": loop.Evaluator(evaluation.run, every)})
+  checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
+  state, _ = loop.run(
+    task,
+    mesh=mesh,
+    workdir=workdir,
+    config_json=config_lib.to_json(config),
+    seed=config.seed,
+    log_every=config.log.every_steps,
+    checkpoint_every=config_lib.every(config.checkpoint, len(source), config.batch_size),
+    keep=config.checkpoint.keep,
+  )
+  scores = evaluation.run(state)
+  step = int(state.step)
+  checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
+  heads = {name: model_lib.part(state, name) for name in ("projector", "classifier") if name in state.params}
+  exporting.write(
+    workdir / "encoder",
+    model_lib.keep_encoder(state),
+    config,
+    scores={"test": scores},
+    step=step,
+    heads=heads,
+    overwrite=True,
+  )
+  return {"state": state, "scores": scores, "workdir": workdir, "config": config}
+
+
+def open_data(config):
+  """(training, test) images of a config.
+
+  Raises:
+    ValueError: they do not have the same classes.
+  """
+  source = data.open_source(config.data.train, data_dir=config.data.data_dir or None)
+  test = data.open_source(config.data.test, data_dir=config.data.data_dir or None)
+  if test.num_classes != source.num_classes or not test.num_classes:
+    raise ValueError(
+      f"data.train={config.data.train} has {source.num_classes} classes and data.test={config.data.test} "
+      f"{test.num_classes}: name two labelled splits of one data set"
+    )
+  return source, test
+
+
+def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:
+  """The program `simclr finetune`: prints and returns what `train` returns.
+
+  Raises:
+    ValueError: a mistake in the config or the data, on one line.
+  """
+  mesh = mesh_lib.make_mesh()
+  mesh_lib.check_divisible(config.batch_size, mesh)
+  config, start = resolve(config)
+  source, test = open_data(config)
+  chosen = choose(source, config.labels)
+  source = data.Selection(source, chosen) if len(chosen) < len(source) else source
+  task = make_task(config, start, source, mesh=mesh)
+  jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
+  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  if resume and checkpoint.folder(workdir).exists():
+    config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
+  result = train(config, start, source, test, workdir, mesh=mesh)
+  s = result["scores"]
+  print(
+    f"{config.data.test}: top-1 {100 * s['accuracy']:.2f} %, top-5 {100 * s['top_5']:.2f} %, from "
+    f"{config.start or 'scratch'} with {len(source):,} labels; {result['workdir']}"
+  )
+  return result

@@ -1,0 +1,249 @@
+"""Transfer to other data sets (arXiv 2002.05709, App. B.8): a linear classifier on h, or fine-tuning, on each of a list.
+
+For the linear score L2 is one of 45 values, for fine-tuning learning rate and weight decay are of a grid; either is chosen
+on a validation split, then training and validation images train together, and the test split is scored once.  Baselines
+are the same encoder untrained, and one trained with labels; a permutation test says which differences mean something.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from simclr_jax import embed, finetune, probe
+from simclr_jax.encoder import resnet
+from simclr_jax.runtime import checkpoint, data
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import mesh as mesh_lib
+
+ROWS = "food101 cifar10 cifar100 birdsnap sun397 cars aircraft voc2007 dtd pets caltech101 flowers".split()
+# arXiv 2002.05709, Table 8 (ResNet-50 4x) and App. B.8 (1x), in percent, in the order of ROWS.
+PAPER = {
+  name: dict(zip(ROWS, map(float, scores.split()), strict=True))
+  for name, scores in {
+    "4x linear SimCLR": "76.9 95.3 80.2 48.4 65.9 60.0 61.2 84.2 78.9 89.2 93.9 95.0",
+    "4x linear supervised": "75.2 95.7 81.2 56.4 64.9 68.8 63.8 83.8 78.7 92.3 94.1 94.2",
+    "4x fine-tuned SimCLR": "89.4 98.6 89.0 78.2 68.1 92.1 87.0 86.6 77.8 92.1 94.1 97.6",
+    "4x fine-tuned supervised": "88.7 98.3 88.7 77.8 67.0 91.4 88.0 86.5 78.8 93.2 94.2 98.0",
+    "4x fine-tuned random": "88.3 96.0 81.9 77.0 53.7 91.3 84.8 69.4 64.1 82.7 72.5 92.5",
+    "1x linear SimCLR": "68.4 90.6 71.6 37.4 58.8 50.3 50.3 80.5 74.5 83.6 90.3 91.2",
+    "1x linear supervised": "72.3 93.6 78.3 53.7 61.9 66.7 61.0 82.8 74.9 91.5 94.5 94.7",
+    "1x fine-tuned SimCLR": "88.2 97.7 85.9 75.9 63.5 91.3 88.1 84.1 73.2 89.2 92.1 97.0",
+    "1x fine-tuned supervised": "88.3 97.5 86.4 75.8 64.3 92.1 86.0 85.0 74.6 92.1 93.3 97.6",
+    "1x fine-tuned random": "86.9 95.9 80.2 76.1 53.6 91.4 85.9 67.3 64.8 81.5 72.6 92.0",
+  }.items()
+}
+HELD_OUT_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Labelled images: a source; `targets` are its labels [n], or [n, classes] of 1, 0 and -1 where images have several."""
+
+  source: data.Source
+  targets: np.ndarray
+  num_classes: int
+
+
+def open_split(spec: str, data_dir=None) -> Split:
+  """Raises ValueError if the set has no labels."""
+  source = data.open_source(spec, data_dir=data_dir)
+  several = source.several_labels()
+  if several is not None:
+    return Split(source, several, several.shape[1])
+  if source.labels is None:
+    raise ValueError(f"{spec}: has no labels, so nothing can be scored on it: leave it out of config.rows")
+  return Split(source, source.labels, source.num_classes)
+
+
+def permutation_test(a, b, *, weight=None, samples: int = 100_000, seed: int = 0) -> float:
+  """Two-sided p of the null hypothesis that two models are exchangeable, image by image.
+
+  Args:
+    a, b: [n], whether each test image was classified correctly by either.
+    weight: [n], what an image counts; for the mean per class 1 / its class's size.  By default all the same.
+    samples: random exchanges.
+
+  Source: arXiv 2002.05709, App. B.8.3 (Kornblith et al., arXiv 1805.08974, App. A.3), with 100,000 samples.
+  """
+  difference = (np.asarray(a, float) - np.asarray(b, float)) * (1.0 if weight is None else np.asarray(weight))
+  difference = difference[difference != 0]  # exchanging equal answers changes nothing
+  rng, extreme, observed = np.random.default_rng(seed), 0, abs(difference.sum())
+  for first in range(0, samples, 1000):
+    signs = rng.integers(0, 2, (min(1000, samples - first), len(difference)), np.int8) * 2 - 1
+    extreme += int(np.sum(np.abs(signs @ difference) >= observed - 1e-9))
+  return (1 + extreme) / (1 + samples)
+
+
+class Encoder:
+  """An encoder to transfer: `features(split)` -> h float32 [n, d], centre-cropped as the row's config says."""
+
+  def __init__(self, start: finetune.Start, config, mesh, *, trained: bool = True):
+    self.start, self._config, self._mesh = start, config, mesh
+    net = resnet(**start.encoder)
+    if trained:
+      self._variables = start.variables["encoder"]
+    else:
+      size = config.augment.size
+      self._variables = jax.jit(net.init)(jax.random.key(config.seed), jnp.zeros((1, size, size, 3)))
+    self._apply = jax.jit(functools.partial(net.apply, train=False))
+
+  def features(self, source):
+    """Raises ValueError if an image cannot be read: labels and features would not match."""
+    c = self._config.evaluate
+    batch = -(-c.batch_size // self._mesh.size) * self._mesh.size
+    resize = self.start.config.augment.get("resize", "bicubic")
+    images = embed.EvalSet(source, size=self._config.augment.size, crop=c.crop, batch_size=batch, resize=resize)
+    h = embed.embed(self._apply, self._variables, images, self._mesh)
+    if len(h) != len(source):
+      raise ValueError(f"{len(source) - len(h)} of {len(source)} images are unreadable: remove or repair them")
+    return h
+
+
+def splits(row, data_dir):
+  """(training images with the validation ones at the end, bool [n] of the latter, test images) of a row's config."""
+  train, test = open_split(row.train, data_dir), open_split(row.test, data_dir)
+  if train.num_classes != test.num_classes:
+    raise ValueError(
+      f"{row.train} has {train.num_classes} classes, {row.test} {test.num_classes}: name two splits of a set"
+    )
+  if not row.validation:
+    held_out = probe.held_out_parts(train.targets, 1, np.random.default_rng(HELD_OUT_SEED))[0]
+    return train, held_out, test
+  more = open_split(row.validation, data_dir)
+  joined = Split(
+    data.Joined([train.source, more.source]), np.concatenate([train.targets, more.targets]), train.num_classes
+  )
+  return joined, np.arange(len(joined.source)) >= len(train.source), test
+
+
+def linear(encoder: Encoder, train: Split, held_out, test: Split, metric: str, *, l2s=probe.L2_GRID_45, mesh=None):
+  """(score, logits [n, classes] of the test images, l2)."""
+  classifier = probe.logistic_regression(
+    encoder.features(train.source),
+    train.targets,
+    num_classes=train.num_classes,
+    l2s=l2s,
+    held_out=held_out,
+    score=probe.METRICS[metric],
+    mesh=mesh,
+  )
+  logits = probe.logits(classifier, encoder.features(test.source))
+  return probe.METRICS[metric](logits, test.targets), logits, classifier["l2"]
+
+
+def fine_tune(config, start, train: Split, held_out, test: Split, metric: str, workdir, *, mesh):
+  """(score, logits, {base_lr, weight_decay}): every point of the grid on the training part, the best on all of it.
+
+  Weight decay is divided by the learning rate, as the paper divides it.  `start=None` trains new weights.
+  """
+  g, score = config.finetune, probe.METRICS[metric]
+
+  def trained(source, tested, lr, decay, name):
+    c = ml_collections.ConfigDict(config_lib.load(g.recipe).to_dict())
+    c.encoder = dict(start.encoder) if start else dict(config.encoder)
+    c.projector, c.tap, c.start = {"kind": "none"}, 0, ""
+    c.batch_size, c.train_steps, c.train_epochs, c.seed = g.batch_size, g.train_steps, 0.0, config.seed
+    c.optimizer = dict(
+      name="sgd", base_lr=lr, lr_scaling="none", warmup_epochs=0.0, momentum=0.9, weight_decay=decay / lr
+    )
+    c.augment = dict(config.augment)
+    c.evaluate = dict(crop=config.evaluate.crop, batch_size=config.evaluate.batch_size, every_steps=0, every_epochs=0.0)
+    c.checkpoint, c.log = dict(every_steps=0, every_epochs=0.0, keep=1), dict(every_steps=g.train_steps)
+    c = config_lib.check(c)
+    folder = checkpoint.claim_workdir(str(workdir / name), resume=True, overwrite=False)
+    state = finetune.train(c, start, source, tested, folder, mesh=mesh)["state"]
+    return finetune.Evaluation(c, train.num_classes, tested, mesh).logits(state)[0]
+
+  if train.targets.ndim > 1:
+    raise ValueError(
+      "fine-tuning on images with several labels is not supported: leave 'finetune' out of config.methods"
+    )
+  fit, held = (data.Selection(train.source, np.flatnonzero(part)) for part in (~held_out, held_out))
+  grid = list(itertools.product(g.base_lrs, g.weight_decays))
+  best, kept = grid[0], -1.0
+  for i, (lr, decay) in enumerate(grid) if len(grid) > 1 else ():
+    value = score(trained(fit, held, lr, decay, f"grid{i}"), held.labels)
+    best, kept = ((lr, decay), value) if value > kept else (best, kept)
+  logits = trained(train.source, test.source, *best, "final")
+  return score(logits, test.targets), logits, dict(base_lr=best[0], weight_decay=best[1])
+
+
+def significance(logits, other, targets, metric: str, samples: int):
+  """p of `permutation_test` for two models' test logits; None for mean average precision, no sum over images."""
+  if metric == "mean_average_precision":
+    return None
+  weight = None if metric == "top_1" else 1 / np.bincount(targets)[targets]
+  right = [(x.argmax(1) == targets) for x in (logits, other)]
+  return permutation_test(*right, weight=weight, samples=samples)
+
+
+def table(rows: list[dict]) -> str:
+  """The scores as text: a row a data set, ours beside the paper's, in percent; a p in brackets is against the first."""
+  columns = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+  papers = [name for name in PAPER if any(row["name"] in PAPER[name] for row in rows)]
+  lines = [["", "metric", *columns, *(f"paper {name}" for name in papers)]]
+  for row in rows:
+    cells = []
+    for name in columns:
+      s = row["scores"].get(name)
+      p = row["p"].get(name)
+      cells.append("" if s is None else f"{100 * s:.1f}" + (f" (p {p:.2g})" if p is not None else ""))
+    lines.append([row["name"], row["metric"], *cells, *(str(PAPER[name].get(row["name"], "")) for name in papers)])
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:
+  """The program `simclr transfer`: scores an encoder on every set of `config.rows`; prints and saves the table.
+
+  Finished rows of an interrupted run are kept under --resume.
+
+  Returns:
+    dict(rows, workdir): rows are dicts of name, metric, scores {method and encoder: share}, p, chosen.
+
+  Raises:
+    ValueError: a mistake in the config or the data, on one line.
+  """
+  mesh = mesh_lib.make_mesh()
+  for name, row in config.rows.items():
+    if row.get("metric") not in probe.METRICS:
+      raise ValueError(f"config.rows.{name}.metric={row.get('metric')!r}: expected one of {', '.join(probe.METRICS)}")
+  start = finetune.open_start(config.start)
+  encoders = {"SimCLR": Encoder(start, config, mesh)}
+  if config.supervised:
+    encoders["supervised"] = Encoder(finetune.open_start(config.supervised), config, mesh)
+  encoders["random"] = Encoder(start, config, mesh, trained=False)
+  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
+  done = workdir / "transfer.json"
+  rows = json.loads(done.read_text()) if done.exists() else []
+  for name, row in config.rows.items():
+    if any(kept["name"] == name for kept in rows):
+      continue
+    train, held_out, test = splits(row, config.data_dir or None)
+    logits, out = {}, {"name": name, "metric": row.metric, "scores": {}, "p": {}, "chosen": {}}
+    for method, (label, encoder) in itertools.product(config.methods, encoders.items()):
+      key = f"{method} {label}"
+      if method == "linear":
+        result = linear(encoder, train, held_out, test, row.metric, mesh=mesh)
+      else:
+        begin = encoder.start if label != "random" else None
+        tuning = ml_collections.ConfigDict({**config.to_dict(), "encoder": dict(start.encoder)})
+        result = fine_tune(tuning, begin, train, held_out, test, row.metric, workdir / name / label, mesh=mesh)
+      out["scores"][key], logits[key], out["chosen"][key] = result
+      if label != "SimCLR":
+        first = logits[f"{method} SimCLR"]
+        out["p"][key] = significance(first, logits[key], test.targets, row.metric, config.samples)
+    rows.append(out)
+    checkpoint.write_text(done, json.dumps(rows, indent=2))
+    print(f"{name}: " + ", ".join(f"{key} {100 * value:.2f} %" for key, value in out["scores"].items()), flush=True)
+  text = table(rows)
+  checkpoint.write_text(workdir / "transfer.txt", text + "\n")
+  print(f"\n{text}\n\n{workdir / 'transfer.txt'}", flush=True)
+  return {"rows": rows, "workdir": workdir}

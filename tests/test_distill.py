@@ -1,0 +1,97 @@
+"""Distillation against equations 2 and 3 by hand, and a whole run of a student that sees no label."""
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+import tiny
+from test_finetune import filled
+
+from simclr_jax import augment, distill, exporting, finetune, model
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import mesh as mesh_lib
+
+
+def softmax(x):
+  e = np.exp(x - x.max(1, keepdims=True))
+  return e / e.sum(1, keepdims=True)
+
+
+def test_loss_is_equations_2_and_3():
+  rng = np.random.default_rng(0)
+  student, teacher = rng.normal(size=(2, 6, 4))
+  label = np.array([0, -1, 3, -1, -1, 2])
+  for temperature in (0.1, 1.0, 2.0):
+    soft = -np.mean(np.sum(softmax(teacher / temperature) * np.log(softmax(student / temperature)), 1))
+    hard = -np.mean(np.log(softmax(student)[[0, 2, 5], [0, 3, 2]]))
+    for alpha in (1.0, 0.7):
+      batch = {"label": label, "teacher": teacher}
+      value, metrics = distill.loss(student, batch, temperature=temperature, alpha=alpha)
+      assert float(value) == pytest.approx((1 - alpha) * hard + alpha * soft, rel=1e-5)
+      assert float(metrics["distillation_loss"]) == pytest.approx(soft, rel=1e-5)
+  # With a teacher that is sure, distillation is the cross-entropy of its choice; it is least where they agree.
+  assert distill.distillation(student, 1e4 * teacher, 1.0) == pytest.approx(
+    -np.mean(np.log(softmax(student)[np.arange(6), teacher.argmax(1)])), rel=1e-5
+  )
+  slope = jax.grad(lambda s: distill.distillation(s, np.float32(teacher), 0.5))(np.float32(teacher))
+  np.testing.assert_allclose(slope, 0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+  """What fine-tuning exports, with random weights."""
+  c = ml_collections.ConfigDict(config_lib.load("configs/finetune.py:small"))
+  c.update_from_flattened_dict({"augment.size": 16, "encoder.width": 0.0625})
+  task = finetune.make_task(config_lib.check(c), None, tiny.source(), mesh=mesh_lib.make_mesh())
+  state = filled(jax.eval_shape(task.init, jax.random.key(0)))
+  folder = tmp_path_factory.mktemp("teacher") / "encoder"
+  heads = {"classifier": model.part(state, "classifier")}
+  exporting.write(folder, model.keep_encoder(state), c, scores={}, step=1, heads=heads)
+  return str(folder), state
+
+
+def config(teacher, spec, **changes):
+  c = ml_collections.ConfigDict(config_lib.load("configs/distill.py:small"))
+  changes = {"teacher": teacher, "data.train": spec, "data.test": spec, "batch_size": 16, "train_steps": 2, **changes}
+  changes |= {"augment.size": 16, "encoder.width": 0.0625, "evaluate.batch_size": 32}
+  c.update_from_flattened_dict(changes)
+  return config_lib.check(c)
+
+
+def test_the_teacher_and_its_cache(teacher, tmp_path):
+  """Its logits are those of the network it was; the cache has them by image, and hides every label."""
+  folder, state = teacher
+  source, mesh = tiny.source(), mesh_lib.make_mesh(jax.devices()[:1])
+  c = config(folder, "unused", cache=True)
+  opened = distill.Teacher(folder)
+  make = {"mesh": mesh, "loss": None, "evaluators": {}, "teacher": opened}
+  task = distill.make_task(c, None, source, chosen=np.arange(10), **make)
+  batch = next(iter(task.stream(0)))
+  assert (batch["label"] == -1).all()  # alpha is 1: not even those that were chosen
+  images = np.stack([augment.center_crop(source.read(i), size=16, proportion=1.0) for i in batch["index"]])
+  h, _, _ = exporting.load_encoder(folder)
+  classifier = state.params["classifier"]
+  np.testing.assert_allclose(
+    batch["teacher"], h(images) @ classifier["kernel"] + classifier["bias"], rtol=1e-4, atol=1e-4
+  )
+  task = distill.make_task(config(folder, "unused", cache=True, alpha=0.5), None, source, chosen=np.arange(10), **make)
+  batch = next(iter(task.stream(0)))
+  np.testing.assert_array_equal(batch["label"], np.where(batch["index"] < 10, source.labels[batch["index"]], -1))
+
+
+@pytest.mark.slow
+def test_the_program(teacher, tmp_path, capsys):
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  result = distill.run(config(teacher[0], spec), tmp_path / "run")
+  assert "its teacher" in capsys.readouterr().out and 0 <= result["scores"]["accuracy"] <= 1
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    jax.device_get(result["state"].teacher["params"]["classifier"]),
+    teacher[1].params["classifier"],
+  )
+  # Going on from the end finds everything in the checkpoint, the teacher included.
+  again = distill.run(config(teacher[0], spec), tmp_path / "run", resume=True)
+  assert again["scores"] == result["scores"]
+  exporting.write(tmp_path / "bare", model.keep_encoder(teacher[1]), config(teacher[0], spec), scores={}, step=1)
+  with pytest.raises(ValueError, match="holds no classifier"):
+    distill.run(config(str(tmp_path / "bare"), spec), tmp_path / "other")

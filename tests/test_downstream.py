@@ -1,0 +1,68 @@
+"""The command that runs everything: what it keeps, what it tells; and, slowly, all of it."""
+
+import json
+import xml.etree.ElementTree
+
+import pytest
+
+from simclr_jax import downstream
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import report
+
+
+def test_finished_parts_are_kept_and_unfinished_ones_go_on(tmp_path):
+  calls = []
+
+  def program(config, folder, *, resume, overwrite):
+    calls.append(resume)
+    folder.mkdir(exist_ok=True)
+    if len(calls) > 1:
+      (folder / "scores.json").write_text(json.dumps({"scores": {"accuracy": 0.5}}))
+    else:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    downstream.part(program, None, tmp_path / "run")
+  for _ in range(2):
+    assert downstream.part(program, None, tmp_path / "run") == {"accuracy": 0.5}
+  assert calls == [False, True]
+
+
+def test_changed_values_are_checked():
+  config = downstream.changed("finetune.py:small", {"labels.fraction": 0.1, "encoder": {"depth": 34}, "start": "x"})
+  assert (config.labels.fraction, config.encoder.to_dict(), config.start) == (0.1, {"depth": 34}, "x")
+  with pytest.raises(ValueError, match="labels.fraction=2.0"):
+    downstream.changed("finetune.py:small", {"labels.fraction": 2.0})
+  config = config_lib.load("downstream")
+  for recipe in (config.pretrain, config.finetune, config.distill, config.transfer):
+    config_lib.load(recipe)
+  assert config.distill_share in config.shares
+
+
+def test_table_and_figure(tmp_path):
+  results = [
+    {("fine-tuned", 0.01): 0.5, ("student", 0.1): 0.625},
+    {("fine-tuned", 0.01): 0.75, ("student", 0.1): 0.625},
+  ]
+  lines = downstream.table(results).splitlines()
+  assert "2 seeds" in lines[0] and lines[1].split() == ["fine-tuned", "1", "%", "62.5", "50.0", "to", "75.0"]
+  curves = {"fine-tuned": {0.01: [0.5, 0.75], 0.1: [0.8, 0.9]}, "linear on h": {1.0: [0.8, 0.8]}}
+  report.accuracy_against_labels_svg(tmp_path / "figure.svg", curves)
+  tree = xml.etree.ElementTree.parse(tmp_path / "figure.svg")
+  find = "{http://www.w3.org/2000/svg}"
+  first, second = (line.get("points").split() for line in tree.iter(f"{find}polyline"))
+  (x1, y1), (x10, y10), (x100, y100) = (map(float, point.split(",")) for point in (*first, *second))
+  assert x10 - x1 == pytest.approx(x100 - x10, abs=0.2)  # shares are on a logarithmic axis
+  assert (y1 - y10) / (y100 - y10) == pytest.approx((85 - 62.5) / (85 - 80), rel=0.02)
+
+
+@pytest.mark.slow
+def test_the_program(tmp_path, capsys):
+  config = config_lib.override(
+    config_lib.load("downstream"), ["--config.seeds=(0,)", "--config.pretrain_epochs=0.05", "--config.shares=(0.1,)"]
+  )
+  result = downstream.run(config, tmp_path / "run")
+  names = {name for name, _ in result["results"][0]}
+  assert {"linear on h", "fine-tuned", "from scratch", "student", "student from scratch"} <= names
+  assert {"transfer to textures, linear SimCLR", "transfer to textures, linear supervised"} <= names
+  assert "fine-tuned" in capsys.readouterr().out and (tmp_path / "run/downstream.svg").exists()

@@ -1,0 +1,196 @@
+"""Fine-tuning: what is trained and what is not, from where, on which labels, against arithmetic by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import tiny
+
+from simclr_jax import __main__ as cli
+from simclr_jax import exporting, finetune, model, optimizer, pretrain
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import data, loop
+from simclr_jax.runtime import mesh as mesh_lib
+
+
+def filled(shapes):
+  """Variables like initial ones, but every BatchNorm matters; much faster than compiling an init."""
+  rng = np.random.default_rng(0)
+
+  def fill(path, x):
+    leaf = str(getattr(path[-1], "key", ""))
+    scale, shift = (np.prod(x.shape[:-1]) ** -0.5, 0) if leaf == "kernel" else (0.1, float(leaf in ("scale", "var")))
+    return (scale * rng.normal(size=x.shape) + shift).astype(x.dtype)
+
+  state = jax.tree_util.tree_map_with_path(fill, shapes)
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  return state.replace(step=zeros.step, opt_state=zeros.opt_state)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+  """An exported encoder with its head, whose BatchNorms are not the initial ones."""
+  config = tiny.config()
+  net, (tx, _) = model.create(config), optimizer.create(config, 96)
+  init = functools.partial(pretrain.init_state, model=net, tx=tx, image_size=16)
+  state = filled(jax.eval_shape(init, jax.random.key(0)))
+  folder = tmp_path_factory.mktemp("start") / "encoder"
+  heads = {"projector": model.part(state, "projector")}
+  exporting.write(folder, model.keep_encoder(state), config, scores={}, step=1, heads=heads)
+  return str(folder), state
+
+
+def config(**changes):
+  small = ml_collections.ConfigDict(config_lib.load("configs/finetune.py:small"))
+  changes = {"batch_size": 16, "train_steps": 2, "augment.size": 16, "evaluate.batch_size": 32, **changes}
+  small.update_from_flattened_dict(changes)
+  return config_lib.check(small)
+
+
+def task_of(c, devices=1):
+  mesh = mesh_lib.make_mesh(jax.devices()[:devices])
+  c, opened = finetune.resolve(c)
+  return finetune.make_task(c, opened, tiny.source(), mesh=mesh), mesh
+
+
+def begin(task, mesh):
+  state = filled(jax.eval_shape(task.init, jax.random.key(0)))
+  return task.warm_start(jax.device_put(state, mesh_lib.replicated(mesh)))
+
+
+def step(task, mesh, state):
+  batch = mesh_lib.global_batch(mesh, next(iter(task.stream(0))))
+  return loop.compile_step(task, mesh)(jax.tree.map(jnp.copy, state), batch)
+
+
+def changed(before, after):
+  """{module: whether anything in it changed}, e.g. "encoder/group1"."""
+  out = {}
+  for path, a in jax.tree_util.tree_leaves_with_path(jax.device_get(before)):
+    b = after
+    for key in path:
+      b = b[key.key]
+    name = "/".join(key.key for key in path[:2])
+    out[name] = out.get(name, False) or not np.array_equal(a, b)
+  return out
+
+
+def test_from_the_first_layer_of_the_head_which_is_trained(start):
+  folder, trained = start
+  task, mesh = task_of(config(start=folder, tap=1))
+  state = begin(task, mesh)
+  for name in ("encoder", "projector"):
+    jax.tree.map(np.testing.assert_array_equal, state.params[name], trained.params[name])
+    jax.tree.map(np.testing.assert_array_equal, state.batch_stats[name], trained.batch_stats[name])
+  after, _ = step(task, mesh, state)
+  params = changed(state.params, after.params)
+  assert params["encoder/stem_conv"] and params["encoder/group4"] and params["projector/dense0"]
+  assert params["projector/norm0"] and params["classifier/kernel"]
+
+
+@pytest.mark.slow
+def test_on_8_devices_as_on_1(start):
+  """The loss and BatchNorm range over the whole batch, so every gradient does."""
+  results = []
+  for devices in (1, 8):
+    task, mesh = task_of(config(start=start[0], tap=1), devices)
+    after, metrics = step(task, mesh, begin(task, mesh))
+    results.append(jax.device_get((after.params, after.batch_stats, metrics)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *results)
+
+
+def test_frozen_groups_stay_to_the_bit(start):
+  """Weight decay and momentum included; their BatchNorms neither move nor look at the batch."""
+  changes = {"optimizer.weight_decay": 0.1, "optimizer.name": "lars", "optimizer.base_lr": 1.0}
+  task, mesh = task_of(config(start=start[0], tune_after=2, **changes))
+  state = begin(task, mesh)
+  after, _ = step(task, mesh, state)
+  for tree, new in ((state.params, after.params), (state.batch_stats, after.batch_stats)):
+    moved = changed(tree["encoder"], new["encoder"])
+    assert any("group3" in name for name in moved) and any("group4" in name for name in moved)
+    for name, moves in moved.items():
+      assert moves == (name.startswith(("group3", "group4"))), name
+
+
+def test_head_only_is_the_gradient_by_hand(start):
+  """All groups frozen, plain SGD: kernel - lr h^T (p - y) / n - lr wd kernel, h in inference mode."""
+  changes = {
+    "optimizer.name": "sgd",
+    "optimizer.base_lr": 0.5,
+    "optimizer.momentum": 0.0,
+    "optimizer.weight_decay": 0.1,
+  }
+  task, mesh = task_of(config(start=start[0], tune_after=4, **changes))
+  state = begin(task, mesh)
+  after, metrics = step(task, mesh, state)
+  batch = next(iter(task.stream(0)))
+  apply, _, _ = exporting.load_encoder(start[0])
+  h = np.asarray(apply(batch["views"]), np.float64)
+  kernel, bias = (np.asarray(state.params["classifier"][name], np.float64) for name in ("kernel", "bias"))
+  logits = h @ kernel + bias
+  p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+  y = np.eye(10)[batch["label"]]
+  np.testing.assert_allclose(metrics["loss"], -np.mean(np.log(p[y > 0])), rtol=1e-5)
+  expected = kernel - 0.5 * (h.T @ (p - y) / 16 + 0.1 * kernel)
+  np.testing.assert_allclose(after.params["classifier"]["kernel"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_are_balanced_seeded_and_nested():
+  labels = np.repeat(np.arange(4), [100, 50, 200, 7])
+  one, ten = (data.class_balanced(labels, share, 0) for share in (0.01, 0.1))
+  assert np.bincount(labels[one]).tolist() == [1, 1, 2, 1] and np.bincount(labels[ten]).tolist() == [10, 5, 20, 1]
+  assert set(one) <= set(ten) and not np.array_equal(ten, data.class_balanced(labels, 0.1, 1))
+  np.testing.assert_array_equal(data.class_balanced(labels, 1.0, 0), np.arange(357))
+  part = data.Selection(tiny.source(), [5, 3])
+  np.testing.assert_array_equal(part.labels, tiny.source().labels[[5, 3]])
+  np.testing.assert_array_equal(part.read(1), tiny.source().read(3))
+
+
+def test_a_list_of_names(tmp_path):
+  from PIL import Image
+
+  for name in ("a/n01_1.png", "a/n01_2.png", "b/n02_1.png"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / name)
+  source = data.open_source(f"folder:{tmp_path}")
+  labels = ml_collections.ConfigDict(dict(list=str(tmp_path / "some.txt"), fraction=1.0, seed=0))
+  (tmp_path / "some.txt").write_text("n02_1.png\nn01_2.png\n")
+  assert finetune.choose(source, labels).tolist() == [1, 2]
+  (tmp_path / "some.txt").write_text("n02_1.png\nn09_2.png\n")
+  with pytest.raises(ValueError, match="1 of 2 names are not in data.train, such as n09_2.png"):
+    finetune.choose(source, labels)
+
+
+@pytest.mark.slow
+def test_the_program(start, tmp_path, capsys):
+  """Trains, scores, exports with its heads, and goes on from what it left."""
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  changes = {"data.train": spec, "data.test": spec, "start": start[0], "tap": 1, "labels.fraction": 0.5}
+  result = finetune.run(config(**changes), tmp_path / "run")
+  assert 0 <= result["scores"]["accuracy"] <= result["scores"]["top_5"] <= 1
+  assert "with 47 labels" in capsys.readouterr().out
+  for folder in (tmp_path / "run", tmp_path / "run/encoder"):
+    opened = finetune.open_start(folder)
+    assert set(opened.variables) == {"encoder", "projector", "classifier"} and opened.projector["layers"] == 2
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      opened.variables["classifier"]["params"],
+      jax.device_get(result["state"].params["classifier"]),
+    )
+
+
+def test_mistakes_are_one_line_and_touch_nothing(start, tmp_path, capsys):
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  changes = {"data.train": spec, "data.test": spec, "start": start[0], "labels.fraction": 0.5}
+  with pytest.raises(ValueError, match="tap=3: start=.* has 2 layers"):
+    finetune.run(config(**{**changes, "tap": 3}), tmp_path / "other")
+  with pytest.raises(ValueError, match="exceeds the 47 training images"):
+    finetune.run(config(**{**changes, "batch_size": 64}), tmp_path / "other")
+  with pytest.raises(ValueError, match="no run here"):
+    finetune.run(config(**{**changes, "start": str(tmp_path)}), tmp_path / "other")
+  assert not (tmp_path / "other").exists()
+  assert cli.main(["pretrain", "--config=configs/finetune.py:small", f"--workdir={tmp_path / 'x'}"]) == 1
+  assert "is a recipe for simclr finetune" in capsys.readouterr().err

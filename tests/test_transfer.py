@@ -1,0 +1,124 @@
+"""Transfer: the significance test against the exact one, the splits, and a whole list of rows."""
+
+import json
+
+import ml_collections
+import numpy as np
+import pytest
+import scipy.stats
+import tiny
+from test_distill import teacher  # noqa: F401  an exported encoder
+
+from simclr_jax import probe, transfer
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import mesh as mesh_lib
+
+
+@pytest.mark.parametrize("better, worse", [(2, 0), (10, 2), (30, 25)])
+def test_permutation_test_is_the_sign_test_for_top_1(better, worse):
+  """Where every image counts alike, exchanges are coin flips for the images that one model alone gets right."""
+  a = np.array([1] * better + [0] * worse + [1] * 50)
+  b = np.array([0] * better + [1] * worse + [1] * 50)
+  exact = scipy.stats.binomtest(better, better + worse).pvalue
+  assert transfer.permutation_test(a, b, samples=20000) == pytest.approx(exact, abs=0.012)
+  assert transfer.permutation_test(a, a, samples=100) == 1
+
+
+def test_permutation_test_weighs_rare_classes_more():
+  """One image of a class of one against one of a class of four: |+-1 +- 1/4| >= 3/4 always, >= 5/4 half the time."""
+  weight = np.array([1, 0.25])
+  assert transfer.permutation_test([1, 0], [0, 1], weight=weight, samples=1000) == 1
+  assert transfer.permutation_test([1, 1], [0, 0], weight=weight, samples=20000) == pytest.approx(0.5, abs=0.012)
+
+
+def test_the_papers_table():
+  assert len(transfer.ROWS) == 12 and set(transfer.ROWS) == set(config_lib.load("configs/transfer.py").rows)
+  # Of the twelve, self-supervised fine-tuning beats the supervised baseline on five (abstract of arXiv 2002.05709).
+  ours, theirs = transfer.PAPER["4x fine-tuned SimCLR"], transfer.PAPER["4x fine-tuned supervised"]
+  assert sum(ours[row] > theirs[row] for row in transfer.ROWS) >= 5
+
+
+def rows(tmp_path, **extra):
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  return {
+    "split": dict(train=spec, validation=spec, test=spec, metric="mean_per_class"),
+    "held_out": dict(train=spec, validation="", test=spec, metric="top_1"),
+    **extra,
+  }
+
+
+def config(start, rows, **changes):
+  c = ml_collections.ConfigDict(config_lib.load("configs/transfer.py:small").to_dict())
+  c.start, c.rows, c.samples, c.augment.size = start, rows, 200, 16
+  c.update_from_flattened_dict(changes)
+  return config_lib.check(c)
+
+
+def test_splits(tmp_path):
+  c = config("x", rows(tmp_path))
+  train, held_out, test = transfer.splits(c.rows.split, None)
+  assert len(train.source) == 192 and held_out.tolist() == [False] * 96 + [True] * 96 and len(test.targets) == 96
+  np.testing.assert_array_equal(train.source.labels, train.targets)
+  np.testing.assert_array_equal(train.source.read(100), tiny.source().read(4))
+  assert train.source.read_labelled(100)[1] == train.targets[100] and train.source.name(100).endswith(":4")
+  train, held_out, _ = transfer.splits(c.rows.held_out, None)
+  assert len(train.source) == 96 and 5 <= held_out.sum() <= 20
+
+
+def test_linear_rows(tmp_path, teacher, capsys):  # noqa: F811
+  c = config(teacher[0], rows(tmp_path))
+  result = transfer.run(c, tmp_path / "run")
+  assert "paper" not in capsys.readouterr().out  # the paper's columns stand only beside its own sets
+  saved = json.loads((tmp_path / "run/transfer.json").read_text())
+  assert [row["name"] for row in saved] == ["split", "held_out"] and saved == result["rows"]
+  row = saved[1]
+  assert set(row["scores"]) == {"linear SimCLR", "linear random"} and 0 < row["p"]["linear random"] <= 1
+  # The score is that of a classifier with the penalty that was chosen, on the same features.
+  encoder = transfer.Encoder(transfer.finetune.open_start(teacher[0]), c, mesh_lib.make_mesh())
+  h, y = encoder.features(tiny.source()), tiny.source().labels
+  chosen = probe.logistic_regression(h, y, num_classes=10, l2s=(row["chosen"]["linear SimCLR"],))
+  assert probe.accuracy(chosen, h, y) == pytest.approx(row["scores"]["linear SimCLR"], abs=0.011)
+  text = transfer.table([{**row, "name": "cifar10"}])
+  assert "95.3" in text and "90.6" in text
+  with pytest.raises(ValueError, match="rows.split.metric='top1': expected one of top_1"):
+    transfer.run(config(teacher[0], rows(tmp_path), **{"rows.split.metric": "top1"}), tmp_path / "other")
+
+
+def test_several_labels_of_a_prepared_set(tmp_path):
+  """A set in the layout of TFDS voc/2007: difficult objects are neither positive nor negative."""
+  tfds = pytest.importorskip("tensorflow_datasets")
+
+  class Voc(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      several = tfds.features.Sequence(tfds.features.ClassLabel(names=["cat", "dog", "cow"]))
+      features = {"image": tfds.features.Image(), "labels": several, "labels_no_difficult": several}
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+      return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+      for i, (labels, easy) in enumerate([([0, 1], [0]), ([2], [2])]):
+        yield i, {"image": np.zeros((4, 4, 3), np.uint8), "labels": labels, "labels_no_difficult": easy}
+
+  Voc(data_dir=str(tmp_path), file_format="tfrecord").download_and_prepare()
+  split = transfer.open_split("tfds:voc:train", str(tmp_path))
+  assert split.num_classes == 3
+  assert sorted(split.targets.tolist()) == [[0, 0, 1], [1, -1, 0]]
+  with pytest.raises(ValueError, match="has no labels"):
+    np.savez(tmp_path / "plain.npz", images=np.zeros((3, 4, 4, 3), np.uint8))
+    transfer.open_split(f"npz:{tmp_path / 'plain.npz'}")
+
+
+@pytest.mark.slow
+def test_fine_tuning_grid(tmp_path, teacher):  # noqa: F811
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  only = {"tiny": dict(train=spec, validation="", test=spec, metric="top_1")}
+  changes = {"methods": ("finetune",), "finetune.train_steps": 2, "finetune.batch_size": 16}
+  result = transfer.run(config(teacher[0], only, **changes), tmp_path / "run")
+  (row,) = result["rows"]
+  assert set(row["scores"]) == {"finetune SimCLR", "finetune random"}
+  assert row["chosen"]["finetune SimCLR"]["base_lr"] in (0.03, 0.1)
+  assert (tmp_path / "run/tiny/random/final/encoder/card.json").exists()
