@@ -24,7 +24,14 @@ def get_config(arg="1x"):
       train_epochs={"": 1000.0, "100ep": 100.0}[epochs],
       train_steps=0,
       augment=dict(
-        size=224, color_strength=1.0, blur=True, crop_sampler="official", brightness="v1", crop_area=(0.08, 1.0)
+        where="device",
+        canvas=512,
+        size=224,
+        color_strength=1.0,
+        blur=True,
+        crop_sampler="official",
+        brightness="v1",
+        crop_area=(0.08, 1.0),
       ),
       encoder=dict(
         depth=50,

@@ -41,7 +41,7 @@ def two_views(
     brightness: see `color_distort`.
     flip: whether views are mirrored left-right with probability 1/2.
     color_jitter_prob, grayscale_prob, blur_prob: probabilities of the three, drawn for each view.
-    resize: see `resize_bicubic`.
+    resize: see `resize_image`.
   Returns:
     [2, size, size, 3] float32 in [0, 1].
   Raises:
@@ -64,6 +64,31 @@ def two_views(
   return tf.stack(views)
 
 
+def two_crops(image, seed, *, size, crop_sampler="official", crop_area=(0.08, 1.0), flip=True, resize="bicubic"):
+  """The geometric half of `two_views`, for augment_on_device.py to finish: the same boxes and flips for the same seed.
+
+  Args:
+    image: [h, w, 3] uint8.  The other arguments are those of `two_views`.
+  Returns:
+    [2, size, size, 3] uint8: overshoot clipped and, as rounding costs a twentieth of the whole, fractions cut off, so
+    that level k stands for [k, k + 1).
+  Raises:
+    ValueError: an option, or the shape or dtype of image, is out of range.
+  """
+  if tf.as_dtype(image.dtype) != tf.uint8:
+    raise ValueError(f"image of dtype {tf.as_dtype(image.dtype).name}: expected uint8")
+  crops = []
+  for view_seed in tf.unstack(tf.random.split(seed, 2)):
+    crop_seed = tf.random.split(view_seed, 3)[0]
+    view = _crop_and_flip(image, crop_seed, size, crop_sampler, crop_area, flip, resize, finish=_levels)
+    crops.append(view)
+  return tf.stack(crops)
+
+
+def _levels(view):
+  return tf.cast(tf.clip_by_value(view, 0.0, 255.0), tf.uint8)
+
+
 def one_view(image, seed, *, size, crop_sampler="official", crop_area=(0.08, 1.0), flip=True, resize="bicubic"):
   """Crop, resize and flip only: what linear evaluation and fine-tuning train on (arXiv:2002.05709, B.5, B.6).
 
@@ -82,7 +107,7 @@ def center_crop(image, *, size, proportion=0.875, resize="bicubic"):
     image: [h, w, 3], uint8, or floating point in [0, 1].
     size: side of the result, in pixels.
     proportion: side of the crop over the shorter side of the image, in (0, 1].
-    resize: see `resize_bicubic`.
+    resize: see `resize_image`.
   Returns:
     [size, size, 3] float32 in [0, 1].
   Raises:
@@ -91,7 +116,7 @@ def center_crop(image, *, size, proportion=0.875, resize="bicubic"):
   image = _check_image(image)
   shape = tf.shape(image)
   y, x, h, w = center_box(shape[0], shape[1], proportion=proportion)
-  return _clip(resize_bicubic(image[y : y + h, x : x + w], size, kind=resize))
+  return _clip(resize_image(image[y : y + h, x : x + w], size, kind=resize))
 
 
 def center_box(height, width, *, proportion=0.875):
@@ -103,15 +128,17 @@ def center_box(height, width, *, proportion=0.875):
   return (height - side + 1) // 2, (width - side + 1) // 2, side, side
 
 
-def random_crop(image, seed, *, size, crop_sampler="official", crop_area=(0.08, 1.0), resize="bicubic"):
+def random_crop(image, seed, *, size, crop_sampler="official", crop_area=(0.08, 1.0), resize="bicubic", finish=None):
   """A random box (`sample_box`) resized to [size, size, 3] float32, bicubic overshoot not clipped.
 
-  Arguments as in `two_views`.  Raises ValueError.
+  Arguments as in `two_views`; `finish` instead gets the pixels as they are, uint8 images resized to [0, 255].
+  Raises ValueError.
   """
   image = _check_image(image)
   shape = tf.shape(image)
   y, x, h, w = sample_box(shape[0], shape[1], seed, crop_sampler=crop_sampler, crop_area=crop_area)
-  return resize_bicubic(image[y : y + h, x : x + w], size, kind=resize)
+  box = image[y : y + h, x : x + w]
+  return finish(_resize(box, size, resize)) if finish else resize_image(box, size, kind=resize)
 
 
 def sample_box(height, width, seed, *, crop_sampler="official", crop_area=(0.08, 1.0)):
@@ -170,24 +197,30 @@ def _sample_box_torchvision(height, width, seed, low, high):
   return tuple(tf.cast(v, tf.int32) for v in (y, x, h, w))
 
 
-def resize_bicubic(image, size, *, kind="bicubic"):
-  """Bicubic resize to a square, neither antialiased nor clipped: it overshoots [0, 1].
+def resize_image(image, size, *, kind="bicubic"):
+  """Resize to a square, neither antialiased nor clipped: bicubic kernels overshoot [0, 1].
 
   Args:
     image: [h, w, c], uint8, or floating point in [0, 1].
     size: side of the result, in pixels.
     kind: "bicubic" has Keys' kernel, a = -0.5, and half-pixel centres (tf2/); "bicubic_tf1" has a = -0.75 and no
-      half-pixel centres, the legacy kernel of the TF1 code that trained the released checkpoints.
+      half-pixel centres, the legacy kernel of the TF1 code that trained the released checkpoints; "bilinear" has
+      half-pixel centres and is cheaper.
   Returns:
     [size, size, c] float32.
   Raises:
-    ValueError: size is not a positive integer, or kind is neither of the two.
+    ValueError: size is not a positive integer, or kind is none of the three.
   """
-  _check_choice("resize", kind, ("bicubic", "bicubic_tf1"))
+  # The official code converts the whole image before it crops: the same numbers, more work.
+  return _resize(tf.image.convert_image_dtype(image, tf.float32), size, kind)
+
+
+def _resize(image, size, kind):
+  _check_choice("resize", kind, ("bicubic", "bicubic_tf1", "bilinear"))
   if not isinstance(size, int) or size < 1:
     raise ValueError(f"size={size!r}: expected a positive integer, the side of the result in pixels")
-  # The official code converts the whole image before it crops: the same numbers, more work.
-  image = tf.image.convert_image_dtype(image, tf.float32)
+  if kind == "bilinear":
+    return tf.raw_ops.ResizeBilinear(images=image[None], size=[size, size], half_pixel_centers=True)[0]
   half_pixel_centers = kind == "bicubic"  # this flag of the op chooses the kernel as well
   return tf.raw_ops.ResizeBicubic(images=image[None], size=[size, size], half_pixel_centers=half_pixel_centers)[0]
 
@@ -332,9 +365,9 @@ def sample_flip(seed):
   return tf.random.stateless_uniform([], seed) < 0.5
 
 
-def _crop_and_flip(image, seed, size, crop_sampler, crop_area, flip, resize):
+def _crop_and_flip(image, seed, size, crop_sampler, crop_area, flip, resize, finish=None):
   crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
-  options = {"crop_sampler": crop_sampler, "crop_area": crop_area, "resize": resize}
+  options = {"crop_sampler": crop_sampler, "crop_area": crop_area, "resize": resize, "finish": finish}
   view = random_crop(image, crop_seed, size=size, **options)
   return tf.cond(sample_flip(flip_seed), lambda: tf.reverse(view, [1]), lambda: view) if flip else view
 

@@ -30,7 +30,7 @@ def write(path, variables, config, *, scores: dict, step: int, overwrite: bool =
       "range": "[0, 1], no mean or std is subtracted or divided",
       "size": config.augment.size,
       "center_crop": config.evaluate.crop,
-      "resize": config.augment.get("resize", "bicubic") + ", half-pixel centres, no antialiasing",
+      "resize": "bicubic, half-pixel centres, no antialiasing",
       "layout": "NHWC, RGB",
     },
     "pretraining": config.to_dict(),
