@@ -96,23 +96,25 @@ def color_and_blur(
     if not 0 <= value <= 1:
       raise ValueError(f"{name}={value!r}: expected a probability, 0 to 1")
   n, two, height, width, channels = views.shape
-  x = views.reshape(n * two, height, width, channels)
-  if x.dtype == jnp.uint8:
+  # Three planes: channels side by side would be taken apart and put together again around every operation.
+  planes = tuple(views.reshape(n * two, height, width, channels)[..., k] for k in range(3))
+  if views.dtype == jnp.uint8:
     # The host cut the fraction off; its middle, half a level, is the estimate that is nowhere off by more than that.
-    x = jnp.minimum((x.astype(jnp.float32) + 0.5) / 255, 1)
+    planes = tuple(jnp.minimum((x.astype(jnp.float32) + 0.5) / 255, 1) for x in planes)
   color_keys, blur_keys = (view_keys(seed, purpose) for purpose in ("color", "blur"))
   if color_strength:
     jitter, gray, factors, order = sample_color(
       color_keys, strength=color_strength, jitter_prob=color_jitter_prob, grayscale_prob=grayscale_prob
     )
-    x = _where(jitter, color_jitter(x, factors, order, brightness=brightness), x)
-    x = _where(gray, grayscale(x), x)
-  x = jnp.clip(x, 0, 1)
+    planes = _choose(jitter, _color_jitter(planes, factors, order, brightness), planes)
+    planes = _choose(gray, (_luma(planes),) * 3, planes)
+  planes = tuple(jnp.clip(x, 0, 1) for x in planes)
   if blur and height >= 20:  # under 20 pixels the kernel has one tap
     apply, sigma = sample_blur(blur_keys, prob=blur_prob)
-    blurred = gaussian_blur(x, kernel_size=height // 10, sigma=sigma, precision=precision)
-    x = _where(apply, jnp.clip(blurred, 0, 1), x)
-  return x.reshape(views.shape)
+    rows, columns = (_band(length, height // 10, sigma) for length in (height, width))
+    blurred = tuple(jnp.clip(_sandwich(rows, x, columns, precision), 0, 1) for x in planes)
+    planes = _choose(apply, blurred, planes)
+  return jnp.stack(planes, axis=-1).reshape(views.shape)
 
 
 # ---- colour ----------------------------------------------------------------------------------------------------
@@ -129,56 +131,70 @@ def color_jitter(images, factors, order, *, brightness="v2"):
   Returns:
     [n, h, w, 3] float32 in [0, 1].
   """
+  planes = tuple(images[..., k] for k in range(3))
+  return jnp.stack(_color_jitter(planes, factors, order, brightness), axis=-1)
+
+
+def _color_jitter(planes, factors, order, brightness):
   place = jnp.argsort(order, axis=-1)  # when each of the four has its turn
   bright, contrast, saturation, hue = (place[:, k] for k in range(4))
   # The slot of an HSV operation is the number of affine ones before it.
   slot_saturation, slot_hue = ((bright < p).astype(int) + (contrast < p) for p in (saturation, hue))
   # Where both come first, what the clip between them would do to the overshoot is done before them.
-  x = _where((slot_saturation == 0) & (slot_hue == 0), jnp.clip(images, 0, 1), images)
+  both_first = (slot_saturation == 0) & (slot_hue == 0)
+  planes = _choose(both_first, tuple(jnp.clip(x, 0, 1) for x in planes), planes)
   for slot in range(3):
     if slot:
       first = bright < contrast if slot == 1 else contrast < bright
-      x = _affine(x, factors[:, 0], factors[:, 1], first, brightness)
-    changed = _hexcone(x, factors[:, 2], factors[:, 3], slot_saturation == slot, slot_hue == slot)
-    x = _where((slot_saturation == slot) | (slot_hue == slot), jnp.clip(changed, 0, 1), x)
-  return x
+      planes = _affine(planes, factors[:, 0], factors[:, 1], first, brightness)
+    planes = _hexcone(planes, factors[:, 2], factors[:, 3], slot_saturation == slot, slot_hue == slot)
+  return planes
 
 
-def _affine(x, brightness_factor, contrast_factor, is_brightness, brightness):
+def _affine(planes, brightness_factor, contrast_factor, is_brightness, brightness):
   """Brightness where `is_brightness`, else contrast about the mean of each channel; clipped."""
-  mean = jnp.mean(x, axis=(1, 2), keepdims=True)
-  b, c = brightness_factor[:, None, None, None], contrast_factor[:, None, None, None]
+  # Materialised, or the compiler computes everything before the mean once for the mean and once more for its use.
+  planes = jax.lax.optimization_barrier(planes)
+  b, c, choice = (v[:, None, None] for v in (brightness_factor, contrast_factor, is_brightness))
   scale, shift = (b, 0 * b) if brightness == "v2" else (1 + 0 * b, b - 1)
-  choice = is_brightness[:, None, None, None]
-  return jnp.clip(jnp.where(choice, scale, c) * x + jnp.where(choice, shift, mean * (1 - c)), 0, 1)
+  scale = jnp.where(choice, scale, c)
+  means = (jnp.mean(x, axis=(1, 2), keepdims=True) for x in planes)
+  return tuple(
+    jnp.clip(scale * x + jnp.where(choice, shift, mean * (1 - c)), 0, 1) for x, mean in zip(planes, means, strict=True)
+  )
 
 
-def _hexcone(x, saturation, turn, with_saturation, with_hue):
-  """Saturation times a factor and hue turned, each where its flag says so.
+def _hexcone(planes, saturation, turn, with_saturation, with_hue):
+  """Saturation times a factor and hue turned, each where its flag says so; clipped where either does.
 
   A channel lies below the largest, V, by the chroma C times a share that depends on the hue alone.
   """
-  saturation, turn = saturation[:, None, None], turn[:, None, None]
-  with_saturation, with_hue = with_saturation[:, None, None], with_hue[:, None, None]
-  r, g, b = x[..., 0], x[..., 1], x[..., 2]
+  saturation, turn, with_saturation, with_hue = (
+    v[:, None, None] for v in (saturation, turn, with_saturation, with_hue)
+  )
+  r, g, b = planes
   value, low = jnp.maximum(jnp.maximum(r, g), b), jnp.minimum(jnp.minimum(r, g), b)
   chroma = value - low
   new = jnp.where(with_saturation, jnp.where(value > 0, jnp.minimum(saturation * chroma, value), 0), chroma)
   over = 1 / jnp.where(chroma > 0, chroma, 1)
   sixths = jnp.where(r == value, (g - b) * over, jnp.where(g == value, 2 + (b - r) * over, 4 + (r - g) * over))
-  sixths = jnp.where(with_hue, sixths + 6 * turn, sixths)
-  channels = []
-  for offset in (5, 3, 1):
+  sixths = sixths + jnp.where(with_hue, 6 * turn, 0)
+  out = []
+  for plane, offset in zip(planes, (5, 3, 1), strict=True):
     k = offset + sixths
     k = k - 6 * jnp.floor(k * (1 / 6))
-    channels.append(value - new * jnp.clip(jnp.minimum(k, 4 - k), 0, 1))
-  return jnp.stack(channels, axis=-1)
+    changed = jnp.clip(value - new * jnp.clip(jnp.minimum(k, 4 - k), 0, 1), 0, 1)
+    out.append(jnp.where(with_saturation | with_hue, changed, plane))
+  return tuple(out)
 
 
 def grayscale(images):
   """Luma of [..., 3] (weights 0.2989, 0.587, 0.114) in all three channels."""
-  luma = sum(weight * images[..., k] for k, weight in enumerate(GRAY))
-  return jnp.broadcast_to(luma[..., None], images.shape)
+  return jnp.broadcast_to(_luma(jnp.moveaxis(images, -1, 0))[..., None], images.shape)
+
+
+def _luma(planes):
+  return sum(weight * x for weight, x in zip(GRAY, planes, strict=True))
 
 
 # ---- blur ------------------------------------------------------------------------------------------------------
@@ -194,21 +210,24 @@ def gaussian_blur(images, *, kernel_size, sigma, precision="highest"):
   Returns:
     As images.
   """
+  rows, columns = (_band(length, kernel_size, sigma) for length in images.shape[1:3])
+  planes = (_sandwich(rows, images[..., k], columns, precision) for k in range(images.shape[-1]))
+  return jnp.stack(list(planes), axis=-1)
+
+
+def _band(length, kernel_size, sigma):
+  """[n, length, length]: the blur along one axis as a matrix."""
   radius = kernel_size // 2
-
-  def band(length):
-    distance = jnp.arange(length)[:, None] - jnp.arange(length)
-    weight = jnp.exp(-(distance**2) / (2 * sigma[:, None, None] ** 2))
-    taps = jnp.exp(-(jnp.arange(-radius, radius + 1) ** 2) / (2 * sigma[:, None] ** 2)).sum(-1)
-    return jnp.where(jnp.abs(distance) <= radius, weight, 0) / taps[:, None, None]
-
-  return _sandwich(band(images.shape[1])[:, None], images, band(images.shape[2])[:, None], precision)[:, 0]
+  distance = jnp.arange(length)[:, None] - jnp.arange(length)
+  weight = jnp.exp(-(distance**2) / (2 * sigma[:, None, None] ** 2))
+  taps = jnp.exp(-(jnp.arange(-radius, radius + 1) ** 2) / (2 * sigma[:, None] ** 2)).sum(-1)
+  return jnp.where(jnp.abs(distance) <= radius, weight, 0) / taps[:, None, None]
 
 
-def _sandwich(rows, images, columns, precision):
-  """rows [n, v, p, h] · images [n, h, w, c] · columns [n, v, q, w] transposed -> [n, v, p, q, c]."""
-  x = jnp.einsum("nvph,nhwc->nvpwc", rows, images, precision=precision)
-  return jnp.einsum("nvqw,nvpwc->nvpqc", columns, x, precision=precision)
+def _sandwich(rows, plane, columns, precision):
+  """rows [n, p, h] · plane [n, h, w] · columns [n, q, w] transposed -> [n, p, q]."""
+  x = jnp.einsum("nph,nhw->npw", rows, plane, precision=precision)
+  return jnp.einsum("npw,nqw->npq", x, columns, precision=precision)
 
 
 # ---- crop ------------------------------------------------------------------------------------------------------
@@ -239,7 +258,8 @@ def random_crops(
   columns = resize_matrix(x, w, size, image.shape[2], kind=resize)
   columns = _where(mirrored, columns[:, ::-1], columns)
   rows, columns = (m.reshape(n, 2, size, -1) for m in (rows, columns))
-  return _sandwich(rows, image.astype(jnp.float32), columns, precision) / 255
+  x = jnp.einsum("nvph,nhwc->nvpwc", rows, image.astype(jnp.float32), precision=precision)
+  return jnp.einsum("nvqw,nvpwc->nvpqc", columns, x, precision=precision) / 255
 
 
 def resize_matrix(start, length, size, canvas, *, kind="bicubic"):
@@ -368,6 +388,11 @@ def sample_blur(keys, *, prob=0.5):
   uniform = jax.vmap(functools.partial(jax.random.uniform, shape=(2,)))(keys)
   low, high = SIGMA_RANGE
   return uniform[:, 0] < prob, low + (high - low) * uniform[:, 1]
+
+
+def _choose(flag, yes, no):
+  """Planes `yes` where the flag of the image is set, else `no`."""
+  return tuple(_where(flag, a, b) for a, b in zip(yes, no, strict=True))
 
 
 def _where(flag, yes, no):
