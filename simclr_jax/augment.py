@@ -6,6 +6,7 @@ numerics of the official code (google-research/simclr, tf2/data_util.py) unless 
 Images have channels last and values in [0, 1]; like the official encoders' input, they are not normalised further.
 """
 
+import numpy as np
 import tensorflow as tf
 
 ASPECT_RANGE = (3 / 4, 4 / 3)  # width / height of a random crop
@@ -340,6 +341,12 @@ def gaussian_blur(image, *, kernel_size, sigma):
   distance = tf.range(radius + 1, dtype=tf.float32)
   half = tf.exp(-(distance**2) / (2 * tf.cast(sigma, tf.float32) ** 2))  # the kernel is symmetric
   half = half / (2 * tf.reduce_sum(half) - half[0])
+  if radius > LONG:
+    x = tf.reshape(image, [-1, height, width, channels])
+    for length in (height, width):  # along the first axis, and then the axes change places
+      x = _banded(x, half, length)
+      x = tf.transpose(x, [0, 2, 1, 3])
+    return tf.reshape(x, tf.shape(image) if len(image.shape) == 4 else image.shape)
   # Shifted rows and columns: the short kernels of small images cost far less than in depthwise_conv2d.
   x = tf.reshape(image, [-1, height, width * channels])
   padded = tf.pad(x, [[0, 0], [radius, radius], [0, 0]])
@@ -347,6 +354,21 @@ def gaussian_blur(image, *, kernel_size, sigma):
   padded = tf.pad(x, [[0, 0], [0, 0], [radius * channels, radius * channels]])
   x = _convolve([padded[:, :, k * channels : (k + width) * channels] for k in range(2 * radius + 1)], half)
   return tf.reshape(x, tf.shape(image) if len(image.shape) == 4 else image.shape)
+
+
+LONG = 5  # taps on a side, beyond which products beat sums of shifted images
+BLOCK = 32  # rows that one product makes
+
+
+def _banded(x, half, length):
+  """Convolves [n, length, m, c] along its second axis, in blocks of rows: a few small products with one banded matrix."""
+  radius, blocks = half.shape[0] - 1, -(-length // BLOCK)
+  distance = abs(np.arange(BLOCK)[:, None] + radius - np.arange(BLOCK + 2 * radius))
+  band = tf.gather(tf.concat([half, [0.0]], 0), np.minimum(distance, radius + 1))
+  padded = tf.pad(x, [[0, 0], [radius, radius + blocks * BLOCK - length], [0, 0], [0, 0]])
+  padded = tf.reshape(padded, [-1, *padded.shape[1:2], x.shape[2] * x.shape[3]])
+  parts = tf.stack([padded[:, k * BLOCK : (k + 1) * BLOCK + 2 * radius] for k in range(blocks)], 1)
+  return tf.reshape(tf.matmul(band, parts), [-1, blocks * BLOCK, x.shape[2], x.shape[3]])[:, :length]
 
 
 def _convolve(shifts, half):
