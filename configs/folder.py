@@ -22,7 +22,14 @@ def get_config():
       train_epochs=200.0,
       train_steps=0,
       augment=dict(
-        size=96, color_strength=0.5, blur=True, crop_sampler="official", brightness="v2", crop_area=(0.08, 1.0)
+        where="host",
+        canvas=512,
+        size=96,
+        color_strength=0.5,
+        blur=True,
+        crop_sampler="official",
+        brightness="v2",
+        crop_area=(0.08, 1.0),
       ),
       encoder=dict(depth=18, width=1, stem="imagenet", sk_ratio=0.0, se_ratio=0.0, dtype="float32"),
       projector=dict(kind="nonlinear", layers=2, out_dim=128),

@@ -27,6 +27,7 @@ def get_config(arg=""):
       train_epochs=0.0,
       train_steps=400,
       augment=dict(
+        where="host",
         size=24,
         color_strength=strength,
         grayscale_prob=0.5,

@@ -26,7 +26,14 @@ def get_config(arg="r50_1x_sk0"):
       train_epochs=800.0,
       train_steps=0,
       augment=dict(
-        size=224, color_strength=1.0, blur=True, crop_sampler="official", brightness="v2", crop_area=(0.08, 1.0)
+        where="device",
+        canvas=512,
+        size=224,
+        color_strength=1.0,
+        blur=True,
+        crop_sampler="official",
+        brightness="v2",
+        crop_area=(0.08, 1.0),
       ),
       encoder=dict(
         depth=int(depth[1:]),

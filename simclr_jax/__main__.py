@@ -19,6 +19,7 @@ COMMANDS = {
   "transfer": "an encoder on a list of other data sets, linear and fine-tuned, beside the paper's table",
   "downstream": "all of it in a row over several seeds, a table and a figure of accuracy against labels",
   "import": "an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it",
+  "data": "looks at a data set, turns it into sharded records, or measures how fast it can be read",
   "recipes": "the recipes that ship with the package",
 }
 TRAINING = ("pretrain", "finetune", "distill", "transfer", "downstream")  # take a recipe and fill a folder
@@ -40,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
       again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
       again.add_argument("--overwrite", action="store_true", help="delete the run in DIR and start again")
       sub.epilog = "--config.key=value changes one value of the recipe, e.g. --config.batch_size=512"
+    elif name == "data":
+      _data_flags(sub)
     elif name == "plan":
       sub.add_argument("--config", required=True, metavar="RECIPE", help="a recipe, such as configs/v1.py:1x")
       sub.add_argument(
@@ -72,13 +75,35 @@ def parser() -> argparse.ArgumentParser:
   return top
 
 
+def _data_flags(sub):
+  actions = sub.add_subparsers(dest="action", metavar="ACTION", required=True)
+  for action, text in (
+    ("inspect", "counts, sizes, classes, unreadable images, a contact sheet"),
+    ("prepare", "writes sharded records; goes on where it stopped"),
+    ("benchmark", "images a second and core of each stage, and which augment.where suffices"),
+  ):
+    one = actions.add_parser(action, help=text, description=text, allow_abbrev=False)
+    one.add_argument("spec", metavar="DATA", help="a data set such as folder:/my/images")
+    one.add_argument("--data_dir", metavar="DIR", help="where prepared TensorFlow Datasets lie")
+    if action == "inspect":
+      one.add_argument("--limit", type=int, default=0, help="read so many images, drawn at random (default: all)")
+      one.add_argument("--output", metavar="PNG", help="a contact sheet of 64 images")
+    elif action == "prepare":
+      one.add_argument("--output", required=True, metavar="DIR", help="folder of the shards")
+      one.add_argument("--images_per_shard", type=int, default=1000)
+      one.add_argument("--short_side", type=int, default=0, help="re-encode larger images at this shorter side")
+    else:
+      one.add_argument("--size", type=int, default=224, help="side of the views, in pixels")
+      one.add_argument("--resize", default="bicubic", help="bicubic or bilinear")
+
+
 def main(argv=None) -> int:
   """Runs a command; returns the exit code: 0 done, 1 error, 2 wrong flags, 42 stopped by SIGTERM and saved, 130 by SIGINT."""
   argv = sys.argv[1:] if argv is None else argv
   overrides = [a for a in argv if a.startswith("--config.")]
   top = parser()
   flags = top.parse_args([a for a in argv if not a.startswith("--config.")])
-  if flags.command in ("export", "import", "recipes") and overrides:
+  if flags.command in ("export", "import", "recipes", "data") and overrides:
     top.error(f"{overrides[0]}: {flags.command} takes no config values")
   try:
     code, message = _dispatch(flags, overrides), ""
@@ -166,6 +191,11 @@ def _dispatch(flags, overrides) -> int:
   if flags.command in TRAINING:
     program = importlib.import_module(f"simclr_jax.{flags.command}")
     program.run(config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+  elif flags.command == "data":
+    from simclr_jax import dataset
+
+    options = {key: value for key, value in vars(flags).items() if key not in ("command", "action")}
+    {"inspect": dataset.inspect, "prepare": dataset.prepare, "benchmark": dataset.benchmark}[flags.action](**options)
   elif flags.command == "export":
     from simclr_jax import exporting
 

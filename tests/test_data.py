@@ -389,7 +389,7 @@ def test_tfds_index_is_cached_and_keyed_by_the_shards(tfds_folder, cache, monkey
   first = data.open_source("tfds:tiny", data_dir=str(tfds_folder))
   labels = first.labels
   assert len(list(cache.iterdir())) == 1
-  monkeypatch.setattr(data, "_scan_shards", None)
+  monkeypatch.setattr(data, "scan_tfrecords", None)
   monkeypatch.setattr(data.TfdsSource, "_features", None)
   second = data.open_source("tfds:tiny:train", data_dir=str(tfds_folder))
   np.testing.assert_array_equal(second.labels, labels)

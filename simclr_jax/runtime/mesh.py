@@ -1,5 +1,7 @@
 """Where arrays live: one mesh axis, `data`; batches are split over it, everything else is a copy on every device."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -43,9 +45,13 @@ def zero1(mesh: Mesh, opt_state):
 
 
 def global_batch(mesh: Mesh, local):
-  """A tree of this process's numpy rows [b_local, ...] -> the global arrays [b, ...], split over `data`."""
+  """A tree of this process's numpy rows [b_local, ...] -> the global arrays [b, ...], split over `data`.
+
+  What is a JAX array already, such as images that live on the devices, is left as it is.
+  """
   sharding = batch_sharding(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
+  put = functools.partial(jax.make_array_from_process_local_data, sharding)
+  return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else put(x), local)
 
 
 def check_divisible(batch_size: int, mesh: Mesh, name: str = "batch_size"):
