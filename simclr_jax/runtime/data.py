@@ -747,6 +747,7 @@ class _Reader:
   def __init__(self, source: Source, max_bad_fraction: float, bad_file=None):
     self.source = source
     self.bad: dict[int, str] = {}
+    self._error: ValueError | None = None
     # One damaged file should not stop a run over a small folder, unless the share is set to zero.
     self._allowed = max(1, int(max_bad_fraction * len(source))) if max_bad_fraction > 0 else 0
     self._share = max_bad_fraction
@@ -780,22 +781,26 @@ class _Reader:
 
   def _count(self, i: int, reason: str):
     with self._lock:
-      if i in self.bad:
-        return
-      self.bad[i] = reason
-      count = len(self.bad)
-      line = f"{self.source.name(i)}\t{reason}"
-      if self._file and line not in self._lines:
-        self._lines.append(line)
-        self._file.write_text("".join(f"{line}\n" for line in self._lines))
+      if i not in self.bad:
+        self.bad[i] = reason
+        self._report(i, reason)
+      if self._error:  # the first, whichever thread meets one after it
+        raise self._error
+
+  def _report(self, i, reason):
+    count, name = len(self.bad), self.source.name(i)
+    line = f"{name}\t{reason}"
+    if self._file and line not in self._lines:
+      self._lines.append(line)
+      self._file.write_text("".join(f"{line}\n" for line in self._lines))
     if count <= 20:
-      logger.warning("unreadable image %s: %s; the next image takes its place", self.source.name(i), reason)
+      logger.warning("unreadable image %s: %s; the next image takes its place", name, reason)
     elif count == 21:
       logger.warning("more than 20 unreadable images; the others are counted%s", "" if self._file else " but not named")
-    if count > self._allowed:
-      raise ValueError(
+    if count == self._allowed + 1:
+      self._error = ValueError(
         f"{count} of {len(self.source)} images are unreadable, more than the {self._allowed} allowed by"
-        f" max_bad_fraction={self._share:g}; the last is {self.source.name(i)} ({reason}): remove or repair them, or"
+        f" max_bad_fraction={self._share:g}; the last is {name} ({reason}): remove or repair them, or"
         " raise max_bad_fraction"
       )
 
