@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simclr_jax import accumulate, augment, contrast, diagnostics, embed, exporting, knn, optimizer, probe
+from simclr_jax import accumulate, augment, contrast, diagnostics, embed, exporting, knn, memory, optimizer, probe
 from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.runtime import checkpoint, data, loop, report
@@ -108,7 +108,7 @@ def make_task(config, source, *, mesh, evaluators=None) -> loop.Task:
   """The config and the training images as the loop wants them."""
   model = model_lib.create(config, source.num_classes)
   tx, schedule = optimizer.create(config, len(source))
-  return loop.Task(
+  task = loop.Task(
     init=functools.partial(init_state, model=model, tx=tx, image_size=config.augment.size),
     step=functools.partial(
       train_step,
@@ -137,6 +137,7 @@ def make_task(config, source, *, mesh, evaluators=None) -> loop.Task:
     num_examples=len(source),
     exports=model_lib.keep_encoder,
   )
+  return memory.remember(task, model, loss=dict(config.loss), **config.memory) if "memory" in config else task
 
 
 @functools.lru_cache
