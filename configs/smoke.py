@@ -19,10 +19,17 @@ def get_config():
       batch_size=128,
       microbatches=1,
       microbatch_norm="microbatch",
+      zero1=False,
       train_epochs=30.0,
       train_steps=0,  # 0: by epochs
       augment=dict(
-        size=20, color_strength=0.8, blur=False, crop_sampler="official", brightness="v2", crop_area=(0.4, 1.0)
+        where="host",
+        size=20,
+        color_strength=0.8,
+        blur=False,
+        crop_sampler="official",
+        brightness="v2",
+        crop_area=(0.4, 1.0),
       ),
       encoder=dict(depth=18, width=0.25, stem="cifar", sk_ratio=0.0, se_ratio=0.0, dtype="float32"),
       projector=dict(kind="nonlinear", layers=2, out_dim=64),

@@ -24,10 +24,18 @@ def get_config(arg="r50_1x_sk0"):
       batch_size=4096,
       microbatches=1,
       microbatch_norm="microbatch",
+      zero1=False,
       train_epochs=800.0,
       train_steps=0,
       augment=dict(
-        size=224, color_strength=1.0, blur=True, crop_sampler="official", brightness="v2", crop_area=(0.08, 1.0)
+        where="device",
+        canvas=512,
+        size=224,
+        color_strength=1.0,
+        blur=True,
+        crop_sampler="official",
+        brightness="v2",
+        crop_area=(0.08, 1.0),
       ),
       encoder=dict(
         depth=int(depth[1:]),

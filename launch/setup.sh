@@ -1,5 +1,6 @@
+#!/usr/bin/env bash
 # Sourced by the other scripts: makes .venv at the top of the checkout, with the tested versions, once.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 if ! cmp -s requirements-lock.txt .venv/installed.txt; then
   echo "setting up .venv (a few minutes, once)"
   "${PYTHON:-$(command -v python3.11 || command -v python3)}" -m venv .venv

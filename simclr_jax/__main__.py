@@ -15,9 +15,11 @@ COMMANDS = {
   "knn": "k-nearest-neighbour accuracy of the h of a run",
   "distill": "a fine-tuned teacher's knowledge into a smaller student, or one of its own size, without labels or with",
   "export": "the encoder of a run, without the head, into a folder of its own",
+  "plan": "memory, time, collectives and chip-hours of a recipe on a TPU pod, compiled here without one",
   "transfer": "an encoder on a list of other data sets, linear and fine-tuned, beside the paper's table",
   "downstream": "all of it in a row over several seeds, a table and a figure of accuracy against labels",
   "import": "an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it",
+  "data": "looks at a data set, turns it into sharded records, or measures how fast it can be read",
   "recipes": "the recipes that ship with the package",
 }
 TRAINING = ("pretrain", "finetune", "distill", "transfer", "downstream")  # take a recipe and fill a folder
@@ -39,6 +41,17 @@ def parser() -> argparse.ArgumentParser:
       again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
       again.add_argument("--overwrite", action="store_true", help="delete the run in DIR and start again")
       sub.epilog = "--config.key=value changes one value of the recipe, e.g. --config.batch_size=512"
+    elif name == "data":
+      _data_flags(sub)
+    elif name == "plan":
+      sub.add_argument("--config", required=True, metavar="RECIPE", help="a recipe, such as configs/v1.py:1x")
+      sub.add_argument(
+        "--topology", required=True, action="append", help="such as v4:4x4x8 or v5e:16x16; may be repeated"
+      )
+      sub.add_argument("--num_examples", type=int, default=0, help="images, where the data set is not at hand")
+      sub.add_argument("--num_classes", type=int, default=0, help="of those images")
+      sub.add_argument("--json", action="store_true", help="print JSON")
+      sub.epilog = "--config.key=value changes one value of the recipe, e.g. --config.batch_size=8192"
     elif name == "import":
       sub.add_argument(
         "source", metavar="SRC", help="TF1 bundle or TF2 checkpoint (the part before .index), or SavedModel"
@@ -49,6 +62,11 @@ def parser() -> argparse.ArgumentParser:
     elif name != "recipes":
       sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
       sub.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    if name in ("pretrain", "probe", "knn"):
+      several = sub.add_argument_group("several processes", "found by themselves on Cloud TPU, GKE, SLURM and Open MPI")
+      several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+      several.add_argument("--num_processes", type=int, metavar="N")
+      several.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
       if name == "export":
         sub.add_argument("--output", required=True, metavar="DIR", help="folder to write the encoder to")
         sub.add_argument("--overwrite", action="store_true", help="replace the export in DIR")
@@ -57,27 +75,52 @@ def parser() -> argparse.ArgumentParser:
   return top
 
 
+def _data_flags(sub):
+  actions = sub.add_subparsers(dest="action", metavar="ACTION", required=True)
+  for action, text in (
+    ("inspect", "counts, sizes, classes, unreadable images, a contact sheet"),
+    ("prepare", "writes sharded records; goes on where it stopped"),
+    ("benchmark", "images a second and core of each stage, and which augment.where suffices"),
+  ):
+    one = actions.add_parser(action, help=text, description=text, allow_abbrev=False)
+    one.add_argument("spec", metavar="DATA", help="a data set such as folder:/my/images")
+    one.add_argument("--data_dir", metavar="DIR", help="where prepared TensorFlow Datasets lie")
+    if action == "inspect":
+      one.add_argument("--limit", type=int, default=0, help="read so many images, drawn at random (default: all)")
+      one.add_argument("--output", metavar="PNG", help="a contact sheet of 64 images")
+    elif action == "prepare":
+      one.add_argument("--output", required=True, metavar="DIR", help="folder of the shards")
+      one.add_argument("--images_per_shard", type=int, default=1000)
+      one.add_argument("--short_side", type=int, default=0, help="re-encode larger images at this shorter side")
+    else:
+      one.add_argument("--size", type=int, default=224, help="side of the views, in pixels")
+      one.add_argument("--resize", default="bicubic", help="bicubic or bilinear")
+
+
 def main(argv=None) -> int:
   """Runs a command; returns the exit code: 0 done, 1 error, 2 wrong flags, 42 stopped by SIGTERM and saved, 130 by SIGINT."""
   argv = sys.argv[1:] if argv is None else argv
   overrides = [a for a in argv if a.startswith("--config.")]
   top = parser()
   flags = top.parse_args([a for a in argv if not a.startswith("--config.")])
-  if flags.command in ("export", "import", "recipes") and overrides:
+  if flags.command in ("export", "import", "recipes", "data") and overrides:
     top.error(f"{overrides[0]}: {flags.command} takes no config values")
   try:
-    return _dispatch(flags, overrides)
+    code, message = _dispatch(flags, overrides), ""
   except KeyboardInterrupt:
-    print("simclr: interrupted", file=sys.stderr)
-    return 130
+    code, message = 130, "interrupted"
   except Exception as error:
-    if hasattr(error, "exit_code"):
-      print(f"simclr: {error}", file=sys.stderr)
-      return error.exit_code
-    if not _is_ours(error) or os.environ.get("SIMCLR_TRACEBACK"):
-      raise
-    print(f"simclr: {error}", file=sys.stderr)
-    return 1
+    code, message = getattr(error, "exit_code", 1), str(error)
+    if code == 1 and (not _is_ours(error) or os.environ.get("SIMCLR_TRACEBACK")):
+      if type(error).__name__ == "JaxRuntimeError" and "simclr_jax.runtime.cluster" in sys.modules:
+        sys.modules["simclr_jax.runtime.cluster"].await_verdict()
+      traceback.print_exc()
+      message = ""
+  if message:
+    print(f"simclr: {message}", file=sys.stderr)
+  if "simclr_jax.runtime.cluster" in sys.modules:
+    sys.modules["simclr_jax.runtime.cluster"].leave(code, message)
+  return code
 
 
 def _is_ours(error) -> bool:
@@ -120,20 +163,39 @@ def _dispatch(flags, overrides) -> int:
       print(f"{path.stem:20} {path.read_text().splitlines()[0].strip(chr(34))}")
     return 0
   # A wrong flag or value is reported before the seconds that importing JAX and TensorFlow take.
-  config = config_lib.load(flags.config, overrides) if flags.command in TRAINING else None
-  if config and config_lib.program(config) != flags.command:
+  config = config_lib.load(flags.config, overrides) if flags.command in (*TRAINING, "plan") else None
+  wanted = "pretrain" if flags.command == "plan" else flags.command
+  if config and config_lib.program(config) != wanted:
     raise ValueError(f"--config={flags.config} is a recipe for simclr {config_lib.program(config)}")
+  if flags.command == "plan":
+    from simclr_jax.runtime import aot
+
+    aot.prepare()
+    _import_tensorflow()
+    from simclr_jax import plan
+
+    plan.run(config, flags.topology, num_examples=flags.num_examples, num_classes=flags.num_classes, as_json=flags.json)
+    return 0
 
   from simclr_jax.runtime import cpu
 
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that nobody misses
   note = cpu.prepare()
-  if note:
+  from simclr_jax.runtime import cluster
+
+  if flags.command != "export":
+    cluster.start(flags.coordinator, flags.num_processes, flags.process_id)
+  if note and not cluster.process_index():
     print(note)
   _import_tensorflow()
   if flags.command in TRAINING:
     program = importlib.import_module(f"simclr_jax.{flags.command}")
     program.run(config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+  elif flags.command == "data":
+    from simclr_jax import dataset
+
+    options = {key: value for key, value in vars(flags).items() if key not in ("command", "action")}
+    {"inspect": dataset.inspect, "prepare": dataset.prepare, "benchmark": dataset.benchmark}[flags.action](**options)
   elif flags.command == "export":
     from simclr_jax import exporting
 

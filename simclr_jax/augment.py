@@ -8,6 +8,7 @@ Images have channels last and values in [0, 1]; like the official encoders' inpu
 
 import math
 
+import numpy as np
 import tensorflow as tf
 
 ASPECT_RANGE = (3 / 4, 4 / 3)  # width / height of a random crop
@@ -44,7 +45,7 @@ def two_views(
     brightness: see `color_distort`.
     flip: whether views are mirrored left-right with probability 1/2.
     color_jitter_prob, grayscale_prob, blur_prob: probabilities of the three, drawn for each view.
-    resize: see `resize_bicubic`.
+    resize: see `resize_image`.
     extra: names of EXTRA with probabilities, such as (("sobel", 0.1), ("solarize", 0.2)), drawn for each view in
       this order between colour distortion and blur: the other transformations of arXiv:2002.05709, Figure 4 and B.2.
   Returns:
@@ -70,6 +71,31 @@ def two_views(
   return tf.stack(views)
 
 
+def two_crops(image, seed, *, size, crop_sampler="official", crop_area=(0.08, 1.0), flip=True, resize="bicubic"):
+  """The geometric half of `two_views`, for augment_on_device.py to finish: the same boxes and flips for the same seed.
+
+  Args:
+    image: [h, w, 3] uint8.  The other arguments are those of `two_views`.
+  Returns:
+    [2, size, size, 3] uint8: overshoot clipped and, as rounding costs a twentieth of the whole, fractions cut off, so
+    that level k stands for [k, k + 1).
+  Raises:
+    ValueError: an option, or the shape or dtype of image, is out of range.
+  """
+  if tf.as_dtype(image.dtype) != tf.uint8:
+    raise ValueError(f"image of dtype {tf.as_dtype(image.dtype).name}: expected uint8")
+  crops = []
+  for view_seed in tf.unstack(tf.random.split(seed, 2)):
+    crop_seed = tf.random.split(view_seed, 3)[0]
+    view = _crop_and_flip(image, crop_seed, size, crop_sampler, crop_area, flip, resize, finish=_levels)
+    crops.append(view)
+  return tf.stack(crops)
+
+
+def _levels(view):
+  return tf.cast(tf.clip_by_value(view, 0.0, 255.0), tf.uint8)
+
+
 def one_view(image, seed, *, size, crop_sampler="official", crop_area=(0.08, 1.0), flip=True, resize="bicubic"):
   """Crop, resize and flip only: what linear evaluation and fine-tuning train on (arXiv:2002.05709, B.5, B.6).
 
@@ -88,7 +114,7 @@ def center_crop(image, *, size, proportion=0.875, resize="bicubic"):
     image: [h, w, 3], uint8, or floating point in [0, 1].
     size: side of the result, in pixels.
     proportion: side of the crop over the shorter side of the image, in (0, 1].
-    resize: see `resize_bicubic`.
+    resize: see `resize_image`.
   Returns:
     [size, size, 3] float32 in [0, 1].
   Raises:
@@ -97,7 +123,7 @@ def center_crop(image, *, size, proportion=0.875, resize="bicubic"):
   image = _check_image(image)
   shape = tf.shape(image)
   y, x, h, w = center_box(shape[0], shape[1], proportion=proportion)
-  return _clip(resize_bicubic(image[y : y + h, x : x + w], size, kind=resize))
+  return _clip(resize_image(image[y : y + h, x : x + w], size, kind=resize))
 
 
 def center_box(height, width, *, proportion=0.875):
@@ -109,15 +135,17 @@ def center_box(height, width, *, proportion=0.875):
   return (height - side + 1) // 2, (width - side + 1) // 2, side, side
 
 
-def random_crop(image, seed, *, size, crop_sampler="official", crop_area=(0.08, 1.0), resize="bicubic"):
+def random_crop(image, seed, *, size, crop_sampler="official", crop_area=(0.08, 1.0), resize="bicubic", finish=None):
   """A random box (`sample_box`) resized to [size, size, 3] float32, bicubic overshoot not clipped.
 
-  Arguments as in `two_views`.  Raises ValueError.
+  Arguments as in `two_views`; `finish` instead gets the pixels as they are, uint8 images resized to [0, 255].
+  Raises ValueError.
   """
   image = _check_image(image)
   shape = tf.shape(image)
   y, x, h, w = sample_box(shape[0], shape[1], seed, crop_sampler=crop_sampler, crop_area=crop_area)
-  return resize_bicubic(image[y : y + h, x : x + w], size, kind=resize)
+  box = image[y : y + h, x : x + w]
+  return finish(_resize(box, size, resize)) if finish else resize_image(box, size, kind=resize)
 
 
 def sample_box(height, width, seed, *, crop_sampler="official", crop_area=(0.08, 1.0)):
@@ -176,24 +204,30 @@ def _sample_box_torchvision(height, width, seed, low, high):
   return tuple(tf.cast(v, tf.int32) for v in (y, x, h, w))
 
 
-def resize_bicubic(image, size, *, kind="bicubic"):
-  """Bicubic resize to a square, neither antialiased nor clipped: it overshoots [0, 1].
+def resize_image(image, size, *, kind="bicubic"):
+  """Resize to a square, neither antialiased nor clipped: bicubic kernels overshoot [0, 1].
 
   Args:
     image: [h, w, c], uint8, or floating point in [0, 1].
     size: side of the result, in pixels.
     kind: "bicubic" has Keys' kernel, a = -0.5, and half-pixel centres (tf2/); "bicubic_tf1" has a = -0.75 and no
-      half-pixel centres, the legacy kernel of the TF1 code that trained the released checkpoints.
+      half-pixel centres, the legacy kernel of the TF1 code that trained the released checkpoints; "bilinear" has
+      half-pixel centres and is cheaper.
   Returns:
     [size, size, c] float32.
   Raises:
-    ValueError: size is not a positive integer, or kind is neither of the two.
+    ValueError: size is not a positive integer, or kind is none of the three.
   """
-  _check_choice("resize", kind, ("bicubic", "bicubic_tf1"))
+  # The official code converts the whole image before it crops: the same numbers, more work.
+  return _resize(tf.image.convert_image_dtype(image, tf.float32), size, kind)
+
+
+def _resize(image, size, kind):
+  _check_choice("resize", kind, ("bicubic", "bicubic_tf1", "bilinear"))
   if not isinstance(size, int) or size < 1:
     raise ValueError(f"size={size!r}: expected a positive integer, the side of the result in pixels")
-  # The official code converts the whole image before it crops: the same numbers, more work.
-  image = tf.image.convert_image_dtype(image, tf.float32)
+  if kind == "bilinear":
+    return tf.raw_ops.ResizeBilinear(images=image[None], size=[size, size], half_pixel_centers=True)[0]
   half_pixel_centers = kind == "bicubic"  # this flag of the op chooses the kernel as well
   return tf.raw_ops.ResizeBicubic(images=image[None], size=[size, size], half_pixel_centers=half_pixel_centers)[0]
 
@@ -313,6 +347,12 @@ def gaussian_blur(image, *, kernel_size, sigma):
   distance = tf.range(radius + 1, dtype=tf.float32)
   half = tf.exp(-(distance**2) / (2 * tf.cast(sigma, tf.float32) ** 2))  # the kernel is symmetric
   half = half / (2 * tf.reduce_sum(half) - half[0])
+  if radius > LONG:
+    x = tf.reshape(image, [-1, height, width, channels])
+    for length in (height, width):  # along the first axis, and then the axes change places
+      x = _banded(x, half, length)
+      x = tf.transpose(x, [0, 2, 1, 3])
+    return tf.reshape(x, tf.shape(image) if len(image.shape) == 4 else image.shape)
   # Shifted rows and columns: the short kernels of small images cost far less than in depthwise_conv2d.
   x = tf.reshape(image, [-1, height, width * channels])
   padded = tf.pad(x, [[0, 0], [radius, radius], [0, 0]])
@@ -320,6 +360,21 @@ def gaussian_blur(image, *, kernel_size, sigma):
   padded = tf.pad(x, [[0, 0], [0, 0], [radius * channels, radius * channels]])
   x = _convolve([padded[:, :, k * channels : (k + width) * channels] for k in range(2 * radius + 1)], half)
   return tf.reshape(x, tf.shape(image) if len(image.shape) == 4 else image.shape)
+
+
+LONG = 5  # taps on a side, beyond which products beat sums of shifted images
+BLOCK = 32  # rows that one product makes
+
+
+def _banded(x, half, length):
+  """Convolves [n, length, m, c] along its second axis, in blocks of rows: a few small products with one banded matrix."""
+  radius, blocks = half.shape[0] - 1, -(-length // BLOCK)
+  distance = abs(np.arange(BLOCK)[:, None] + radius - np.arange(BLOCK + 2 * radius))
+  band = tf.gather(tf.concat([half, [0.0]], 0), np.minimum(distance, radius + 1))
+  padded = tf.pad(x, [[0, 0], [radius, radius + blocks * BLOCK - length], [0, 0], [0, 0]])
+  padded = tf.reshape(padded, [-1, *padded.shape[1:2], x.shape[2] * x.shape[3]])
+  parts = tf.stack([padded[:, k * BLOCK : (k + 1) * BLOCK + 2 * radius] for k in range(blocks)], 1)
+  return tf.reshape(tf.matmul(band, parts), [-1, blocks * BLOCK, x.shape[2], x.shape[3]])[:, :length]
 
 
 def _convolve(shifts, half):
@@ -338,9 +393,9 @@ def sample_flip(seed):
   return tf.random.stateless_uniform([], seed) < 0.5
 
 
-def _crop_and_flip(image, seed, size, crop_sampler, crop_area, flip, resize):
+def _crop_and_flip(image, seed, size, crop_sampler, crop_area, flip, resize, finish=None):
   crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
-  options = {"crop_sampler": crop_sampler, "crop_area": crop_area, "resize": resize}
+  options = {"crop_sampler": crop_sampler, "crop_area": crop_area, "resize": resize, "finish": finish}
   view = random_crop(image, crop_seed, size=size, **options)
   return tf.cond(sample_flip(flip_seed), lambda: tf.reverse(view, [1]), lambda: view) if flip else view
 

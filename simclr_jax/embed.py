@@ -9,7 +9,7 @@ from etils import epath
 
 from simclr_jax import augment
 from simclr_jax.encoder import resnet
-from simclr_jax.runtime import checkpoint, data
+from simclr_jax.runtime import checkpoint, cluster, data
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
@@ -25,17 +25,24 @@ class EvalSet:
   def __init__(self, source, *, size: int, crop: float, batch_size: int, resize: str = "bicubic"):
     self.source = source
     self._size, self._crop, self._resize = size, crop, resize
-    self._batch_size = min(batch_size, len(source))
-    self._cache = None
+    self._batch_size = batch_size
+    self._cache = self._labels = None
 
   def _transform(self, image):
     return augment.center_crop(image, size=self._size, proportion=self._crop, resize=self._resize)
 
   def batches(self):
-    """dict(image [b, size, size, 3], label, mask, index [b]) in order; mask is false in padding and unreadable rows."""
+    """This process's rows of every batch in order: dict(image [b, size, size, 3], label, mask, index [b]); mask is
+    false in padding and unreadable rows."""
     if self._cache is not None:
       return iter(self._cache)
-    batches = data.eval_batches(self.source, self._transform, batch_size=self._batch_size)
+    batches = data.eval_batches(
+      self.source,
+      self._transform,
+      batch_size=self._batch_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
     if len(self.source) * self._size**2 * 12 <= CACHE_BYTES:
       self._cache = list(batches)
       return iter(self._cache)
@@ -46,34 +53,38 @@ class EvalSet:
     return np.stack([np.asarray(self._transform(self.source.read(int(i)))) for i in indices])
 
   def pixels(self):
-    """float32 [n, side * side * 3]: the representation that everything must beat; images over 64 pixels are averaged
-    down to a side of about 32."""
+    """float32 [n, side * side * 3], or [n, side * side] if all is grey: the representation that everything must beat;
+    images over 64 pixels are averaged down to a side of about 32."""
     block = 1 if self._size <= 64 else self._size // 32
     side = self._size // block
     parts = []
     for batch in self.batches():
-      x = batch["image"][batch["mask"]][:, : side * block, : side * block]
-      parts.append(x.reshape(len(x), side, block, side, block, 3).mean((2, 4)).reshape(len(x), -1))
-    return np.concatenate(parts)
+      x = batch["image"][:, : side * block, : side * block]
+      x = x.reshape(len(x), side, block, side, block, 3).mean((2, 4)).reshape(len(x), -1)
+      parts.append(cluster.gather_rows(x)[cluster.gather_rows(batch["mask"])])
+    x = np.concatenate(parts)
+    red = x[:, ::3]
+    grey = np.array_equal(red, x[:, 1::3]) and np.array_equal(red, x[:, 2::3])
+    return red if grey else x
 
   def labels(self):
     """int32 [n]; -1 where there is none."""
-    return np.concatenate([b["label"][b["mask"]] for b in self.batches()])
+    if self._labels is None:
+      rows = [(cluster.gather_rows(b["label"]), cluster.gather_rows(b["mask"])) for b in self.batches()]
+      self._labels = np.concatenate([label[mask] for label, mask in rows])
+    return self._labels
 
 
 def embed(fn, variables, eval_set: EvalSet, mesh):
   """Tree of float32 [n, ...] with the outputs of `fn(variables, images)` for every image of the set, in order.
 
-  `fn` is jitted by the caller; batches are padded to a multiple of the mesh and the padding is cut off again.
+  `fn` is jitted by the caller; the set's batch size is a multiple of the mesh.  Every process gets all of it.
   """
   outputs = []
   for batch in eval_set.batches():
-    image, mask = batch["image"], batch["mask"]
-    short = -len(image) % mesh.size
-    image = np.pad(image, ((0, short), (0, 0), (0, 0), (0, 0)))
-    out = fn(variables, mesh_lib.global_batch(mesh, image))
-    keep = np.flatnonzero(mask)
-    outputs.append(jax.tree.map(lambda x, keep=keep: np.asarray(x)[keep], out))
+    out = fn(variables, mesh_lib.global_batch(mesh, batch["image"]))
+    keep = np.flatnonzero(cluster.gather_rows(batch["mask"]))
+    outputs.append(jax.tree.map(lambda x, keep=keep: cluster.gather(x)[keep], out))
   return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
 

@@ -25,6 +25,7 @@ DEPTHS = {
   152: ((3, 8, 36, 3), True),
   200: ((3, 24, 36, 3), True),
 }
+REMAT = ("none", "block", "group")
 BN_EPSILON = 1e-5
 BN_MOMENTUM = 0.9
 # VarianceScaling(1, fan_in, truncated_normal) in the official code.
@@ -40,6 +41,7 @@ def resnet(
   stem: str = "imagenet",
   pool_padding: str = "official",
   dtype: Any = jnp.float32,
+  remat: str = "none",
 ) -> nn.Module:
   """A ResNet: images float [n, h, w, 3] in [0, 1], not standardised, to representations h float32 [n, d].
 
@@ -55,6 +57,9 @@ def resnet(
     pool_padding: where the stem's 3x3 max-pool pads an even side: "official" (TensorFlow SAME: only bottom and right)
       or "torch" (one pixel on every side, as torchvision).
     dtype: of the activations, float32 or bfloat16.  Parameters, statistics and h are float32 in either case.
+    remat: what the backward pass computes again instead of keeping it: "none", "block" (everything inside a residual
+      block) or "group" (everything inside the blocks of one resolution).  Same values, less memory, up to a forward
+      pass more of time.
 
   Returns:
     a Linen module, `.apply({"params", "batch_stats"}, x, train=False)`.  Under train=True, BatchNorm normalises with
@@ -78,7 +83,9 @@ def resnet(
     raise ValueError(f'encoder pool_padding {pool_padding!r}: expected "official" or "torch"')
   if dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
     raise ValueError(f'encoder dtype {dtype!r}: expected "float32" or "bfloat16"')
-  return ResNet(depth, width, sk_ratio, se_ratio, stem, pool_padding, jnp.dtype(dtype))
+  if remat not in REMAT:
+    raise ValueError(f"encoder remat {remat!r}: expected one of {', '.join(REMAT)}")
+  return ResNet(depth, width, sk_ratio, se_ratio, stem, pool_padding, jnp.dtype(dtype), remat)
 
 
 class ResNet(nn.Module):
@@ -91,6 +98,7 @@ class ResNet(nn.Module):
   stem: str
   pool_padding: str
   dtype: Any
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, x, train=False, tune_after=-1):
@@ -100,14 +108,16 @@ class ResNet(nn.Module):
     x = jax.lax.stop_gradient(x) if tune_after == 0 else x
     self.sow("intermediates", "stem", x)
     blocks, bottleneck = DEPTHS[self.depth]
+    group = nn.remat(BlockGroup, static_argnums=(2,)) if self.remat == "group" else BlockGroup
     for i, count in enumerate(blocks):
-      x = BlockGroup(
+      x = group(
         blocks=count,
         filters=int(64 * 2**i * self.width),
         stride=1 if i == 0 else 2,
         bottleneck=bottleneck,
         sk_ratio=self.sk_ratio,
         se_ratio=self.se_ratio,
+        remat_blocks=self.remat == "block",
         name=f"group{i + 1}",
       )(x, train and tune_after <= i)
       x = jax.lax.stop_gradient(x) if tune_after == i + 1 else x
@@ -139,11 +149,13 @@ class BlockGroup(nn.Module):
   bottleneck: bool
   sk_ratio: float
   se_ratio: float
+  remat_blocks: bool
 
   @nn.compact
   def __call__(self, x, train):
+    block = nn.remat(Block, static_argnums=(2,)) if self.remat_blocks else Block
     for i in range(self.blocks):
-      x = Block(
+      x = block(
         filters=self.filters,
         stride=self.stride if i == 0 else 1,
         project=i == 0,

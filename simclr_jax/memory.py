@@ -23,21 +23,24 @@ class MemoryState(TrainState):
   bank: jax.Array  # float32 [size, d]: normalised z of the last size / 2n batches, the newest first
 
 
-def train_step(state: MemoryState, batch, *, plain, model, decay: float, loss: dict):
+def train_step(state: MemoryState, batch, *, plain, model, decay: float, loss: dict, views):
   """One update by `plain` with the bank's negatives; then the averages move, and their z of this batch are kept.
 
   Args:
-    plain: (state, batch, loss=...) -> (state, metrics), pretrain.train_step with all else bound.
+    plain: (state, batch, loss=..., views=...) -> (state, metrics), pretrain.train_step with all else bound.
     decay: average <- decay * average + (1 - decay) * weights; BatchNorm of the averaged network sees the batch.
     loss: what contrast.nt_xent takes.
+    views: batch -> [n, 2, h, w, 3], as in pretrain.train_step; both networks see the same.
   """
+  batch = {**batch, "views": views(batch)}
   (_, z, _), seen = model.apply(state.average, batch["views"], train=True, mutable=["batch_stats"])
   z = z.reshape(-1, z.shape[-1])
   if loss.get("normalize", True):
     z = z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-12))
   banked = jnp.minimum(state.step * len(z), len(state.bank))
   known = functools.partial(contrast.nt_xent, **loss, bank=state.bank, banked=banked)
-  weights, metrics = plain(TrainState(state.step, state.params, state.batch_stats, state.opt_state), batch, loss=known)
+  before = TrainState(state.step, state.params, state.batch_stats, state.opt_state)
+  weights, metrics = plain(before, batch, loss=known, views=lambda batch: batch["views"])
   average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, state.average["params"], weights.params)
   bank = jnp.concatenate([z, state.bank])[: len(state.bank)]
   return MemoryState(
@@ -50,7 +53,7 @@ def train_step(state: MemoryState, batch, *, plain, model, decay: float, loss: d
   ), metrics | {"remembered": banked.astype(jnp.float32)}
 
 
-def remember(task: loop.Task, model, *, size: int, decay: float, loss: dict) -> loop.Task:
+def remember(task: loop.Task, model, *, size: int, decay: float, loss: dict, views) -> loop.Task:
   """A pretraining task with a memory of `size` projections.
 
   Raises:
@@ -67,5 +70,5 @@ def remember(task: loop.Task, model, *, size: int, decay: float, loss: dict) -> 
     bank = jnp.zeros((size, z.shape[-1]))
     return MemoryState(state.step, state.params, state.batch_stats, state.opt_state, average, bank)
 
-  step = functools.partial(train_step, plain=task.step, model=model, decay=decay, loss=loss)
+  step = functools.partial(train_step, plain=task.step, model=model, decay=decay, loss=loss, views=views)
   return loop.Task(**{**vars(task), "init": init, "step": step})

@@ -8,16 +8,30 @@ import functools
 import json
 import math
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
-from simclr_jax import accumulate, augment, contrast, diagnostics, embed, exporting, knn, memory, optimizer, probe
+from simclr_jax import (
+  accumulate,
+  augment,
+  augment_on_device,
+  contrast,
+  diagnostics,
+  embed,
+  exporting,
+  knn,
+  memory,
+  optimizer,
+  probe,
+)
 from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
-from simclr_jax.runtime import checkpoint, data, loop, report
+from simclr_jax.runtime import checkpoint, cluster, data, loop, report
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -42,16 +56,19 @@ def train_step(
   microbatches: int = 1,
   batch_norm: str = "microbatch",
   devices: int = 1,
+  views: Callable = lambda batch: batch["views"],
 ):
   """One update.
 
   Args:
-    batch: `views` float32 [n, 2, h, w, 3] in [0, 1], n the global batch; `label` int32 [n], -1 where unknown.
+    batch: `views`, what the host made of the images; `label` int32 [n], -1 where unknown, n the global batch; `seed`
+      int32 [n, 2].
     loss: (z [n, 2, d]) -> (scalar, metrics), such as `contrast.nt_xent` with its temperature bound.
     weight_decay: on the online classifier's kernel, which LARS leaves alone.
     microbatches, batch_norm: above 1, the batch is worked off in so many parts, with all its negatives, and
       `batch_norm` says what BatchNorm ranges over: see accumulate.py.
     devices: over which the batch is split.
+    views: batch -> float32 [n, 2, h, w, 3] in [0, 1], the device's half of the augmentation, see `augmentation`.
 
   Returns:
     (next state, metrics as float32 scalars).
@@ -63,7 +80,7 @@ def train_step(
 
   def forward(params, batch_stats, part, train):
     (_, z, logits), updated = model.apply(
-      {"params": params, "batch_stats": batch_stats}, part["views"], train=train, mutable=["batch_stats"]
+      {"params": params, "batch_stats": batch_stats}, views(part), train=train, mutable=["batch_stats"]
     )
     if logits is None:
       return (z, {"online_loss": jnp.zeros(())}), updated.get("batch_stats", {})
@@ -99,15 +116,85 @@ def chance_loss(config) -> float:
   return contrast.REDUCTIONS[config.loss.reduction] * math.log(2 * config.batch_size - 1)
 
 
+WHERE = ("host", "device", "device_crop", "resident")
+CROP = ("size", "crop_sampler", "crop_area", "flip", "resize")
+
+
 def augmentation(config):
-  """(image uint8 [h, w, 3], seed [2]) -> views [2, size, size, 3], by `config.augment`."""
-  return functools.partial(augment.two_views, **config.augment)
+  """`config.augment` as two halves: what the host does to one image, and what the step does to a batch.
+
+  where="host"         the host does everything: float32 views.
+  where="device"       the host crops and flips: uint8 views; the step distorts colours and blurs.
+  where="device_crop"  the host decodes: uint8 images on canvases of side `canvas`; the step does everything else.
+  where="resident"     the images live on the devices; the host sends their numbers.
+
+  Returns:
+    (host, device, canvas): host (image uint8 [h, w, 3], seed [2]) -> tensor, or None for images as they are;
+    device (batch with `views` and `seed`) -> [n, 2, size, size, 3] float32 in [0, 1].
+
+  Raises:
+    ValueError: an option is out of range.
+  """
+  options = dict(config.augment)
+  where, canvas = options.pop("where", "host"), options.pop("canvas", 512)
+  if where not in WHERE:
+    raise ValueError(f"augment.where={where!r}: expected one of {', '.join(WHERE)}")
+  if not isinstance(canvas, int) or canvas < 1:
+    raise ValueError(f"augment.canvas={canvas!r}: expected the side of the canvas in pixels")
+  if where == "host":
+    return functools.partial(augment.two_views, **options), lambda batch: batch["views"], canvas
+  crop = {key: options.pop(key) for key in CROP if key in options}
+  # A network that computes in bfloat16 sees no difference; one in float32 is fed float32.
+  options["precision"] = "default" if config.encoder.dtype == "bfloat16" else "highest"
+  if where == "device":
+    device = functools.partial(augment_on_device.color_and_blur, **options)
+    return functools.partial(augment.two_crops, **crop), lambda batch: device(batch["views"], batch["seed"]), canvas
+  device = functools.partial(augment_on_device.two_views, **crop, **options)
+  return None, lambda batch: device(batch["views"]["image"], batch["views"]["extent"], batch["seed"]), canvas
 
 
-def make_task(config, source, *, mesh, evaluators=None) -> loop.Task:
-  """The config and the training images as the loop wants them."""
+def _check_augmentation(config):
+  """Tries both halves on an image of 8 pixels: impossible values fail here, before the workdir is touched."""
+  host, device, _ = augmentation(config)
+  image = np.zeros((8, 8, 3), np.uint8)
+  views = {"image": image[None], "extent": np.full((1, 2), 8, np.int32)} if host is None else host(image, (0, 0))[None]
+  views = jax.tree.map(np.asarray, views)
+  jax.eval_shape(device, {"views": views, "seed": np.zeros((1, 2), np.int32)})
+
+
+def _resident(drawn, labels, images, mesh):
+  """Batches whose images are on every device from the start, and are picked there by their numbers."""
+  images = dict(zip(("image", "extent"), images, strict=True))
+  images = jax.tree.map(lambda x: jax.device_put(x, mesh_lib.replicated(mesh)), images)
+  pick = jax.jit(
+    lambda images, index: jax.tree.map(lambda x: x[index], images), out_shardings=mesh_lib.batch_sharding(mesh)
+  )
+  for index, seed in drawn:
+    label = np.full(len(index), -1, np.int32) if labels is None else labels[index]
+    batch = mesh_lib.global_batch(mesh, {"index": index.astype(np.int32), "label": label, "seed": seed})
+    yield {**batch, "views": pick(images, batch["index"])}
+
+
+def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.Task:
+  """The config and the training images as the loop wants them; `bad_file` gets the names of unreadable images."""
   model = model_lib.create(config, source.num_classes)
   tx, schedule = optimizer.create(config, len(source))
+  host, device, canvas = augmentation(config)
+
+  bad = dict(max_bad_fraction=config.data.max_bad_fraction, bad_file=bad_file)
+  order = dict(
+    batch_size=config.batch_size,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  images = functools.cache(lambda: data.in_memory(source, canvas=canvas, **bad))
+
+  def stream(start):
+    if config.augment.get("where") == "resident":
+      return _resident(data.draws(source, start_step=start, **order), source.labels, images(), mesh)
+    return data.train_stream(source, host, start_step=start, canvas=canvas, **order, **bad)
+
   task = loop.Task(
     init=functools.partial(init_state, model=model, tx=tx, image_size=config.augment.size),
     step=functools.partial(
@@ -120,24 +207,43 @@ def make_task(config, source, *, mesh, evaluators=None) -> loop.Task:
       microbatches=config.microbatches,
       batch_norm=config.microbatch_norm,
       devices=mesh.size,
+      views=device,
     ),
-    stream=lambda start: data.train_stream(
-      source,
-      augmentation(config),
-      batch_size=config.batch_size,
-      seed=config.seed,
-      start_step=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      max_bad_fraction=config.data.max_bad_fraction,
-    ),
+    stream=stream,
     evaluators=evaluators or {},
     total_steps=optimizer.train_steps(config, len(source)),
     batch_size=config.batch_size,
     num_examples=len(source),
     exports=model_lib.keep_encoder,
+    zero1=config.zero1,
   )
-  return memory.remember(task, model, loss=dict(config.loss), **config.memory) if "memory" in config else task
+  if "memory" in config:
+    task = memory.remember(task, model, loss=dict(config.loss), views=device, **config.memory)
+  return task
+
+
+def abstract_step(config, mesh, *, num_examples: int, num_classes: int):
+  """(jitted update, its arguments as shapes with shardings), of a run on `mesh`, which may be devices nobody has."""
+
+  class Size:  # of a data set, which is all that the step depends on
+    def __len__(self):
+      return num_examples
+
+  source = Size()
+  source.num_classes = num_classes
+  task = make_task(config, source, mesh=mesh)
+  b, size = config.batch_size, config.augment.size
+  where, canvas = config.augment.get("where", "host"), config.augment.get("canvas", 512)
+  if where in ("host", "device"):
+    views = jax.ShapeDtypeStruct((b, 2, size, size, 3), np.float32 if where == "host" else np.uint8)
+  else:
+    image = jax.ShapeDtypeStruct((b, canvas, canvas, 3), np.uint8)
+    views = {"image": image, "extent": jax.ShapeDtypeStruct((b, 2), np.int32)}
+  number = jax.ShapeDtypeStruct((b,), np.int32)
+  batch = {"views": views, "label": number, "index": number, "seed": jax.ShapeDtypeStruct((b, 2), np.int32)}
+  split = mesh_lib.batch_sharding(mesh)
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
+  return loop.compile_step(task, mesh), (loop.abstract_state(task, mesh), batch)
 
 
 @functools.lru_cache
@@ -236,16 +342,23 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   model = model_lib.create(config, train_source.num_classes)
   evaluation = Evaluation(config, model, train_source, test_source, mesh)
   every = config_lib.every(config.evaluate, len(train_source), config.batch_size)
-  task = make_task(config, train_source, mesh=mesh, evaluators={"knn": loop.Evaluator(evaluation.quick, every)})
+  evaluators = {"knn": loop.Evaluator(evaluation.quick, every)}
+  name = f"unreadable_{jax.process_index()}.txt" if jax.process_count() > 1 else "unreadable.txt"
+  bad_file = str(epath.Path(workdir) / name)
+  task = make_task(config, train_source, mesh=mesh, evaluators=evaluators, bad_file=bad_file)
   checkpoint_every = config_lib.every(config.checkpoint, len(train_source), config.batch_size)
-  augmentation(config)(np.zeros((8, 8, 3), np.uint8), (0, 0))
+  _check_augmentation(config)
   abstract = jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
 
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
   config_json = config_lib.to_json(config)
-  checkpoint.write_text(workdir / "config.json", config_json)
-  views = next(iter(task.stream(0)))["views"][:16]
-  report.view_pairs_png(workdir / "views.png", views)
+  first = jax.tree.map(
+    lambda x: cluster.gather(x)[:16] if isinstance(x, jax.Array) else x[:16], next(iter(task.stream(0)))
+  )
+  views = np.asarray(jax.jit(augmentation(config)[1])(first))
+  if not jax.process_index():
+    checkpoint.write_text(workdir / "config.json", config_json)
+    report.view_pairs_png(workdir / "views.png", views)
   _greet(config, config_json, workdir, mesh, train_source, abstract, task)
 
   state, clock = loop.run(
@@ -329,8 +442,10 @@ def _conclude(config, workdir, task, evaluation, state, mesh) -> dict:
   out["neighbours"] = (evaluation.test.images(queries), neighbours, same)
   scores = {row["representation"]: {k: v for k, v in row.items() if k != "representation"} for row in out["scores"]}
   step = int(state.step)
-  checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
-  exporting.write(workdir / "encoder", model_lib.keep_encoder(state), config, scores=scores, step=step, overwrite=True)
+  if not jax.process_index():
+    kept = model_lib.keep_encoder(state)
+    checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
+    exporting.write(workdir / "encoder", kept, config, scores=scores, step=step, overwrite=True)
   return out
 
 

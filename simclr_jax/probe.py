@@ -31,20 +31,25 @@ SPLIT_SEED = 0  # of held-out parts and few-label draws; not the run's seed, so 
 @jax.jit
 @jax.value_and_grad
 def _objective(weights, x, y, sample_weight, l2):
-  """Mean cross-entropy and its L2 penalty; weights [d + 1, classes], the bias in the last row, x [n, d].
+  """Mean cross-entropy and its L2 penalty, summed over problems that share their examples.
 
+  weights [problems, d + 1, classes], the bias in the last row; x [n, d]; sample_weight [n, problems].
   Labels y [n] are classes; y [n, classes] are 1, 0 or -1 (do not ask) of each class by itself.
   """
-  logits = jnp.matmul(x, weights[:-1], precision="highest") + weights[-1]
-  if y.ndim == 1:
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-  else:
-    losses = jnp.sum(jnp.where(y < 0, 0, optax.sigmoid_binary_cross_entropy(logits, y)), 1)
-  return jnp.sum(sample_weight * losses) / jnp.sum(sample_weight) + 0.5 * l2 * jnp.sum(weights[:-1] ** 2)
+
+  def one(weights, sample_weight):
+    logits = jnp.matmul(x, weights[:-1], precision="highest") + weights[-1]
+    if y.ndim == 1:
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    else:
+      losses = jnp.sum(jnp.where(y < 0, 0, optax.sigmoid_binary_cross_entropy(logits, y)), 1)
+    return jnp.sum(sample_weight * losses) / jnp.sum(sample_weight) + 0.5 * l2 * jnp.sum(weights[:-1] ** 2)
+
+  return jnp.sum(jax.vmap(one, in_axes=(0, 1))(weights, sample_weight))
 
 
 def _fit(start, x, y, sample_weight, l2, *, max_steps, tolerance):
-  """L-BFGS from `start` until every entry of the gradient is below the tolerance, or for max_steps iterations."""
+  """L-BFGS from `start` [problems, d + 1, classes] until every entry of the gradient is below the tolerance, or for max_steps iterations."""
 
   def flat(w):
     value, grad = _objective(w.reshape(start.shape).astype(np.float32), x, y, sample_weight, l2)
@@ -65,6 +70,15 @@ def held_out_parts(labels, folds, rng):
     members = rng.permutation(np.flatnonzero(labels == c))
     part[members] = np.arange(len(members)) % parts
   return np.stack([part == f for f in range(folds)])
+
+
+def _in_its_span(x):
+  """(x in coordinates of the span of its rows, the orthonormal basis [d, coordinates]) if there are fewer rows than
+  columns; a penalised solution lies in that span."""
+  if len(x) >= x.shape[1]:
+    return x, np.eye(x.shape[1], dtype=np.float32)
+  q, r = np.linalg.qr(x.T)
+  return r.T, q
 
 
 def top_1(logits, y) -> float:
@@ -124,28 +138,28 @@ def logistic_regression(
   """
   x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
   mean, scale = x.mean(0), max(float(np.sqrt(x.var(0).mean())), 1e-12)
-  x = (x - mean) / scale
+  x, basis = _in_its_span((x - mean) / scale)
   short = -len(x) % (mesh.size if mesh else 1)
 
-  def place(array):
+  def place(array):  # its first axis over the examples
     array = np.pad(array, [(0, short)] + [(0, 0)] * (array.ndim - 1))
     return jax.device_put(array, mesh_lib.batch_sharding(mesh)) if mesh else jnp.asarray(array)
 
   x_device, y_device = place(x), place(y)
   grid = sorted(l2s, reverse=True)
-  start = np.zeros((x.shape[1] + 1, num_classes))
+  start = np.zeros((1, x.shape[1] + 1, num_classes))
   l2 = grid[0]
   if len(grid) > 1:
     total = np.zeros(len(grid))
     parts = held_out_parts(y, folds, np.random.default_rng(seed)) if held_out is None else held_out[None]
-    for part in parts:
-      weights, sample_weight = start, place((~part).astype(np.float32))
-      for i, candidate in enumerate(grid):  # from the strongest penalty to the weakest, each from the last one's end
-        weights = _fit(weights, x_device, y_device, sample_weight, candidate, **SWEEP)
-        total[i] += part.sum() * score(x[part] @ weights[:-1] + weights[-1], y[part])
+    weights, sample_weight = np.repeat(start, len(parts), 0), place((~parts).astype(np.float32).T)
+    for i, candidate in enumerate(grid):  # from the strongest penalty to the weakest, each from the last one's end
+      weights = _fit(weights, x_device, y_device, sample_weight, candidate, **SWEEP)
+      for w, part in zip(weights, parts, strict=True):
+        total[i] += part.sum() * score(x[part] @ w[:-1] + w[-1], y[part])
     l2 = grid[int(total.argmax())]  # the strongest penalty among equals
-  weights = _fit(start, x_device, y_device, place(np.ones(len(y), np.float32)), l2, **FINAL)
-  kernel = weights[:-1] / scale
+  (weights,) = _fit(start, x_device, y_device, place(np.ones((len(y), 1), np.float32)), l2, **FINAL)
+  kernel = basis @ weights[:-1] / scale
   return {"kernel": kernel.astype(np.float32), "bias": (weights[-1] - mean @ kernel).astype(np.float32), "l2": l2}
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: exact round trips, refusals that name the cure, and a full disk that costs nothing already saved."""
 
 import os
+import shutil
 import subprocess
 
 import jax
@@ -28,7 +29,8 @@ def test_round_trip_on_another_number_of_devices(tmp_path, task, state):
   saved.save(3, state, model.keep_encoder(state), "{}")
   saved.close()
   mesh = mesh_lib.make_mesh(jax.devices()[:2])
-  restored = checkpoint.Checkpoints(tmp_path).restore(3, loop.abstract_state(task.init, mesh))
+  step, restored = checkpoint.Checkpoints(tmp_path).restore_newest(loop.abstract_state(task, mesh))
+  assert step == 3
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
   assert restored.params["encoder"]["stem_conv"]["kernel"].sharding.mesh == mesh
 
@@ -46,14 +48,72 @@ def test_the_encoder_item_is_the_encoder_alone(tmp_path, state):
 
 
 def test_another_architecture_is_refused_by_name(tmp_path, state):
-  saved = checkpoint.Checkpoints(tmp_path)
-  saved.save(3, state, model.keep_encoder(state), "{}")
+  checkpoint.Checkpoints(tmp_path).save(3, state, model.keep_encoder(state), "{}")
   wider = pretrain.make_task(tiny.config(**{"encoder.width": 0.125}), tiny.source(), mesh=mesh_lib.make_mesh())
   with pytest.raises(
     ValueError, match=r"another architecture: .* is float32\[4\] there and float32\[8\] in this config"
   ) as error:
-    saved.restore(3, loop.abstract_state(wider.init, mesh_lib.make_mesh()))
+    checkpoint.Checkpoints(tmp_path).restore_newest(loop.abstract_state(wider, mesh_lib.make_mesh()))
   assert "\n" not in str(error.value)
+
+
+def cut(file):
+  file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def delete(file):
+  file.unlink()
+
+
+def zero(file):
+  data = bytearray(file.read_bytes())
+  data[: len(data) // 2 + 1] = bytes(len(data) // 2 + 1)
+  file.write_bytes(bytes(data))
+
+
+def flip(file):
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  file.write_bytes(bytes(data))
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory, state):
+  workdir = tmp_path_factory.mktemp("run")
+  saved = checkpoint.Checkpoints(workdir)
+  for step in (1, 2):
+    saved.save(step, state.replace(step=state.step + step), model.keep_encoder(state), "{}")
+  return workdir
+
+
+@pytest.mark.parametrize("damage", [cut, delete, zero, flip])
+def test_every_damage_to_every_file_is_found(tmp_path, two_steps, damage, capsys):
+  files = [f.relative_to(two_steps) for f in two_steps.glob("checkpoints/2/**/*") if f.is_file() and f.stat().st_size]
+  assert {"manifest.json", "manifest.ocdbt", "metadata", "_METADATA"} <= {f.name for f in files} and len(files) > 10
+  for number, file in enumerate(files):
+    workdir = tmp_path / str(number)
+    shutil.copytree(two_steps, workdir)
+    damage(workdir / file)
+    assert checkpoint._newest_complete(workdir) == 1, file
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("checkpoint of step 2 skipped")
+    assert file.name in said or file.name == "manifest.json"  # a damaged name in it is that of a file that is missing
+    assert (workdir / "damaged" / "2.0").is_dir()  # kept, for who wants to look
+    shutil.rmtree(workdir)
+
+
+def test_a_damaged_step_is_skipped_and_saved_again(tmp_path, two_steps, task, state):
+  workdir = tmp_path / "run"
+  shutil.copytree(two_steps, workdir)
+  flip(max(workdir.glob("checkpoints/2/state/**/d/*"), key=lambda f: f.stat().st_size))
+  like = loop.abstract_state(task, mesh_lib.make_mesh())
+  with pytest.raises(checkpoint.Damaged, match="damaged: its SHA-256 is not the one in manifest.json"):
+    checkpoint.read_run_encoder(workdir, jax.eval_shape(lambda s: model.keep_encoder(s), state))
+  saved = checkpoint.Checkpoints(workdir)
+  step, restored = saved.restore_newest(like)
+  assert step == restored.step == 1
+  saved.save(2, state.replace(step=state.step + 2), model.keep_encoder(state), "{}")
+  assert checkpoint.Checkpoints(workdir).restore_newest(like)[0] == 2
 
 
 def test_workdir_rules(tmp_path):
@@ -89,8 +149,8 @@ def test_a_full_disk_keeps_the_last_good_step(tmp_path, task, state):
       saved.save(2, state, model.keep_encoder(state), "{}")
     assert "\n" not in str(error.value)
     again = checkpoint.Checkpoints(disk, keep=10)
-    assert again.latest_step() == 1
-    restored = again.restore(1, loop.abstract_state(task.init, mesh_lib.make_mesh()))
+    step, restored = again.restore_newest(loop.abstract_state(task, mesh_lib.make_mesh()))
+    assert step == 1
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
   finally:
     subprocess.run(["umount", str(disk)], check=True)

@@ -359,3 +359,25 @@ def test_impossible_values(kwargs, words):
 def test_impossible_images(x):
   with pytest.raises(ValueError, match=r"expected float images \[n, h, w, 3\]"):
     resnet(18, width=0.25).init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("remat", ["block", "group"])
+def test_remat_changes_memory_and_nothing_else(remat):
+  """Same parameters, statistics and gradients; what the backward pass keeps is the activations between blocks."""
+  x = jax.random.uniform(jax.random.key(1), (4, 32, 32, 3))
+
+  def gradients(remat):
+    model = resnet(18, width=0.125, stem="cifar", remat=remat)
+    variables = model.init(jax.random.key(0), x)
+
+    def loss(params):
+      h, updated = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+      return jnp.sum(h**2), updated
+
+    return jax.jit(jax.grad(loss, has_aux=True))(variables["params"]), str(
+      jax.make_jaxpr(jax.grad(loss, has_aux=True))(variables["params"])
+    )
+
+  (expected, _), (found, jaxpr) = gradients("none"), gradients(remat)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+  assert jaxpr.count("remat2[") + jaxpr.count("checkpoint[") >= {"block": 8, "group": 4}[remat]

@@ -48,25 +48,30 @@ def test_a_step_averages_and_remembers():
   net = model.SimCLR(Toy(), Projector(2, 4), num_classes=3)
   tx = optimizer.sgd_nesterov(0.1)
 
-  def plain(state, batch, *, loss):
-    return pretrain.train_step(state, batch, model=net, tx=tx, schedule=lambda step: 0.1, loss=loss)
+  def plain(state, batch, *, loss, views):
+    return pretrain.train_step(state, batch, model=net, tx=tx, schedule=lambda step: 0.1, loss=loss, views=views)
 
   def init(key):
     return pretrain.init_state(key, model=net, tx=tx, image_size=32)
 
   task = memory.remember(
-    loop.Task(init, plain, None, {}, 0, 8, 8, None), net, size=24, decay=0.9, loss={"temperature": 0.5}
+    loop.Task(init, plain, None, {}, 0, 8, 8, None),
+    net,
+    size=24,
+    decay=0.9,
+    loss={"temperature": 0.5},
+    views=lambda b: b["pixels"],
   )
   state = task.init(jax.random.key(0))
   rng = np.random.default_rng(0)
   step, kept = jax.jit(task.step), []
   for k in range(3):
-    batch = {"views": jnp.float32(rng.random((8, 2, 32, 32, 3))), "label": jnp.arange(8) % 3}
-    (_, z, _), _ = net.apply(state.average, batch["views"], train=True, mutable=["batch_stats"])
+    batch = {"pixels": jnp.float32(rng.random((8, 2, 32, 32, 3))), "label": jnp.arange(8) % 3}
+    (_, z, _), _ = net.apply(state.average, batch["pixels"], train=True, mutable=["batch_stats"])
     z = np.asarray(z).reshape(16, 4)
     kept.insert(0, z / np.linalg.norm(z, axis=1, keepdims=True))
     (_, own, _), _ = net.apply(
-      {"params": state.params, "batch_stats": state.batch_stats}, batch["views"], train=True, mutable=["batch_stats"]
+      {"params": state.params, "batch_stats": state.batch_stats}, batch["pixels"], train=True, mutable=["batch_stats"]
     )
     before = state
     state, metrics = step(state, batch)
@@ -82,4 +87,4 @@ def test_a_step_averages_and_remembers():
     )  # fmt: skip
   assert int(state.step) == 3
   with pytest.raises(ValueError, match="memory.decay=1.0"):
-    memory.remember(task, net, size=24, decay=1.0, loss={})
+    memory.remember(task, net, size=24, decay=1.0, loss={}, views=None)

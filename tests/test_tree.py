@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "simclr_jax"
 LIBRARIES_OF = {
-  "augment": {"tensorflow"},
+  "augment": {"tensorflow", "numpy"},
+  "augment_on_device": {"jax", "flax", "optax", "numpy"},
   "encoder": {"jax", "flax", "optax", "numpy", "typing"},
   "projector": {"jax", "flax", "optax", "numpy", "typing"},
   "contrast": {"jax", "flax", "optax", "numpy"},

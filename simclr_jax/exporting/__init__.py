@@ -3,10 +3,10 @@
 import datetime
 import importlib.metadata
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from simclr_jax import embed
 from simclr_jax.encoder import resnet
@@ -22,7 +22,7 @@ _RESIZES = {
 }
 
 
-def write(path, variables, config, *, scores: dict, step: int, heads=None, overwrite: bool = False) -> Path:
+def write(path, variables, config, *, scores: dict, step: int, heads=None, overwrite: bool = False) -> epath.Path:
   """Writes the encoder's variables {"params", "batch_stats"} and card.json to the folder `path`.
 
   `heads` are variables of what sits on h, by name, kept beside it for fine-tuning: "projector", "classifier".
@@ -51,10 +51,10 @@ def write(path, variables, config, *, scores: dict, step: int, heads=None, overw
   return checkpoint.save_encoder(path, variables, card, heads=heads, overwrite=overwrite)
 
 
-def run(workdir, output, *, step: int | None = None, overwrite: bool = False) -> Path:
+def run(workdir, output, *, step: int | None = None, overwrite: bool = False) -> epath.Path:
   """The program `simclr export`: writes the encoder of a run's checkpoint to `output` and says how to load it."""
   opened = embed.Run(workdir, step=step)
-  scores_file = Path(workdir) / "scores.json"
+  scores_file = checkpoint.absolute(workdir) / "scores.json"
   scores = json.loads(scores_file.read_text()) if scores_file.exists() else {}
   scores = scores if scores.get("step") == opened.step else {}
   path = write(

@@ -1,20 +1,24 @@
 """Checkpoints: Orbax behind a few functions.
 
-Layout of a run's checkpoint:  <workdir>/checkpoints/<step>/{state, encoder, config}
-Layout of an export:           <folder>/{encoder/, card.json}
+Layout of a run's checkpoint:  <workdir>/checkpoints/<step>/{state, encoder, config, manifest.json}
+Layout of an export:           <folder>/{encoder/, card.json, manifest.json}
 Orbax writes under a temporary name and renames when complete, so a run that dies while saving keeps the last good step.
+It does not notice a damaged file: a flipped bit loads as another number.  manifest.json holds the SHA-256 of every file;
+it is written last, and nothing is loaded that does not agree with it.
 """
 
+import hashlib
 import json
 import logging
 import os
-import pathlib
 import shutil
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+
+from simclr_jax.runtime import cluster
 
 CARD_VERSION = 1
 
@@ -37,11 +41,16 @@ def claim_workdir(workdir, *, resume: bool, overwrite: bool) -> epath.Path:
   """
   if resume and overwrite:
     raise ValueError("--resume and --overwrite contradict each other: give one of them")
+  cluster.on_first(lambda: _claim(workdir, resume or overwrite, overwrite))
+  return absolute(workdir)
+
+
+def _claim(workdir, filled_is_fine, overwrite):
   path = absolute(workdir)
   if path.exists() and not path.is_dir():
     raise ValueError(f"--workdir={workdir} is a file: name a folder")
   filled = path.exists() and any(path.iterdir())
-  if filled and not (resume or overwrite):
+  if filled and not filled_is_fine:
     raise ValueError(
       f"--workdir={workdir} is not empty: add --resume to go on, --overwrite to start again, or name another"
     )
@@ -50,19 +59,79 @@ def claim_workdir(workdir, *, resume: bool, overwrite: bool) -> epath.Path:
       raise ValueError(
         f"--workdir={workdir} --overwrite: the folder has no config.json, so it is no run; delete it yourself"
       )
-    if jax.process_index() == 0:
-      path.rmtree()
+    path.rmtree()
   try:
     path.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-      probe = path / ".writable"
-      probe.write_text("")
-      probe.unlink()
+    probe = path / ".writable"
+    probe.write_text("written and deleted")
+    probe.unlink()
   except OSError as error:
     raise ValueError(
       f"--workdir={workdir} cannot be written ({error.strerror or error}): name another folder"
     ) from None
-  return path
+
+
+class Damaged(ValueError):
+  """A checkpoint does not hold what was written."""
+
+
+def _files(path, below=""):
+  """Names of all files under `path`, but for its manifest."""
+  for entry in sorted((path / below).iterdir()):
+    name = f"{below}{entry.name}"
+    if entry.is_dir():
+      yield from _files(path, f"{name}/")
+    elif name != "manifest.json":
+      yield name
+
+
+def _digest(file) -> str:
+  sha = hashlib.sha256()
+  with file.open("rb") as stream:
+    while block := stream.read(1 << 22):
+      sha.update(block)
+  return sha.hexdigest()
+
+
+def _seal(path):
+  """Writes manifest.json: the SHA-256 of every file below `path`."""
+  write_text(path / "manifest.json", json.dumps({name: _digest(path / name) for name in _files(path)}, indent=0))
+
+
+def _verify(path):
+  """Raises Damaged, on one line, unless `path` holds the files of its manifest."""
+  try:
+    manifest = json.loads((path / "manifest.json").read_text())
+    wanted = dict(manifest)
+  except FileNotFoundError:
+    raise Damaged(f"{path} has no manifest.json: it was not written to the end") from None
+  except (ValueError, TypeError):
+    raise Damaged(f"{path}/manifest.json is not the JSON that was written") from None
+  for name in sorted(wanted):
+    if not (path / name).exists():
+      raise Damaged(f"{path}/{name} is missing")
+    if _digest(path / name) != wanted[name]:
+      raise Damaged(f"{path}/{name} is damaged: its SHA-256 is not the one in manifest.json")
+
+
+def _newest_complete(workdir) -> int | None:
+  """The newest step that is what was written; damaged ones are named and moved to <workdir>/damaged."""
+  for step in reversed(_steps(workdir)):
+    try:
+      _verify(folder(workdir) / str(step))
+      return step
+    except Damaged as why:
+      aside = absolute(workdir) / "damaged"
+      aside.mkdir(exist_ok=True)
+      target = next(t for n in range(1000) if not (t := aside / f"{step}.{n}").exists())
+      (folder(workdir) / str(step)).rename(target)
+      print(f"checkpoint of step {step} skipped: {why}; moved to {target}", flush=True)
+  return None
+
+
+def _steps(workdir) -> list[int]:
+  path = folder(workdir)
+  return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.exists() else []
 
 
 class Checkpoints:
@@ -70,6 +139,7 @@ class Checkpoints:
 
   def __init__(self, workdir, *, keep: int = 3):
     self._folder = folder(workdir)
+    self._newest = cluster.on_first(lambda: _newest_complete(workdir))
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
     )
@@ -97,6 +167,7 @@ class Checkpoints:
     try:
       self._manager.save(step, args=args, force=True)
       self._manager.wait_until_finished()
+      cluster.on_first(lambda: _seal(self._folder / str(step)))
     except Exception as error:  # Orbax raises many types here, with many-line messages
       logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # or each array that failed prints a traceback of its own
       survivor = f"step {last} in {self._folder} is complete" if last is not None else "no checkpoint exists yet"
@@ -105,13 +176,18 @@ class Checkpoints:
         f"could not save step {step}: {reason}; {survivor}; free space and run again with --resume"
       ) from None
 
-  def restore(self, step: int, like):
-    """The state saved at `step`, placed as `like` (a tree of jax.ShapeDtypeStruct with shardings).
+  def restore_newest(self, like):
+    """(step, the state of the newest undamaged checkpoint, placed as `like`); (0, None) if there is none.
+
+    Args:
+      like: a tree of jax.ShapeDtypeStruct with shardings, on whatever devices there are now.
 
     Raises:
       ValueError: the checkpoint is of another architecture; names the first difference.
     """
-    return _restore(self._folder / str(step) / "state", like)
+    if self._newest is None:
+      return 0, None
+    return self._newest, _restore(self._folder / str(self._newest) / "state", like)
 
   def close(self):
     self._manager.close()
@@ -124,7 +200,7 @@ def read_run_encoder(workdir, like, step: int | None = None):
     like: tree of jax.ShapeDtypeStruct, the encoder that the run's config describes.
 
   Raises:
-    ValueError: no such checkpoint.
+    ValueError: no such checkpoint, or it is damaged.
   """
   step = _find_step(workdir, step)
   return step, _restore(folder(workdir) / str(step) / "encoder", _empty(like))
@@ -137,13 +213,15 @@ def read_run_state(workdir, step: int | None = None):
 
 
 def _find_step(workdir, step):
-  steps = sorted(int(p.name) for p in folder(workdir).iterdir() if p.name.isdigit()) if folder(workdir).exists() else []
+  steps = _steps(workdir)
   if not steps or (step is not None and step not in steps):
     have = ", ".join(map(str, steps)) or "none"
     raise ValueError(
       f"--workdir={workdir}: no checkpoint{'' if step is None else f' of step {step}'}; steps there: {have}"
     )
-  return steps[-1] if step is None else step
+  step = steps[-1] if step is None else step
+  _verify(folder(workdir) / str(step))
+  return step
 
 
 def read_tree(path) -> dict:
@@ -151,7 +229,7 @@ def read_tree(path) -> dict:
   path = absolute(path)
   if not path.exists():
     return {}
-  with ocp.StandardCheckpointer() as checkpointer:
+  with _by_this_process() as checkpointer:
     return checkpointer.restore(path, _empty(checkpointer.metadata(path).item_metadata.tree))
 
 
@@ -160,7 +238,8 @@ def _empty(like):
 
 
 def _restore(path, like):
-  with ocp.StandardCheckpointer() as checkpointer:
+  host = isinstance(jax.tree.leaves(like)[0], np.ndarray)
+  with _by_this_process() if host else ocp.StandardCheckpointer() as checkpointer:
     _compare(_shapes(checkpointer.metadata(path).item_metadata.tree), _shapes(like), path)
     return checkpointer.restore(path, like)
 
@@ -210,7 +289,7 @@ def write_text(path, text: str):
   temporary.rename(path) if "://" in str(path) else os.replace(temporary, path)
 
 
-def save_encoder(path, variables: dict, card: dict, *, heads=None, overwrite: bool = False) -> pathlib.Path:
+def save_encoder(path, variables: dict, card: dict, *, heads=None, overwrite: bool = False) -> epath.Path:
   """Writes an encoder's variables {"params", "batch_stats"}, its card and any `heads` (name -> variables) to a folder.
 
   Arrays are stored as host numpy, so a folder written by a pod opens on a laptop.
@@ -218,37 +297,46 @@ def save_encoder(path, variables: dict, card: dict, *, heads=None, overwrite: bo
   Raises:
     ValueError: the folder exists and is not empty.
   """
-  path = pathlib.Path(path).absolute()
+  path = absolute(path)
   if path.exists() and any(path.iterdir()):
     if not overwrite:
       raise ValueError(f"{path} is not empty: add --overwrite or name another folder")
     if not (path / "card.json").exists():
       raise ValueError(f"{path} has no card.json, so it is no export: delete it yourself")
-    shutil.rmtree(path)
-  temporary = path.with_name(f".{path.name}.tmp")
-  shutil.rmtree(temporary, ignore_errors=True)
+  temporary = path.parent / f".{path.name}.tmp"
+  if temporary.exists():
+    temporary.rmtree()
   temporary.mkdir(parents=True)
-  with ocp.StandardCheckpointer() as checkpointer:
+  with _by_this_process() as checkpointer:
     for name, tree in {"encoder": variables, **(heads or {})}.items():
       checkpointer.save(temporary / name, jax.tree.map(np.asarray, tree))
   (temporary / "card.json").write_text(json.dumps({"card_version": CARD_VERSION, **card}, indent=2, sort_keys=True))
+  _seal(temporary)
   if path.exists():
-    path.rmdir()
+    path.rmtree()
   temporary.rename(path)
   return path
+
+
+def _by_this_process():
+  """A checkpointer that waits for no other process."""
+  me = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"p{me}")
+  return ocp.StandardCheckpointer(**({"multiprocessing_options": alone} if cluster.several() else {}))
 
 
 def read_encoder(path, like_of):
   """(variables as numpy, card) of a folder that save_encoder wrote; `like_of(card)` gives the tree of shapes.
 
   Raises:
-    ValueError: not such a folder, or a card of an unknown version.
+    ValueError: not such a folder, one that is damaged, or a card of an unknown version.
   """
-  path = pathlib.Path(path).absolute()
+  path = absolute(path)
   card_path = path / "card.json"
-  if not card_path.is_file():
+  if not card_path.exists():
     raise ValueError(f"{path} is no exported encoder (card.json is missing): give the folder `simclr export` wrote")
   card = json.loads(card_path.read_text())
   if card.get("card_version") != CARD_VERSION:
     raise ValueError(f"{card_path}: card_version {card.get('card_version')}, this package reads {CARD_VERSION}")
-  return _restore(epath.Path(path) / "encoder", _empty(like_of(card))), card
+  _verify(path)
+  return _restore(path / "encoder", _empty(like_of(card))), card

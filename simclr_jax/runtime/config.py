@@ -59,7 +59,7 @@ def override(config, overrides) -> ml_collections.FrozenConfigDict:
   Raises:
     ValueError: as for `load`.
   """
-  known = _flatten(config)
+  known = flatten(config)
   for text in overrides:
     key = text.partition("=")[0].removeprefix("--config.")
     if key not in known:
@@ -109,6 +109,7 @@ SCHEMA = {
   "batch_size": _POSITIVE,
   "microbatches": _POSITIVE,
   "microbatch_norm": (lambda v: v in ("microbatch", "exact"), "microbatch or exact"),
+  "zero1": (lambda v: isinstance(v, bool), "True (each device keeps a share of the optimizer state) or False"),
   "train_epochs": _NOT_NEGATIVE,
   "train_steps": _NOT_NEGATIVE,
   "augment.": _ANY,
@@ -218,7 +219,7 @@ def program(config) -> str:
 
 def check(config):
   """The config, frozen, if every key is known and every value possible; else ValueError on one line."""
-  flat = _flatten(config)
+  flat = flatten(config)
   if program(config) not in SCHEMAS:
     raise ValueError(f"config.program={config.program!r}: expected one of {', '.join(SCHEMAS)}")
   schema = SCHEMAS[program(config)]
@@ -241,11 +242,12 @@ def check(config):
   return ml_collections.FrozenConfigDict(config)
 
 
-def _flatten(config, prefix=""):
+def flatten(config, prefix="") -> dict:
+  """{dotted key: value} of a nested config."""
   out = {}
   for key, value in config.items():
     if hasattr(value, "items"):
-      out.update(_flatten(value, f"{prefix}{key}."))
+      out.update(flatten(value, f"{prefix}{key}."))
     else:
       out[f"{prefix}{key}"] = value
   return out
@@ -264,7 +266,7 @@ def every(section, num_examples: int, batch_size: int) -> int:
 
 def difference(before, now) -> list[tuple]:
   """[(key, value before, value now)] of two configs; a tuple and a list with the same entries are equal."""
-  a, b = (_flatten(json.loads(to_json(c))) for c in (before, now))
+  a, b = (flatten(json.loads(to_json(c))) for c in (before, now))
   return [(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
 
 

@@ -11,16 +11,23 @@ An unreadable image never shortens a batch, which would leave the hosts with dif
 image takes its place, the file is named in the log, and the run stops beyond a given share of such files.
 """
 
+import collections
+import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import logging
 import os
 import pathlib
+import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from etils import epath
 
 from simclr_jax.runtime import textures
 
@@ -40,7 +47,10 @@ FASHION_CLASSES = (
 )
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 MAX_PIXELS = 64_000_000
-SPECS = "fashion:SPLIT, textures:SPLIT, textures64:SPLIT, npz:FILE[:SPLIT], folder:PATH or tfds:NAME[/CONFIG][:SPLIT]"
+SPECS = (
+  "fashion:SPLIT, textures:SPLIT, textures64:SPLIT, npz:FILE[:SPLIT], folder:PATH, tfds:NAME[/CONFIG][:SPLIT],"
+  " or tfrecord:, array_record:, webdataset: or parquet: with a folder or pattern of shards"
+)
 
 
 class BadImage(Exception):
@@ -63,7 +73,7 @@ _UPRIGHT = {
 }
 
 
-def _sniff(data: bytes) -> str | None:
+def sniff(data: bytes) -> str | None:
   """The image format that the first bytes announce; file names are not to be trusted."""
   if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
     return "WEBP"
@@ -84,16 +94,16 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
   if not data:
     raise BadImage("empty file")
-  kind = _sniff(data)
+  kind = sniff(data)
   if kind is None:
     raise BadImage(f"not a jpeg, png, webp, bmp or gif: it begins with {bytes(data[:12])!r}")
+  if kind == "JPEG":
+    return _decode_jpeg(data, jpeg_header(data, max_pixels=max_pixels)[2])
   try:
     with Image.open(io.BytesIO(data), formats=(kind,)) as picture:
       width, height = picture.size
       if width * height > max_pixels:
         raise BadImage(f"{width} x {height} pixels in its header, above the limit of {max_pixels}")
-      if kind == "JPEG":
-        return _decode_jpeg(data, picture.getexif().get(_EXIF_ORIENTATION, 1))
       if getattr(picture, "is_animated", False):
         raise BadImage(f"animated {kind.lower()} of {picture.n_frames} frames")
       picture = ImageOps.exif_transpose(picture)
@@ -111,11 +121,54 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     raise BadImage(f"broken {kind.lower()}: {_one_line(error)}") from error
 
 
-def _decode_jpeg(data: bytes, orientation: int) -> np.ndarray:
-  import tensorflow as tf
+def jpeg_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int, int]:
+  """(height, width, EXIF orientation 1 to 8) of a JPEG, without decoding it.
 
-  # libjpeg-turbo by way of TensorFlow: nearly twice Pillow's speed, without the interpreter's lock, CMYK handled.
-  pixels = np.asarray(tf.io.decode_jpeg(data, channels=3))
+  Raises:
+    BadImage: more than `max_pixels` pixels, or no header that gives a size.
+  """
+  at, orientation = 2, 1
+  try:
+    while True:
+      marker, length = struct.unpack_from(">HH", data, at)
+      if marker == 0xFFFF:  # a fill byte
+        at += 1
+      elif marker >> 8 != 0xFF or marker in (0xFFD9, 0xFFDA):
+        raise BadImage("broken jpeg: no size in its header")
+      elif 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):  # a start of frame
+        height, width = struct.unpack_from(">HH", data, at + 5)
+        if width * height > max_pixels:
+          raise BadImage(f"{width} x {height} pixels in its header, above the limit of {max_pixels}")
+        return height, width, orientation
+      elif marker == 0xFF01 or 0xFFD0 <= marker <= 0xFFD8:  # those without a length
+        at += 2
+      else:
+        if marker == 0xFFE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+          orientation = _exif_orientation(data[at + 10 : at + 2 + length])
+        at += 2 + length
+  except struct.error:
+    raise BadImage("broken jpeg: it ends inside its header") from None
+
+
+def _exif_orientation(tiff: bytes) -> int:
+  order = "<" if tiff[:2] == b"II" else ">"
+  with contextlib.suppress(struct.error):  # a damaged tag does not make the pixels bad
+    (directory,) = struct.unpack_from(order + "I", tiff, 4)
+    (count,) = struct.unpack_from(order + "H", tiff, directory)
+    for entry in range(directory + 2, directory + 2 + 12 * count, 12):
+      tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, entry)
+      if tag == _EXIF_ORIENTATION:
+        return value if value in _UPRIGHT else 1
+  return 1
+
+
+def _decode_jpeg(data: bytes, orientation: int) -> np.ndarray:
+  tf = _tensorflow()
+  try:
+    # libjpeg-turbo by way of TensorFlow: nearly twice Pillow's speed, without the interpreter's lock, CMYK handled.
+    pixels = np.asarray(tf.io.decode_jpeg(data, channels=3))
+  except tf.errors.OpError as error:
+    raise BadImage(f"broken jpeg: {_one_line(error)}") from error
   return np.ascontiguousarray(_UPRIGHT[orientation](pixels)) if orientation in _UPRIGHT else pixels
 
 
@@ -153,13 +206,18 @@ class Source:
     """What to call image i in a message: its file, or set:index."""
     raise NotImplementedError
 
-  def read(self, i: int) -> np.ndarray:
-    """Image i as uint8 [h, w, 3]; raises BadImage."""
+  def item(self, i: int) -> tuple[bytes | np.ndarray, int]:
+    """(image i as it is stored: the bytes of a file, or uint8 [h, w, 3]; its label or -1); raises BadImage."""
     raise NotImplementedError
 
+  def read(self, i: int) -> np.ndarray:
+    """Image i as uint8 [h, w, 3]; raises BadImage."""
+    return self.read_labelled(i)[0]
+
   def read_labelled(self, i: int) -> tuple[np.ndarray, int]:
-    """(image i, its label or -1), in one read."""
-    return self.read(i), -1 if self.labels is None else int(self.labels[i])
+    """(image i, its label or -1), in one read; raises BadImage."""
+    item, label = self.item(i)
+    return (decode(item) if isinstance(item, bytes) else item), label
 
 
 class ArraySource(Source):
@@ -203,8 +261,8 @@ class ArraySource(Source):
   def name(self, i):
     return f"{self._title}:{i}"
 
-  def read(self, i):
-    return self.gather(np.asarray([i]))[0]
+  def item(self, i):
+    return self.gather(np.asarray([i]))[0], -1 if self._labels is None else int(self._labels[i])
 
   def gather(self, indices: np.ndarray) -> np.ndarray:
     """The images at int [b] as uint8 [b, h, w, 3]."""
@@ -230,11 +288,8 @@ class Subset(Source):
   def name(self, i):
     return self._source.name(int(self._chosen[i]))
 
-  def read(self, i):
-    return self._source.read(int(self._chosen[i]))
-
-  def read_labelled(self, i):
-    return self._source.read_labelled(int(self._chosen[i]))
+  def item(self, i):
+    return self._source.item(int(self._chosen[i]))
 
 
 class Selection(Subset):
@@ -266,13 +321,9 @@ class Joined(Source):
     source, j = self._locate(i)
     return source.name(j)
 
-  def read(self, i):
+  def item(self, i):
     source, j = self._locate(i)
-    return source.read(j)
-
-  def read_labelled(self, i):
-    source, j = self._locate(i)
-    return source.read_labelled(j)
+    return source.item(j)
 
 
 def class_balanced(labels, fraction: float, seed: int) -> np.ndarray:
@@ -339,13 +390,12 @@ class FolderSource(Source):
   def name(self, i):
     return os.path.join(self._root, self._files[i])
 
-  def read(self, i):
+  def item(self, i):
     try:
       with open(self.name(i), "rb") as file:
-        data = file.read()
+        return file.read(), -1 if self._labels is None else int(self._labels[i])
     except OSError as error:
       raise BadImage(error.strerror or str(error)) from error
-    return decode(data)
 
 
 def _scan_folder(path: str) -> tuple[list[str], list[str]]:
@@ -404,11 +454,11 @@ class TfdsSource(Source):
     self._title = f"tfds:{name}:{split or 'train'}"
     self._shards = [os.fspath(instruction.filename) for instruction in instructions]
     # Offsets and lengths of whole shards are what is cached; a slice of the split is a view of them.
-    self._cache = _cache_file(spec, self._shards)
-    offsets = _load_cache(self._cache)
+    self._cache = cache_file(spec, self._shards)
+    offsets = load_cache(self._cache)
     if offsets is None:
-      offsets = _scan_shards(self._shards)
-      _save_cache(self._cache, offsets)
+      offsets = scan_tfrecords(self._shards)
+      save_cache(self._cache, offsets)
     self._offsets = offsets
     kept = []
     for shard, instruction in enumerate(instructions):
@@ -429,14 +479,11 @@ class TfdsSource(Source):
   def name(self, i):
     return f"{self._title}:{i}"
 
-  def read(self, i):
-    return self.read_labelled(i)[0]
-
-  def read_labelled(self, i):
+  def item(self, i):
     features = self._features(self._rows[i])
     if self._image_key not in features or not features[self._image_key].bytes_list.value:
       raise BadImage(f"no bytes under {self._image_key!r} in the record")
-    return decode(features[self._image_key].bytes_list.value[0]), self._label(features)
+    return features[self._image_key].bytes_list.value[0], self._label(features)
 
   @functools.cached_property
   def labels(self):
@@ -446,7 +493,7 @@ class TfdsSource(Source):
       count = len(self._offsets["shard"])
       labels = (self._label(self._features(row)) for row in range(count))
       self._offsets["labels"] = np.fromiter(labels, np.int32, count)
-      _save_cache(self._cache, self._offsets)
+      save_cache(self._cache, self._offsets)
     return self._offsets["labels"][self._rows]
 
   def several_labels(self):
@@ -474,23 +521,42 @@ class TfdsSource(Source):
     import tensorflow as tf
 
     shard, offset, length = (int(self._offsets[key][row]) for key in ("shard", "offset", "length"))
+    record = read_range(self._shards[shard], offset, length)
     try:
-      # Opened anew each time: a set may have more shards than a process may have open files.
-      file = os.open(self._shards[shard], os.O_RDONLY)
-      try:
-        record = os.pread(file, length, offset)
-      finally:
-        os.close(file)
       return tf.train.Example.FromString(record).features.feature
-    except OSError as error:
-      raise BadImage(f"{self._shards[shard]}: {error.strerror}") from error
     except Exception as error:  # google.protobuf.message.DecodeError, a class of a package we do not depend on
       raise BadImage(f"broken record at byte {offset} of {self._shards[shard]}") from error
 
 
+def is_remote(path: str) -> bool:
+  """True for gs://bucket/... and the like, which TensorFlow reads and the operating system does not."""
+  return "://" in path
+
+
+def read_range(path: str, offset: int, length: int) -> bytes:
+  """`length` bytes of a file from byte `offset` on; raises BadImage where the file is gone, cut off or unreadable."""
+  try:
+    if is_remote(path):
+      with epath.Path(path).open("rb") as file:
+        file.seek(offset)
+        data = file.read(length)
+    else:
+      # Opened anew each time: a set may have more shards than a process may have open files.
+      file = os.open(path, os.O_RDONLY)
+      try:
+        data = os.pread(file, length, offset)
+      finally:
+        os.close(file)
+  except Exception as error:  # OSError, and what TensorFlow's file systems raise
+    raise BadImage(f"{path}: {getattr(error, 'strerror', None) or _one_line(error)}") from error
+  if len(data) != length:
+    raise BadImage(f"{path}: ends after {offset + len(data)} bytes, {offset + length} were there before")
+  return data
+
+
 def _prepared_folder(spec: str, name: str, root: str) -> str:
   """The folder of the newest version of the set `name` (name, name/config or with a version) below `root`."""
-  base = pathlib.Path(root) / name
+  base = epath.Path(root) / name
   found = sorted(path.parent for below in ("", "*/", "*/*/") for path in base.glob(f"{below}dataset_info.json"))
   if not found:
     raise ValueError(
@@ -514,15 +580,21 @@ def _only_feature(spec: str, features, kind: type, usual: str, *, required: bool
   return None
 
 
-def _scan_shards(shards: Sequence[str]) -> dict[str, np.ndarray]:
+def open_shard(path: str):
+  """A shard, opened for hopping through it: unbuffered where it is local."""
+  return epath.Path(path).open("rb") if is_remote(path) else open(path, "rb", buffering=0)
+
+
+def scan_tfrecords(shards: Sequence[str]) -> dict[str, np.ndarray]:
   """Where the records of TFRecord files lie: int32 shard [N], int64 offset [N] and length [N] of the payloads."""
   shard_of, offsets, lengths = [], [], []
   for shard, path in enumerate(shards):
-    with open(path, "rb", buffering=0) as file:
-      size, at = os.fstat(file.fileno()).st_size, 0
+    with open_shard(path) as file:
+      size, at = file.seek(0, os.SEEK_END) or file.tell(), 0
       # A record: length (8 bytes, little-endian), its checksum (4), the payload, the payload's checksum (4).
       while at + 12 <= size:
-        length = int.from_bytes(os.pread(file.fileno(), 8, at), "little")
+        file.seek(at)
+        length = int.from_bytes(file.read(8), "little")
         if at + 16 + length > size:
           break
         shard_of.append(shard)
@@ -538,16 +610,21 @@ def _scan_shards(shards: Sequence[str]) -> dict[str, np.ndarray]:
   }
 
 
-def _cache_file(spec: str, shards: Sequence[str]) -> pathlib.Path:
+def cache_file(spec: str, shards: Sequence[str]) -> pathlib.Path:
   try:
-    facts = [(path, status.st_size, status.st_mtime_ns) for path in shards for status in [os.stat(path)]]
+    facts = []
+    for path in shards:
+      status = epath.Path(path).stat() if is_remote(path) else os.stat(path)
+      facts.append(
+        (path, status.length, status.mtime) if is_remote(path) else (path, status.st_size, status.st_mtime_ns)
+      )
   except OSError as error:
     raise ValueError(f"{spec}: cannot read the shard {error.filename} ({error.strerror}); prepare it again") from error
   folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "simclr_jax"
   return folder / f"tfrecord-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.npz"
 
 
-def _load_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+def load_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
   try:
     with np.load(path, allow_pickle=False) as arrays:
       return dict(arrays)
@@ -555,7 +632,7 @@ def _load_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
     return None
 
 
-def _save_cache(path: pathlib.Path, arrays: dict[str, np.ndarray]):
+def save_cache(path: pathlib.Path, arrays: dict[str, np.ndarray]):
   temporary = path.with_suffix(f".{os.getpid()}.npz")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -614,6 +691,8 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
   folder:PATH             image files, labelled by sub-folder or not at all; see FolderSource
   tfds:NAME[/CONFIG][:SPLIT]  any prepared TensorFlow Datasets set with an image, e.g. tfds:imagenet2012:train[:10%];
                           looked for in data_dir, else in $TFDS_DATA_DIR, else in ~/tensorflow_datasets
+  tfrecord:SHARDS, array_record:SHARDS, webdataset:SHARDS, parquet:SHARDS
+                          sharded records, SHARDS a folder or a pattern such as /data/train-*; see shards.py
 
   Raises:
     ValueError: unknown, missing or empty; the message names the path and the cure.
@@ -624,6 +703,10 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
       raise ValueError(f"{spec!r} names no split of {kind}: use {kind}:train or {kind}:test")
     return _embedded_fashion(rest) if kind == "fashion" else _texture_split(rest, 64 if kind == "textures64" else 32)
   openers = {"npz": _npz, "folder": FolderSource, "tfds": functools.partial(TfdsSource, data_dir=data_dir)}
+  if rest and kind in ("tfrecord", "array_record", "webdataset", "parquet"):
+    from simclr_jax.runtime import shards
+
+    return shards.FORMATS[kind](rest)
   if not rest or kind not in openers:
     raise ValueError(f"{spec!r} is not a data set: use {SPECS}")
   return openers[kind](rest)
@@ -661,32 +744,39 @@ def example_seeds(seed: int, epoch: np.ndarray, index: np.ndarray) -> np.ndarray
 class _Reader:
   """Reads examples for the threads of a stream; replaces, counts and names the unreadable ones."""
 
-  def __init__(self, source: Source, max_bad_fraction: float):
+  def __init__(self, source: Source, max_bad_fraction: float, bad_file=None):
     self.source = source
     self.bad: dict[int, str] = {}
-    self.error: Exception | None = None
     # One damaged file should not stop a run over a small folder, unless the share is set to zero.
     self._allowed = max(1, int(max_bad_fraction * len(source))) if max_bad_fraction > 0 else 0
     self._share = max_bad_fraction
+    self._file = epath.Path(bad_file) if bad_file else None
+    self._lines = self._file.read_text().splitlines() if self._file and self._file.exists() else []
     self._lock = threading.Lock()
 
   def read(self, index: int):
-    """-> uint8 [h, w, 3], label, index of the image that was read.  Never raises: see `error`."""
+    """-> uint8 [h, w, 3], label, index of the image that was read; ValueError where too many are unreadable."""
+    i = int(index)
+    for _ in range(len(self.source)):
+      if i not in self.bad:
+        try:
+          return *self.source.read_labelled(i), i
+        except BadImage as reason:
+          self._count(i, str(reason))
+      i = (i + 1) % len(self.source)
+    raise ValueError(f"all {len(self.bad)} images are unreadable; the first is {self.source.name(0)} ({self.bad[0]})")
+
+  def jpeg(self, index: int):
+    """-> bytes of a JPEG that needs nothing but decoding, and its label; None where there is more to do."""
+    if index in self.bad:
+      return None
     try:
-      i = int(index)
-      for _ in range(len(self.source)):
-        if i not in self.bad:
-          try:
-            image, label = self.source.read_labelled(i)
-            return image, np.int32(label), np.int32(i)
-          except BadImage as reason:
-            self._count(i, str(reason))
-        i = (i + 1) % len(self.source)
-      raise ValueError(f"all {len(self.bad)} images are unreadable; the first is {self.source.name(0)} ({self.bad[0]})")
-    except Exception as error:
-      # Kept for the caller's thread: raised here, TensorFlow would wrap it in pages of its own.
-      self.error = self.error or error
-    return np.zeros((1, 1, 3), np.uint8), np.int32(-1), np.int32(-1)
+      item, label = self.source.item(index)
+      if isinstance(item, bytes) and sniff(item) == "JPEG" and jpeg_header(item)[2] == 1:
+        return item, label
+    except BadImage:
+      pass  # `read` meets it again, and says so
+    return None
 
   def _count(self, i: int, reason: str):
     with self._lock:
@@ -694,10 +784,14 @@ class _Reader:
         return
       self.bad[i] = reason
       count = len(self.bad)
+      line = f"{self.source.name(i)}\t{reason}"
+      if self._file and line not in self._lines:
+        self._lines.append(line)
+        self._file.write_text("".join(f"{line}\n" for line in self._lines))
     if count <= 20:
       logger.warning("unreadable image %s: %s; the next image takes its place", self.source.name(i), reason)
     elif count == 21:
-      logger.warning("more than 20 unreadable images; the others are counted but not named")
+      logger.warning("more than 20 unreadable images; the others are counted%s", "" if self._file else " but not named")
     if count > self._allowed:
       raise ValueError(
         f"{count} of {len(self.source)} images are unreadable, more than the {self._allowed} allowed by"
@@ -706,11 +800,161 @@ class _Reader:
       )
 
 
-class Stream:
-  """Iterator over batches.  `bad` maps the names of the unreadable images met so far to the reasons."""
+CHUNK = 16  # images in one call of TensorFlow: enough that entering and leaving Python costs nothing
+AHEAD = 2  # batches that are made, or complete, while the loop holds another
 
-  def __init__(self, dataset, reader: _Reader):
-    self._batches, self._reader = dataset.as_numpy_iterator(), reader
+
+class _Worker:
+  """Makes rows of batches: reads, decodes, transforms, many images to a call of one compiled TensorFlow function.
+
+  A call fails as a whole; its images then go one by one through `_Reader.read`, which replaces the bad ones.
+  """
+
+  def __init__(self, reader: _Reader, transform: Callable | None, canvas: int | None, rows: int):
+    self._reader, self._source = reader, reader.source
+    self._gathers = isinstance(self._source, ArraySource)
+    self._canvas = canvas
+    self.chunk = min(CHUNK, -(-rows // 4))
+    if transform is None and self._gathers:
+      self.chunk = rows
+      return
+    self._tf = tf = _tensorflow()
+    spec = functools.partial(tf.TensorSpec, dtype=tf.int32)
+
+    def one(image, seed):
+      output = transform(image, seed) if transform else image
+      self.structure = tf.nest.map_structure(lambda _: 0, output)
+      return tf.nest.flatten(output)
+
+    def from_jpegs(files, seeds):
+      return [each(tf.io.decode_jpeg(files[j], channels=3), seeds[j]) for j in range(self.chunk)]
+
+    def from_images(images, seeds):
+      return [each(images[j], seeds[j]) for j in range(self.chunk)]
+
+    def compile(function, *specs):
+      return tf.function(function, input_signature=specs, autograph=False).get_concrete_function()
+
+    # Not inlined: TensorFlow's optimiser would take seconds over so many copies of a transform.
+    each = tf.function(one, autograph=False, experimental_attributes={"_noinline": True})
+    self._lock = threading.Lock()
+    self._from_image = functools.cache(lambda: compile(one, tf.TensorSpec([None, None, 3], tf.uint8), spec([2])))
+    if self._gathers:
+      shape = [self.chunk, *self._source.images.shape[1:3], 3]
+      self._from_images = compile(from_images, tf.TensorSpec(shape, tf.uint8), spec([self.chunk, 2]))
+    else:
+      self._from_jpegs = compile(from_jpegs, tf.TensorSpec([self.chunk], tf.string), spec([self.chunk, 2]))
+
+  def __call__(self, batch: "_Batch", begin: int):
+    rows = slice(begin, begin + self.chunk)
+    index, seed = batch.index[rows], batch.seed[rows]
+    if self._gathers:
+      labels = self._source.labels
+      label = np.full(len(index), -1, np.int32) if labels is None else labels[index]
+      images = self._source.gather(index)
+      if self._canvas is not None:
+        extent = np.tile(np.asarray(images.shape[1:3], np.int32), (len(images), 1))
+        batch.put(begin, [images, extent], label, index)
+      else:
+        rows = self._from_images(*self._padded(images, seed))[: len(index)]
+        batch.put(begin, [np.stack([memoryview(row[k]) for row in rows]) for k in range(len(rows[0]))], label, index)
+      return
+    found = [self._reader.jpeg(int(i)) for i in index]
+    fast = [j for j, item in enumerate(found) if item is not None]
+    if 2 * len(fast) > self.chunk or len(fast) == len(found):
+      try:
+        outputs = self._from_jpegs(*self._padded(np.asarray([found[j][0] for j in fast], object), seed[fast]))
+        for j, output in zip(fast, outputs, strict=False):
+          self._put(batch, begin + j, output, found[j][1], index[j])
+      except self._tf.errors.OpError:
+        fast = []
+    else:
+      fast = []
+    for j in set(range(len(index))) - set(fast):
+      image, label, i = self._reader.read(index[j])
+      with self._lock:  # rarely needed, so made when it is
+        from_image = self._from_image()
+      self._put(batch, begin + j, from_image(image, seed[j]), label, i)
+
+  def _padded(self, items, seeds):
+    short = self.chunk - len(items)
+    pad = lambda x: np.concatenate([x, np.repeat(x[-1:], short, 0)]) if short else x  # noqa: E731
+    items = pad(items)
+    return self._tf.constant(items.tolist() if items.dtype == object else items), pad(seeds)
+
+  def _put(self, batch, row, output, label, index):
+    values = [np.asarray(memoryview(x)) for x in output]
+    if self._canvas is not None:
+      values = [*_on_canvas(values[0], self._canvas)]
+    batch.put(row, [value[None] for value in values], [label], [index])
+
+  def views(self, arrays):
+    """The flat list of arrays in the structure that the transform returned."""
+    if self._canvas is not None:
+      return dict(zip(("image", "extent"), arrays, strict=True))
+    return self._tf.nest.pack_sequence_as(self.structure, arrays)
+
+
+class _Batch:
+  """A batch that several threads fill."""
+
+  def __init__(self, index, seed):
+    self.index, self.seed = index, seed
+    self.label = np.empty(len(index), np.int32)
+    self.read = np.empty(len(index), np.int32)
+    self.arrays, self.parts = None, []
+    self._lock = threading.Lock()
+
+  def put(self, begin, values, label, index):
+    with self._lock:
+      if self.arrays is None:
+        self.arrays = [np.empty((len(self.index), *value.shape[1:]), value.dtype) for value in values]
+    rows = slice(begin, begin + len(index))
+    for array, value in zip(self.arrays, values, strict=True):
+      array[rows] = value
+    self.label[rows], self.read[rows] = label, index
+
+
+def _on_canvas(image, side: int):
+  """(uint8 [side, side, 3] with the image in its top left corner, its height and width, int32 [2]).
+
+  A larger image is first averaged down by the smallest whole factor that makes it fit.
+  """
+  factor = -(-max(image.shape[:2]) // side)
+  if factor > 1:
+    from PIL import Image
+
+    image = np.asarray(Image.fromarray(image).reduce(factor))
+  canvas = np.zeros((side, side, 3), np.uint8)
+  canvas[: image.shape[0], : image.shape[1]] = image
+  return canvas, np.asarray(image.shape[:2], np.int32)
+
+
+def _tensorflow():
+  import tensorflow as tf
+
+  # Parallelism is over images; splitting operations as well only costs.  TensorFlow that runs already keeps its own.
+  with contextlib.suppress(RuntimeError):
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+  return tf
+
+
+def _cores() -> int:
+  """The cores this process may use, which on a shared machine are fewer than the machine has."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Stream:
+  """Iterator over batches, made AHEAD of time by threads of its own, in order.
+
+  `bad` maps the names of the unreadable images met so far to the reasons.
+  """
+
+  def __init__(self, worker: _Worker, reader: _Reader, draws: Iterator, workers: int):
+    self._worker, self._reader, self._draws = worker, reader, draws
+    self._pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="data")
+    self._pending = collections.deque()
+    weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
   @property
   def bad(self) -> dict[str, str]:
@@ -719,92 +963,39 @@ class Stream:
   def __iter__(self):
     return self
 
+  def _submit(self):
+    for index, seed in itertools.islice(self._draws, 1):
+      batch = _Batch(index, seed)
+      begins = range(0, len(index), self._worker.chunk)
+      batch.parts = [self._pool.submit(self._worker, batch, begin) for begin in begins]
+      self._pending.append(batch)
+
   def __next__(self) -> dict:
-    import tensorflow as tf
-
-    try:
-      batch = next(self._batches)
-    except tf.errors.OpError:
-      if self._reader.error is None:  # then it is the transform that failed
-        raise
-      raise self._reader.error from None
-    if self._reader.error is not None:
-      raise self._reader.error
-    return batch
-
-
-def _examples(source: Source, drawn, reader: _Reader, workers: int):
-  """Dataset of (index [b], seed [b, 2]) -> dataset of single (image, label, index, seed)."""
-  import tensorflow as tf
-
-  if isinstance(source, ArraySource):
-    # One call a batch: the cost of entering Python is shared by the batch.
-    labels = np.full(len(source), -1, np.int32) if source.labels is None else source.labels
-
-    def gather(index, seed):
-      images = tf.numpy_function(source.gather, [index], tf.uint8)
-      images.set_shape([None, *source.images.shape[1:3], 3])
-      return images, tf.gather(labels, index), index, seed
-
-    return drawn.map(gather).unbatch()
-
-  def read(index, seed):
-    image, label, index = tf.numpy_function(reader.read, [index], [tf.uint8, tf.int32, tf.int32])
-    image.set_shape([None, None, 3])
-    return image, tf.ensure_shape(label, []), tf.ensure_shape(index, []), seed
-
-  return drawn.unbatch().map(read, num_parallel_calls=workers, deterministic=True)
+    while len(self._pending) <= AHEAD:
+      before = len(self._pending)
+      self._submit()
+      if len(self._pending) == before:
+        break
+    if not self._pending:
+      raise StopIteration
+    batch = self._pending.popleft()
+    for part in batch.parts:
+      part.result()
+    return {
+      "views": self._worker.views(batch.arrays),
+      "label": batch.label,
+      "index": batch.read,
+      "seed": batch.seed,
+    }
 
 
-def _cores() -> int:
-  """The cores this process may use, which on a shared machine are fewer than the machine has."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def draws(
+  source: Source, *, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Which images make the batches of this process from step `start_step` on, without reading one.
 
-
-def _with_options(dataset, workers: int):
-  """Ordered, on threads of its own, with memory bounded by the buffers written in this file."""
-  import tensorflow as tf
-
-  options = tf.data.Options()
-  options.deterministic = True
-  options.autotune.enabled = False
-  options.threading.private_threadpool_size = workers
-  options.threading.max_intra_op_parallelism = 1
-  return dataset.with_options(options)
-
-
-def train_stream(
-  source: Source,
-  transform: Callable,
-  *,
-  batch_size: int,
-  seed: int,
-  start_step: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
-  max_bad_fraction: float = 0.001,
-  workers: int | None = None,
-) -> Stream:
-  """The endless stream of training batches from step `start_step` on.
-
-  Args:
-    source: the images.
-    transform: a TensorFlow function (image uint8 [h, w, 3], seed int32 [2]) -> tensor or dict of tensors, all its
-      randomness taken from the seed.
-    batch_size: images of the global batch; this process reads rows process_index * b to (process_index + 1) * b - 1
-      of it, b = batch_size / process_count.
-    seed: of the permutations and of the augmentations.
-    max_bad_fraction: the share of distinct unreadable images, met by this process, beyond which the stream raises
-      ValueError; any positive share allows at least one.
-    workers: threads; by default one for every core this process may use.
-
-  Returns:
-    An iterator of dicts of numpy arrays: `views`, what `transform` returned, stacked; `label` int32 [b], -1 where
-    there is none; `index` int32 [b], the images that were read.  The seed of an image that replaces an unreadable
-    one is that of the place, so it is augmented differently from its own appearance in the same epoch.
+  Arguments as for `train_stream`.  Returns an iterator of (index int64 [b], seed int32 [b, 2]).
   """
-  import tensorflow as tf
-
   if batch_size % process_count:
     raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes: use a multiple")
   if batch_size > len(source):
@@ -814,8 +1005,6 @@ def train_stream(
       len(source),
     )
   rows = batch_size // process_count
-  workers = workers or _cores()
-  reader = _Reader(source, max_bad_fraction)
 
   def draw(step):
     position = step * batch_size + process_index * rows + np.arange(rows)
@@ -823,19 +1012,59 @@ def train_stream(
     index = np.empty(rows, np.int64)
     for e in np.unique(epoch):
       index[epoch == e] = permutation(seed, int(e), len(source))[place[epoch == e]]
-    return index.astype(np.int32), example_seeds(seed, epoch, index)
+    return index, example_seeds(seed, epoch, index)
 
-  def draw_batch(step):
-    index, seeds = tf.numpy_function(draw, [step], [tf.int32, tf.int32])
-    return tf.ensure_shape(index, [rows]), tf.ensure_shape(seeds, [rows, 2])
+  return map(draw, itertools.count(start_step))
 
-  def finish(image, label, index, example_seed):
-    return {"views": transform(image, example_seed), "label": label, "index": index}
 
-  drawn = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max).map(draw_batch)
-  dataset = _examples(source, drawn, reader, workers)
-  dataset = dataset.map(finish, num_parallel_calls=workers, deterministic=True)
-  return Stream(_with_options(dataset.batch(rows, drop_remainder=True).prefetch(2), workers), reader)
+def train_stream(
+  source: Source,
+  transform: Callable | None,
+  *,
+  batch_size: int,
+  seed: int,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+  max_bad_fraction: float = 0.001,
+  bad_file: str | None = None,
+  canvas: int = 512,
+  workers: int | None = None,
+) -> Stream:
+  """The endless stream of training batches from step `start_step` on.
+
+  Args:
+    source: the images.
+    transform: a TensorFlow function (image uint8 [h, w, 3], seed int32 [2]) -> tensor or dict of tensors, all its
+      randomness taken from the seed; None for images as they are.
+    batch_size: images of the global batch; this process reads rows process_index * b to (process_index + 1) * b - 1
+      of it, b = batch_size / process_count.
+    seed: of the permutations and of the augmentations.
+    max_bad_fraction: the share of distinct unreadable images, met by this process, beyond which the stream raises
+      ValueError; any positive share allows at least one.
+    bad_file: a text file to which the name of, and the reason for, every unreadable image are appended.
+    canvas: without a transform, the side of the square on which images of a folder or a set are laid; larger ones are
+      averaged down by a whole factor.  Images in memory, all of one size, need none.
+    workers: threads; by default one for every core this process may use.
+
+  Returns:
+    An iterator of dicts of numpy arrays: `views`, what `transform` returned, stacked, or without one dict(image uint8
+    [b, H, W, 3], extent int32 [b, 2], the heights and widths of the images in the top left corners); `label` int32
+    [b], -1 where there is none; `index` int32 [b], the images that were read; `seed` int32 [b, 2], of the example.
+    The seed of an image that replaces an unreadable one is that of the place, so it is augmented differently from its
+    own appearance in the same epoch.
+  """
+  drawn = draws(
+    source,
+    batch_size=batch_size,
+    seed=seed,
+    start_step=start_step,
+    process_index=process_index,
+    process_count=process_count,
+  )
+  reader = _Reader(source, max_bad_fraction, bad_file)
+  worker = _Worker(reader, transform, None if transform else canvas, batch_size // process_count)
+  return Stream(worker, reader, drawn, workers or min(_cores(), 32))
 
 
 def eval_batches(
@@ -843,37 +1072,79 @@ def eval_batches(
   transform: Callable,
   *,
   batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
   max_bad_fraction: float = 0.001,
   workers: int | None = None,
 ) -> Iterator[dict]:
-  """Every image once, in order.
+  """Every image once, in order; of every batch each process reads its rows, as in `train_stream`.
 
   Args:
     transform: a TensorFlow function, image uint8 [h, w, 3] -> tensor.
+    batch_size: rows of the global batch.
 
   Yields:
-    Dicts of numpy arrays of batch_size rows: `image`, what `transform` returned, stacked; `label` int32, -1 where
-    there is none; `index` int32; `mask` bool, false in the rows that pad the last batch (all zero, index -1) and in
-    those of unreadable images (which hold the next readable image; `index` is the unreadable one).
+    Dicts of numpy arrays of batch_size / process_count rows: `image`, what `transform` returned, stacked; `label`
+    int32, -1 where there is none; `index` int32; `mask` bool, false in the rows that pad the last batch (they repeat
+    the last image, index -1) and in those of unreadable images (which hold the next readable image; `index` is the
+    unreadable one).
 
   Raises:
     ValueError: more than the allowed share of unreadable images, as in `train_stream`.
   """
-  import tensorflow as tf
-
-  workers = workers or _cores()
   reader = _Reader(source, max_bad_fraction)
-  drawn = tf.data.Dataset.range(len(source)).batch(batch_size)
-  drawn = drawn.map(lambda index: (tf.cast(index, tf.int32), tf.cast(index, tf.int32)))
-
-  def finish(image, label, index, wanted):
-    return {"image": transform(image), "label": label, "index": wanted, "mask": index == wanted}
-
-  dataset = _examples(source, drawn, reader, workers)
-  dataset = dataset.map(finish, num_parallel_calls=workers, deterministic=True)
-  for batch in Stream(_with_options(dataset.batch(batch_size).prefetch(2), workers), reader):
-    missing = batch_size - len(batch["index"])
-    if missing:
-      batch = {key: np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]) for key, x in batch.items()}
-      batch["index"][-missing:] = batch["label"][-missing:] = -1
+  if batch_size % process_count:
+    raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes: use a multiple")
+  rows = batch_size // process_count
+  places = np.arange(-(-len(source) // batch_size) * batch_size).reshape(-1, process_count, rows)[:, process_index]
+  wanted = np.minimum(places, len(source) - 1)
+  drawn = ((index, np.zeros((len(index), 2), np.int32)) for index in wanted)
+  worker = _Worker(reader, lambda image, seed: transform(image), None, rows)
+  batches = Stream(worker, reader, drawn, workers or min(_cores(), 32))
+  for index, place, batch in zip(wanted, places, batches, strict=True):
+    padding = place >= len(source)
+    batch = {"image": batch["views"], "label": batch["label"], "index": index.astype(np.int32), "read": batch["index"]}
+    batch["mask"] = (batch["index"] == batch.pop("read")) & ~padding
+    for key in ("index", "label"):
+      batch[key] = np.where(padding, np.int32(-1), batch[key])
     yield batch
+
+
+def in_memory(
+  source: Source,
+  *,
+  canvas: int = 512,
+  max_bytes: int = 1 << 30,
+  max_bad_fraction: float = 0.001,
+  bad_file: str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """All images of a source, decoded, for sets that fit on a device.
+
+  Returns:
+    (uint8 [N, H, W, 3], heights and widths int32 [N, 2]); images in memory as they are, others in the top left corners
+    of squares as large as the largest needs, at most `canvas`.
+
+  Raises:
+    ValueError: more than max_bytes.
+  """
+  if isinstance(source, ArraySource):
+    count, shape = len(source), source.images.shape[1:3]
+    _check_fits(count, *shape, max_bytes)
+    return source.gather(np.arange(count)), np.tile(np.asarray(shape, np.int32), (count, 1))
+  reader = _Reader(source, max_bad_fraction, bad_file)
+  images = []
+  with concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
+    for image, _, _ in pool.map(reader.read, range(len(source))):
+      images.append(image)
+      _check_fits(len(source), min(canvas, max(image.shape[:2])), min(canvas, max(image.shape[:2])), max_bytes)
+  side = min(canvas, max(max(image.shape[:2]) for image in images))
+  pairs = [_on_canvas(image, side) for image in images]
+  return np.stack([canvas for canvas, _ in pairs]), np.stack([extent for _, extent in pairs])
+
+
+def _check_fits(count, height, width, max_bytes):
+  if count * height * width * 3 > max_bytes:
+    raise ValueError(
+      f"{count} images of {height} x {width} pixels are {count * height * width * 3 / 2**30:.1f} GiB, above the"
+      f" {max_bytes / 2**30:.1f} GiB that are kept on a device: use augment.where=device_crop"
+    )

@@ -6,6 +6,7 @@ so a run that stops anywhere and restores step s sees the same batch next as one
 
 import collections
 import dataclasses
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from simclr_jax.runtime import cluster
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 from simclr_jax.runtime.checkpoint import Checkpoints
@@ -42,6 +44,7 @@ class Task:
   batch_size: int  # global
   num_examples: int
   exports: Callable[[State], dict]  # state -> variables kept as the checkpoint item `encoder`
+  zero1: bool = False  # whether state.opt_state is split over the devices
   warm_start: Callable[[State], State] = lambda state: state  # puts given weights into the state at step 0, not jitted
 
 
@@ -58,36 +61,51 @@ class Interrupted(Exception):
 
 
 class _Signals:
-  """Turns SIGINT and SIGTERM into a flag that is read between steps; a second one acts at once."""
+  """Turns SIGINT and SIGTERM into a flag that is read between steps; a second one acts at once.
+
+  Of several processes one may get the signal: JAX's preemption service, which listens to SIGTERM, then finds a step
+  after which all of them stop, so SIGTERM is left to it and SIGINT is made one.
+  """
 
   def __enter__(self):
     self.received = None
     self._old = {}
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGINT, signal.SIGTERM):
+      for number in (signal.SIGINT,) if cluster.several() else (signal.SIGINT, signal.SIGTERM):
         self._old[number] = signal.signal(number, self._note)
     return self
 
   def _note(self, number, frame):
-    self.received = number
     signal.signal(number, self._old[number])
+    if cluster.several():
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      self.received = number
+
+  def stop_after(self, step: int) -> bool:
+    """Whether the run stops after this step; called after every step."""
+    if cluster.preempted(step):
+      self.received = signal.SIGTERM
+    return bool(self.received)
 
   def __exit__(self, *_):
     for number, handler in self._old.items():
       signal.signal(number, handler)
 
 
-def abstract_state(init, mesh):
+def abstract_state(task: Task, mesh):
   """The state's shapes and shardings, without making it."""
-  shapes = jax.eval_shape(init, jax.random.key(0))
-  replicated = mesh_lib.replicated(mesh)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  shardings = jax.tree.map(lambda _: mesh_lib.replicated(mesh), shapes)
+  if task.zero1:
+    shardings = shardings.replace(opt_state=mesh_lib.zero1(mesh, shapes.opt_state))
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def compile_step(task: Task, mesh):
-  """The jitted update: state in and out replicated, batch split over `data`, the old state's memory reused."""
-  replicated = mesh_lib.replicated(mesh)
-  return jax.jit(task.step, donate_argnums=0, out_shardings=(replicated, replicated))
+  """The jitted update: state placed as `abstract_state` says, batch split over `data`, the old state's memory reused."""
+  state = jax.tree.map(lambda x: x.sharding, abstract_state(task, mesh))
+  return jax.jit(task.step, donate_argnums=0, out_shardings=(state, mesh_lib.replicated(mesh)))
 
 
 def run(
@@ -119,11 +137,10 @@ def run(
   clock = metrics_lib.Clock()
   checkpoints = Checkpoints(workdir, keep=keep)
   with clock.phase("start"):
-    first = checkpoints.latest_step() or 0
-    if first:
-      state = checkpoints.restore(first, abstract_state(task.init, mesh))
-    else:
-      state = task.warm_start(jax.jit(task.init, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(seed)))
+    first, state = checkpoints.restore_newest(abstract_state(task, mesh))
+    if state is None:
+      placed = jax.tree.map(lambda x: x.sharding, abstract_state(task, mesh))
+      state = task.warm_start(jax.jit(task.init, out_shardings=placed)(jax.random.key(seed)))
   writer = metrics_lib.Writer(workdir, resume_step=first)
   progress = metrics_lib.Progress(task.total_steps, task.num_examples / task.batch_size)
   if first:
@@ -184,18 +201,19 @@ def run(
           jax.block_until_ready(in_flight.popleft())
       if step % log_every == 0 or step == task.total_steps:
         log(step)
-      row = {}
+      row, stop = {}, signals.stop_after(step)
       for evaluator in task.evaluators.values():
-        if step == task.total_steps or (evaluator.every and step % evaluator.every == 0):
+        if step == task.total_steps or (evaluator.every and step % evaluator.every == 0 and not stop):
           log(step)
           with clock.phase("evaluate"):
             row.update(evaluator.run(state))
       if row:
         writer.scalars(step, row)
         progress.update(step, row, eta(step))
-      if step == task.total_steps or (checkpoint_every and step % checkpoint_every == 0) or signals.received:
+      stop = stop or bool(signals.received)  # it may have come while evaluating
+      if step == task.total_steps or (checkpoint_every and step % checkpoint_every == 0) or stop:
         save(step)
-      if signals.received and step < task.total_steps:
+      if stop and step < task.total_steps:
         writer.close()
         checkpoints.close()
         name = signal.Signals(signals.received).name

@@ -1,5 +1,7 @@
 """Where arrays live: one mesh axis, `data`; batches are split over it, everything else is a copy on every device."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -25,10 +27,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def zero1(mesh: Mesh, opt_state):
+  """Shardings for an optimizer state of which every device keeps a share (ZeRO stage 1, arXiv 1910.02054).
+
+  A leaf is split along its longest axis that the number of devices divides; where there is none it is replicated.
+  The update of a parameter is then made where its share of the state is, and gathered.
+  """
+
+  def split(leaf):
+    axes = [a for a in range(leaf.ndim) if leaf.shape[a] % mesh.size == 0 and leaf.shape[a]]
+    if not axes:
+      return replicated(mesh)
+    longest = max(axes, key=lambda a: leaf.shape[a])
+    return NamedSharding(mesh, PartitionSpec(*(["data" if a == longest else None for a in range(leaf.ndim)])))
+
+  return jax.tree.map(split, opt_state)
+
+
 def global_batch(mesh: Mesh, local):
-  """A tree of this process's numpy rows [b_local, ...] -> the global arrays [b, ...], split over `data`."""
+  """A tree of this process's numpy rows [b_local, ...] -> the global arrays [b, ...], split over `data`.
+
+  What is a JAX array already, such as images that live on the devices, is left as it is.
+  """
   sharding = batch_sharding(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
+  put = functools.partial(jax.make_array_from_process_local_data, sharding)
+  return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else put(x), local)
 
 
 def check_divisible(batch_size: int, mesh: Mesh, name: str = "batch_size"):

@@ -10,6 +10,8 @@ import time
 import jax
 from etils import epath
 
+from simclr_jax.runtime import cluster
+
 
 class Clock:
   """Seconds spent per phase: start-up, compile, data, step, evaluate, save."""
@@ -21,10 +23,12 @@ class Clock:
   @contextlib.contextmanager
   def phase(self, name: str):
     start = time.monotonic()
+    cluster.moving(name)
     try:
       yield
     finally:
       self.seconds[name] += time.monotonic() - start
+      cluster.moving("between")
 
 
 class Writer:

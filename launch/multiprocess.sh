@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Several processes on one machine, one run: as on a cluster, or one process a GPU.
+#   bash launch/multiprocess.sh [--dry-run] 2 pretrain --config=smoke --workdir=runs/two
+# Ends with the highest exit code; a process that fails ends the others within seconds (runtime/cluster.py).
+set -euo pipefail
+dry=""
+if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
+count="${1:?number of processes}"
+shift
+port="${PORT:-8476}"
+[ -n "$dry" ] || . "$(dirname "$0")/setup.sh"
+pids=()
+for ((i = 0; i < count; i++)); do
+  command=(simclr "$@" "--coordinator=localhost:$port" "--num_processes=$count" "--process_id=$i")
+  if [ -n "$dry" ]; then printf '%q ' "${command[@]}"; echo "&"; continue; fi
+  "${command[@]}" &
+  pids+=($!)
+done
+[ -z "$dry" ] || exit 0
+trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
+worst=0
+for pid in "${pids[@]}"; do
+  code=0
+  wait "$pid" || code=$?
+  # A trapped signal ends `wait` before the process has ended.
+  while kill -0 "$pid" 2>/dev/null; do code=0; wait "$pid" || code=$?; done
+  if [ "$code" -gt "$worst" ]; then worst=$code; fi
+done
+exit "$worst"

@@ -1,0 +1,278 @@
+"""Looking at a data set before training on it: `simclr data inspect`, `prepare` and `benchmark`."""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import io
+import itertools
+import json
+import os
+import time
+
+import numpy as np
+from etils import epath
+
+from simclr_jax import augment
+from simclr_jax.runtime import data, shards
+from simclr_jax.runtime.metrics import duration
+
+# One ResNet-50 step on two 224-pixel views: images a second a chip, by the compiler's own estimate of the step, and at
+# half of the peak rate; virtual CPUs and chips of one host.  (Google Cloud's system descriptions.)
+CHIPS = {"v4": (1079, 2795, 240, 4), "v5e": (848, 2002, 112, 4), "v6e": (2000, 9329, 180, 8)}
+
+
+def _threads():
+  return concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+
+
+def _progress(done, total, began, what):
+  left = (time.monotonic() - began) * (total - done) / max(done, 1)
+  print(f"{what} {done:,} of {total:,}, {duration(left)} left", flush=True)
+
+
+# ---- inspect ---------------------------------------------------------------------------------------------------
+
+
+def inspect(spec: str, *, data_dir: str | None = None, limit: int = 0, output: str | None = None) -> dict:
+  """Reads and decodes every image (or `limit` of them, drawn at random) and says what is there.
+
+  Args:
+    output: a PNG file for a contact sheet of 64 images.
+
+  Returns:
+    dict(images, classes {name: count}, formats {name: count}, sizes [m, 2], bytes (mean), bad {name: reason}).
+  """
+  source = data.open_source(spec, data_dir=data_dir)
+  chosen = np.arange(len(source))
+  if 0 < limit < len(source):
+    chosen = np.sort(data.permutation(0, 0, len(source))[:limit])
+  sheet = set(chosen[data.permutation(1, 0, len(chosen))[:64]].tolist())
+
+  def look(i):
+    try:
+      item, _ = source.item(i)
+      pixels = data.decode(item) if isinstance(item, bytes) else item
+      kind, length = (data.sniff(item), len(item)) if isinstance(item, bytes) else ("array", pixels.nbytes)
+      return i, kind, length, pixels.shape[:2], pixels if i in sheet else None
+    except data.BadImage as reason:
+      return i, str(reason), 0, None, None
+
+  bad, formats, sizes, lengths, pictures = {}, collections.Counter(), [], [], {}
+  began = last = time.monotonic()
+  with _threads() as pool:
+    for done, (i, kind, length, size, pixels) in enumerate(pool.map(look, chosen.tolist()), 1):
+      if size is None:
+        bad[source.name(i)] = kind
+        continue
+      formats[kind] += 1
+      sizes.append(size)
+      lengths.append(length)
+      if pixels is not None:
+        pictures[i] = pixels
+      if time.monotonic() - last > 10:
+        last = time.monotonic()
+        _progress(done, len(chosen), began, "read")
+  counts = np.bincount(source.labels[source.labels >= 0], minlength=source.num_classes) if source.num_classes else []
+  result = {
+    "images": len(source),
+    "classes": dict(zip(source.class_names, map(int, counts), strict=True)) if source.num_classes else {},
+    "formats": dict(formats),
+    "sizes": np.asarray(sizes, int).reshape(-1, 2),
+    "bytes": float(np.mean(lengths)) if lengths else 0.0,
+    "bad": bad,
+  }
+  _describe(spec, result, len(chosen))
+  if output and pictures:
+    _contact_sheet(output, [pictures[i] for i in sorted(pictures)])
+    print(f"contact sheet  {output}")
+  return result
+
+
+def _describe(spec, result, looked):
+  print(f"{spec}: {result['images']:,} images" + (f", {looked:,} of them read" if looked < result["images"] else ""))
+  print("formats        " + ", ".join(f"{kind} {count:,}" for kind, count in result["formats"].items()))
+  if len(result["sizes"]):
+    low, middle, high = (np.quantile(result["sizes"], q, axis=0).astype(int) for q in (0, 0.5, 1))
+    print(f"height, width  {low[0]} x {low[1]} to {high[0]} x {high[1]}, median {middle[0]} x {middle[1]}")
+    print(f"stored         {result['bytes'] / 1000:,.1f} kB an image")
+  classes = result["classes"]
+  if classes:
+    ordered = sorted(classes.items(), key=lambda item: -item[1])
+    print(f"classes        {len(classes):,}, {ordered[-1][1]:,} to {ordered[0][1]:,} images each")
+    shown = ordered if len(ordered) <= 20 else ordered[:10] + ordered[-10:]
+    print("               " + ", ".join(f"{name} {count:,}" for name, count in shown))
+    empty = [name for name, count in ordered if not count]
+    if empty:
+      print(f"               {len(empty)} without an image, such as {empty[0]}")
+  else:
+    print("classes        none: no labels, so no kNN and no linear evaluation")
+  share = len(result["bad"]) / looked
+  print(f"unreadable     {len(result['bad']):,} ({share:.3%}); a run stops above data.max_bad_fraction")
+  for name, reason in itertools.islice(result["bad"].items(), 20):
+    print(f"               {name}: {reason}")
+  if len(result["bad"]) > 20:
+    print(f"               and {len(result['bad']) - 20:,} more")
+
+
+def _contact_sheet(path, pictures, side=96, columns=8):
+  from PIL import Image
+
+  rows = -(-len(pictures) // columns)
+  sheet = Image.new("RGB", (columns * side, rows * side), "white")
+  for k, pixels in enumerate(pictures):
+    small = Image.fromarray(pixels)
+    small.thumbnail((side - 4, side - 4))
+    sheet.paste(small, (k % columns * side + 2, k // columns * side + 2))
+  sheet.save(path, "PNG")
+
+
+# ---- prepare ---------------------------------------------------------------------------------------------------
+
+
+def prepare(
+  spec: str, output: str, *, data_dir: str | None = None, images_per_shard: int = 1000, short_side: int = 0
+) -> int:
+  """Writes a data set as TFRecord shards that `tfrecord:OUTPUT` reads; goes on where an earlier call stopped.
+
+  Every image is decoded once on the way; unreadable ones are left out and listed in unreadable.txt.  Class names go to
+  classes.json.
+
+  Args:
+    short_side: above 0, larger images are re-encoded as JPEGs of that shorter side: fewer bytes to decode, and small
+      crops get blurrier.
+
+  Returns:
+    The number of images written, by this call and earlier ones.
+
+  Raises:
+    ValueError: the folder holds the shards of other settings.
+  """
+  source = data.open_source(spec, data_dir=data_dir)
+  folder = epath.Path(os.path.abspath(os.path.expanduser(output)))
+  folder.mkdir(parents=True, exist_ok=True)
+  count = -(-len(source) // images_per_shard)
+  settings = {
+    "spec": spec, "images": len(source), "images_per_shard": images_per_shard, "short_side": short_side
+  }  # fmt: skip
+  plan = folder / "prepare.json"
+  if plan.exists() and json.loads(plan.read_text()) != settings:
+    raise ValueError(f"{folder} holds shards of other settings ({plan.read_text()}); use another --output")
+  plan.write_text(json.dumps(settings))
+  if source.num_classes:
+    (folder / shards.CLASSES).write_text(json.dumps(list(source.class_names)))
+
+  def load(i):
+    try:
+      item, label = source.item(i)
+      pixels = data.decode(item) if isinstance(item, bytes) else item
+      if short_side and min(pixels.shape[:2]) > short_side:
+        item = _encoded(_shrunk(pixels, short_side), "JPEG", quality=95)
+      elif not isinstance(item, bytes):
+        item = _encoded(pixels, "PNG")
+      return item, label, source.name(i)
+    except data.BadImage as reason:
+      return None, str(reason), source.name(i)
+
+  written, began = 0, time.monotonic()
+  with _threads() as pool:
+    for k in range(count):
+      name, unreadable = f"images-{k:05}-of-{count:05}.tfrecord", folder / f"unreadable-{k:05}.txt"
+      mine = range(k * images_per_shard, min((k + 1) * images_per_shard, len(source)))
+      if not (folder / name).exists():
+        loaded = list(pool.map(load, mine))
+        bad = [f"{where}\t{reason}\n" for item, reason, where in loaded if item is None]
+        # Before the shard: one that is there is finished in every respect.
+        unreadable.write_text("".join(bad))
+        shards.write_tfrecord(os.fspath(folder / name), (row for row in loaded if row[0] is not None))
+        _progress(k + 1, count, began, "shard")
+      written += len(mine) - len(unreadable.read_text().splitlines())
+  lists = sorted(folder.glob("unreadable-*.txt"))
+  bad = "".join(path.read_text() for path in lists)
+  (folder / "unreadable.txt").write_text(bad)
+  print(f"{written:,} images in {count:,} shards, {len(bad.splitlines()):,} unreadable ones listed in unreadable.txt")
+  print(f"train on them with --config.data.train=tfrecord:{folder}")
+  return written
+
+
+def _shrunk(pixels, short_side):
+  from PIL import Image
+
+  height, width = pixels.shape[:2]
+  scale = short_side / min(height, width)
+  size = (max(1, round(width * scale)), max(1, round(height * scale)))
+  return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0))
+
+
+def _encoded(pixels, kind, **options):
+  from PIL import Image
+
+  buffer = io.BytesIO()
+  Image.fromarray(pixels).save(buffer, kind, **options)
+  return buffer.getvalue()
+
+
+# ---- benchmark -------------------------------------------------------------------------------------------------
+
+
+def benchmark(
+  spec: str, *, data_dir: str | None = None, size: int = 224, resize: str = "bicubic", seconds: float = 5.0
+) -> dict:
+  """Images a second and core of every stage, on this machine and these images; what chips want; what to change.
+
+  Times are processor seconds of the whole process, so they hold on a busy machine too; every stage contains the
+  ones before it.
+
+  Returns:
+    {stage: images a second a core}.
+  """
+  source = data.open_source(spec, data_dir=data_dir)
+  crop = dict(size=size, resize=resize)
+  batch = max(8, min(64, len(source)))
+  paths = {
+    "device_crop": None,
+    "device": functools.partial(augment.two_crops, **crop),
+    "host": functools.partial(augment.two_views, **crop),
+  }
+  rates = {}
+  if not isinstance(source, data.ArraySource):
+    rates["read"] = _rate(source.item, len(source), seconds / 5)
+  for where, transform in paths.items():
+    stream = data.train_stream(source, transform, batch_size=batch, seed=0, max_bad_fraction=1.0)
+    for _ in range(3):
+      next(stream)
+    start, count = time.process_time(), 0
+    while time.process_time() - start < seconds:
+      next(stream)
+      count += batch
+    rates[where] = count / (time.process_time() - start)
+  cores = len(os.sched_getaffinity(0))
+  print(f"{spec}, views of {size} pixels, {cores} cores here; images a second a core (an image is two views)")
+  for stage, rate in rates.items():
+    label = {"read": "reading alone"}.get(stage, f"augment.where={stage}")
+    print(f"  {label:28}{rate:>10,.0f}")
+  print(advice(rates, size))
+  return rates
+
+
+def _rate(work, n, seconds):
+  start, count = time.process_time(), 0
+  while time.process_time() - start < seconds:
+    with contextlib.suppress(data.BadImage):
+      work(count % n)
+    count += 1
+  return count / (time.process_time() - start)
+
+
+def advice(rates: dict, size: int) -> str:
+  """Which `augment.where` feeds a ResNet-50 on the chips of CHIPS, in so many lines, from images a second a core."""
+  lines = ["what a ResNet-50 wants, and the first setting that feeds it with half as much again to spare:"]
+  scale = (224 / size) ** 2  # the network's work goes with the area
+  for chip, (estimate, half_peak, cpus, chips) in CHIPS.items():
+    for what, rate in (("the compiler's estimate of the step", estimate), ("half of the peak rate", half_peak)):
+      need = rate * scale * chips / cpus
+      enough = next((where for where in ("host", "device", "device_crop") if rates[where] >= 1.5 * need), None)
+      cure = f"augment.where={enough}" if enough else "none: smaller files (simclr data prepare --short_side=256)"
+      lines.append(f"  {chip:4} {chips} chips, {cpus} CPUs, {what:36}{need:>7,.0f} a CPU: {cure}")
+  lines.append("a CPU of a TPU host is a hyper-thread: take half of the figure of a core of this machine")
+  return "\n".join(lines)

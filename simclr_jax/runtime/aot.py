@@ -1,0 +1,203 @@
+"""What a pod would do with a step: compiled ahead of time for a named TPU topology, on a machine that has no TPU.
+
+The compiler for TPUs comes in the package libtpu.  What it says of the program it made is exact: memory, operations,
+collectives, the schedule.  Its estimate of the time is a model: the cycles it attributes to every operation of the
+schedule, over the clock, without the time of collectives that nothing hides (docs/scaling.md says how far to trust it).
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Of one chip, from Google Cloud's system descriptions; a v2 or v3 chip is two devices, every other one is one."""
+
+  flops: float  # peak bfloat16 operations a second
+  hbm_bytes: float
+  hbm_bandwidth: float  # bytes a second
+  clock: float  # Hz, of the estimate's cycles
+  per_host: int  # chips
+  host_vcpus: int
+  devices: int = 1
+  options: tuple = ()
+
+
+GIB = 2**30
+CHIPS = {
+  "v2": Chip(45e12, 16 * GIB, 700e9, 0.70e9, 4, 96, devices=2),
+  "v3": Chip(123e12, 32 * GIB, 900e9, 0.94e9, 4, 96, devices=2),
+  "v4": Chip(275e12, 32 * GIB, 1228e9, 1.05e9, 4, 240, options=(("chip_config_name", "megacore"),)),
+  "v5e": Chip(197e12, 16 * GIB, 819e9, 1.50e9, 4, 112),
+  "v5p": Chip(459e12, 95 * GIB, 2765e9, 1.75e9, 4, 208, options=(("chip_config_name", "megacore"),)),
+  "v6e": Chip(918e12, 32 * GIB, 1640e9, 1.75e9, 4, 180),
+}
+
+
+class DoesNotFit(Exception):
+  """The compiler refuses the program; `needed` in bytes, or None where it does not say."""
+
+  def __init__(self, message, needed):
+    super().__init__(message)
+    self.needed = needed
+
+
+def prepare():
+  """Sets what the TPU compiler wants in the environment; call it before JAX is imported.
+
+  Raises:
+    ValueError: libtpu is not installed.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError("compiling for TPUs needs the package libtpu, and no TPU: pip install libtpu")
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+  alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+  os.environ |= {**quiet, **alone}
+
+
+def topology(name: str):
+  """(Chip, devices) of a name such as v4:4x4x8, v5e:16x16 or v3:8x8.
+
+  Raises:
+    ValueError: not such a name, or no pod of that shape.
+  """
+  from jax.experimental import topologies
+
+  generation, _, shape = name.partition(":")
+  if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    raise ValueError(f"--topology={name}: expected {', '.join(CHIPS)} and a shape, such as v4:4x4x8 or v5e:16x16")
+  chip = CHIPS[generation]
+  try:
+    return chip, topologies.get_topology_desc(name, platform="tpu", **dict(chip.options)).devices
+  except Exception as error:
+    reason = " ".join(str(error).split())[:200]
+    raise ValueError(f"--topology={name}: the compiler knows no such pod ({reason})") from None
+
+
+def compile_for(jitted, *arguments):
+  """The compiled program.  Raises DoesNotFit if a device has too little memory for it."""
+  try:
+    return jitted.lower(*arguments).compile()
+  except jax.errors.JaxRuntimeError as error:
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "hbm" not in text.lower():
+      raise
+    used = re.search(r"Used ([\d.]+)([KMGT])(?:i?B?)? of ([\d.]+)([KMGT])", text)
+    needed = float(used[1]) * 1024 ** " KMGT".index(used[2]) if used else None
+    raise DoesNotFit(" ".join(text.split())[:300], needed) from None
+
+
+def computations(hlo: str) -> dict:
+  """{name: lines} of a scheduled HLO module; "ENTRY" too."""
+  result, name = {}, None
+  for text in hlo.splitlines():
+    start = re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", text)
+    if start:
+      name = start[2]
+      result[name] = []
+      if start[1]:
+        result["ENTRY"] = result[name]
+    elif text == "}":
+      name = None
+    elif name:
+      result[name].append(text)
+  return result
+
+
+class Schedule:
+  """What a compiled TPU program says of itself.
+
+  Attributes:
+    cycles: the compiler's estimate, loop bodies times their trips.
+    hops, overlaps: in loops, the collective-permutes, and of the asynchronous ones (bytes, cycles they overlap with).
+  """
+
+  def __init__(self, hlo: str):
+    self.computations = computations(hlo)
+    self.hops, self.overlaps = 0, []
+    self.cycles = self._cycles("ENTRY", in_loop=False)
+
+  def _cycles(self, name, in_loop):
+    total, started = 0, {}
+    for text in self.computations[name]:
+      cost = re.search(r'"estimated_cycles":"(\d+)"', text)
+      total += int(cost[1]) if cost else 0
+      loop = re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", text)
+      if loop:
+        # Every loop here counts from 0 to the one constant in its condition.
+        (trips,) = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(self.computations[loop[1]]))
+        total += int(trips) * self._cycles(loop[2], in_loop=True)
+      if not in_loop:
+        continue
+      hop = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) (collective-permute(?:-start|-done)?)\((?:%([\w.\-]+))?", text)
+      if hop and hop[3] == "collective-permute-done":
+        self.overlaps.append((_bytes(hop[2]), total - started[hop[4]]))
+      elif hop:
+        self.hops += 1
+        started[hop[1]] = total
+    return total
+
+
+_COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+_WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+def _shapes(result: str):
+  return [(kind, [int(d) for d in dims.split(",") if d]) for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)]
+
+
+def _bytes(result: str) -> int:
+  return max((math.prod(dims) * _WIDTH.get(kind, 4) for kind, dims in _shapes(result)), default=0)
+
+
+def collectives(hlo: str) -> dict:
+  """{kind: {"count", "bytes", "image_sized"}} of a compiled module.
+
+  `image_sized` counts operands [n, ..., side, side, channels] with a side of at least 7: images and activations, which
+  a data-parallel step never sends.
+  """
+  found = {}
+  for result, kind in _COLLECTIVE.findall(hlo):
+    row = found.setdefault(kind, {"count": 0, "bytes": 0, "image_sized": 0})
+    row["count"] += 1
+    for dtype, dims in _shapes(result):
+      row["bytes"] += math.prod(dims) * _WIDTH.get(dtype, 4)
+      row["image_sized"] += any(dims[i] == dims[i + 1] >= 7 for i in range(1, len(dims) - 2))
+  return found
+
+
+def measure(jitted, arguments, *, chip: Chip, devices: int) -> dict:
+  """Compiles a step and returns what is known of it, per device unless it says chip; times in seconds.
+
+  Raises:
+    DoesNotFit.
+  """
+  compiled = compile_for(jitted, *arguments)
+  memory = compiled.memory_analysis()
+  cost = compiled.cost_analysis()
+  hlo = compiled.as_text()
+  per_chip = chip.devices
+  # Donated arguments and results share memory.
+  peak = (
+    memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  )
+  return {
+    "devices": devices,
+    "chips": devices // per_chip,
+    "arguments_bytes": memory.argument_size_in_bytes,
+    "temporaries_bytes": memory.temp_size_in_bytes,
+    "peak_bytes": peak,
+    "hbm_bytes": chip.hbm_bytes / per_chip,
+    "flops": cost["flops"],
+    "bytes_accessed": cost["bytes accessed"],
+    "matmul_seconds": cost["flops"] / (chip.flops / per_chip),
+    "memory_seconds": cost["bytes accessed"] / (chip.hbm_bandwidth / per_chip),
+    "step_seconds": Schedule(hlo).cycles / chip.clock,
+    "collectives": collectives(hlo),
+  }

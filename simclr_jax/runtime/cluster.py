@@ -1,0 +1,207 @@
+"""The processes of one run: they start together, agree on what one of them found out, and none waits for one that is gone.
+
+By itself JAX keeps the others of a process that raised waiting for minutes, and of one that hangs for ever.  Here every
+process of a run with several of them has a guard: a thread that says "alive" to the others through JAX's coordination
+service, and that ends its own process, with one line, when another has stopped, has fallen silent, or when the main
+thread has not moved for too long.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+
+# The key-value store of the coordination service has no public name; this is the only module that touches it.
+from jax._src import distributed as _distributed
+from jax.experimental import multihost_utils
+
+EXIT_LOST = 142  # another process is gone, or this one hung: schedulers that restart on 128 and above restart this
+BEAT = 2.0  # seconds between two signs of life
+SILENCE = 20.0  # seconds without one, after which a process counts as gone
+HANG = 600.0  # seconds a step, or waiting for its data, may take; SIMCLR_HANG_SECONDS sets another number
+SLOW = 12  # times as many for compiling, evaluating and saving
+
+_guard = None
+
+
+def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None):
+  """Joins the other processes of the run, if there are any; call it before anything asks JAX for its devices.
+
+  With arguments: the processes find each other at `coordinator` (host:port of process 0).  Without: JAX looks for a
+  cluster (Cloud TPU, GKE, SLURM, Open MPI) and this process runs alone where there is none.
+
+  Raises:
+    ValueError: some of the three arguments are given and some are not, or they contradict each other.
+  """
+  given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+  missing = [flag for flag, value in given.items() if value is None]
+  if 0 < len(missing) < 3:
+    raise ValueError(f"{', '.join(missing)} missing: give all of --coordinator --num_processes --process_id, or none")
+  if not missing:
+    if ":" not in coordinator:
+      raise ValueError(f"--coordinator={coordinator}: expected host:port of process 0, such as 10.0.0.2:8476")
+    if not 0 <= process_id < num_processes:
+      raise ValueError(f"--process_id={process_id}: expected 0 to {num_processes - 1}, below --num_processes")
+  timeouts = {"heartbeat_timeout_seconds": 60, "shutdown_timeout_seconds": 30, "initialization_timeout": 600}
+  if not missing:
+    # The service answers anybody who can reach it: on one machine it listens to that machine only.
+    host, _, port = coordinator.rpartition(":")
+    bind = {"coordinator_bind_address": f"{host}:{port}"} if host in ("localhost", "127.0.0.1") else {}
+    jax.distributed.initialize(coordinator, num_processes, process_id, **bind, **timeouts)
+  else:
+    try:
+      jax.distributed.initialize(**timeouts)
+    except RuntimeError:  # this process has used its devices already: it runs alone, in a notebook for instance
+      return
+    except ValueError as error:
+      if "coordinator_address should be defined" in str(error):  # no cluster was found
+        return
+      raise ValueError(f"a cluster was found but cannot be joined: {error}") from None
+  global _guard
+  if jax.process_count() > 1:
+    _guard = _Guard(_distributed.global_state.client, jax.process_index(), jax.process_count())
+
+
+def several() -> bool:
+  return _guard is not None
+
+
+def process_index() -> int:
+  return jax.process_index() if several() else 0
+
+
+def on_first(what):
+  """`what()` run by process 0 alone: its result (of JSON values), or its ValueError or OSError, on every process."""
+  if not several():
+    return what()
+  client = _distributed.global_state.client
+  on_first.calls += 1
+  key = f"simclr/on_first/{on_first.calls}"
+  if jax.process_index() == 0:
+    try:
+      answer = {"result": what()}
+    except (ValueError, OSError) as error:
+      client.key_value_set(key, json.dumps({"kind": type(error).__name__, "error": str(error)}))
+      raise
+    client.key_value_set(key, json.dumps(answer))
+    return answer["result"]
+  answer = json.loads(client.blocking_key_value_get(key, int(SLOW * _hang_seconds() * 1000)))
+  if "error" in answer:
+    raise (ValueError if answer["kind"] == "ValueError" else OSError)(answer["error"])
+  return answer["result"]
+
+
+on_first.calls = 0
+
+
+def gather(x):
+  """A global array as numpy, on every process."""
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True) if several() else x)
+
+
+def gather_rows(x):
+  """numpy [b, ...] of every process, one after the other: [processes * b, ...]."""
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True)) if several() else x
+
+
+def preempted(step: int) -> bool:
+  """Whether a SIGTERM that reached any process stops all of them after this step; call it after every step."""
+  return several() and multihost_utils.reached_preemption_sync_point(step)
+
+
+def moving(phase: str):
+  """Tells the guard that the main thread has entered this phase (one of metrics.Clock)."""
+  if _guard:
+    _guard.moving(phase)
+
+
+def await_verdict():
+  """After an operation between processes has failed: waits until the guard knows who is gone, and ends this process."""
+  if _guard:
+    time.sleep(SILENCE + 3 * BEAT)
+
+
+def leave(code: int, message: str = ""):
+  """Takes leave of the others.  If this process failed, it ends at once and they are told why; otherwise it returns."""
+  if _guard and code not in (0, 42):
+    _guard.stop(message or f"it stopped with exit code {code}", code)
+  if _guard:
+    _guard.left()
+
+
+def _hang_seconds() -> float:
+  return float(os.environ.get("SIMCLR_HANG_SECONDS", HANG))
+
+
+class _Guard(threading.Thread):
+  """Signs of life of this process, and the end of it when another has none."""
+
+  def __init__(self, client, index: int, count: int):
+    super().__init__(daemon=True, name="guard")
+    self.done = threading.Event()
+    self._client, self._index, self._count = client, index, count
+    self._phase, self._since = "start", time.monotonic()
+    self._heard = {}  # process -> (its last word, when it changed by this process's clock)
+    self.start()
+
+  def moving(self, phase):
+    self._phase, self._since = phase, time.monotonic()
+
+  def left(self):
+    self._set("left", "")
+    self.done.set()
+
+  def stop(self, why: str, code: int):
+    """Says why, and ends the process without waiting for anybody."""
+    self._set("gone", why)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if self._index == 0:
+      time.sleep(3 * BEAT)  # the service lives in this process: the others read the reason before it ends
+    os._exit(code)
+
+  def _set(self, key, value):
+    try:
+      self._client.key_value_set(f"simclr/{key}/{self._index}", value, allow_overwrite=True)
+    except Exception:  # the service itself is gone, and JAX ends the process
+      pass
+
+  def _words(self, key):
+    try:
+      return {int(k.rpartition("/")[2]): v for k, v in self._client.key_value_dir_get(f"simclr/{key}")}
+    except Exception:
+      return {}
+
+  def run(self):
+    host = socket.gethostname()
+    beats = 0
+    while not self.done.wait(BEAT):
+      beats += 1
+      self._set("alive", f"{beats} {host}")
+      now = time.monotonic()
+      for process, word in self._words("alive").items():
+        if process not in self._heard or self._heard[process][0] != word:
+          self._heard[process] = (word, now)
+      gone = {p: why for p, why in self._words("gone").items() if p != self._index}
+      left = self._words("left").keys()
+      for process, (_, since) in self._heard.items():
+        if process not in gone and process not in left and now - since > SILENCE:
+          gone[process] = f"no sign of life for {now - since:.0f} s"
+      if gone:
+        process, why = min(gone.items())
+        where = self._heard.get(process, ("0 ?", 0))[0].split(" ", 1)[1]
+        self._end(f"process {process} of {self._count} (on {where}) is gone: {why}")
+      limit = _hang_seconds() * (1 if self._phase in ("data", "step", "between") else SLOW)
+      if now - self._since > limit:
+        faulthandler.dump_traceback(file=sys.stderr)
+        self._end(f"process {self._index} of {self._count} has been in phase {self._phase!r} for over {limit:.0f} s")
+
+  def _end(self, why):
+    print(f"simclr: {why}; the last checkpoint is complete, go on with --resume", file=sys.stderr)
+    self.stop(why, EXIT_LOST)

@@ -1,0 +1,298 @@
+"""Sharded sets of encoded images: TFRecord, array_record, WebDataset tars, Parquet.
+
+All are random access: where each record lies is found once, by hopping from header to header, and kept in a small file
+of the user's cache, named after the sizes and times of the shards.  So `train_stream` gives these sets what it gives
+every other: a permutation of the whole set in each epoch, and batches that are a function of (seed, step).
+"""
+
+import functools
+import json
+import os
+import re
+import tarfile
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from etils import epath
+
+from simclr_jax.runtime.data import (
+  IMAGE_SUFFIXES,
+  BadImage,
+  Source,
+  cache_file,
+  is_remote,
+  load_cache,
+  open_shard,
+  read_range,
+  save_cache,
+  scan_tfrecords,
+)
+
+IMAGE_KEYS = ("image/encoded", "image", "jpg", "jpeg", "png", "webp", "img", "bytes")
+LABEL_KEYS = ("image/class/label", "label", "cls", "class", "target")
+CLASSES = "classes.json"  # beside the shards, names of the labels; `simclr data prepare` writes it
+
+
+def find(kind: str, rest: str, suffixes: Sequence[str]) -> list[str]:
+  """The files that `rest`, a file, a folder or a pattern, means, sorted.
+
+  Raises:
+    ValueError: there are none.
+  """
+  path = epath.Path(os.path.expanduser(rest) if is_remote(rest) else os.path.abspath(os.path.expanduser(rest)))
+  if path.is_dir():
+    ending = re.compile("(" + "|".join(re.escape(suffix) for suffix in suffixes) + r")(-\d+-of-\d+)?$")
+    found = [p for p in path.iterdir() if ending.search(p.name)]
+  else:
+    found = [path] if path.is_file() else list(path.parent.glob(path.name))
+  if not found:
+    raise ValueError(
+      f"{kind}:{rest}: no shards there; give a folder with *{suffixes[0]}* files, or a pattern such as"
+      f" {kind}:/data/train-*"
+    )
+  return sorted(os.fspath(p) for p in found)
+
+
+class ShardSource(Source):
+  """What the four have in common.  `_facts` are arrays of one entry a record, kept in the cache."""
+
+  def __init__(self, kind: str, rest: str, suffixes: Sequence[str], scan: Callable[[Sequence[str]], dict]):
+    self._spec, self._shards = f"{kind}:{rest}", find(kind, rest, suffixes)
+    self._cache = cache_file(self._spec, self._shards)
+    self._facts = load_cache(self._cache)
+    if self._facts is None:
+      self._facts = scan(self._shards)
+      save_cache(self._cache, self._facts)
+    if not len(self._facts["shard"]):
+      raise ValueError(f"{self._spec}: {len(self._shards)} shards without one image; give others")
+
+  def __len__(self):
+    return len(self._facts["shard"])
+
+  def name(self, i):
+    return f"{self._shards[self._facts['shard'][i]]}:{i}"
+
+  @functools.cached_property
+  def labels(self):
+    """From the cache; else the whole set is read once."""
+    if "label" not in self._facts:
+      self._facts["label"] = np.asarray([self._label(i) for i in range(len(self))], np.int32)
+      save_cache(self._cache, self._facts)
+    return self._facts["label"] if self._facts["label"].max() >= 0 else None
+
+  def _label(self, i) -> int:
+    try:
+      return self.item(i)[1]
+    except BadImage:
+      return -1
+
+  @functools.cached_property
+  def class_names(self):
+    if self.labels is None:
+      return ()
+    listed = epath.Path(self._shards[0]).parent / CLASSES
+    return tuple(json.loads(listed.read_text())) if listed.exists() else _numbers(self.labels)
+
+
+def _numbers(labels) -> tuple[str, ...]:
+  return tuple(str(c) for c in range(int(labels.max()) + 1))
+
+
+class _Examples(ShardSource):
+  """Records that are serialised tf.train.Example messages: bytes under one of IMAGE_KEYS, int64 of LABEL_KEYS."""
+
+  def item(self, i):
+    import tensorflow as tf
+
+    record = self._record(i)
+    try:
+      features = tf.train.Example.FromString(record).features.feature
+    except Exception as error:  # google.protobuf.message.DecodeError, a class of a package we do not depend on
+      raise BadImage("broken record") from error
+    found = next((key for key in IMAGE_KEYS if key in features and features[key].bytes_list.value), None)
+    if found is None:
+      raise BadImage(
+        f"no image under {', '.join(IMAGE_KEYS)}; the record has {', '.join(sorted(features)) or 'nothing'}"
+      )
+    label = next((key for key in LABEL_KEYS if key in features and features[key].int64_list.value), None)
+    return features[found].bytes_list.value[0], features[label].int64_list.value[0] if label else -1
+
+  def _record(self, i) -> bytes:
+    raise NotImplementedError
+
+
+class TFRecordSource(_Examples):
+  """TFRecord files, uncompressed."""
+
+  def __init__(self, rest):
+    super().__init__("tfrecord", rest, (".tfrecord", ".tfrecords"), scan_tfrecords)
+
+  def _record(self, i):
+    return read_range(*self._where(i))
+
+  def _where(self, i):
+    shard, offset, length = (int(self._facts[key][i]) for key in ("shard", "offset", "length"))
+    return self._shards[shard], offset, length
+
+
+class ArrayRecordSource(_Examples):
+  """array_record files; they know their own positions."""
+
+  def __init__(self, rest):
+    from array_record.python import array_record_module
+
+    def scan(shards):
+      counts = []
+      for path in shards:
+        reader = array_record_module.ArrayRecordReader(path)
+        if not reader.ok():
+          raise ValueError(f"array_record:{rest}: {path} is not an array_record file, or damaged")
+        counts.append(reader.num_records())
+        reader.close()
+      starts = [np.arange(count) for count in counts]
+      return {
+        "shard": np.repeat(np.arange(len(shards), dtype=np.int32), counts),
+        "place": np.concatenate(starts).astype(np.int64),
+      }
+
+    super().__init__("array_record", rest, (".array_record",), scan)
+    self._open = array_record_module.ArrayRecordReader
+    self._local = threading.local()
+
+  def _record(self, i):
+    path = self._shards[self._facts["shard"][i]]
+    # A reader a thread and shard; a file that has gone since is still open, and so still readable.
+    readers = self._local.__dict__
+    if path not in readers:
+      if len(readers) > 64:
+        readers.clear()
+      readers[path] = self._open(path)
+    try:
+      return readers[path].read([int(self._facts["place"][i])])[0]
+    except Exception as error:  # ValueError, IndexError, SystemError: pybind's choice
+      readers.pop(path, None)
+      raise BadImage(f"{path}: record {self._facts['place'][i]} cannot be read") from error
+
+
+class WebDatasetSource(ShardSource):
+  """Tar files whose members share a name up to the first dot: 0001.jpg with 0001.cls, a number in ASCII."""
+
+  def __init__(self, rest):
+    super().__init__("webdataset", rest, (".tar",), functools.partial(_scan_tars, f"webdataset:{rest}"))
+
+  def name(self, i):
+    return f"{self._shards[self._facts['shard'][i]]}:{self._facts['name'][i]}"
+
+  def item(self, i):
+    shard, offset, length = (int(self._facts[key][i]) for key in ("shard", "offset", "length"))
+    return read_range(self._shards[shard], offset, length), int(self._facts["label"][i])
+
+
+def _scan_tars(spec, shards):
+  rows = []
+  for shard, path in enumerate(shards):
+    labels, images = {}, []
+    try:
+      with open_shard(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+          key, _, ending = member.name.partition(".")
+          if not member.isfile():
+            continue
+          if f".{ending.lower()}" in IMAGE_SUFFIXES:
+            images.append((key, member.name, member.offset_data, member.size))
+          elif ending == "cls":
+            labels[key] = int(tar.extractfile(member).read())
+    except (tarfile.TarError, ValueError) as error:
+      raise ValueError(f"{spec}: {path} is no plain tar file, or damaged ({error}); make it again") from error
+    rows += [(shard, name, offset, size, labels.get(key, -1)) for key, name, offset, size in images]
+  columns = list(zip(*rows, strict=True)) or [()] * 5
+  kinds = (np.int32, np.str_, np.int64, np.int64, np.int32)
+  names = ("shard", "name", "offset", "length", "label")
+  return {name: np.asarray(column, kind) for name, column, kind in zip(names, columns, kinds, strict=True)}
+
+
+class ParquetSource(ShardSource):
+  """Parquet files with a column of encoded images, as bytes or as Hugging Face's struct of bytes and path.
+
+  Parquet reads whole row groups, so a random image costs its group.  The groups of the last few images are kept, but
+  for training at speed turn the set into records once: simclr data prepare.  Needs pyarrow.
+  """
+
+  def __init__(self, rest):
+    try:
+      import pyarrow.parquet as parquet
+    except ImportError as error:
+      raise ValueError(f"parquet:{rest}: needs pyarrow; pip install pyarrow") from error
+    self._parquet, spec = parquet, f"parquet:{rest}"
+
+    def scan(shards):
+      shard, group, place = [], [], []
+      for number, path in enumerate(shards):
+        try:
+          file = parquet.ParquetFile(path)
+        except Exception as error:  # pyarrow.ArrowInvalid, OSError
+          raise ValueError(f"{spec}: {path} is no Parquet file, or damaged; make it again") from error
+        for k in range(file.num_row_groups):
+          rows = file.metadata.row_group(k).num_rows
+          shard += [number] * rows
+          group += [k] * rows
+          place += range(rows)
+      return {
+        "shard": np.asarray(shard, np.int32), "group": np.asarray(group, np.int32), "place": np.asarray(place, np.int64)
+      }  # fmt: skip
+
+    super().__init__("parquet", rest, (".parquet",), scan)
+    names = parquet.ParquetFile(self._shards[0]).schema_arrow.names
+    self._image = next((key for key in IMAGE_KEYS if key in names), None)
+    if self._image is None:
+      raise ValueError(f"{spec}: columns {', '.join(names)}; one of {', '.join(IMAGE_KEYS)} is needed")
+    self._label_column = next((key for key in LABEL_KEYS if key in names), None)
+    self._group = functools.lru_cache(maxsize=8)(self._read_group)
+
+  def _read_group(self, shard, group):
+    path = self._shards[shard]
+    try:
+      columns = [self._image] + [self._label_column] * bool(self._label_column)
+      return self._parquet.ParquetFile(path).read_row_group(group, columns=columns)
+    except Exception as error:  # pyarrow.ArrowException and OSError
+      raise BadImage(f"{path}: row group {group} cannot be read") from error
+
+  def item(self, i):
+    shard, group, place = (int(self._facts[key][i]) for key in ("shard", "group", "place"))
+    table = self._group(shard, group)
+    image = table[self._image][place].as_py()
+    image = image.get("bytes") if isinstance(image, dict) else image
+    if not isinstance(image, bytes):
+      raise BadImage(f"no bytes in column {self._image}")
+    label = table[self._label_column][place].as_py() if self._label_column else None
+    return image, -1 if label is None else int(label)
+
+
+FORMATS = {
+  "tfrecord": TFRecordSource,
+  "array_record": ArrayRecordSource,
+  "webdataset": WebDatasetSource,
+  "parquet": ParquetSource,
+}
+
+
+def write_tfrecord(path: str, items) -> int:
+  """Writes (image bytes, label or -1, name) as tf.train.Example records, whole or not at all; returns their number."""
+  import tensorflow as tf
+
+  def feature(value):
+    if isinstance(value, bytes):
+      return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+    return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+
+  count, temporary = 0, f"{path}.partial"
+  with tf.io.TFRecordWriter(temporary) as writer:
+    for image, label, name in items:
+      features = {"image/encoded": feature(image), "image/filename": feature(name.encode())}
+      if label >= 0:
+        features["image/class/label"] = feature(int(label))
+      writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
+      count += 1
+  os.replace(temporary, path)
+  return count

@@ -1,0 +1,112 @@
+"""The launch scripts, without a cloud: what they would run, byte for byte, and what a linter says of them."""
+
+import os
+import pathlib
+import subprocess
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "launch"
+POD = {"NAME": "my-run", "ZONE": "us-central2-b", "TYPE": "v4-256"}
+GKE = {
+  "NAME": "my-run",
+  "IMAGE": "europe-docker.pkg.dev/project/images/simclr:1",
+  "CONFIG": "configs/v1.py:1x",
+  "WORKDIR": "gs://bucket/my-run",
+  "HOSTS": "32",
+  "ACCELERATOR": "tpu-v4-podslice",
+  "TOPOLOGY": "4x4x8",
+  "CHIPS_PER_HOST": "4",
+}
+PRETRAIN = ("pretrain", "--config=configs/v1.py:1x", "--workdir=gs://bucket/a b", "--resume")
+CASES = {
+  "multiprocess": ("multiprocess.sh", ("--dry-run", "2", *PRETRAIN), {}),
+  "slurm": ("slurm.sbatch", ("--config.seed=1",), {"DRY_RUN": "1", "CONFIG": "smoke", "WORKDIR": "/shared/a b"}),
+  "tpu_create": ("tpu_pod.sh", ("--dry-run", "create"), POD | {"SPOT": "1"}),
+  "tpu_create_v5e": ("tpu_pod.sh", ("--dry-run", "create"), POD | {"TYPE": "v5litepod-256"}),
+  "tpu_setup": ("tpu_pod.sh", ("--dry-run", "setup"), POD | {"REPOSITORY": "https://example.org/simclr_jax.git"}),
+  "tpu_run": ("tpu_pod.sh", ("--dry-run", "run", *PRETRAIN), POD),
+  "tpu_logs": ("tpu_pod.sh", ("--dry-run", "logs"), POD),
+  "tpu_stop": ("tpu_pod.sh", ("--dry-run", "stop"), POD),
+  "tpu_delete": ("tpu_pod.sh", ("--dry-run", "delete"), POD),
+  "gke": ("gke.sh", ("--dry-run",), GKE),
+}
+
+
+def bash(script, arguments, environment):
+  """Runs a script with nothing but coreutils and bash on the path: no gcloud, kubectl, srun or simclr."""
+  return subprocess.run(
+    ["bash", str(ROOT / "launch" / script), *arguments],
+    env={"PATH": "/usr/bin:/bin", "HOME": os.environ.get("HOME", "/"), **environment},
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dry_run(name):
+  done = bash(*CASES[name])
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == (GOLDEN / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize(
+  "script, arguments, environment, says",
+  [
+    ("tpu_pod.sh", ("--dry-run", "create"), POD | {"NAME": "my run; rm"}, "NAME=my run; rm: expected"),
+    ("tpu_pod.sh", ("--dry-run", "explode"), POD, "explode: expected create"),
+    ("tpu_pod.sh", ("--dry-run", "create"), {"NAME": "a"}, "ZONE: zone"),
+    ("gke.sh", ("--dry-run",), GKE | {"IMAGE": 'a"b'}, "no quotes"),
+    ("gke.sh", ("--dry-run",), {k: v for k, v in GKE.items() if k != "HOSTS"}, "HOSTS: is not set"),
+    ("slurm.sbatch", (), {"DRY_RUN": "1", "WORKDIR": "/x"}, "CONFIG: recipe"),
+    ("multiprocess.sh", ("--dry-run",), {}, "number of processes"),
+  ],
+)
+def test_mistakes(script, arguments, environment, says):
+  done = bash(script, arguments, environment)
+  assert done.returncode != 0 and says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_jobset_restarts_what_was_preempted_and_nothing_that_failed():
+  manifest = yaml.safe_load(bash(*CASES["gke"]).stdout)
+  assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+  job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+  assert job["parallelism"] == job["completions"] == 32 and job["completionMode"] == "Indexed"
+  (rule,) = job["podFailurePolicy"]["rules"]
+  assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [1, 2]  # not 42, not 128 and above
+  assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0
+  pod = job["template"]["spec"]
+  assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] >= 60
+  (container,) = pod["containers"]
+  assert container["command"][:2] == ["simclr", "pretrain"]  # process 1, which gets the SIGTERM
+  assert container["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+def test_several_processes_end_with_the_highest_exit_code(tmp_path):
+  """And a signal to the script reaches all of them."""
+  (tmp_path / "launch").mkdir()
+  (tmp_path / "launch" / "setup.sh").write_text(f"export PATH={tmp_path}:$PATH\n")
+  script = tmp_path / "launch" / "multiprocess.sh"
+  script.write_text((ROOT / "launch" / "multiprocess.sh").read_text())
+  simclr = tmp_path / "simclr"
+  simclr.write_text('#!/bin/bash\nfor a in "$@"; do case $a in --process_id=*) exit "$((40 + ${a#*=}))";; esac; done\n')
+  simclr.chmod(0o755)
+  assert subprocess.run(["bash", script, "3", "pretrain"]).returncode == 42
+  simclr.write_text("#!/bin/bash\ntrap 'exit 42' TERM\ntouch started.$$\nwhile :; do sleep 0.05; done\n")
+  with subprocess.Popen(["bash", script, "2", "pretrain"], cwd=tmp_path) as group:
+    while len(list(tmp_path.glob("started.*"))) < 2:
+      pass
+    group.terminate()
+    assert group.wait(timeout=20) == 42
+
+
+def test_scripts_are_clean():
+  scripts = [*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
+  done = subprocess.run(
+    ["shellcheck", "--exclude=SC1091", *map(str, scripts)], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stdout
+  assert all(len(s.read_text().splitlines()) <= 60 for s in scripts)

@@ -1,0 +1,233 @@
+"""Several processes are one run: the same numbers as in one process, and none outlives a fault of another for long."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent
+DEVICES = 8
+STEPS = 12
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("processes")
+  images = tiny.source()
+  np.savez(folder / "images.npz", images=np.stack([images.read(i) for i in range(len(images))]))
+  return folder
+
+
+class Group:
+  """`simclr pretrain` in so many processes, with eight devices among them."""
+
+  def __init__(self, shared, workdir, processes, *, steps=STEPS, environment=(), **changes):
+    values = {
+      "data.train": f"npz:{shared / 'images.npz'}",
+      "data.test": "",
+      "batch_size": 16,
+      "train_epochs": 0.0,
+      "train_steps": steps,
+      "augment.size": 16,
+      "encoder.width": 0.0625,
+      "projector.out_dim": 16,
+      "evaluate.batch_size": 40,
+      "evaluate.every_epochs": 0.0,
+      "checkpoint.every_epochs": 0.0,
+      "log.every_steps": 1,
+      **changes,
+    }
+    with socket.socket() as s:
+      s.bind(("localhost", 0))
+      port = s.getsockname()[1]
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    self.processes, self.logs = [], []
+    for i in range(processes):
+      several = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={i}"]
+      command = [sys.executable, "-m", "simclr_jax", "pretrain", "--config=smoke", f"--workdir={workdir}", "--resume"]
+      self.logs.append(workdir.with_name(f"{workdir.name}.{processes}.{i}.log"))
+      self.processes.append(
+        subprocess.Popen(
+          command + flags + (several if processes > 1 else []),
+          cwd=ROOT,
+          env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+            "JAX_COMPILATION_CACHE_DIR": str(shared / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **dict(environment),
+          },
+          stdout=self.logs[-1].open("w"),
+          stderr=subprocess.STDOUT,
+        )
+      )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for p in self.processes:
+      p.kill()
+      p.wait()
+
+  def wait(self, timeout=400):
+    """Exit codes; and what the processes printed goes into an assertion that fails."""
+    end = time.monotonic() + timeout
+    codes = [p.wait(timeout=max(1, end - time.monotonic())) for p in self.processes]
+    print(self.text())
+    return codes
+
+  def text(self):
+    return "\n".join(log.read_text() for log in self.logs)
+
+  def wait_for_step(self, workdir, step, timeout=400):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and all(p.poll() is None for p in self.processes):
+      if rows(workdir) and rows(workdir)[-1]["step"] >= step:
+        return
+      time.sleep(0.2)
+    raise AssertionError(f"step {step} was not reached:\n{self.text()}")
+
+
+def rows(workdir):
+  path = workdir / "metrics.jsonl"
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def parameters(workdir, step):
+  from simclr_jax.runtime import checkpoint
+
+  path = checkpoint.folder(workdir) / str(step) / "encoder"
+  import jax
+  import orbax.checkpoint as ocp
+
+  with ocp.StandardCheckpointer() as checkpointer:
+    tree = checkpointer.metadata(path).item_metadata.tree
+    like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
+    return jax.tree.map(np.asarray, checkpointer.restore(path, like))
+
+
+@pytest.fixture(scope="module")
+def one_process(shared):
+  with Group(shared, shared / "one", 1) as group:
+    assert group.wait() == [0]
+  return shared / "one"
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_number_of_processes_does_not_matter(shared, one_process, processes):
+  workdir = shared / f"of{processes}"
+  with Group(shared, workdir, processes) as group:
+    assert group.wait() == [0] * processes
+  for row, expected in zip(rows(workdir), rows(one_process), strict=True):
+    assert row.keys() == expected.keys()
+    for key in ("loss", "contrastive_accuracy", "grad_norm", "embedding_std", "alignment"):
+      if key in row:
+        np.testing.assert_allclose(row[key], expected[key], rtol=1e-4, err_msg=key)  # the order of sums
+  import jax
+
+  for path, leaf in jax.tree_util.tree_leaves_with_path(parameters(workdir, STEPS)):
+    np.testing.assert_allclose(leaf, _at(parameters(one_process, STEPS), path), atol=1e-4, err_msg=str(path))
+  assert (workdir / "report.html").exists() and (workdir / "encoder" / "card.json").exists()
+
+
+def _at(tree, path):
+  for key in path:
+    tree = tree[key.key]
+  return tree
+
+
+def test_resume_on_another_number_of_processes(shared, one_process):
+  workdir = shared / "moved"
+  with Group(shared, workdir, 2) as group:
+    group.wait_for_step(workdir, 2)
+    group.processes[1].send_signal(signal.SIGTERM)  # one of them is told to go
+    assert group.wait() == [42, 42]
+  with Group(shared, workdir, 1) as group:
+    assert group.wait() == [0]
+    assert "resuming from step" in group.text()
+  for row, expected in zip(rows(workdir), rows(one_process), strict=True):
+    assert row["step"] == expected["step"]
+    if "loss" in row:
+      np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-4)
+
+
+def kill(group):
+  group.processes[1].kill()
+
+
+def stop(group):
+  group.processes[1].send_signal(signal.SIGSTOP)
+
+
+FAULTS = {"killed": (kill, "process 1 of 2"), "stopped": (stop, "process 1 of 2")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_others_do_not_wait_for_one_that_is_gone(shared, fault):
+  workdir = shared / fault
+  inject, named = FAULTS[fault]
+  with Group(shared, workdir, 2, steps=100000, **{"checkpoint.every_steps": 5}) as group:
+    group.wait_for_step(workdir, 6)
+    inject(group)
+    began = time.monotonic()
+    code = group.processes[0].wait(timeout=90)
+    assert time.monotonic() - began < 60
+    text = group.logs[0].read_text()
+    assert code == 142, text
+    assert sum(named in line and "is gone" in line for line in text.splitlines()) == 1
+  with Group(shared, workdir, 1, steps=8, **{"checkpoint.every_steps": 5}) as group:  # what was saved is good
+    assert group.wait() == [1] and "train_steps is 100000 in the run" in group.text()
+
+
+HANG = """
+import time
+from simclr_jax.runtime import data
+original = data.Stream.__next__
+calls = 0
+def hang(self):
+  global calls
+  calls += 1
+  if calls == 8 and {process} == __import__("jax").process_index():
+    {what}
+  return original(self)
+data.Stream.__next__ = hang
+"""
+
+
+@pytest.mark.parametrize(
+  "what, expected", [("time.sleep(10000)", [142, 142]), ("raise OSError('no such disk')", [142, 1])]
+)
+def test_one_that_hangs_or_raises_ends_them_all(shared, what, expected):
+  name = "hangs" if "sleep" in what else "raises"
+  workdir, site = shared / name, shared / f"site_{name}"
+  site.mkdir()
+  # `sitecustomize` is imported by every Python that finds it: the fault is injected without a hook in the program.
+  (site / "sitecustomize.py").write_text(
+    "import sys, importlib.abc\n"
+    "class Late(importlib.abc.MetaPathFinder):\n"
+    "  def find_spec(self, name, path, target=None):\n"
+    "    if name == 'simclr_jax.pretrain':\n"
+    "      sys.meta_path.remove(self)\n"
+    f"      exec({HANG.format(process=1, what=what)!r})\n"
+    "sys.meta_path.insert(0, Late())\n"
+  )
+  environment = {"PYTHONPATH": f"{site}:{ROOT}", "SIMCLR_HANG_SECONDS": "20"}
+  with Group(shared, workdir, 2, steps=100000, environment=environment) as group:
+    group.wait_for_step(workdir, 5)
+    began = time.monotonic()
+    codes = group.wait(timeout=120)
+    assert time.monotonic() - began < 60
+    assert codes == expected, group.text()
+  if name == "raises":
+    assert "process 1 of 2" in group.logs[0].read_text() and "no such disk" in group.logs[0].read_text()
