@@ -28,7 +28,7 @@ def get_config(arg="1x"):
       train_epochs={"": 1000.0, "100ep": 100.0, "broader": 1000.0}[epochs],
       train_steps=0,
       augment=dict(
-        where="device",
+        where="host" if epochs == "broader" else "device",
         canvas=512,
         size=224,
         color_strength=1.0,

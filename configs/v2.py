@@ -1,6 +1,7 @@
 """SimCLR v2 on ImageNet: ResNet-50, 101 or 152, width 1 to 3, with or without selective kernels, 800 epochs.
 
-Command:   simclr pretrain --config=configs/v2.py:r50_1x_sk0 --workdir=gs://BUCKET/v2      (... :r152_3x_sk1)
+Command:   simclr pretrain --config=configs/v2.py:r50_1x_sk0 --workdir=gs://BUCKET/v2      (... :r152_3x_sk1;
+           :r50_1x_sk0-memory adds the momentum encoder and the memory bank)
 Hardware:  the paper used 128 Cloud TPUs; nobody has run this file at that scale yet
 Expected:  linear evaluation top-1 on ImageNet about 71.1 for r50_1x_sk0 (the paper's 71.7 used a momentum encoder and
            a memory bank); 74.6 r50_1x_sk1, 79.8 r152_3x_sk1, both of the paper with that memory
@@ -12,7 +13,8 @@ import ml_collections
 
 
 def get_config(arg="r50_1x_sk0"):
-  depth, width, sk = arg.split("_")
+  network, _, memory = arg.partition("-")
+  depth, width, sk = network.split("_")
   return ml_collections.ConfigDict(
     dict(
       seed=0,
@@ -44,6 +46,7 @@ def get_config(arg="r50_1x_sk0"):
         dtype="bfloat16",
       ),
       projector=dict(kind="nonlinear", layers=3, out_dim=128),
+      **({"memory": dict(size=65536, decay=0.999)} if memory == "memory" else {}),
       loss=dict(temperature=0.1, normalize=True, reduction="official_sum", precision="highest"),
       optimizer=dict(name="lars", base_lr=0.1, lr_scaling="sqrt", warmup_epochs=40.0, momentum=0.9, weight_decay=1e-4),
       evaluate=dict(

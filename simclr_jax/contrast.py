@@ -27,7 +27,7 @@ PRECISIONS = ("highest", "high", "default")
 MASKED = jnp.finfo(jnp.float32).min
 
 
-def nt_xent(z, temperature, *, normalize=True, reduction="mean", precision="highest"):
+def nt_xent(z, temperature, *, normalize=True, reduction="mean", precision="highest", bank=None, banked=0):
   """NT-Xent over the global batch, with the whole [2n, 2n] matrix of similarities in memory.
 
   Under jit, z may be sharded over its first axis; negatives range over all of it.
@@ -40,6 +40,8 @@ def nt_xent(z, temperature, *, normalize=True, reduction="mean", precision="high
       of the sum over both views, twice as large (official code: objective.py).
     precision: of the similarities. "highest" is float32; "high" is three bfloat16 passes on a TPU; "default"
       rounds z to bfloat16 and accumulates in float32, on every platform as a TPU does it unasked.
+    bank, banked: [k, d] further negatives of every anchor, taken as they are, of which the first `banked` count: the
+      memory of SimCLRv2 (memory.py).  The metrics leave them out.
 
   Returns:
     loss, a float32 scalar, and metrics, float32 scalars without gradient:
@@ -57,7 +59,10 @@ def nt_xent(z, temperature, *, normalize=True, reduction="mean", precision="high
   y, metrics = _prepare(z, temperature, normalize, reduction, precision)
   logits, positive, negatives = _compare(y, precision)
   # -log(e^pos / (e^pos + sum e^neg)) = log(1 + e^(lse(neg) - pos)), which keeps its digits when nearly 0.
-  losses = jax.nn.softplus(jax.nn.logsumexp(negatives, axis=1) - positive)
+  against = (
+    negatives if bank is None else jnp.concatenate([negatives, _remembered(y, temperature, bank, banked, precision)], 1)
+  )
+  losses = jax.nn.softplus(jax.nn.logsumexp(against, axis=1) - positive)
   return _reduce(losses, reduction), metrics | _matrix_metrics(logits, negatives, _potentials(y, temperature, logits))
 
 
@@ -69,6 +74,13 @@ def _compare(y, precision):
   image = jnp.arange(2 * n) // 2
   negatives = jnp.where(image[:, None] == image[None, :], MASKED, logits)
   return logits, jnp.repeat(_row_dot(y[:, 0], y[:, 1]), 2), negatives
+
+
+def _remembered(y, temperature, bank, banked, precision):
+  """Logits [2n, k] of all views against a bank of projections."""
+  scaled = (bank * jax.lax.rsqrt(jnp.asarray(temperature, jnp.float32))).astype(y.dtype)
+  logits = _dot(y.reshape(-1, y.shape[-1]), scaled.T, precision)
+  return jnp.where(jnp.arange(len(bank)) < banked, logits, MASKED)
 
 
 def _matrix_metrics(logits, negatives, potentials):

@@ -103,6 +103,12 @@ class Run:
   def __init__(self, workdir, *, step: int | None = None, overrides=()):
     self.workdir = epath.Path(workdir)
     self.config = config_lib.override(config_lib.from_json(checkpoint.read_config(workdir)), overrides)
+    made_by = config_lib.program(self.config)
+    if made_by != "pretrain":
+      raise ValueError(
+        f"--workdir={workdir} is a run of simclr {made_by}: its encoder is in {self.workdir / 'encoder'}; score that "
+        "with simclr transfer"
+      )
     self.mesh = mesh_lib.make_mesh()
     self.encoder = resnet(**self.config.encoder)
     size = self.config.augment.size

@@ -25,6 +25,7 @@ from simclr_jax import (
   embed,
   exporting,
   knn,
+  memory,
   optimizer,
   probe,
 )
@@ -142,6 +143,8 @@ def augmentation(config):
     raise ValueError(f"augment.canvas={canvas!r}: expected the side of the canvas in pixels")
   if where == "host":
     return functools.partial(augment.two_views, **options), lambda batch: batch["views"], canvas
+  if options.pop("extra", ()):
+    raise ValueError(f"augment.where={where!r}: augment.extra is done by the host, with augment.where=host")
   crop = {key: options.pop(key) for key in CROP if key in options}
   # A network that computes in bfloat16 sees no difference; one in float32 is fed float32.
   options["precision"] = "default" if config.encoder.dtype == "bfloat16" else "highest"
@@ -194,7 +197,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
       return _resident(data.draws(source, start_step=start, **order), source.labels, images(), mesh)
     return data.train_stream(source, host, start_step=start, canvas=canvas, **order, **bad)
 
-  return loop.Task(
+  task = loop.Task(
     init=functools.partial(init_state, model=model, tx=tx, image_size=config.augment.size),
     step=functools.partial(
       train_step,
@@ -216,6 +219,9 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
     exports=model_lib.keep_encoder,
     zero1=config.zero1,
   )
+  if "memory" in config:
+    task = memory.remember(task, model, loss=dict(config.loss), views=device, **config.memory)
+  return task
 
 
 def abstract_step(config, mesh, *, num_examples: int, num_classes: int):

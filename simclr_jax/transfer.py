@@ -223,7 +223,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
   done = workdir / "transfer.json"
   rows = json.loads(done.read_text()) if done.exists() else []
-  for name, row in config.rows.items():
+  for name in sorted(config.rows, key=lambda name: (*ROWS, name).index(name)):  # the paper's in its order, then others
+    row = config.rows[name]
     if any(kept["name"] == name for kept in rows):
       continue
     train, held_out, test = splits(row, config.data_dir or None)

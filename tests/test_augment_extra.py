@@ -6,7 +6,8 @@ import scipy.ndimage
 import tensorflow as tf
 from PIL import Image, ImageOps
 
-from simclr_jax import augment
+from simclr_jax import augment, pretrain
+from simclr_jax.runtime import config as config_lib
 
 IMAGE = np.random.default_rng(0).random((24, 24, 3)).astype(np.float32) ** 2
 SEED = (1, 2)
@@ -84,3 +85,10 @@ def test_they_take_their_place_in_the_views():
     augment.two_views(IMAGE, SEED, **options, extra=(("sobell", 0.5),))
   with pytest.raises(ValueError, match="extra sobel=2: expected a probability"):
     augment.two_views(IMAGE, SEED, **options, extra=(("sobel", 2),))
+
+
+def test_the_device_says_that_it_has_none_of_them():
+  for recipe in ("v1:1x", "v1:1x-broader"):
+    pretrain._check_augmentation(config_lib.load(recipe))
+  with pytest.raises(ValueError, match="augment.extra is done by the host"):
+    pretrain.augmentation(config_lib.load("v1:1x-broader", ["--config.augment.where=device"]))

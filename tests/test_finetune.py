@@ -194,3 +194,7 @@ def test_mistakes_are_one_line_and_touch_nothing(start, tmp_path, capsys):
   assert not (tmp_path / "other").exists()
   assert cli.main(["pretrain", "--config=configs/finetune.py:small", f"--workdir={tmp_path / 'x'}"]) == 1
   assert "is a recipe for simclr finetune" in capsys.readouterr().err
+  (tmp_path / "tuned").mkdir()
+  (tmp_path / "tuned/config.json").write_text(config_lib.to_json(config(**changes)))
+  assert cli.main(["knn", f"--workdir={tmp_path / 'tuned'}"]) == 1
+  assert "is a run of simclr finetune: its encoder is in" in capsys.readouterr().err

@@ -70,8 +70,8 @@ def test_linear_rows(tmp_path, teacher, capsys):  # noqa: F811
   result = transfer.run(c, tmp_path / "run")
   assert "paper" not in capsys.readouterr().out  # the paper's columns stand only beside its own sets
   saved = json.loads((tmp_path / "run/transfer.json").read_text())
-  assert [row["name"] for row in saved] == ["split", "held_out"] and saved == result["rows"]
-  row = saved[1]
+  assert {row["name"] for row in saved} == {"split", "held_out"} and saved == result["rows"]
+  row = next(row for row in saved if row["name"] == "held_out")
   assert set(row["scores"]) == {"linear SimCLR", "linear random"} and 0 < row["p"]["linear random"] <= 1
   # The score is that of a classifier with the penalty that was chosen, on the same features.
   encoder = transfer.Encoder(transfer.finetune.open_start(teacher[0]), c, mesh_lib.make_mesh())

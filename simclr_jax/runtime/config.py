@@ -115,6 +115,7 @@ SCHEMA = {
   "augment.": _ANY,
   "encoder.": _ANY,
   "projector.": _ANY,
+  "memory.": _ANY,
   "loss.temperature": _POSITIVE,
   "loss.normalize": _ANY,
   "loss.reduction": (lambda v: v in ("mean", "official_sum"), "mean or official_sum"),

@@ -1,0 +1,90 @@
+"""The memory bank: its loss against a float64 loop, and what a step keeps, on a network of two layers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simclr_jax import contrast, memory, model, optimizer, pretrain
+from simclr_jax.projector import Projector
+from simclr_jax.runtime import loop
+
+
+def by_hand(z, bank, temperature):
+  z = z / np.linalg.norm(z, axis=-1, keepdims=True)
+  losses = []
+  for i in range(len(z)):
+    for a in range(2):
+      positive = z[i, a] @ z[i, 1 - a]
+      negatives = [z[i, a] @ z[j, b] for j in range(len(z)) for b in range(2) if j != i] + [z[i, a] @ m for m in bank]
+      e = np.exp(np.array([positive, *negatives]) / temperature)
+      losses.append(-np.log(e[0] / e.sum()))
+  return np.mean(losses)
+
+
+@pytest.mark.parametrize("banked", [0, 5, 12])
+def test_the_loss_against_a_loop(banked):
+  rng = np.random.default_rng(0)
+  z, bank = rng.normal(size=(6, 2, 4)), rng.normal(size=(12, 4))
+  bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+  loss, _ = contrast.nt_xent(jnp.asarray(z), 0.3, bank=jnp.asarray(bank), banked=banked)
+  assert float(loss) == pytest.approx(by_hand(z, bank[:banked], 0.3), rel=1e-5)
+  gradients = [
+    jax.grad(lambda z, k=k: contrast.nt_xent(z, 0.3, **k)[0])(jnp.float32(z))
+    for k in ({"bank": jnp.float32(bank), "banked": 0}, {})
+  ]
+  np.testing.assert_allclose(*gradients, atol=1e-7)
+
+
+class Toy(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Dense(6, name="conv")(x.reshape(len(x), -1))
+    return nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+
+
+def test_a_step_averages_and_remembers():
+  net = model.SimCLR(Toy(), Projector(2, 4), num_classes=3)
+  tx = optimizer.sgd_nesterov(0.1)
+
+  def plain(state, batch, *, loss, views):
+    return pretrain.train_step(state, batch, model=net, tx=tx, schedule=lambda step: 0.1, loss=loss, views=views)
+
+  def init(key):
+    return pretrain.init_state(key, model=net, tx=tx, image_size=32)
+
+  task = memory.remember(
+    loop.Task(init, plain, None, {}, 0, 8, 8, None),
+    net,
+    size=24,
+    decay=0.9,
+    loss={"temperature": 0.5},
+    views=lambda b: b["pixels"],
+  )
+  state = task.init(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  step, kept = jax.jit(task.step), []
+  for k in range(3):
+    batch = {"pixels": jnp.float32(rng.random((8, 2, 32, 32, 3))), "label": jnp.arange(8) % 3}
+    (_, z, _), _ = net.apply(state.average, batch["pixels"], train=True, mutable=["batch_stats"])
+    z = np.asarray(z).reshape(16, 4)
+    kept.insert(0, z / np.linalg.norm(z, axis=1, keepdims=True))
+    (_, own, _), _ = net.apply(
+      {"params": state.params, "batch_stats": state.batch_stats}, batch["pixels"], train=True, mutable=["batch_stats"]
+    )
+    before = state
+    state, metrics = step(state, batch)
+    banked = min(16 * k, 24)
+    assert float(metrics["remembered"]) == banked
+    assert float(metrics["loss"]) == pytest.approx(
+      by_hand(np.float64(own), np.float64(before.bank[:banked]), 0.5), rel=1e-4
+    )
+    np.testing.assert_allclose(state.bank[: 16 * (k + 1)], np.concatenate(kept)[:24], atol=1e-5)
+    jax.tree.map(
+      lambda a, b, w: np.testing.assert_allclose(a, 0.9 * b + 0.1 * w, atol=1e-6),
+      state.average["params"], before.average["params"], state.params,
+    )  # fmt: skip
+  assert int(state.step) == 3
+  with pytest.raises(ValueError, match="memory.decay=1.0"):
+    memory.remember(task, net, size=24, decay=1.0, loss={}, views=None)
