@@ -3,9 +3,9 @@
 Command:   simclr distill --config=configs/distill.py:r50_1x_sk0 --config.teacher=RUN_OF_FINETUNE --workdir=runs/student
            (:DEPTH_WIDTH_SK is the student; :r152_3x_sk1-self is self-distillation, with its temperature)
            simclr distill --config=configs/distill.py:small --config.teacher=runs/few --workdir=runs/student
-Hardware:  as configs/v2.py; :small runs on two CPU cores in minutes.  Nobody has run the ImageNet variants yet
+Hardware:  as configs/v2.py; :small is for two CPU cores.  Nobody has run this file to its end yet
 Expected:  ImageNet top-1 after a teacher fine-tuned on 1 % / 10 %: r50_1x_sk0 73.9 / 77.5, r50_2x_sk1 75.9 / 80.2,
-           r152_3x_sk1 from itself 76.6 / 80.9.  small: docs/downstream.md
+           r152_3x_sk1 from itself 76.6 / 80.9.  small: not measured yet
 Source:    arXiv 2006.10029, abstract and section 2.3: temperature 0.1 for self-distillation and 1 from a bigger
            teacher, 400 epochs, batch, learning rate and weight decay of pretraining, crop and flip only
 Data:      a prepared TFDS imagenet2012 in --config.data.data_dir; its labels are read for the test score alone

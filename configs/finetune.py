@@ -3,12 +3,11 @@
 Command:   simclr finetune --config=configs/finetune.py:v2_10pct --config.start=RUN_OR_ENCODER --workdir=runs/v2_10pct
            (or :v2_1pct, :v2_100pct, :v1_1pct, :v1_10pct; :supervised needs no start)
            simclr finetune --config=configs/finetune.py:small --config.start=runs/smoke --workdir=runs/few
-Hardware:  one accelerator for ResNet-50; :small runs on two CPU cores in one to three minutes.  Nobody has run the
-           ImageNet variants of this file yet
+Hardware:  one accelerator for ResNet-50; :small is for two CPU cores.  Nobody has run this file to its end yet
 Expected:  ImageNet top-1 of ResNet-50.  v1 48.3 (1 %), 65.6 (10 %); 58.5, 71.7 at 2x; 63.0, 74.4 at 4x (Table 7).
            v2 57.9 (1 %), 68.4 (10 %), 76.3 (100 %); with selective kernels 64.5, 72.1, 78.7; ResNet-152 3x with them
            74.9, 80.1, 83.1 (Table 1).  Supervised 76.5 to 76.6; with 1 % 25.4, with 10 % 56.4.
-           small: docs/downstream.md
+           small: not measured yet
 Source:    arXiv 2002.05709, section 6 and App. B.5; arXiv 2006.10029, section 2.2, Table 1 and App. A (learning rate
            0.005 * sqrt(batch) for ResNet-50, 0.002 * sqrt(batch) for wider ones and selective kernels); layer of the head
            and epochs: google-research/simclr, README and released checkpoints; supervised: its released baselines

@@ -2,9 +2,9 @@
 
 Command:   simclr transfer --config=configs/transfer.py --config.start=RUN_OR_ENCODER --workdir=runs/transfer
            (:linear leaves fine-tuning out; :small is one embedded set; any set is a row, see docs/downstream.md)
-Hardware:  linear: one accelerator and an hour or two for ResNet-50; fine-tuning is 56 runs of 20,000 steps a set.
-           :small runs on two CPU cores in a minute.  Nobody has run the twelve sets of this file yet
-Expected:  the printed table has the paper's numbers beside ours.  small: docs/downstream.md
+Hardware:  linear: one accelerator for ResNet-50; fine-tuning is 56 runs of 20,000 steps a set.
+           :small is for two CPU cores.  Nobody has run this file to its end yet
+Expected:  the printed table has the paper's numbers beside ours.  small: not measured yet
 Source:    arXiv 2002.05709, App. B.8: 45 penalties, 7 learning rates x 8 weight decays, splits and metrics; Table 8
 Data:      prepared TFDS sets in --config.data_dir; Birdsnap and FGVC Aircraft are not in TFDS: name folders
 """
