@@ -183,7 +183,7 @@ def _dispatch(flags, overrides) -> int:
   note = cpu.prepare()
   from simclr_jax.runtime import cluster
 
-  if flags.command != "export":
+  if "coordinator" in flags:
     cluster.start(flags.coordinator, flags.num_processes, flags.process_id)
   if note and not cluster.process_index():
     print(note)

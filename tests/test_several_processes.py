@@ -219,7 +219,7 @@ def test_one_that_hangs_or_raises_ends_them_all(shared, what, expected):
     "  def find_spec(self, name, path, target=None):\n"
     "    if name == 'simclr_jax.pretrain':\n"
     "      sys.meta_path.remove(self)\n"
-    f"      exec({HANG.format(process=1, what=what)!r})\n"
+    f"      exec({HANG.format(process=1, what=what)!r}, {{}})\n"
     "sys.meta_path.insert(0, Late())\n"
   )
   environment = {"PYTHONPATH": f"{site}:{ROOT}", "SIMCLR_HANG_SECONDS": "20"}

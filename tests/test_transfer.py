@@ -65,6 +65,7 @@ def test_splits(tmp_path):
   assert len(train.source) == 96 and 5 <= held_out.sum() <= 20
 
 
+@pytest.mark.slow
 def test_linear_rows(tmp_path, teacher, capsys):  # noqa: F811
   c = config(teacher[0], rows(tmp_path))
   result = transfer.run(c, tmp_path / "run")

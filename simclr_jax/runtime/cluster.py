@@ -100,6 +100,12 @@ def on_first(what):
 on_first.calls = 0
 
 
+def meet(where: str):
+  """Waits until every process has come here; afterwards none is late for the collectives that follow."""
+  if several():
+    _distributed.global_state.client.wait_at_barrier(f"simclr/{where}", int(SLOW * _hang_seconds() * 1000))
+
+
 def gather(x):
   """A global array as numpy, on every process."""
   return np.asarray(multihost_utils.process_allgather(x, tiled=True) if several() else x)

@@ -193,7 +193,11 @@ def run(
     for step in range(first + 1, task.total_steps + 1):
       with clock.phase("data"):
         batch = mesh_lib.global_batch(mesh, next(stream))
-      with clock.phase("compile" if step == first + 1 else "step"):
+      if step == first + 1:
+        with clock.phase("compile"):
+          step_fn = step_fn.lower(state, batch).compile()
+          cluster.meet("compiled")
+      with clock.phase("step"):
         state, metrics = step_fn(state, batch)
         window.append(metrics)
         in_flight.append(metrics)
