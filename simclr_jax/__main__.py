@@ -62,16 +62,16 @@ def parser() -> argparse.ArgumentParser:
     elif name != "recipes":
       sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
       sub.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
-    if name in ("pretrain", "probe", "knn"):
-      several = sub.add_argument_group("several processes", "found by themselves on Cloud TPU, GKE, SLURM and Open MPI")
-      several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-      several.add_argument("--num_processes", type=int, metavar="N")
-      several.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
       if name == "export":
         sub.add_argument("--output", required=True, metavar="DIR", help="folder to write the encoder to")
         sub.add_argument("--overwrite", action="store_true", help="replace the export in DIR")
       else:
         sub.epilog = "--config.key=value changes a value of the run's config, e.g. --config.evaluate.knn_k=200"
+    if name in ("pretrain", "probe", "knn"):
+      several = sub.add_argument_group("several processes", "found by themselves on Cloud TPU, GKE, SLURM and Open MPI")
+      several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+      several.add_argument("--num_processes", type=int, metavar="N")
+      several.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
   return top
 
 

@@ -2,10 +2,15 @@
 
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 
 import pytest
 import yaml
+
+from simclr_jax import __main__ as cli
+from simclr_jax.runtime import config
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "launch"
@@ -101,6 +106,25 @@ def test_several_processes_end_with_the_highest_exit_code(tmp_path):
       pass
     group.terminate()
     assert group.wait(timeout=20) == 42
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "launch" / "local.sh"]
+HEADERS = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *HEADERS], ids=lambda page: page.name)
+def test_every_command_that_is_written_down_can_be_given(page):
+  """The flags exist and so do the recipes; running them is for other tests."""
+  text = page.read_text().replace("\\\n", " ")
+  for line in text.splitlines():
+    found = re.match(r"(?:Command:)? *(simclr [a-z].*)", line.split("#")[0].split("      (")[0])
+    if not found or "|" in found[1]:
+      continue
+    words = shlex.split(found[1])[1:]
+    flags = cli.parser().parse_args([w for w in words if not w.startswith("--config.") and w not in ("...", "$@")])
+    if "config" in flags and "$" not in flags.config:
+      overrides = [w for w in words if w.startswith("--config.") and "=" in w]
+      config.load(flags.config, overrides)
 
 
 def test_scripts_are_clean():
