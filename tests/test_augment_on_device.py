@@ -272,7 +272,8 @@ def test_resident_equals_device_crop():
   np.testing.assert_array_equal(*views)
 
 
-@pytest.mark.parametrize("where", [pytest.param("device", marks=pytest.mark.slow), "device_crop"])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["device", "device_crop"])
 def test_the_step_moves_no_image(where):
   """On 8 devices: no collective of rank 4 or more but the all-reduces of gradients."""
   task, step, state, metrics, batch = run(where)

@@ -361,7 +361,8 @@ def test_impossible_images(x):
     resnet(18, width=0.25).init(jax.random.key(0), x)
 
 
-@pytest.mark.parametrize("remat", [pytest.param("block", marks=pytest.mark.slow), "group"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["block", "group"])
 def test_remat_changes_memory_and_nothing_else(remat):
   """Same parameters, statistics and gradients; what the backward pass keeps is the activations between blocks."""
   x = jax.random.uniform(jax.random.key(1), (4, 32, 32, 3))

@@ -119,6 +119,7 @@ def test_chance_loss(reduction, factor):
   np.testing.assert_allclose(pretrain.chance_loss(config), factor * np.log(2 * tiny.BATCH - 1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sharded_optimizer_state_changes_nothing_but_its_place():
   """ZeRO-1: the same parameters, an eighth of the optimizer's memory on each device, and it stays split."""
   config = tiny.config(batch_size=BATCH)
