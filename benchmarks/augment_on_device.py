@@ -9,12 +9,10 @@ with its head on 64 views, takes minutes to compile: without --step its figures 
 
 import argparse
 import functools
-import importlib.util
 import json
-import os
 import sys
 
-from benchmarks.contrast import Schedule
+from simclr_jax.runtime import aot
 
 IMAGES = 32  # on one device
 SIZE = 224
@@ -91,10 +89,10 @@ def main():
   parser.add_argument("--only", default="", help="programs whose name contains this")
   parser.add_argument("--json", action="store_true", help="print the rows as JSON in the last line")
   args = parser.parse_args()
-  if importlib.util.find_spec("libtpu") is None:
-    sys.exit("needs the TPU compiler: pip install libtpu")
-  os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-  os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost"}
+  try:
+    aot.prepare()
+  except ValueError as error:
+    sys.exit(str(error))
   import jax
   import numpy as np
   from jax.experimental import topologies
@@ -110,7 +108,7 @@ def main():
       return jax.ShapeDtypeStruct((n, *spec[0]), spec[1], sharding=split)
 
     def cycles(fn, *arguments):
-      return Schedule(jax.jit(fn).lower(*arguments).compile().as_text()).cycles / (2 * IMAGES)
+      return aot.Schedule(jax.jit(fn).lower(*arguments).compile().as_text()).cycles / (2 * IMAGES)
 
     step = STEP[name.split(":")[0]]
     if args.step:

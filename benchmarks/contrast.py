@@ -12,11 +12,9 @@ The physical limit is 3 products of 2 (2B)^2 d operations, halved for symmetry, 
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import time
@@ -24,8 +22,6 @@ import time
 DIM = 128
 TEMPERATURE = 0.1
 FORMS = ("dense", "tiled")
-# Peak bfloat16 operations a second and clock in Hz, of one chip, from Google Cloud's system descriptions.
-CHIPS = {"v4": (275e12, 1.05e9), "v5e": (197e12, 1.5e9)}
 
 
 def limit_seconds(batch, operations_per_second):
@@ -115,84 +111,33 @@ def cpu_rate():
 # ------------------------------------------------------------------------------------- a pod, ahead of time
 
 
-def computations(hlo):
-  """{name: lines} of a scheduled HLO module; "ENTRY" too."""
-  result, name = {}, None
-  for text in hlo.splitlines():
-    start = re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", text)
-    if start:
-      name = start[2]
-      result[name] = []
-      if start[1]:
-        result["ENTRY"] = result[name]
-    elif text == "}":
-      name = None
-    elif name:
-      result[name].append(text)
-  return result
-
-
-class Schedule:
-  """What a compiled TPU program says of itself."""
-
-  def __init__(self, hlo):
-    self.computations = computations(hlo)
-    self.gathers = len(re.findall(r" (?:all-gather|all-gather-start|all-to-all)\(", hlo))
-    self.hops, self.overlaps = 0, []  # in loops: hops, and of the asynchronous ones (bytes, cycles they overlap with)
-    self.cycles = self._cycles("ENTRY", in_loop=False)
-
-  def _cycles(self, name, in_loop):
-    total, started = 0, {}
-    for text in self.computations[name]:
-      cost = re.search(r'"estimated_cycles":"(\d+)"', text)
-      total += int(cost[1]) if cost else 0
-      loop = re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", text)
-      if loop:
-        # Every loop here counts from 0 to the one constant in its condition.
-        (trips,) = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(self.computations[loop[1]]))
-        total += int(trips) * self._cycles(loop[2], in_loop=True)
-      if not in_loop:
-        continue
-      hop = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) (collective-permute(?:-start|-done)?)\((?:%([\w.\-]+))?", text)
-      if hop and hop[3] == "collective-permute-done":
-        dtype, dims = re.match(r"(\w+)\[([\d,]*)\]", hop[2]).groups()
-        size = math.prod(int(k) for k in dims.split(",")) * {"bf16": 2, "f32": 4}[dtype]
-        self.overlaps.append((size, total - started[hop[4]]))
-      elif hop:
-        self.hops += 1
-        started[hop[1]] = total
-    return total
-
-
 def compile_tpu(topologies, batches, forms, metrics, precision):
-  import jax
-  import numpy as np
-  from jax.experimental import topologies as jax_topologies
+  from simclr_jax.runtime import aot
+  from simclr_jax.runtime import mesh as mesh_lib
 
   rows = []
   for name in topologies:
-    peak, clock = CHIPS[name.split(":")[0]]
-    options = {"chip_config_name": "megacore"} if name.startswith("v4") else {}  # a device is a chip
-    chips = jax_topologies.get_topology_desc(name, platform="tpu", **options).devices
-    mesh = jax.sharding.Mesh(np.array(chips), ("data",))
+    chip, devices = aot.topology(name)
+    mesh = mesh_lib.make_mesh(devices)
     for batch in batches:
       for form in forms:
         step, shape = program(form, batch, mesh, metrics=metrics, precision=precision)
-        row = {"where": name, "chips": len(chips), "batch": batch, "form": form, "metrics": metrics}
-        row["limit_seconds"] = limit_seconds(batch, peak * len(chips))
+        row = {"where": name, "chips": mesh.size // chip.devices, "batch": batch, "form": form, "metrics": metrics}
+        row["limit_seconds"] = limit_seconds(batch, chip.flops * row["chips"])
         try:
-          compiled = step.lower(shape).compile()
-        except jax.errors.JaxRuntimeError as error:
-          needed = re.search(r"HLO temporaries \(([\d.]+)G\)|Used ([\d.]+)G of", str(error))
-          row["refused"] = f"needs {needed[1] or needed[2]} GiB" if needed else str(error).splitlines()[0][:100]
+          compiled = aot.compile_for(step, shape)
+        except aot.DoesNotFit as error:
+          row["refused"] = f"needs {error.needed / aot.GIB:.1f} GiB" if error.needed else str(error)[:100]
         else:
-          schedule = Schedule(compiled.as_text())
-          row |= {"temporaries_mib": temporaries(compiled), "seconds": schedule.cycles / clock}
-          row |= {"gathers": schedule.gathers, "hops_in_loops": schedule.hops}
+          hlo = compiled.as_text()
+          schedule, found = aot.Schedule(hlo), aot.collectives(hlo)
+          row |= {"temporaries_mib": temporaries(compiled), "seconds": schedule.cycles / chip.clock}
+          row["gathers"] = sum(found[kind]["count"] for kind in ("all-gather", "all-to-all") if kind in found)
+          row["hops_in_loops"] = schedule.hops
           row["hops_overlapped"] = sum(cycles > 0 for _, cycles in schedule.overlaps)
           if schedule.overlaps:  # the hop that has the least computation for its size
             size, cycles = min(schedule.overlaps, key=lambda hop: hop[1] / hop[0] if hop[0] > 2**18 else math.inf)
-            row |= {"hop_mib": size / 2**20, "hop_overlap_us": cycles / clock * 1e6}
+            row |= {"hop_mib": size / 2**20, "hop_overlap_us": cycles / chip.clock * 1e6}
           if rows and rows[-1]["form"] == "dense" and rows[-1]["batch"] == batch and "seconds" in rows[-1]:
             row["of_dense"] = row["seconds"] / rows[-1]["seconds"]
         rows.append(row)
@@ -270,9 +215,12 @@ def main():
   args = parser.parse_args()
   os.environ["JAX_PLATFORMS"] = "cpu"
   if args.tpu:
-    if importlib.util.find_spec("libtpu") is None:
-      sys.exit("--tpu needs the TPU compiler: pip install libtpu")
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    from simclr_jax.runtime import aot
+
+    try:
+      aot.prepare()
+    except ValueError as error:
+      sys.exit(f"--tpu: {error}")
     batches = args.batches or [4096, 32768, 262144, 1048576]
     rows = compile_tpu(args.topologies, batches, args.forms, not args.no_metrics, args.precision)
     rate = None

@@ -48,14 +48,14 @@ class DoesNotFit(Exception):
 
 
 def prepare():
-  """Sets what the TPU compiler wants in the environment; call it before JAX is imported.
+  """Sets what the TPU compiler wants in the environment, and JAX on the CPU; call it before JAX is used.
 
   Raises:
     ValueError: libtpu is not installed.
   """
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError("compiling for TPUs needs the package libtpu, and no TPU: pip install libtpu")
-  os.environ["JAX_PLATFORMS"] = "cpu"
+  jax.config.update("jax_platforms", "cpu")  # JAX has read JAX_PLATFORMS when it was imported
   quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
   alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
   os.environ |= {**quiet, **alone}
@@ -88,8 +88,8 @@ def compile_for(jitted, *arguments):
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "hbm" not in text.lower():
       raise
-    used = re.search(r"Used ([\d.]+)([KMGT])(?:i?B?)? of ([\d.]+)([KMGT])", text)
-    needed = float(used[1]) * 1024 ** " KMGT".index(used[2]) if used else None
+    used = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT])\w* of", text)
+    needed = float(used[1] or used[3]) * 1024 ** " KMGT".index(used[2] or used[4]) if used else None
     raise DoesNotFit(" ".join(text.split())[:300], needed) from None
 
 
