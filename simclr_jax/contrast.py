@@ -123,7 +123,7 @@ def _prepare(z, temperature, normalize, reduction, precision, fewest=1):
     raise ValueError(f"batch of {n} images; expected at least {fewest}")
   z = z.astype(jnp.float32)
   if normalize:
-    z = z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-12))  # tf.math.l2_normalize
+    z = l2_normalize(z)
   y = z * jax.lax.rsqrt(jnp.asarray(temperature, jnp.float32))
   if precision == "default":
     y = y.astype(jnp.bfloat16)
@@ -136,6 +136,11 @@ def _prepare(z, temperature, normalize, reduction, precision, fewest=1):
     "negative_similarity": between_images / max(1.0, 4.0 * n * (n - 1)),
     "alignment": 2.0 * jnp.sum(jnp.square(z - both[:, None] / 2.0)) / n,  # |a - b|^2 = 2 |a - m|^2 + 2 |b - m|^2
   }
+
+
+def l2_normalize(z):
+  """z [..., d] divided by its norms, with the floor of tf.math.l2_normalize."""
+  return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-12))
 
 
 def _dot(a, b, precision):

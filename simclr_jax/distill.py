@@ -4,6 +4,7 @@ Big to small, or self-distillation where the student is as large as its teacher.
 fine-tunes (finetune.py); its loss is equation 2, or 3 with labels.
 """
 
+import dataclasses
 import functools
 
 import flax.struct
@@ -102,19 +103,12 @@ def make_task(config, start, source, *, mesh, loss, evaluators, teacher: Teacher
       batch = {**batch, "label": np.where(labelled[batch["index"]], batch["label"], -1)}
       yield {**batch, "teacher": cache[batch["index"]]} if config.cache else batch
 
-  return loop.Task(**{**vars(task), "init": init, "warm_start": warm_start, "step": step, "stream": stream})
+  return dataclasses.replace(task, init=init, warm_start=warm_start, step=step, stream=stream)
 
 
 def _logits(config, teacher, source, mesh):
   """float32 [n, classes]: the teacher's, one a training image, centre-cropped."""
-  batch = -(-config.evaluate.batch_size // mesh.size) * mesh.size
-  images = embed.EvalSet(
-    source,
-    size=config.augment.size,
-    crop=config.evaluate.crop,
-    batch_size=batch,
-    resize=config.augment.get("resize", "bicubic"),
-  )
+  images = embed.eval_set(source, config, mesh, resize=config.augment.get("resize", "bicubic"))
   out = embed.embed(jax.jit(teacher.apply), teacher.variables, images, mesh)
   if len(out) != len(source):
     raise ValueError(f"config.cache=True: {len(source) - len(out)} images are unreadable; remove them, or set it False")

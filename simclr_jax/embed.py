@@ -75,6 +75,17 @@ class EvalSet:
     return self._labels
 
 
+def eval_set(source, config, mesh, *, size=None, crop=None, resize="bicubic") -> EvalSet:
+  """The images of a source as `config` evaluates them, or of another size and crop; batches divide over the mesh."""
+  return EvalSet(
+    source,
+    size=size or config.augment.size,
+    crop=crop or config.evaluate.crop,
+    batch_size=-(-config.evaluate.batch_size // mesh.size) * mesh.size,
+    resize=resize,
+  )
+
+
 def embed(fn, variables, eval_set: EvalSet, mesh):
   """Tree of float32 [n, ...] with the outputs of `fn(variables, images)` for every image of the set, in order.
 
@@ -133,7 +144,5 @@ class Run:
 
   def h(self, source):
     """(h float32 [n, d], labels int32 [n]) of all readable images of a source, BatchNorm in inference mode."""
-    c = self.config
-    batch = -(-c.evaluate.batch_size // self.mesh.size) * self.mesh.size
-    images = EvalSet(source, size=c.augment.size, crop=c.evaluate.crop, batch_size=batch)
+    images = eval_set(source, self.config, self.mesh)
     return embed(self._encode, self.variables, images, self.mesh), images.labels()

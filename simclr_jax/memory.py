@@ -4,6 +4,7 @@ As in MoCo (arXiv 1911.05722), but for the negatives alone: positives come from 
 (arXiv 2006.10029, section 2).  The official code does not contain it, though the paper's figures were made with it.
 """
 
+import dataclasses
 import functools
 
 import flax.struct
@@ -36,7 +37,7 @@ def train_step(state: MemoryState, batch, *, plain, model, decay: float, loss: d
   (_, z, _), seen = model.apply(state.average, batch["views"], train=True, mutable=["batch_stats"])
   z = z.reshape(-1, z.shape[-1])
   if loss.get("normalize", True):
-    z = z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-12))
+    z = contrast.l2_normalize(z)
   banked = jnp.minimum(state.step * len(z), len(state.bank))
   known = functools.partial(contrast.nt_xent, **loss, bank=state.bank, banked=banked)
   before = TrainState(state.step, state.params, state.batch_stats, state.opt_state)
@@ -71,4 +72,4 @@ def remember(task: loop.Task, model, *, size: int, decay: float, loss: dict, vie
     return MemoryState(state.step, state.params, state.batch_stats, state.opt_state, average, bank)
 
   step = functools.partial(train_step, plain=task.step, model=model, decay=decay, loss=loss, views=views)
-  return loop.Task(**{**vars(task), "init": init, "step": step})
+  return dataclasses.replace(task, init=init, step=step)

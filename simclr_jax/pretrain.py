@@ -245,7 +245,8 @@ def abstract_step(config, mesh, *, num_examples: int, num_classes: int):
   batch = {"views": views, "label": number, "index": number, "seed": jax.ShapeDtypeStruct((b, 2), np.int32)}
   split = mesh_lib.batch_sharding(mesh)
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
-  return loop.compile_step(task, mesh), (loop.abstract_state(task, mesh), batch)
+  state = loop.abstract_state(task, mesh)
+  return loop.compile_step(task, mesh, state), (state, batch)
 
 
 @functools.lru_cache
@@ -268,12 +269,11 @@ class Evaluation:
   """kNN, collapse diagnostics and linear evaluation of a state, on the labelled train and test images."""
 
   def __init__(self, config, model, train_source, test_source, mesh):
-    size, crop, batch = config.augment.size, config.evaluate.crop, config.evaluate.batch_size
     self._apply, self._mesh, self._config = _representations(model), mesh, config
     self.num_classes = train_source.num_classes
-    make = functools.partial(embed.EvalSet, batch_size=-(-batch // mesh.size) * mesh.size)
+    make = functools.partial(embed.eval_set, config=config, mesh=mesh)
     bank = embed.bank(train_source, config)
-    self.train, self.test = make(bank, size=size, crop=crop), make(test_source, size=size, crop=crop)
+    self.train, self.test = make(bank), make(test_source)
     native = min(test_source.read(0).shape[:2])  # raw pixels compete at their own size where that is small
     self.raw = [
       make(part, size=native, crop=1.0) if native <= 64 else made

@@ -72,15 +72,6 @@ def held_out_parts(labels, folds, rng):
   return np.stack([part == f for f in range(folds)])
 
 
-def _in_its_span(x):
-  """(x in coordinates of the span of its rows, the orthonormal basis [d, coordinates]) if there are fewer rows than
-  columns; a penalised solution lies in that span."""
-  if len(x) >= x.shape[1]:
-    return x, np.eye(x.shape[1], dtype=np.float32)
-  q, r = np.linalg.qr(x.T)
-  return r.T, q
-
-
 def top_1(logits, y) -> float:
   """Share of rows of logits [n, classes] whose largest is that of their class y [n]."""
   return float(np.mean(logits.argmax(1) == y))
@@ -138,7 +129,10 @@ def logistic_regression(
   """
   x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
   mean, scale = x.mean(0), max(float(np.sqrt(x.var(0).mean())), 1e-12)
-  x, basis = _in_its_span((x - mean) / scale)
+  x, basis = (x - mean) / scale, None
+  if len(x) < x.shape[1]:  # a penalised solution lies in the span of the rows: solve in coordinates of it
+    basis, r = np.linalg.qr(x.T)
+    x = r.T
   short = -len(x) % (mesh.size if mesh else 1)
 
   def place(array):  # its first axis over the examples
@@ -159,7 +153,7 @@ def logistic_regression(
         total[i] += part.sum() * score(x[part] @ w[:-1] + w[-1], y[part])
     l2 = grid[int(total.argmax())]  # the strongest penalty among equals
   (weights,) = _fit(start, x_device, y_device, place(np.ones((len(y), 1), np.float32)), l2, **FINAL)
-  kernel = basis @ weights[:-1] / scale
+  kernel = (weights[:-1] if basis is None else basis @ weights[:-1]) / scale
   return {"kernel": kernel.astype(np.float32), "bias": (weights[-1] - mean @ kernel).astype(np.float32), "l2": l2}
 
 

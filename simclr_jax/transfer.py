@@ -95,10 +95,8 @@ class Encoder:
 
   def features(self, source):
     """Raises ValueError if an image cannot be read: labels and features would not match."""
-    c = self._config.evaluate
-    batch = -(-c.batch_size // self._mesh.size) * self._mesh.size
     resize = self.start.config.augment.get("resize", "bicubic")
-    images = embed.EvalSet(source, size=self._config.augment.size, crop=c.crop, batch_size=batch, resize=resize)
+    images = embed.eval_set(source, self._config, self._mesh, resize=resize)
     h = embed.embed(self._apply, self._variables, images, self._mesh)
     if len(h) != len(source):
       raise ValueError(f"{len(source) - len(h)} of {len(source)} images are unreadable: remove or repair them")

@@ -251,7 +251,7 @@ def run(where, devices=8, steps=2, start=0, **changes):
   config = tiny.config(**{"augment.where": where, "augment.size": 20, "augment.blur": True, **changes})
   mesh = mesh_lib.make_mesh(jax.devices()[:devices])
   task = pretrain.make_task(config, tiny.source(), mesh=mesh)
-  step = loop.compile_step(task, mesh)
+  step = loop.compile_step(task, mesh, loop.abstract_state(task, mesh))
   state = jax.jit(task.init, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(0))
   stream = task.stream(start)
   for _ in range(steps):

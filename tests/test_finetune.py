@@ -63,7 +63,7 @@ def begin(task, mesh):
 
 def step(task, mesh, state):
   batch = mesh_lib.global_batch(mesh, next(iter(task.stream(0))))
-  return loop.compile_step(task, mesh)(jax.tree.map(jnp.copy, state), batch)
+  return loop.compile_step(task, mesh, loop.abstract_state(task, mesh))(jax.tree.map(jnp.copy, state), batch)
 
 
 def changed(before, after):

@@ -38,7 +38,7 @@ def compiled(devices, stacking=None):
   state = loop.abstract_state(task, mesh)
   sharding = mesh_lib.batch_sharding(mesh)
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch_of(config))
-  return loop.compile_step(task, mesh).lower(state, batch).compile(), task, mesh
+  return loop.compile_step(task, mesh, state).lower(state, batch).compile(), task, mesh
 
 
 def train(devices, steps=3):
@@ -126,7 +126,7 @@ def test_a_sharded_optimizer_state_changes_nothing_but_its_place():
   mesh = mesh_lib.make_mesh()
   task = dataclasses.replace(pretrain.make_task(config, tiny.source(), mesh=mesh), zero1=True)
   state = loop.abstract_state(task, mesh)
-  step = loop.compile_step(task, mesh)
+  step = loop.compile_step(task, mesh, state)
   placed = jax.tree.map(lambda x: x.sharding, state)
   state = jax.jit(task.init, out_shardings=placed)(jax.random.key(0))
   for _ in range(3):

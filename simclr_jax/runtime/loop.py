@@ -102,10 +102,11 @@ def abstract_state(task: Task, mesh):
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def compile_step(task: Task, mesh):
-  """The jitted update: state placed as `abstract_state` says, batch split over `data`, the old state's memory reused."""
-  state = jax.tree.map(lambda x: x.sharding, abstract_state(task, mesh))
-  return jax.jit(task.step, donate_argnums=0, out_shardings=(state, mesh_lib.replicated(mesh)))
+def compile_step(task: Task, mesh, like):
+  """The jitted update: state placed as `like`, see `abstract_state`, batch split over `data`, the old state's memory
+  reused."""
+  placed = jax.tree.map(lambda x: x.sharding, like)
+  return jax.jit(task.step, donate_argnums=0, out_shardings=(placed, mesh_lib.replicated(mesh)))
 
 
 def run(
@@ -137,15 +138,16 @@ def run(
   clock = metrics_lib.Clock()
   checkpoints = Checkpoints(workdir, keep=keep)
   with clock.phase("start"):
-    first, state = checkpoints.restore_newest(abstract_state(task, mesh))
+    like = abstract_state(task, mesh)
+    first, state = checkpoints.restore_newest(like)
     if state is None:
-      placed = jax.tree.map(lambda x: x.sharding, abstract_state(task, mesh))
+      placed = jax.tree.map(lambda x: x.sharding, like)
       state = task.warm_start(jax.jit(task.init, out_shardings=placed)(jax.random.key(seed)))
   writer = metrics_lib.Writer(workdir, resume_step=first)
   progress = metrics_lib.Progress(task.total_steps, task.num_examples / task.batch_size)
   if first:
     progress.note(f"resuming from step {first} of {task.total_steps}")
-  step_fn = compile_step(task, mesh)
+  step_fn = compile_step(task, mesh, like)
   window, in_flight = [], collections.deque()
   last_logged = first
   mark = dict(clock.seconds)
