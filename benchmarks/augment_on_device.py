@@ -37,12 +37,14 @@ def programs(canvas):
     return device.gaussian_blur(x, kernel_size=SIZE // 10, sigma=sigma, precision="default")
 
   color = functools.partial(device.color_and_blur, blur=False)
+  fixed = functools.partial(device.color_and_blur, color_order="fixed")
   precise = functools.partial(device.color_and_blur, precision="highest")
   return {
     "cast alone": (views(lambda x: x.astype(jnp.float32) / 255), [crops]),
     "colour, any order": (views(color), [crops, seed]),
     "blur alone, banded matmul": (views(blur_alone), [crops, seed]),
     "colour and blur (where=device)": (views(device.color_and_blur), [crops, seed]),
+    "colour in fixed order and blur": (views(fixed), [crops, seed]),
     "colour and blur, float32 products": (views(precise), [crops, seed]),
     f"crop from {canvas} x {canvas}": (
       views(functools.partial(device.random_crops, size=SIZE)),

@@ -16,6 +16,7 @@ quality 90 and about 100 kB, as ImageNet's.  The second table is of 32-pixel arr
 import argparse
 import functools
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -174,8 +175,7 @@ def ours_arrays(source, *, crop):
 def resident(source):
   from simclr_jax.runtime import data
 
-  drawn = data.draws(source, batch_size=BATCH, seed=0)
-  return endless(drawn)
+  return endless(map(data.draws(source, batch_size=BATCH, seed=0), itertools.count()))
 
 
 def decoding(source):

@@ -30,6 +30,7 @@ def two_views(
   color_jitter_prob=0.8,
   grayscale_prob=0.2,
   blur_prob=0.5,
+  color_order="random",
   resize="bicubic",
   extra=(),
 ):
@@ -42,7 +43,7 @@ def two_views(
     color_strength: s of appendix A, at most 1.25; 0 switches off both jitter and greyscale, as in tf2/.
     blur: whether views are blurred.  Under 20 pixels they never are: a tenth of the side makes a 1-tap kernel.
     crop_sampler, crop_area: see `sample_box`.
-    brightness: see `color_distort`.
+    brightness, color_order: see `color_distort`.
     flip: whether views are mirrored left-right with probability 1/2.
     color_jitter_prob, grayscale_prob, blur_prob: probabilities of the three, drawn for each view.
     resize: see `resize_image`.
@@ -64,6 +65,7 @@ def two_views(
       brightness=brightness,
       jitter_prob=color_jitter_prob,
       grayscale_prob=grayscale_prob,
+      order=color_order,
     )
     view = _clip(view)  # here and not before the jitter, which in the official code sees the bicubic overshoot
     view = apply_extra(view, tf.random.experimental.stateless_fold_in(view_seed, 3), extra) if extra else view
@@ -232,7 +234,7 @@ def _resize(image, size, kind):
   return tf.raw_ops.ResizeBicubic(images=image[None], size=[size, size], half_pixel_centers=half_pixel_centers)[0]
 
 
-def color_distort(image, seed, *, strength, brightness="v2", jitter_prob=0.8, grayscale_prob=0.2):
+def color_distort(image, seed, *, strength, brightness="v2", jitter_prob=0.8, grayscale_prob=0.2, order="random"):
   """Colour jitter, then greyscale (arXiv:2002.05709, appendix A; tf2/data_util.py `random_color_jitter`).
 
   With probability `jitter_prob`, in an order drawn uniformly from the 24, each followed by a clip to [0, 1]:
@@ -245,17 +247,20 @@ def color_distort(image, seed, *, strength, brightness="v2", jitter_prob=0.8, gr
     strength: s, in [0, 1.25]; 0 leaves the image as it is, greyscale included, as in tf2/.
     brightness: "v2" multiplies, as the official code does now; "v1" adds a number uniform in [-0.8 s, 0.8 s], as it
       did for the results of arXiv:2002.05709.
+    order: "random"; or "fixed", that in which the four are named above, as `random_order=False` in tf2/.
   Returns:
     [h, w, 3] float32; in [0, 1] if image is.
   Raises:
     ValueError: an option is out of range.
   """
   _check_choice("brightness", brightness, ("v2", "v1"))
-  jitter, gray, factors, order = sample_color(
+  _check_choice("color_order", order, ("random", "fixed"))
+  jitter, gray, factors, drawn = sample_color(
     seed, strength=strength, jitter_prob=jitter_prob, grayscale_prob=grayscale_prob
   )
   if strength == 0:
     return image
+  order = drawn if order == "random" else tf.range(4)
   jittered = tf.cond(jitter, lambda: color_jitter(image, factors, order, brightness=brightness), lambda: image)
   return tf.cond(gray, lambda: grayscale(jittered), lambda: jittered)
 

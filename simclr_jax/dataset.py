@@ -14,12 +14,11 @@ import numpy as np
 from etils import epath
 
 from simclr_jax import augment
-from simclr_jax.runtime import data, shards
+from simclr_jax.runtime import aot, data, shards
 from simclr_jax.runtime.metrics import duration
 
-# One ResNet-50 step on two 224-pixel views: images a second a chip, by the compiler's own estimate of the step, and at
-# half of the peak rate; virtual CPUs and chips of one host.  (Google Cloud's system descriptions.)
-CHIPS = {"v4": (1079, 2795, 240, 4), "v5e": (848, 2002, 112, 4), "v6e": (2000, 9329, 180, 8)}
+FLOPS = 49.2e9  # of one ResNet-50 step on the two 224-pixel views of an image, forward and backward
+ESTIMATES = {"v4": 1079, "v5e": 848}  # images a second a chip, by the TPU compiler's estimate of that step
 
 
 def _threads():
@@ -265,14 +264,19 @@ def _rate(work, n, seconds):
 
 
 def advice(rates: dict, size: int) -> str:
-  """Which `augment.where` feeds a ResNet-50 on the chips of CHIPS, in so many lines, from images a second a core."""
+  """Which `augment.where` feeds a ResNet-50 on TPU hosts, in so many lines, from images a second a core."""
   lines = ["what a ResNet-50 wants, and the first setting that feeds it with half as much again to spare:"]
   scale = (224 / size) ** 2  # the network's work goes with the area
-  for chip, (estimate, half_peak, cpus, chips) in CHIPS.items():
-    for what, rate in (("the compiler's estimate of the step", estimate), ("half of the peak rate", half_peak)):
-      need = rate * scale * chips / cpus
+  for name in ("v4", "v5e", "v6e"):
+    chip = aot.CHIPS[name]
+    wants = {"half of the peak rate": chip.flops / 2 / FLOPS}
+    if name in ESTIMATES:
+      wants = {"the compiler's estimate of the step": ESTIMATES[name], **wants}
+    for what, rate in wants.items():
+      need = rate * scale * chip.per_host / chip.host_vcpus
       enough = next((where for where in ("host", "device", "device_crop") if rates[where] >= 1.5 * need), None)
       cure = f"augment.where={enough}" if enough else "none: smaller files (simclr data prepare --short_side=256)"
-      lines.append(f"  {chip:4} {chips} chips, {cpus} CPUs, {what:36}{need:>7,.0f} a CPU: {cure}")
+      host = f"{name:4} {chip.per_host} chips, {chip.host_vcpus} CPUs"
+      lines.append(f"  {host}, {what:36}{need:>7,.0f} a CPU: {cure}")
   lines.append("a CPU of a TPU host is a hyper-thread: take half of the figure of a core of this machine")
   return "\n".join(lines)

@@ -108,7 +108,7 @@ def make_task(config, start, source, *, mesh, loss, evaluators, teacher: Teacher
 
 def _logits(config, teacher, source, mesh):
   """float32 [n, classes]: the teacher's, one a training image, centre-cropped."""
-  images = embed.eval_set(source, config, mesh, resize=config.augment.get("resize", "bicubic"))
+  images = embed.eval_set(source, config, mesh)
   out = embed.embed(jax.jit(teacher.apply), teacher.variables, images, mesh)
   if len(out) != len(source):
     raise ValueError(f"config.cache=True: {len(source) - len(out)} images are unreadable; remove them, or set it False")

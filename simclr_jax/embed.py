@@ -75,14 +75,14 @@ class EvalSet:
     return self._labels
 
 
-def eval_set(source, config, mesh, *, size=None, crop=None, resize="bicubic") -> EvalSet:
-  """The images of a source as `config` evaluates them, or of another size and crop; batches divide over the mesh."""
+def eval_set(source, config, mesh, *, size=None, crop=None, resize=None) -> EvalSet:
+  """The images of a source as `config` evaluates them, or in another way; batches divide over the mesh."""
   return EvalSet(
     source,
     size=size or config.augment.size,
     crop=crop or config.evaluate.crop,
     batch_size=-(-config.evaluate.batch_size // mesh.size) * mesh.size,
-    resize=resize,
+    resize=resize or config.augment.get("resize", "bicubic"),
   )
 
 

@@ -225,7 +225,7 @@ class Evaluation:
   """Top-1 and top-5 of a state on the test images, centre-cropped, BatchNorm in inference mode."""
 
   def __init__(self, config, num_classes, test_source, mesh):
-    self._images = embed.eval_set(test_source, config, mesh, resize=config.augment.get("resize", "bicubic"))
+    self._images = embed.eval_set(test_source, config, mesh)
     self._apply = jax.jit(functools.partial(create(config, num_classes).apply, train=False))
     self._mesh = mesh
 

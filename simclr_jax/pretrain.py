@@ -5,6 +5,7 @@ what was learned with raw pixels and with an untrained encoder, exports f and wr
 """
 
 import functools
+import itertools
 import json
 import math
 import time
@@ -194,7 +195,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
 
   def stream(start):
     if config.augment.get("where") == "resident":
-      return _resident(data.draws(source, start_step=start, **order), source.labels, images(), mesh)
+      return _resident(map(data.draws(source, **order), itertools.count(start)), source.labels, images(), mesh)
     return data.train_stream(source, host, start_step=start, canvas=canvas, **order, **bad)
 
   task = loop.Task(

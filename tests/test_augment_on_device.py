@@ -58,6 +58,22 @@ def test_color_jitter_in_every_order(brightness):
   assert np.abs(ours - np.asarray(device.color_jitter(x, factors, orders[::-1], brightness=brightness))).max() > 0.1
 
 
+@pytest.mark.parametrize("brightness", ["v2", "v1"])
+def test_color_jitter_in_fixed_order(brightness):
+  """Brightness, contrast, saturation, hue on the device; on the host, that order and no other whatever is drawn."""
+  rng = np.random.default_rng(1)
+  factors = (np.array([1, 1, 1, 0]) + rng.uniform(-1, 1, (8, 4)) * [0.8, 0.8, 0.8, 0.2]).astype(np.float32)
+  x = images(8, overshoot=0.2)
+  theirs = [augment.color_jitter(x[i], factors[i], tf.range(4), brightness=brightness) for i in range(8)]
+  np.testing.assert_allclose(
+    jitted(device.color_jitter, order=None, brightness=brightness)(x, factors), theirs, rtol=0, atol=1e-5
+  )
+  for seed in seeds(8):
+    factors = augment.sample_color(seed, strength=1.0, jitter_prob=1.0)[2]
+    ours = augment.color_distort(x[0], seed, strength=1.0, jitter_prob=1.0, grayscale_prob=0.0, order="fixed")
+    np.testing.assert_allclose(ours, augment.color_jitter(x[0], factors, tf.range(4)), rtol=0, atol=1e-6)
+
+
 def test_color_jitter_of_bicubic_overshoot():
   """Beyond [0, 1] too, but for saturation and hue both first: there the clip comes before them, not between."""
   orders = np.array([o for o in itertools.permutations(range(4)) if set(o[:2]) != {2, 3}], np.int32)
@@ -232,6 +248,7 @@ def test_options_switch_off():
   [
     (lambda v: device.color_and_blur(v, seeds(1), color_strength=1.3), "color_strength=1.3"),
     (lambda v: device.color_and_blur(v, seeds(1), brightness="v3"), "brightness='v3'"),
+    (lambda v: device.color_and_blur(v, seeds(1), color_order="none"), "color_order='none'"),
     (lambda v: device.color_and_blur(v, seeds(1), blur_prob=2), "blur_prob=2"),
     (lambda v: device.random_crops(v[:, 0], np.array([[8, 8]]), seeds(1), size=4, resize="bicubic_tf1"), "bicubic_tf1"),
     (lambda v: device.random_crops(v[:, 0], np.array([[8, 8]]), seeds(1), size=4, crop_sampler="x"), "crop_sampler='x'"),

@@ -11,13 +11,11 @@ An unreadable image never shortens a batch, which would leave the hosts with dif
 image takes its place, the file is named in the log, and the run stops beyond a given share of such files.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import logging
 import os
 import pathlib
@@ -748,6 +746,7 @@ class _Reader:
     self.source = source
     self.bad: dict[int, str] = {}
     self._error: ValueError | None = None
+    self._failure: Exception | None = None
     # One damaged file should not stop a run over a small folder, unless the share is set to zero.
     self._allowed = max(1, int(max_bad_fraction * len(source))) if max_bad_fraction > 0 else 0
     self._share = max_bad_fraction
@@ -767,17 +766,40 @@ class _Reader:
       i = (i + 1) % len(self.source)
     raise ValueError(f"all {len(self.bad)} images are unreadable; the first is {self.source.name(0)} ({self.bad[0]})")
 
-  def jpeg(self, index: int):
-    """-> bytes of a JPEG that needs nothing but decoding, and its label; None where there is more to do."""
-    if index in self.bad:
-      return None
+  def stored(self, index: int, canvas: int | None):
+    """-> bytes, height and width, label and index of an image for TensorFlow to finish.
+
+    A JPEG that needs nothing but decoding is given as it is, its height and width as 0; others as their pixels, which
+    are on a canvas of that side if there is one.
+    """
+    if index not in self.bad:
+      with contextlib.suppress(BadImage):  # `read` meets it again, and says so
+        item, label = self.source.item(index)
+        if isinstance(item, bytes) and sniff(item) == "JPEG" and item.endswith(b"\xff\xd9"):
+          height, width, orientation = jpeg_header(item)
+          if orientation == 1 and max(height, width) <= (canvas or max(height, width)):
+            return item, (0, 0), label, index
+    image, label, index = self.read(index)
+    image = _reduced(image, canvas) if canvas else image
+    return image.tobytes(), image.shape[:2], label, index
+
+  def found_bad(self, index) -> bool:
+    """Reads the images `index` [n] one by one; whether an unreadable one was among them that was not known."""
+    if self._failure:
+      raise self._failure
+    before = len(self.bad)
+    for i in np.unique(index):
+      self.read(i)
+    return len(self.bad) > before
+
+  @contextlib.contextmanager
+  def failing(self):
+    """Keeps the error that is raised below it: TensorFlow would pass on its text alone."""
     try:
-      item, label = self.source.item(index)
-      if isinstance(item, bytes) and sniff(item) == "JPEG" and jpeg_header(item)[2] == 1:
-        return item, label
-    except BadImage:
-      pass  # `read` meets it again, and says so
-    return None
+      yield
+    except Exception as error:
+      self._failure = self._failure or error
+      raise
 
   def _count(self, i: int, reason: str):
     with self._lock:
@@ -805,134 +827,129 @@ class _Reader:
       )
 
 
-CHUNK = 16  # images in one call of TensorFlow: enough that entering and leaving Python costs nothing
+CHUNK = 16  # images that are read in one call of Python
+ENDLESS = 2**40  # steps
 AHEAD = 2  # batches that are made, or complete, while the loop holds another
 
 
-class _Worker:
-  """Makes rows of batches: reads, decodes, transforms, many images to a call of one compiled TensorFlow function.
+def _dataset(
+  reader: _Reader, transform: Callable | None, canvas: int | None, draw: Callable, steps: range, workers: int
+):
+  """The batches of `steps` as a tf.data.Dataset: read in chunks, then image by image decoded and transformed, in order.
 
-  A call fails as a whole; its images then go one by one through `_Reader.read`, which replaces the bad ones.
+  JPEGs are decoded, once, by TensorFlow; whatever else there is, Python has decoded while reading.
+  """
+  tf, source = _tensorflow(), reader.source
+  rows = len(draw(steps.start)[0])
+  gathers = isinstance(source, ArraySource)
+  whole = gathers and transform is None  # batches as they come out of memory
+  chunk = rows if whole else min(CHUNK, rows)
+
+  def read(number):
+    """-> what is stored, heights and widths, seeds, labels and numbers of chunk `number` of the rows of all steps."""
+    with reader.failing():
+      begin, end = number * chunk, min((number + 1) * chunk, len(steps) * rows)
+      parts = []
+      for step in range(begin // rows, -(-end // rows)):
+        cut = slice(max(begin - step * rows, 0), end - step * rows)
+        parts.append([array[cut] for array in draw(steps[step])])
+      index, seed = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+      if gathers:
+        labels = source.labels
+        label = np.full(len(index), -1, np.int32) if labels is None else labels[index]
+        images = source.gather(index)
+        extent = np.tile(np.asarray(images.shape[1:3], np.int32), (len(index), 1))
+        return images, extent, seed, label, index.astype(np.int32)
+      items, extent, label, index = zip(*(reader.stored(int(i), canvas) for i in index), strict=True)
+      return np.asarray(items, object), np.asarray(extent, np.int32), seed, np.int32(label), np.int32(index)
+
+  def chunks(number):
+    tensors = tf.numpy_function(read, [number], [tf.uint8 if gathers else tf.string, *[tf.int32] * 4])
+    shapes = [[None, *source.images.shape[1:3], 3] if gathers else [None], [None, 2], [None, 2], [None], [None]]
+    return tuple(tf.ensure_shape(tensor, shape) for tensor, shape in zip(tensors, shapes, strict=True))
+
+  def batch(views, seed, label, index):
+    return {"views": views, "label": label, "index": index, "seed": seed}
+
+  def example(item, extent, seed, label, index):
+    image = item
+    if not gathers:
+      raw = lambda: tf.reshape(tf.io.decode_raw(item, tf.uint8), [extent[0], extent[1], 3])  # noqa: E731
+      image = tf.cond(extent[0] == 0, lambda: tf.io.decode_jpeg(item, channels=3), raw)
+    if transform:
+      return batch(transform(image, seed), seed, label, index)
+    extent = tf.shape(image)[:2]
+    image = tf.image.pad_to_bounding_box(image, 0, 0, canvas, canvas)
+    return batch({"image": image, "extent": extent}, seed, label, index)
+
+  parallel = dict(num_parallel_calls=workers, deterministic=True)
+  dataset = tf.data.Dataset.range(-(-len(steps) * rows // chunk)).map(chunks, **parallel)
+  if whole:
+    dataset = dataset.map(
+      lambda image, extent, seed, label, index: batch({"image": image, "extent": extent}, seed, label, index)
+    )
+  else:
+    dataset = dataset.unbatch().map(example, **parallel).batch(rows, drop_remainder=True)
+  options = tf.data.Options()
+  options.deterministic = True
+  options.autotune.enabled = False
+  options.threading.private_threadpool_size = workers
+  options.threading.max_intra_op_parallelism = 1
+  options.experimental_optimization.apply_default_optimizations = False
+  return dataset.prefetch(AHEAD).with_options(options)
+
+
+class Stream:
+  """Iterator over the batches of `steps`, made AHEAD of time, in order.
+
+  TensorFlow's decoder fails without saying on which image.  The images of that step are then decoded one by one, the
+  bad ones noted, and the stream goes on from that step: the step is all the state it has.
+
+  `bad` maps the names of the unreadable images met so far to the reasons.
   """
 
-  def __init__(self, reader: _Reader, transform: Callable | None, canvas: int | None, rows: int):
-    self._reader, self._source = reader, reader.source
-    self._gathers = isinstance(self._source, ArraySource)
-    self._canvas = canvas
-    self.chunk = min(CHUNK, -(-rows // 4))
-    if transform is None and self._gathers:
-      self.chunk = rows
-      return
-    self._tf = tf = _tensorflow()
-    spec = functools.partial(tf.TensorSpec, dtype=tf.int32)
+  def __init__(self, reader: _Reader, transform, canvas, draw, steps: range, workers: int | None):
+    self._reader, self._draw, self._steps = reader, functools.lru_cache(maxsize=4)(draw), steps
+    workers = workers or _cores()
+    self._from = lambda steps: iter(_dataset(reader, transform, canvas, self._draw, steps, workers))
+    self._batches = []  # the iterator, if there is one
+    # An interpreter that goes while TensorFlow's threads call it may hang.
+    weakref.finalize(self, self._batches.clear)
+    _tensorflow()
 
-    def one(image, seed):
-      output = transform(image, seed) if transform else image
-      self.structure = tf.nest.map_structure(lambda _: 0, output)
-      return tf.nest.flatten(output)
+  @property
+  def bad(self) -> dict[str, str]:
+    return {self._reader.source.name(i): reason for i, reason in dict(self._reader.bad).items()}
 
-    def from_jpegs(files, seeds):
-      return [each(tf.io.decode_jpeg(files[j], channels=3), seeds[j]) for j in range(self.chunk)]
+  def __iter__(self):
+    return self
 
-    def from_images(images, seeds):
-      return [each(images[j], seeds[j]) for j in range(self.chunk)]
-
-    def compile(function, *specs):
-      return tf.function(function, input_signature=specs, autograph=False).get_concrete_function()
-
-    # Not inlined: TensorFlow's optimiser would take seconds over so many copies of a transform.
-    each = tf.function(one, autograph=False, experimental_attributes={"_noinline": True})
-    self._lock = threading.Lock()
-    self._from_image = functools.cache(lambda: compile(one, tf.TensorSpec([None, None, 3], tf.uint8), spec([2])))
-    if self._gathers:
-      shape = [self.chunk, *self._source.images.shape[1:3], 3]
-      self._from_images = compile(from_images, tf.TensorSpec(shape, tf.uint8), spec([self.chunk, 2]))
-    else:
-      self._from_jpegs = compile(from_jpegs, tf.TensorSpec([self.chunk], tf.string), spec([self.chunk, 2]))
-
-  def __call__(self, batch: "_Batch", begin: int):
-    rows = slice(begin, begin + self.chunk)
-    index, seed = batch.index[rows], batch.seed[rows]
-    if self._gathers:
-      labels = self._source.labels
-      label = np.full(len(index), -1, np.int32) if labels is None else labels[index]
-      images = self._source.gather(index)
-      if self._canvas is not None:
-        extent = np.tile(np.asarray(images.shape[1:3], np.int32), (len(images), 1))
-        batch.put(begin, [images, extent], label, index)
-      else:
-        rows = self._from_images(*self._padded(images, seed))[: len(index)]
-        batch.put(begin, [np.stack([memoryview(row[k]) for row in rows]) for k in range(len(rows[0]))], label, index)
-      return
-    found = [self._reader.jpeg(int(i)) for i in index]
-    fast = [j for j, item in enumerate(found) if item is not None]
-    if 2 * len(fast) > self.chunk or len(fast) == len(found):
+  def __next__(self) -> dict:
+    if not self._steps:
+      raise StopIteration
+    tf = _tensorflow()
+    while True:
       try:
-        outputs = self._from_jpegs(*self._padded(np.asarray([found[j][0] for j in fast], object), seed[fast]))
-        for j, output in zip(fast, outputs, strict=False):
-          self._put(batch, begin + j, output, found[j][1], index[j])
-      except self._tf.errors.OpError:
-        fast = []
-    else:
-      fast = []
-    for j in set(range(len(index))) - set(fast):
-      image, label, i = self._reader.read(index[j])
-      with self._lock:  # rarely needed, so made when it is
-        from_image = self._from_image()
-      self._put(batch, begin + j, from_image(image, seed[j]), label, i)
-
-  def _padded(self, items, seeds):
-    short = self.chunk - len(items)
-    pad = lambda x: np.concatenate([x, np.repeat(x[-1:], short, 0)]) if short else x  # noqa: E731
-    items = pad(items)
-    return self._tf.constant(items.tolist() if items.dtype == object else items), pad(seeds)
-
-  def _put(self, batch, row, output, label, index):
-    values = [np.asarray(memoryview(x)) for x in output]
-    if self._canvas is not None:
-      values = [*_on_canvas(values[0], self._canvas)]
-    batch.put(row, [value[None] for value in values], [label], [index])
-
-  def views(self, arrays):
-    """The flat list of arrays in the structure that the transform returned."""
-    if self._canvas is not None:
-      return dict(zip(("image", "extent"), arrays, strict=True))
-    return self._tf.nest.pack_sequence_as(self.structure, arrays)
+        if not self._batches:
+          self._batches.append(self._from(self._steps))
+        batch = next(self._batches[0])
+        break
+      except tf.errors.OpError:
+        self._batches.clear()
+        if not self._reader.found_bad(self._draw(self._steps.start)[0]):
+          raise
+    self._steps = self._steps[1:]
+    return tf.nest.map_structure(lambda tensor: np.asarray(memoryview(tensor)), batch)
 
 
-class _Batch:
-  """A batch that several threads fill."""
-
-  def __init__(self, index, seed):
-    self.index, self.seed = index, seed
-    self.label = np.empty(len(index), np.int32)
-    self.read = np.empty(len(index), np.int32)
-    self.arrays, self.parts = None, []
-    self._lock = threading.Lock()
-
-  def put(self, begin, values, label, index):
-    with self._lock:
-      if self.arrays is None:
-        self.arrays = [np.empty((len(self.index), *value.shape[1:]), value.dtype) for value in values]
-    rows = slice(begin, begin + len(index))
-    for array, value in zip(self.arrays, values, strict=True):
-      array[rows] = value
-    self.label[rows], self.read[rows] = label, index
-
-
-def _on_canvas(image, side: int):
-  """(uint8 [side, side, 3] with the image in its top left corner, its height and width, int32 [2]).
-
-  A larger image is first averaged down by the smallest whole factor that makes it fit.
-  """
+def _reduced(image, side: int):
+  """The image averaged down by the smallest whole factor that makes it fit on a canvas."""
   factor = -(-max(image.shape[:2]) // side)
-  if factor > 1:
-    from PIL import Image
+  if factor == 1:
+    return image
+  from PIL import Image
 
-    image = np.asarray(Image.fromarray(image).reduce(factor))
-  canvas = np.zeros((side, side, 3), np.uint8)
-  canvas[: image.shape[0], : image.shape[1]] = image
-  return canvas, np.asarray(image.shape[:2], np.int32)
+  return np.asarray(Image.fromarray(image).reduce(factor))
 
 
 def _tensorflow():
@@ -949,57 +966,12 @@ def _cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Stream:
-  """Iterator over batches, made AHEAD of time by threads of its own, in order.
-
-  `bad` maps the names of the unreadable images met so far to the reasons.
-  """
-
-  def __init__(self, worker: _Worker, reader: _Reader, draws: Iterator, workers: int):
-    self._worker, self._reader, self._draws = worker, reader, draws
-    self._pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="data")
-    self._pending = collections.deque()
-    weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
-
-  @property
-  def bad(self) -> dict[str, str]:
-    return {self._reader.source.name(i): reason for i, reason in dict(self._reader.bad).items()}
-
-  def __iter__(self):
-    return self
-
-  def _submit(self):
-    for index, seed in itertools.islice(self._draws, 1):
-      batch = _Batch(index, seed)
-      begins = range(0, len(index), self._worker.chunk)
-      batch.parts = [self._pool.submit(self._worker, batch, begin) for begin in begins]
-      self._pending.append(batch)
-
-  def __next__(self) -> dict:
-    while len(self._pending) <= AHEAD:
-      before = len(self._pending)
-      self._submit()
-      if len(self._pending) == before:
-        break
-    if not self._pending:
-      raise StopIteration
-    batch = self._pending.popleft()
-    for part in batch.parts:
-      part.result()
-    return {
-      "views": self._worker.views(batch.arrays),
-      "label": batch.label,
-      "index": batch.read,
-      "seed": batch.seed,
-    }
-
-
 def draws(
-  source: Source, *, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Which images make the batches of this process from step `start_step` on, without reading one.
+  source: Source, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+  """Which images make the batches of this process, without reading one.
 
-  Arguments as for `train_stream`.  Returns an iterator of (index int64 [b], seed int32 [b, 2]).
+  Arguments as for `train_stream`.  Returns a function, step -> (index int64 [b], seed int32 [b, 2]).
   """
   if batch_size % process_count:
     raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes: use a multiple")
@@ -1019,7 +991,7 @@ def draws(
       index[epoch == e] = permutation(seed, int(e), len(source))[place[epoch == e]]
     return index, example_seeds(seed, epoch, index)
 
-  return map(draw, itertools.count(start_step))
+  return draw
 
 
 def train_stream(
@@ -1059,17 +1031,9 @@ def train_stream(
     The seed of an image that replaces an unreadable one is that of the place, so it is augmented differently from its
     own appearance in the same epoch.
   """
-  drawn = draws(
-    source,
-    batch_size=batch_size,
-    seed=seed,
-    start_step=start_step,
-    process_index=process_index,
-    process_count=process_count,
-  )
+  draw = draws(source, batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count)
   reader = _Reader(source, max_bad_fraction, bad_file)
-  worker = _Worker(reader, transform, None if transform else canvas, batch_size // process_count)
-  return Stream(worker, reader, drawn, workers or min(_cores(), 32))
+  return Stream(reader, transform, None if transform else canvas, draw, range(start_step, ENDLESS), workers)
 
 
 def eval_batches(
@@ -1103,9 +1067,15 @@ def eval_batches(
   rows = batch_size // process_count
   places = np.arange(-(-len(source) // batch_size) * batch_size).reshape(-1, process_count, rows)[:, process_index]
   wanted = np.minimum(places, len(source) - 1)
-  drawn = ((index, np.zeros((len(index), 2), np.int32)) for index in wanted)
-  worker = _Worker(reader, lambda image, seed: transform(image), None, rows)
-  batches = Stream(worker, reader, drawn, workers or min(_cores(), 32))
+  no_seed = np.zeros((rows, 2), np.int32)
+  batches = Stream(
+    reader,
+    lambda image, seed: transform(image),
+    None,
+    lambda step: (wanted[step], no_seed),
+    range(len(wanted)),
+    workers,
+  )
   for index, place, batch in zip(wanted, places, batches, strict=True):
     padding = place >= len(source)
     batch = {"image": batch["views"], "label": batch["label"], "index": index.astype(np.int32), "read": batch["index"]}
@@ -1143,8 +1113,12 @@ def in_memory(
       images.append(image)
       _check_fits(len(source), min(canvas, max(image.shape[:2])), min(canvas, max(image.shape[:2])), max_bytes)
   side = min(canvas, max(max(image.shape[:2]) for image in images))
-  pairs = [_on_canvas(image, side) for image in images]
-  return np.stack([canvas for canvas, _ in pairs]), np.stack([extent for _, extent in pairs])
+  canvases, extents = np.zeros((len(images), side, side, 3), np.uint8), np.empty((len(images), 2), np.int32)
+  for image, canvas, extent in zip(images, canvases, extents, strict=True):
+    small = _reduced(image, side)
+    extent[:] = small.shape[:2]
+    canvas[: extent[0], : extent[1]] = small
+  return canvases, extents
 
 
 def _check_fits(count, height, width, max_bytes):
