@@ -5,7 +5,8 @@ Command:   simclr transfer --config=configs/transfer.py --config.start=RUN_OR_EN
 Hardware:  linear: one accelerator for ResNet-50; fine-tuning is 56 runs of 20,000 steps a set.
            :small is for two CPU cores.  Nobody has run this file to its end yet
 Expected:  the printed table has the paper's numbers beside ours.  small: not measured yet
-Source:    arXiv 2002.05709, App. B.8: 45 penalties, 7 learning rates x 8 weight decays, splits and metrics; Table 8
+Source:    arXiv 2002.05709, App. B.8: 45 penalties, 7 learning rates x 8 weight decays, twice the steps and a grid of
+           their own for random weights, splits and metrics; Table 8
 Data:      prepared TFDS sets in --config.data_dir; Birdsnap and FGVC Aircraft are not in TFDS: name folders
 """
 
@@ -41,9 +42,9 @@ def get_config(arg=""):
     name: dict(train=train, validation=validation, test=test, metric=metric)
     for name, (train, validation, test, metric) in (SMALL if small else SETS).items()
   }
-  # 7 from 1e-4 to 1e-1 and 7 from 1e-6 to 1e-3, log-spaced, and no decay.
-  rates = tuple(10 ** (-4 + i / 2) for i in range(7))
-  decays = (0.0, *(10 ** (-6 + i / 2) for i in range(7)))
+  # 7 from 1e-4 to 1e-1 and 7 from 1e-6 to 1e-3, log-spaced, and no decay; from scratch 1e-3 to 1 and 1e-5 to 10^-1.5.
+  rates, scratch_rates = (tuple(10 ** (first + i / 2) for i in range(7)) for first in (-4, -3))
+  decays, scratch_decays = (0.0, *(10 ** (-6 + i / 2) for i in range(7))), tuple(10 ** (-5 + i / 2) for i in range(8))
   return ml_collections.ConfigDict(
     dict(
       program="transfer",
@@ -62,6 +63,11 @@ def get_config(arg=""):
         batch_size=64 if small else 256,
         base_lrs=(0.03, 0.1) if small else rates,
         weight_decays=(0.0,) if small else decays,
+      ),
+      from_scratch=dict(
+        train_steps=300 if small else 40000,
+        base_lrs=(0.03, 0.1) if small else scratch_rates,
+        weight_decays=(0.0,) if small else scratch_decays,
       ),
     )
   )

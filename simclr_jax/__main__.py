@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--overwrite", action="store_true", help="replace the export in DIR")
       else:
         sub.epilog = "--config.key=value changes a value of the run's config, e.g. --config.evaluate.knn_k=200"
-    if name in ("pretrain", "probe", "knn"):
+    if name in ("pretrain", "finetune", "distill", "probe", "knn"):
       several = sub.add_argument_group("several processes", "found by themselves on Cloud TPU, GKE, SLURM and Open MPI")
       several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
       several.add_argument("--num_processes", type=int, metavar="N")

@@ -140,8 +140,9 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   result = finetune.train(config, start, source, test, workdir, mesh=mesh, loss=student_loss, make=make)
   logits = _logits(config, teacher, test, mesh)
   result["teacher"] = float(np.mean(logits.argmax(1) == test.labels))
-  print(
-    f"{config.data.test}: top-1 {100 * result['scores']['accuracy']:.2f} %, its teacher {100 * result['teacher']:.2f} %; "
-    f"{result['workdir']}"
-  )
+  if not jax.process_index():
+    print(
+      f"{config.data.test}: top-1 {100 * result['scores']['accuracy']:.2f} %, its teacher"
+      f" {100 * result['teacher']:.2f} %; {result['workdir']}"
+    )
   return result

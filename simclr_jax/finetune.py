@@ -250,7 +250,8 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
   every = config_lib.every(config.evaluate, len(source), config.batch_size)
   evaluation = Evaluation(config, source.num_classes, test_source, mesh)
   task = make(config, start, source, mesh=mesh, loss=loss, evaluators={"test": loop.Evaluator(evaluation.run, every)})
-  checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
+  if not jax.process_index():
+    checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
   state, _ = loop.run(
     task,
     mesh=mesh,
@@ -263,17 +264,18 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
   )
   scores = evaluation.run(state)
   step = int(state.step)
-  checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
-  heads = {name: model_lib.part(state, name) for name in ("projector", "classifier") if name in state.params}
-  exporting.write(
-    workdir / "encoder",
-    model_lib.keep_encoder(state),
-    config,
-    scores={"test": scores},
-    step=step,
-    heads=heads,
-    overwrite=True,
-  )
+  if not jax.process_index():
+    heads = {name: model_lib.part(state, name) for name in ("projector", "classifier") if name in state.params}
+    exporting.write(
+      workdir / "encoder",
+      model_lib.keep_encoder(state),
+      config,
+      scores={"test": scores},
+      step=step,
+      heads=heads,
+      overwrite=True,
+    )
+    checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
   return {"state": state, "scores": scores, "workdir": workdir, "config": config}
 
 
@@ -312,8 +314,9 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
   result = train(config, start, source, test, workdir, mesh=mesh)
   s = result["scores"]
-  print(
-    f"{config.data.test}: top-1 {100 * s['accuracy']:.2f} %, top-5 {100 * s['top_5']:.2f} %, from "
-    f"{config.start or 'scratch'} with {len(source):,} labels; {result['workdir']}"
-  )
+  if not jax.process_index():
+    print(
+      f"{config.data.test}: top-1 {100 * s['accuracy']:.2f} %, top-5 {100 * s['top_5']:.2f} %, from "
+      f"{config.start or 'scratch'} with {len(source):,} labels; {result['workdir']}"
+    )
   return result

@@ -5,6 +5,7 @@ what was learned with raw pixels and with an untrained encoder, exports f and wr
 """
 
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -112,9 +113,34 @@ def train_step(
   return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
 
-def chance_loss(config) -> float:
-  """NT-Xent of embeddings that know nothing: ln(2n - 1), twice that for the official sum."""
-  return contrast.REDUCTIONS[config.loss.reduction] * math.log(2 * config.batch_size - 1)
+def loss_function(config, mesh):
+  """(z [n, 2, d]) -> (loss, metrics): one of contrast.LOSSES, NT-Xent unless `config.loss.name` says otherwise.
+
+  Raises:
+    ValueError: no such loss, an option that it does not take, or a value that it refuses.
+  """
+  options = dict(config.loss)
+  name = options.pop("name", "nt_xent")
+  choices = [choice for choice in contrast.LOSSES if choice != "supervised"]  # which takes labels too
+  if name not in choices:
+    raise ValueError(f"config.loss.name={name!r}: expected one of {', '.join(choices)}")
+  if config.get("memory") and name != "nt_xent":
+    raise ValueError(f"config.loss.name={name!r}: the memory bank is for nt_xent")
+  accepted = {k: p for k, p in inspect.signature(contrast.LOSSES[name]).parameters.items() if k not in ("z", "mesh")}
+  unknown = [key for key in options if key not in accepted]
+  missing = [key for key, p in accepted.items() if p.default is p.empty and key not in options]
+  if unknown or missing:
+    mistake = f"{unknown[0]}: no such option" if unknown else f"{missing[0]} is missing"
+    raise ValueError(f"config.loss.{mistake}; {name} takes {', '.join(accepted)}")
+  mesh = {"mesh": mesh} if name == "nt_xent" else {}
+  return functools.partial(contrast.LOSSES[name], **mesh, **options)
+
+
+def chance_loss(config) -> float | None:
+  """NT-Xent of embeddings that know nothing: ln(2n - 1), twice that for the official sum; None for other losses."""
+  if config.loss.get("name", "nt_xent") != "nt_xent":
+    return None
+  return contrast.REDUCTIONS[config.loss.get("reduction", "mean")] * math.log(2 * config.batch_size - 1)
 
 
 WHERE = ("host", "device", "device_crop", "resident")
@@ -205,7 +231,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
       model=model,
       tx=tx,
       schedule=schedule,
-      loss=functools.partial(contrast.nt_xent_auto, mesh=mesh, **config.loss),
+      loss=loss_function(config, mesh),
       weight_decay=config.optimizer.weight_decay if config.optimizer.name == "lars" else 0.0,
       microbatches=config.microbatches,
       batch_norm=config.microbatch_norm,
@@ -373,7 +399,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     log_every=config.log.every_steps,
     checkpoint_every=checkpoint_every,
     keep=config.checkpoint.keep,
-    constants={"chance_loss": chance_loss(config)},
+    constants={"chance_loss": chance} if (chance := chance_loss(config)) else {},
   )
   clock.seconds["start"] += clock.started - began
   with clock.phase("evaluate"):
@@ -400,9 +426,9 @@ def _greet(config, config_json, workdir, mesh, source, abstract, task):
   print(
     f"devices     {mesh.size} x {device.device_kind}, {jax.process_count()} process(es); BatchNorm and negatives range over all {config.batch_size} images"
   )
-  print(
-    f"training    {task.total_steps:,} steps of {config.batch_size} images; loss at chance {chance_loss(config):.3f}"
-  )
+  chance = chance_loss(config)
+  at_chance = f"; loss at chance {chance:.3f}" if chance else ""
+  print(f"training    {task.total_steps:,} steps of {config.batch_size} images{at_chance}")
   print(f"view pairs  {workdir / 'views.png'}", flush=True)
 
 

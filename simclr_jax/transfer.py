@@ -138,21 +138,23 @@ def linear(encoder: Encoder, train: Split, held_out, test: Split, metric: str, *
 def fine_tune(config, start, train: Split, held_out, test: Split, metric: str, workdir, *, mesh):
   """(score, logits, {base_lr, weight_decay}): every point of the grid on the training part, the best on all of it.
 
-  Weight decay is divided by the learning rate, as the paper divides it.  `start=None` trains new weights.
+  Weight decay is divided by the learning rate, as the paper divides it.  `start=None` trains new weights, for as long
+  and with the grid of `config.from_scratch`.
   """
   g, score = config.finetune, probe.METRICS[metric]
+  tuned = g if start else config.from_scratch
 
   def trained(source, tested, lr, decay, name):
     c = ml_collections.ConfigDict(config_lib.load(g.recipe).to_dict())
     c.encoder = dict(start.encoder) if start else dict(config.encoder)
     c.projector, c.tap, c.start = {"kind": "none"}, 0, ""
-    c.batch_size, c.train_steps, c.train_epochs, c.seed = g.batch_size, g.train_steps, 0.0, config.seed
+    c.batch_size, c.train_steps, c.train_epochs, c.seed = g.batch_size, tuned.train_steps, 0.0, config.seed
     c.optimizer = dict(
       name="sgd", base_lr=lr, lr_scaling="none", warmup_epochs=0.0, momentum=0.9, weight_decay=decay / lr
     )
     c.augment = dict(config.augment)
     c.evaluate = dict(crop=config.evaluate.crop, batch_size=config.evaluate.batch_size, every_steps=0, every_epochs=0.0)
-    c.checkpoint, c.log = dict(every_steps=0, every_epochs=0.0, keep=1), dict(every_steps=g.train_steps)
+    c.checkpoint, c.log = dict(every_steps=0, every_epochs=0.0, keep=1), dict(every_steps=tuned.train_steps)
     c = config_lib.check(c)
     folder = checkpoint.claim_workdir(str(workdir / name), resume=True, overwrite=False)
     state = finetune.train(c, start, source, tested, folder, mesh=mesh)["state"]
@@ -163,7 +165,7 @@ def fine_tune(config, start, train: Split, held_out, test: Split, metric: str, w
       "fine-tuning on images with several labels is not supported: leave 'finetune' out of config.methods"
     )
   fit, held = (data.Selection(train.source, np.flatnonzero(part)) for part in (~held_out, held_out))
-  grid = list(itertools.product(g.base_lrs, g.weight_decays))
+  grid = list(itertools.product(tuned.base_lrs, tuned.weight_decays))
   best, kept = grid[0], -1.0
   for i, (lr, decay) in enumerate(grid) if len(grid) > 1 else ():
     value = score(trained(fit, held, lr, decay, f"grid{i}"), held.labels)

@@ -1,8 +1,10 @@
 """Recipes load, overrides apply, and every mistake is one line with the value, what was expected and what to do."""
 
 import ml_collections
+import numpy as np
 import pytest
 
+from simclr_jax import contrast, optimizer, pretrain
 from simclr_jax.runtime import config as config_lib
 
 
@@ -16,6 +18,15 @@ def test_override_and_freeze():
   assert c.batch_size == 64 and tuple(c.augment.crop_area) == (0.5, 1.0)
   with pytest.raises(AttributeError):
     c.batch_size = 3
+
+
+def test_an_option_that_the_recipe_leaves_at_its_default():
+  values = ["--config.augment.color_order=fixed", "--config.augment.extra=(('sobel', 0.1),)", "--config.batch_size=64"]
+  c = config_lib.load("smoke", values)
+  assert c.augment.color_order == "fixed" and c.augment.extra == (("sobel", 0.1),) and c.batch_size == 64
+  pretrain._check_augmentation(c)
+  with pytest.raises(TypeError, match="unexpected keyword argument 'colour_order'"):
+    pretrain._check_augmentation(config_lib.load("smoke", ["--config.augment.colour_order=fixed"]))
 
 
 def test_recipe_by_name_or_path():
@@ -75,3 +86,56 @@ def test_every():
   section.every_steps = 3
   with pytest.raises(ValueError, match="set one"):
     config_lib.every(section, 1000, 100)
+
+
+def test_every_ablation_of_the_paper_is_a_recipe():
+  from configs import ablations
+
+  assert len(ablations.TOP_1) == 64
+  for row in ablations.TOP_1:
+    c = config_lib.load(f"configs/ablations.py:{row}")
+    pretrain.loss_function(c, None)
+    batch, epochs = (4096, 100) if not row.startswith("batch") else map(int, row.replace("ep", "").split("-")[1:3])
+    assert (c.batch_size, c.train_epochs) == (batch, epochs)
+    images = 1_281_167
+    peak = float(optimizer.learning_rate(c, images)(10 * images // batch))
+    assert peak == pytest.approx(0.075 * batch**0.5 if row.endswith("sqrt") else 0.3 * batch / 256)
+  assert config_lib.load("configs/ablations.py:no_l2-10").loss.normalize is False
+  assert config_lib.load("configs/ablations.py:head-linear-64").projector.to_dict() == {"kind": "linear", "out_dim": 64}
+
+
+def test_fine_tuning_rows():
+  c = config_lib.load("configs/finetune.py:supervised-4x-500ep-color")
+  assert (c.encoder.width, c.train_epochs, c.augment.color_strength, c.augment.blur) == (4, 500.0, 1.0, False)
+  assert config_lib.load("configs/finetune.py:v2_1pct-wide").optimizer.base_lr == 0.002
+  assert "color_strength" not in config_lib.load("configs/finetune.py:supervised").augment
+
+
+@pytest.mark.parametrize(
+  "recipe, message",
+  [
+    ("configs/finetune.py:v1_1pct-wide", "after v1_1pct expected nothing, not wide"),
+    ("configs/v1.py:5x", "the recipe has no variant '5x'"),
+    ("configs/ablations.py:batch-3", "expected head-KIND-D or one of temperature-0.05, "),
+  ],
+)
+def test_unknown_variants(recipe, message):
+  with pytest.raises(ValueError) as error:
+    config_lib.load(recipe)
+  assert f"--config={recipe}: " in one_line(error) and message in str(error.value)
+
+
+def test_losses_by_name():
+  z = np.random.default_rng(0).standard_normal((4, 2, 8)).astype(np.float32)
+  c = config_lib.load("configs/ablations.py:loss-margin_triplet_semi_hard")
+  ours, _ = pretrain.loss_function(c, None)(z)
+  assert float(ours) == pytest.approx(float(contrast.margin_triplet(z, margin=0.8, semi_hard=True)[0]))
+  assert pretrain.chance_loss(c) is None
+  for loss, message in (
+    ({"name": "ntxent"}, "config.loss.name='ntxent': expected one of nt_xent, decoupled"),
+    ({"temprature": 0.1}, "config.loss.temprature: no such option; nt_xent takes temperature"),
+    ({}, "config.loss.temperature is missing; nt_xent takes temperature"),
+  ):
+    with pytest.raises(ValueError) as error:
+      pretrain.loss_function(ml_collections.ConfigDict({"loss": loss}), None)
+    assert message in one_line(error)

@@ -4,6 +4,7 @@ import json
 import xml.etree.ElementTree
 
 import pytest
+import tiny
 
 from simclr_jax import downstream
 from simclr_jax.runtime import config as config_lib
@@ -58,11 +59,38 @@ def test_table_and_figure(tmp_path):
 
 @pytest.mark.slow
 def test_the_program(tmp_path, capsys):
-  config = config_lib.override(
-    config_lib.load("downstream"), ["--config.seeds=(0,)", "--config.pretrain_epochs=0.05", "--config.shares=(0.1,)"]
-  )
+  """All parts, a few steps each, on 96 images; --resume keeps what is finished."""
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  rows = {"again": dict(train=spec, validation="", test=spec, metric="top_1")}
+  changes = {
+    "smoke": {"data.train": spec, "data.test": spec, "batch_size": 16, "encoder.width": 0.0625, "augment.size": 16},
+    "finetune": {"train_steps": 3, "batch_size": 8, "evaluate.batch_size": 96},
+    "distill": {"train_steps": 3, "batch_size": 16, "encoder.width": 0.0625},
+    "transfer": {"rows": rows, "samples": 100},
+  }
+  recipes = {}
+  for name, values in changes.items():
+    variant = () if name == "smoke" else ("small",)
+    recipes[name] = tmp_path / f"{name}.py"
+    recipes[name].write_text(
+      f"from configs.{name} import get_config as base\n\n\ndef get_config():\n  config = base(*{variant})\n"
+      f"  for key, value in {values}.items():\n    section, _, leaf = key.rpartition('.')\n"
+      "    (config[section] if section else config)[leaf] = value\n  return config\n"
+    )
+  values = {
+    "seeds": "(0,)",
+    "pretrain_epochs": 1.0,
+    "shares": "(0.5,)",
+    "distill_share": 0.5,
+    "pretrain": recipes["smoke"],
+  }
+  values |= {name: path for name, path in recipes.items() if name != "smoke"}
+  config = config_lib.load("downstream", [f"--config.{key}={value}" for key, value in values.items()])
   result = downstream.run(config, tmp_path / "run")
   names = {name for name, _ in result["results"][0]}
   assert {"linear on h", "fine-tuned", "from scratch", "student", "student from scratch"} <= names
-  assert {"transfer to textures, linear SimCLR", "transfer to textures, linear supervised"} <= names
+  assert {"transfer to again, linear SimCLR", "transfer to again, linear supervised"} <= names
   assert "fine-tuned" in capsys.readouterr().out and (tmp_path / "run/downstream.svg").exists()
+  kept = (tmp_path / "run/seed0/student/scores.json").stat().st_mtime_ns
+  assert downstream.run(config, tmp_path / "run", resume=True)["results"] == result["results"]
+  assert (tmp_path / "run/seed0/student/scores.json").stat().st_mtime_ns == kept

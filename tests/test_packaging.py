@@ -28,9 +28,8 @@ def test_an_installed_wheel_runs_the_smoke_recipe(tmp_path):
   simclr = str(tmp_path / "venv/bin/simclr")
   assert "pretrain" in call(simclr, "--help")
   assert "smoke" in call(simclr, "recipes")
-  out = call(
-    simclr, "pretrain", "--config=smoke", "--workdir=run", "--config.train_epochs=0.0", "--config.train_steps=3"
-  )  # fmt: skip
+  values = ("train_epochs=0.0", "train_steps=3", "optimizer.warmup_epochs=0.0")
+  out = call(simclr, "pretrain", "--config=smoke", "--workdir=run", *(f"--config.{value}" for value in values))
   assert "SimCLR h" in out and (tmp_path / "run/report.html").exists()
   snippet = out.partition("Load the encoder:")[2]
   assert "(4, " in call(python, "-c", snippet)

@@ -28,9 +28,9 @@ def shared(tmp_path_factory):
 
 
 class Group:
-  """`simclr pretrain` in so many processes, with eight devices among them."""
+  """`simclr pretrain` (or `flags` of another program) in so many processes, with eight devices among them."""
 
-  def __init__(self, shared, workdir, processes, *, steps=STEPS, environment=(), **changes):
+  def __init__(self, shared, workdir, processes, *, steps=STEPS, environment=(), flags=(), **changes):
     values = {
       "data.train": f"npz:{shared / 'images.npz'}",
       "data.test": "",
@@ -40,6 +40,8 @@ class Group:
       "augment.size": 16,
       "encoder.width": 0.0625,
       "projector.out_dim": 16,
+      "projector.layers": 2,
+      "optimizer.base_lr": 1e-3,  # a rate at which rounding errors do not grow
       "evaluate.batch_size": 40,
       "evaluate.every_epochs": 0.0,
       "checkpoint.every_epochs": 0.0,
@@ -49,15 +51,15 @@ class Group:
     with socket.socket() as s:
       s.bind(("localhost", 0))
       port = s.getsockname()[1]
-    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    flags = list(flags) or ["pretrain", "--config=smoke", *(f"--config.{key}={value}" for key, value in values.items())]
     self.processes, self.logs = [], []
     for i in range(processes):
       several = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={i}"]
-      command = [sys.executable, "-m", "simclr_jax", "pretrain", "--config=smoke", f"--workdir={workdir}", "--resume"]
+      command = [sys.executable, "-m", "simclr_jax", *flags, f"--workdir={workdir}", "--resume"]
       self.logs.append(workdir.with_name(f"{workdir.name}.{processes}.{i}.log"))
       self.processes.append(
         subprocess.Popen(
-          command + flags + (several if processes > 1 else []),
+          command + (several if processes > 1 else []),
           cwd=ROOT,
           env={
             **os.environ,
@@ -145,6 +147,35 @@ def _at(tree, path):
   for key in path:
     tree = tree[key.key]
   return tree
+
+
+def test_fine_tuning_and_distillation_in_two_processes(shared, one_process):
+  """The same test scores, whatever the number of processes."""
+  spec = tiny.npz(shared / "labelled.npz")
+  values = {"data.train": spec, "data.test": spec, "batch_size": 16, "train_steps": 4}
+  values |= {"augment.size": 16, "evaluate.batch_size": 40, "encoder.width": 0.0625, "labels.fraction": 1.0}
+  scores = {}
+  for processes in (1, 2):
+    tuned, student = shared / f"tuned{processes}", shared / f"student{processes}"
+    own = {**values, "start": one_process}
+    flags = ["finetune", "--config=finetune:small", *(f"--config.{key}={value}" for key, value in own.items())]
+    with Group(shared, tuned, processes, flags=flags) as group:
+      assert group.wait() == [0] * processes
+    own = {**values, "teacher": tuned}
+    flags = ["distill", "--config=distill:small", *(f"--config.{key}={value}" for key, value in own.items())]
+    with Group(shared, student, processes, flags=flags) as group:
+      assert group.wait() == [0] * processes
+    scores[processes] = [json.loads((run / "scores.json").read_text())["scores"] for run in (tuned, student)]
+    assert (student / "encoder" / "card.json").exists()
+  losses = [
+    [row["loss"] for row in rows(shared / f"{name}{n}") if "loss" in row]
+    for name in ("tuned", "student")
+    for n in (1, 2)
+  ]
+  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+  np.testing.assert_allclose(losses[2], losses[3], rtol=1e-3)
+  for one, two in zip(scores[1], scores[2], strict=True):
+    assert one["accuracy"] == pytest.approx(two["accuracy"], abs=0.03)  # a tie may fall to either side
 
 
 def test_resume_on_another_number_of_processes(shared, one_process):

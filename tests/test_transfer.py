@@ -117,9 +117,16 @@ def test_several_labels_of_a_prepared_set(tmp_path):
 def test_fine_tuning_grid(tmp_path, teacher):  # noqa: F811
   spec = tiny.npz(tmp_path / "tiny.npz")
   only = {"tiny": dict(train=spec, validation="", test=spec, metric="top_1")}
-  changes = {"methods": ("finetune",), "finetune.train_steps": 2, "finetune.batch_size": 16}
+  changes = {
+    "methods": ("finetune",),
+    "finetune.train_steps": 2,
+    "finetune.batch_size": 16,
+    "from_scratch.train_steps": 3,
+  }
   result = transfer.run(config(teacher[0], only, **changes), tmp_path / "run")
   (row,) = result["rows"]
   assert set(row["scores"]) == {"finetune SimCLR", "finetune random"}
   assert row["chosen"]["finetune SimCLR"]["base_lr"] in (0.03, 0.1)
+  assert (tmp_path / "run/tiny/SimCLR/final/checkpoints/2").exists()
+  assert (tmp_path / "run/tiny/random/final/checkpoints/3").exists()
   assert (tmp_path / "run/tiny/random/final/encoder/card.json").exists()

@@ -4,6 +4,7 @@ A config holds rules (`base_lr`, `lr_scaling`, `train_epochs`); the arithmetic i
 changing the batch size on the command line changes the learning rate with it.
 """
 
+import ast
 import difflib
 import json
 import math
@@ -49,7 +50,15 @@ def load(recipe: str, overrides=()) -> ml_collections.FrozenConfigDict:
   argv = ["simclr", f"--config={find_recipe(recipe)}"]
   values = flags.FlagValues()
   holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-  values(argv)
+  try:
+    values(argv)
+  except Exception as error:  # whatever a recipe raises; absl puts a traceback before its words
+    text = str(error).strip() if isinstance(error, flags.Error) else f"{type(error).__name__}: {error}"
+    kind, _, words = text.splitlines()[-1].strip().partition(": ")
+    words = (
+      words if kind == "ValueError" else f"the recipe has no variant {recipe.partition(':')[2]!r} ({kind}: {words})"
+    )
+    raise ValueError(f"--config={recipe}: {words}") from None
   return override(holder.value, overrides)
 
 
@@ -60,22 +69,32 @@ def override(config, overrides) -> ml_collections.FrozenConfigDict:
     ValueError: as for `load`.
   """
   known = flatten(config)
+  open_sections = tuple(key for key in SCHEMAS.get(program(config), ()) if key.endswith("."))
+  argv, changed = ["simclr"], ml_collections.ConfigDict(config).copy_and_resolve_references().unlock()
   for text in overrides:
-    key = text.partition("=")[0].removeprefix("--config.")
-    if key not in known:
+    key, equals, value = text.removeprefix("--config.").partition("=")
+    if key not in known and not key.startswith(open_sections):
       raise ValueError(f"{text}: no such key; {_nearest(key, known)}")
-    if "=" not in text:
+    if not equals:
       raise ValueError(f"{text}: expected --config.{key}=VALUE")
+    if key in known:
+      argv.append(text)
+    else:  # an option that the recipe leaves at its default; the function that takes it checks it
+      changed.update_from_flattened_dict({key: _literal(value)})
   values = flags.FlagValues()
-  argv = ["simclr", *overrides]
-  holder = config_flags.DEFINE_config_dict(
-    "config", ml_collections.ConfigDict(config), flag_values=values, sys_argv=argv
-  )
+  holder = config_flags.DEFINE_config_dict("config", changed.lock(), flag_values=values, sys_argv=argv)
   try:
     values(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(" ".join(str(error).split())) from None
   return check(holder.value)
+
+
+def _literal(text: str):
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    return text
 
 
 def _nearest(key: str, known) -> str:
@@ -94,8 +113,8 @@ def to_json(config) -> str:
 
 
 # What a value may be, by key. A key of a recipe that is not here is refused, so a misspelt one cannot become a silent
-# default. Keys that end in `.` open a section that
-# goes to a science function as keyword arguments, which that function checks.
+# default. Keys that end in `.` open a section that goes to a science function as keyword arguments, which that function
+# checks; its keys may be left out.
 _POSITIVE = (lambda v: v > 0, "a number above 0")
 _NOT_NEGATIVE = (lambda v: v >= 0, "a number of at least 0")
 _SHARE = (lambda v: 0 <= v <= 1, "a share between 0 and 1")
@@ -116,8 +135,8 @@ SCHEMA = {
   "encoder.": _ANY,
   "projector.": _ANY,
   "memory.": _ANY,
+  "loss.": _ANY,
   "loss.temperature": _POSITIVE,
-  "loss.normalize": _ANY,
   "loss.reduction": (lambda v: v in ("mean", "official_sum"), "mean or official_sum"),
   "loss.precision": (lambda v: v in ("highest", "high", "default"), "highest, high or default"),
   "optimizer.name": _ANY,
@@ -204,10 +223,16 @@ SCHEMAS = {
     "evaluate.crop": SCHEMA["evaluate.crop"],
     "evaluate.batch_size": _POSITIVE,
     "finetune.recipe": _ANY,
-    "finetune.train_steps": _POSITIVE,
     "finetune.batch_size": _POSITIVE,
-    "finetune.base_lrs": (bool, "at least one learning rate"),
-    "finetune.weight_decays": (bool, "at least one weight decay, such as 0.0"),
+    **{
+      f"{section}.{key}": rule
+      for section in ("finetune", "from_scratch")
+      for key, rule in (
+        ("train_steps", _POSITIVE),
+        ("base_lrs", (bool, "at least one learning rate")),
+        ("weight_decays", (bool, "at least one weight decay, such as 0.0")),
+      )
+    },
   },
 }
 
@@ -234,7 +259,7 @@ def check(config):
     if not possible(value):
       raise ValueError(f"config.{key}={value!r}: expected {expected}")
   recipe = {"pretrain": "smoke.py"}.get(program(config), f"{program(config)}.py")
-  missing = [key for key in schema if not key.endswith(".") and key not in flat]
+  missing = [key for key in schema if not key.startswith(sections) and key not in flat]
   if missing:
     raise ValueError(f"config.{missing[0]} is missing from the recipe; configs/{recipe} shows every key")
   if "train_steps" in flat and not config.train_epochs and not config.train_steps:

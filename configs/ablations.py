@@ -1,0 +1,113 @@
+"""The ablations of the SimCLR v1 paper: ResNet-50 on ImageNet, 100 epochs unless said, one row of a table each.
+
+Command:   simclr pretrain --config=configs/ablations.py:temperature-0.05 --workdir=gs://BUCKET/temperature-0.05
+           batch-B-EPOCHSep-linear or -sqrt (Table B.1), temperature-T, no_l2-T (Table 5), loss-NAME (Table 4),
+           color-S (Table 1, without blur), no_flip, head-none, head-linear-D, head-nonlinear-D (Figure 8)
+Hardware:  the paper used 128 TPU v3 cores, 1.5 hours for 100 epochs at batch 4,096; nobody has run this file yet
+Expected:  linear evaluation top-1 on ImageNet: TOP_1 below; head-nonlinear 3 points above head-linear, those more than 10
+           above head-none, whatever D
+           Not here: AutoAugment (61.1 in Table 1) and the one-sided compositions of Figure 5
+Source:    arXiv 2002.05709: Tables 1, 4, 5 and B.1, Figure 8, section 3.2.  Not published: learning rate and margin
+           of the losses of Table 4, tuned over 0.01, 0.1, 0.3, 0.5, 1 and 0, 0.4, 0.8, 1.6 (App. B.10)
+Data:      a prepared TFDS imagenet2012 in --config.data.data_dir
+"""
+
+import ml_collections
+
+EPOCHS = (100, 200, 400, 800)
+TABLE_B1 = {  # batch: top-1 after EPOCHS, linear and sqrt scaling of the learning rate
+  256: ((57.5, 61.9, 64.7, 66.6), (62.8, 64.3, 65.7, 66.5)),
+  512: ((60.7, 64.0, 66.2, 67.8), (63.8, 65.6, 66.7, 67.4)),
+  1024: ((62.8, 65.3, 67.2, 68.5), (64.3, 66.1, 67.2, 68.3)),
+  2048: ((64.0, 66.1, 68.1, 68.9), (64.7, 66.8, 67.9, 68.8)),
+  4096: ((64.6, 66.5, 68.2, 68.9), (64.5, 66.8, 68.0, 69.1)),
+  8192: ((64.8, 66.6, 67.8, 69.0), (64.8, 67.0, 68.3, 69.1)),
+}
+TOP_1 = {
+  "temperature-0.05": 59.7,
+  "temperature-0.1": 64.4,
+  "temperature-0.5": 60.7,
+  "temperature-1": 58.0,
+  "no_l2-10": 57.2,
+  "no_l2-100": 57.0,
+  "loss-margin_triplet": 50.9,
+  "loss-nt_logistic": 51.6,
+  "loss-margin_triplet_semi_hard": 57.5,
+  "loss-nt_logistic_semi_hard": 57.9,
+  "loss-nt_xent": 63.9,
+  "color-0.125": 59.6,
+  "color-0.25": 61.0,
+  "color-0.5": 62.6,
+  "color-1": 63.2,
+  "no_flip": 63.4,
+  **{
+    f"batch-{batch}-{epochs}ep-{scaling}": scores[k][i]
+    for batch, scores in TABLE_B1.items()
+    for k, scaling in enumerate(("linear", "sqrt"))
+    for i, epochs in enumerate(EPOCHS)
+  },
+}
+
+
+def get_config(arg="temperature-0.1"):
+  what, *values = arg.split("-")
+  if arg not in TOP_1 and what != "head":
+    raise ValueError(f"expected head-KIND-D or one of {', '.join(TOP_1)}")
+  batch_size, epochs, scaling = values if what == "batch" else (4096, "100ep", "linear")
+  loss = dict(temperature=0.1, normalize=True, reduction="official_sum", precision="highest")
+  if what == "temperature":
+    loss["temperature"] = float(values[0])
+  elif what == "no_l2":
+    loss |= dict(temperature=float(values[0]), normalize=False)
+  elif what == "loss" and values[0] != "nt_xent":
+    loss = dict(name=values[0], **({"margin": 0.8} if "margin" in values[0] else {"temperature": 0.1}))
+  head = values if what == "head" else ("nonlinear", "128")
+  projector = dict(kind="none") if head[0] == "none" else dict(kind=head[0], out_dim=int(head[1]))
+  return ml_collections.ConfigDict(
+    dict(
+      seed=0,
+      data=dict(
+        train="tfds:imagenet2012:train", test="tfds:imagenet2012:validation", data_dir="", max_bad_fraction=0.001
+      ),
+      batch_size=int(batch_size),
+      microbatches=1,
+      microbatch_norm="microbatch",
+      zero1=False,
+      train_epochs=float(epochs.removesuffix("ep")),
+      train_steps=0,
+      augment=dict(
+        where="device",
+        canvas=512,
+        size=224,
+        color_strength=float(values[0]) if what == "color" else 1.0,
+        blur=what != "color",
+        flip=what != "no_flip",
+        crop_sampler="official",
+        brightness="v1",
+        crop_area=(0.08, 1.0),
+      ),
+      encoder=dict(depth=50, width=1, stem="imagenet", sk_ratio=0.0, se_ratio=0.0, dtype="bfloat16"),
+      projector=projector | (dict(layers=2) if projector["kind"] == "nonlinear" else {}),
+      loss=loss,
+      optimizer=dict(
+        name="lars",
+        base_lr=0.075 if scaling == "sqrt" else 0.3,
+        lr_scaling=scaling,
+        warmup_epochs=10.0,
+        momentum=0.9,
+        weight_decay=1e-6,
+      ),
+      evaluate=dict(
+        crop=0.875,
+        batch_size=1024,
+        train_examples=50000,
+        every_steps=0,
+        every_epochs=0.0,
+        knn_k=200,
+        knn_temperature=0.1,
+      ),
+      checkpoint=dict(every_steps=0, every_epochs=1.0, keep=5),
+      log=dict(every_steps=100),
+      probe=dict(method="sgd", train_epochs=90.0, batch_size=4096, base_lr=0.1),
+    )
+  )
