@@ -3,11 +3,11 @@
 Command:   simclr pretrain --config=configs/smoke.py --workdir=runs/smoke      (bash launch/local.sh sets up first)
 Hardware:  two CPU cores; 5 to 6 minutes of training (420 to 540 images/s)
 Expected:  kNN (k=20) / linear evaluation / linear with 10 labels a class, in %, mean (least to most) of seeds 0, 1, 2:
-           h 82.7 (82.4 to 83.0) / 85.8 (85.7 to 86.0) / 73.0 (72.7 to 73.4),
-           z 81.1 (80.9 to 81.5) / 82.1 (81.5 to 82.6) / 70.1 (69.0 to 70.7), raw pixels 81.0 / 84.9 / 70.5,
+           h 82.3 (82.1 to 82.5) / 86.1 (85.2 to 87.2) / 73.9 (73.4 to 74.6),
+           z 81.8 (81.6 to 82.0) / 83.1 (82.7 to 83.5) / 71.7 (71.4 to 71.9), raw pixels 81.0 / 84.9 / 70.5,
            untrained encoder 54.5 / 60.8 / 39.1, histogram of 64 grey levels 44.0 / 40.8 / 30.9
-Source:    arXiv 2002.05709 with its CIFAR stem (App. B.9); three layers in the head as in arXiv 2006.10029; gentler
-           crops, views of 20 pixels and the learning rate were tuned on this set
+Source:    arXiv 2002.05709 with its CIFAR stem (App. B.9); gentler crops, views of 20 pixels and the learning rate were
+           tuned on this set
 """
 
 import ml_collections
@@ -34,7 +34,7 @@ def get_config():
         crop_area=(0.4, 1.0),
       ),
       encoder=dict(depth=18, width=0.25, stem="cifar", sk_ratio=0.0, se_ratio=0.0, dtype="float32"),
-      projector=dict(kind="nonlinear", layers=3, out_dim=64),
+      projector=dict(kind="nonlinear", layers=2, out_dim=64),
       loss=dict(temperature=0.2, normalize=True, reduction="mean", precision="highest"),
       optimizer=dict(name="adamw", base_lr=4e-3, lr_scaling="none", warmup_epochs=1.0, momentum=0.9, weight_decay=1e-4),
       evaluate=dict(
