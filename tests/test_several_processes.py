@@ -40,7 +40,6 @@ class Group:
       "augment.size": 16,
       "encoder.width": 0.0625,
       "projector.out_dim": 16,
-      "projector.layers": 2,
       "optimizer.base_lr": 1e-3,  # a rate at which rounding errors do not grow
       "evaluate.batch_size": 40,
       "evaluate.every_epochs": 0.0,

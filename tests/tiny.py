@@ -19,7 +19,6 @@ def config(**changes):
       "train_steps": 4,
       "augment.size": 16,
       "encoder.width": 0.0625,
-      "projector.layers": 2,
       "projector.out_dim": 16,
       "optimizer.base_lr": 2e-3,
       "optimizer.warmup_epochs": 0.2,

@@ -745,8 +745,7 @@ class _Reader:
   def __init__(self, source: Source, max_bad_fraction: float, bad_file=None):
     self.source = source
     self.bad: dict[int, str] = {}
-    self._error: ValueError | None = None
-    self._failure: Exception | None = None
+    self._error: Exception | None = None  # the first that ends the stream
     # One damaged file should not stop a run over a small folder, unless the share is set to zero.
     self._allowed = max(1, int(max_bad_fraction * len(source))) if max_bad_fraction > 0 else 0
     self._share = max_bad_fraction
@@ -769,8 +768,8 @@ class _Reader:
   def stored(self, index: int, canvas: int | None):
     """-> bytes, height and width, label and index of an image for TensorFlow to finish.
 
-    A JPEG that needs nothing but decoding is given as it is, its height and width as 0; others as their pixels, which
-    are on a canvas of that side if there is one.
+    A JPEG that needs nothing but decoding is given as it is, its height and width as 0; others as their pixels,
+    averaged down to fit on a canvas of that side if there is one.
     """
     if index not in self.bad:
       with contextlib.suppress(BadImage):  # `read` meets it again, and says so
@@ -785,8 +784,8 @@ class _Reader:
 
   def found_bad(self, index) -> bool:
     """Reads the images `index` [n] one by one; whether an unreadable one was among them that was not known."""
-    if self._failure:
-      raise self._failure
+    if self._error:
+      raise self._error
     before = len(self.bad)
     for i in np.unique(index):
       self.read(i)
@@ -798,7 +797,7 @@ class _Reader:
     try:
       yield
     except Exception as error:
-      self._failure = self._failure or error
+      self._error = self._error or error
       raise
 
   def _count(self, i: int, reason: str):
@@ -885,9 +884,7 @@ def _dataset(
   parallel = dict(num_parallel_calls=workers, deterministic=True)
   dataset = tf.data.Dataset.range(-(-len(steps) * rows // chunk)).map(chunks, **parallel)
   if whole:
-    dataset = dataset.map(
-      lambda image, extent, seed, label, index: batch({"image": image, "extent": extent}, seed, label, index)
-    )
+    dataset = dataset.map(lambda image, extent, *rest: batch({"image": image, "extent": extent}, *rest))
   else:
     dataset = dataset.unbatch().map(example, **parallel).batch(rows, drop_remainder=True)
   options = tf.data.Options()
