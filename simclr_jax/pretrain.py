@@ -247,7 +247,8 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
     zero1=config.zero1,
   )
   if "memory" in config:
-    task = memory.remember(task, model, loss=dict(config.loss), views=device, **config.memory)
+    options = {key: value for key, value in config.loss.items() if key != "name"}
+    task = memory.remember(task, model, loss=options, views=device, **config.memory)
   return task
 
 

@@ -52,6 +52,7 @@ def test_every_recipe_is_complete_and_survives_json(path):
     ("--config.loss.reduction=sum", "expected mean or official_sum"),
     ("--config.data.max_bad_fraction=2.0", "expected a share between 0 and 1"),
     ("--config.train_epochs=0.0", "set one of them"),
+    ("--config.encoder.depth.blocks=3", "no such key; did you mean config.encoder.depth?"),
   ],
 )
 def test_mistakes(override, message):

@@ -5,10 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from simclr_jax import contrast, memory, model, optimizer, pretrain
 from simclr_jax.projector import Projector
+from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import loop
+from simclr_jax.runtime import mesh as mesh_lib
 
 
 def by_hand(z, bank, temperature):
@@ -88,3 +91,18 @@ def test_a_step_averages_and_remembers():
   assert int(state.step) == 3
   with pytest.raises(ValueError, match="memory.decay=1.0"):
     memory.remember(task, net, size=24, decay=1.0, loss={}, views=None)
+
+
+def test_a_recipe_may_name_the_loss():
+  """`loss.name` chooses the function and is not handed to it."""
+  values = ["--config.loss.name=nt_xent", "--config.memory.size=64", "--config.memory.decay=0.9"]
+  config = config_lib.override(tiny.config(), values)
+  task = pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh(jax.devices()[:1]))
+  size, batch = config.augment.size, config.batch_size
+  batch = {
+    "views": jnp.zeros((batch, 2, size, size, 3)),
+    "label": jnp.zeros(batch, int),
+    "seed": jnp.zeros((batch, 2), int),
+  }
+  state = jax.eval_shape(task.init, jax.random.key(0))
+  assert "remembered" in jax.eval_shape(task.step, state, batch)[1]

@@ -80,7 +80,15 @@ def override(config, overrides) -> ml_collections.FrozenConfigDict:
     if key in known:
       argv.append(text)
     else:  # an option that the recipe leaves at its default; the function that takes it checks it
-      changed.update_from_flattened_dict({key: _literal(value)})
+      *sections, leaf = key.split(".")
+      place = changed
+      for name in sections:
+        if name not in place:
+          place[name] = ml_collections.ConfigDict()
+        place = place[name]
+        if not hasattr(place, "items"):
+          raise ValueError(f"{text}: no such key; {_nearest(key, known)}")
+      place[leaf] = _literal(value)
   values = flags.FlagValues()
   holder = config_flags.DEFINE_config_dict("config", changed.lock(), flag_values=values, sys_argv=argv)
   try:
