@@ -265,8 +265,7 @@ def random_crops(
   y, x, h, w = sample_boxes(keys, height, width, crop_sampler=crop_sampler, crop_area=crop_area)
   mirrored = jax.vmap(jax.random.bernoulli)(flip_keys) if flip else jnp.zeros(2 * n, bool)
   rows = resize_matrix(y, h, size, image.shape[1], kind=resize)
-  columns = resize_matrix(x, w, size, image.shape[2], kind=resize)
-  columns = _where(mirrored, columns[:, ::-1], columns)
+  columns = resize_matrix(x, w, size, image.shape[2], mirrored, kind=resize)
   # What a TPU would round to bfloat16 anyway is kept in it: half the bytes.  Pixels are whole and below 256: exact.
   dtype = jnp.bfloat16 if precision == "default" else jnp.float32
   rows, columns = (m.reshape(n, 2, size, -1).astype(dtype) for m in (rows, columns))
@@ -275,12 +274,13 @@ def random_crops(
   return x / 255
 
 
-def resize_matrix(start, length, size, canvas, *, kind="bicubic"):
+def resize_matrix(start, length, size, canvas, mirrored=False, *, kind="bicubic"):
   """What a resize without antialiasing, half-pixel centres, is along one axis: a matrix of weights.
 
   Args:
     start, length: [n] int32, where the pieces to be resized lie on a canvas of `canvas` pixels.
     size: pixels after the resize.
+    mirrored: [n] boolean, or one for all: whether the piece is turned round.
     kind: "bicubic" (Keys' kernel, a = -0.5, its argument rounded to 1/1024 as in TensorFlow's table) or "bilinear".
   Returns:
     [n, size, canvas] float32; rows add up to 1, taps beyond the piece are left out.
@@ -289,23 +289,29 @@ def resize_matrix(start, length, size, canvas, *, kind="bicubic"):
   """
   if kind not in ("bicubic", "bilinear"):
     raise ValueError(f"resize={kind!r}: expected 'bicubic' or 'bilinear' where the device crops")
-  at = (jnp.arange(size) + 0.5) * (length[:, None] / jnp.float32(size)) - 0.5  # [n, size]
+  start, length, mirrored = start[:, None], length[:, None], jnp.reshape(mirrored, (-1, 1))
+  pixel = jnp.where(mirrored, jnp.arange(size)[::-1], jnp.arange(size))
+  at = (pixel + 0.5) * (length / jnp.float32(size)) - 0.5  # [n, size]
   floor = jnp.floor(at)
   fraction = at - floor
   if kind == "bicubic":
     fraction = jnp.round(fraction * 1024) / 1024
-  taps = jnp.arange(-1, 3)
-  t = jnp.abs(taps - fraction[..., None])  # [n, size, 4]
-  if kind == "bicubic":
-    near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
-    weight = jnp.where(t < 1, near, jnp.where(t < 2, far, 0))
-  else:
-    weight = jnp.maximum(1 - t, 0)
-  place = floor.astype(jnp.int32)[..., None] + taps
-  weight = jnp.where((place >= 0) & (place < length[:, None, None]), weight, 0)
-  weight = weight / weight.sum(-1, keepdims=True)
-  tap = jnp.arange(canvas) - (place[..., :1] + start[:, None, None])  # [n, size, canvas]
-  return functools.reduce(lambda other, k: jnp.where(tap == k, weight[..., k : k + 1], other), range(4), 0.0)
+  first = floor.astype(jnp.int32) - 1
+  weights = []  # of the four taps, each [n, size]: small arrays, which the compiler then fuses into the products
+  for k in range(4):
+    t = jnp.abs(k - 1 - fraction)
+    if kind == "bicubic":
+      near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
+      weight = jnp.where(t < 1, near, jnp.where(t < 2, far, 0))
+    else:
+      weight = jnp.maximum(1 - t, 0)
+    weights.append(jnp.where((first + k >= 0) & (first + k < length), weight, 0))
+  total = sum(weights)
+  tap = jnp.arange(canvas) - (first + start)[..., None]  # [n, size, canvas]
+  matrix = jnp.zeros((), jnp.float32)
+  for k, weight in enumerate(weights):
+    matrix = jnp.where(tap == k, (weight / total)[..., None], matrix)
+  return matrix
 
 
 def sample_boxes(keys, height, width, *, crop_sampler="official", crop_area=(0.08, 1.0)):
