@@ -2,12 +2,13 @@
 
 Command:   simclr finetune --config=configs/finetune.py:v2_10pct --config.start=RUN_OR_ENCODER --workdir=runs/v2_10pct
            (or :v2_1pct, :v2_100pct, each with -wide for widths above 1 and selective kernels; :v1_1pct, :v1_10pct;
-           :supervised needs no start: also -4x, -500ep, -1000ep, -color and -color_blur, as in -4x-500ep-color)
+           :supervised needs no start: also -1pct, -10pct, -4x, -500ep, -1000ep, -color and -color_blur, as in
+           -4x-500ep-color)
            simclr finetune --config=configs/finetune.py:small --config.start=runs/smoke --workdir=runs/few
 Hardware:  one accelerator for ResNet-50; :small is for two CPU cores.  Nobody has run the ImageNet rows yet
 Expected:  ImageNet top-1 of ResNet-50.  v1 48.3 (1 %), 65.6 (10 %); 58.5, 71.7 at 2x; 63.0, 74.4 at 4x (Table 7).
            v2 57.9 (1 %), 68.4 (10 %), 76.3 (100 %); with selective kernels 64.5, 72.1, 78.7; ResNet-152 3x with them
-           74.9, 80.1, 83.1 (Table 1).  Supervised with 1 % 25.4, with 10 % 56.4; with all labels after 90, 500, 1,000
+           74.9, 80.1, 83.1 (Table 1).  Supervised with 1 % 25.4, with 10 % 56.4 (v1; 12.3 and 52.0 in v2); with all labels after 90, 500, 1,000
            epochs (v1, Table B.3): crops 76.5, 76.2, 75.8; -color 75.6, 76.5, 75.2; -color_blur 75.3, 76.7, 76.4; at 4x
            78.4, 78.3, 77.9; 78.9, 78.4, 78.2; 78.7, 78.5, 78.3
            small: not measured yet
@@ -35,7 +36,7 @@ SETS = {"1pct": "imagenet2012_subset/1pct", "10pct": "imagenet2012_subset/10pct"
 def get_config(arg="v2_10pct"):
   protocol, *options = arg.split("-")
   tap, name, base_lr, lr_scaling, weight_decay, batch_size, epochs = PROTOCOLS[protocol]
-  possible = {"supervised": ("4x", "500ep", "1000ep", "color", "color_blur")}.get(
+  possible = {"supervised": ("1pct", "10pct", "4x", "500ep", "1000ep", "color", "color_blur")}.get(
     protocol, ("wide",) * protocol.startswith("v2")
   )
   if set(options) - set(possible):
@@ -45,7 +46,8 @@ def get_config(arg="v2_10pct"):
   epochs = next((float(option.removesuffix("ep")) for option in options if option.endswith("ep")), epochs)
   color = dict(color_strength=1.0, blur="color_blur" in options) if {"color", "color_blur"} & set(options) else {}
   small = protocol == "small"
-  train = f"tfds:{SETS.get(protocol.partition('_')[2], 'imagenet2012')}:train"
+  share = next((option for option in options if option in SETS), protocol.partition("_")[2])
+  train = f"tfds:{SETS.get(share, 'imagenet2012')}:train"
   return ml_collections.ConfigDict(
     dict(
       program="finetune",

@@ -6,6 +6,7 @@ numerics of the official code (google-research/simclr, tf2/data_util.py) unless 
 Images have channels last and values in [0, 1]; like the official encoders' input, they are not normalised further.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -33,6 +34,7 @@ def two_views(
   color_order="random",
   resize="bicubic",
   extra=(),
+  one_sided=False,
 ):
   """Two independent views of one image: crop, resize, flip, colour distortion, blur, in this order.
 
@@ -49,17 +51,22 @@ def two_views(
     resize: see `resize_image`.
     extra: names of EXTRA with probabilities, such as (("sobel", 0.1), ("solarize", 0.2)), drawn for each view in
       this order between colour distortion and blur: the other transformations of arXiv:2002.05709, Figure 4 and B.2.
+    one_sided: the views share crop and flip, and the second has nothing else: the compositions of Figure 5, where
+      `extra` names the transformations of the first.
   Returns:
     [2, size, size, 3] float32 in [0, 1].
   Raises:
     ValueError: an option, or the shape or dtype of image, is out of range.
   """
-  views = []
+  crops, views = [], []
   for view_seed in tf.unstack(tf.random.split(seed, 2)):
     crop_seed, color_seed, blur_seed = tf.unstack(tf.random.split(view_seed, 3))
-    view = _crop_and_flip(image, crop_seed, size, crop_sampler, crop_area, flip, resize)
+    if one_sided and views:
+      views.append(_clip(crops[0]))
+      break
+    crops.append(_crop_and_flip(image, crop_seed, size, crop_sampler, crop_area, flip, resize))
     view = color_distort(
-      view,
+      crops[-1],
       color_seed,
       strength=color_strength,
       brightness=brightness,
@@ -493,8 +500,123 @@ def noise(image, seed):
   return _clip(image + scale * tf.random.stateless_normal(tf.shape(image), values))
 
 
+def crop(image, seed):
+  """A further random crop, resized to what it was; the image is square."""
+  return _clip(random_crop(image, seed, size=_check_static(image)[0]))
+
+
+def color(image, seed):
+  """`color_distort` of strength 1."""
+  return _clip(color_distort(image, seed, strength=1.0))
+
+
+def blur(image, seed):
+  """`random_blur`, always."""
+  return random_blur(image, seed, prob=1.0)
+
+
+# The policy for ImageNet of arXiv:1805.09501, Table 9: pairs of (operation, probability, magnitude 0 to 9 or None).
+AUTOAUGMENT = (
+  (("posterize", 0.4, 8), ("turn", 0.6, 9)),
+  (("solarize_from", 0.6, 5), ("autocontrast", 0.6, None)),
+  (("equalize", 0.8, None), ("equalize", 0.6, None)),
+  (("posterize", 0.6, 7), ("posterize", 0.6, 6)),
+  (("equalize", 0.4, None), ("solarize_from", 0.2, 4)),
+  (("equalize", 0.4, None), ("turn", 0.8, 8)),
+  (("solarize_from", 0.6, 3), ("equalize", 0.6, None)),
+  (("posterize", 0.8, 5), ("equalize", 1.0, None)),
+  (("turn", 0.2, 3), ("solarize_from", 0.6, 8)),
+  (("equalize", 0.6, None), ("posterize", 0.4, 6)),
+  (("turn", 0.8, 8), ("saturate", 0.4, 0)),
+  (("turn", 0.4, 9), ("equalize", 0.6, None)),
+  (("equalize", 0.0, None), ("equalize", 0.8, None)),
+  (("invert", 0.6, None), ("equalize", 1.0, None)),
+  (("saturate", 0.6, 4), ("contrast", 1.0, 8)),
+  (("turn", 0.8, 8), ("saturate", 1.0, 2)),
+  (("saturate", 0.8, 8), ("solarize_from", 0.8, 7)),
+  (("sharpen", 0.4, 7), ("invert", 0.6, None)),
+  (("shear", 0.6, 5), ("equalize", 1.0, None)),
+  (("saturate", 0.4, 0), ("equalize", 0.6, None)),
+  (("equalize", 0.4, None), ("solarize_from", 0.2, 4)),
+  (("solarize_from", 0.6, 5), ("autocontrast", 0.6, None)),
+  (("invert", 0.6, None), ("equalize", 1.0, None)),
+  (("saturate", 0.6, 4), ("contrast", 1.0, 8)),
+  (("equalize", 0.8, None), ("equalize", 0.6, None)),
+)
+
+
+def autoaugment(image, seed):
+  """One of the 25 pairs of operations of AutoAugment's policy for ImageNet, with magnitudes in ten steps.
+
+  The operations are Pillow's, on 256 levels; those with a direction take either with probability 1/2.
+  """
+  choice, drawn, signs = tf.unstack(tf.random.split(seed, 3))
+  drawn, signs = tf.random.stateless_uniform([2], drawn), tf.random.stateless_uniform([2], signs)
+  levels = tf.round(tf.convert_to_tensor(image) * 255)
+
+  def pair(operations, x):
+    for i, (name, prob, magnitude) in enumerate(operations):
+      apply = functools.partial(autoaugment_op, name, x, magnitude, tf.where(signs[i] < 0.5, -1.0, 1.0))
+      x = tf.cond(drawn[i] < prob, apply, lambda x=x: x)
+    return x
+
+  number = tf.random.stateless_uniform([], choice, 0, len(AUTOAUGMENT), tf.int32)
+  levels = tf.switch_case(number, [functools.partial(pair, operations, levels) for operations in AUTOAUGMENT])
+  return tf.ensure_shape(levels, image.shape) / 255
+
+
+def autoaugment_op(name, levels, magnitude, sign):
+  """One operation of AUTOAUGMENT: levels [h, w, 3] float32, whole numbers from 0 to 255, to the same; sign is -1 or 1."""
+  step = (magnitude or 0) / 9
+  height, width, _ = _check_static(levels)
+
+  def blend(other, factor):  # Pillow's enhancers: 1 leaves the image, 0 gives the other, above 1 goes away from it
+    return tf.floor(tf.clip_by_value(other + factor * (levels - other), 0.0, 255.0))
+
+  def move(a, b, c, d, centre):  # the pixel at centre + [a b; c d] (p - centre), nothing interpolated, black beyond
+    u, v = centre
+    transform = [a, b, u - a * u - b * v, c, d, v - c * u - d * v, 0.0, 0.0]
+    return tf.raw_ops.ImageProjectiveTransformV3(
+      images=levels[None], transforms=tf.stack([tf.stack([tf.cast(x, tf.float32) for x in transform])]),
+      output_shape=[height, width], fill_value=0.0, interpolation="NEAREST",
+    )[0]  # fmt: skip
+
+  luma = tf.floor(tf.tensordot(levels, [0.299, 0.587, 0.114], 1) + 0.5)[..., None]
+  if name == "posterize":
+    keep = float(2 ** round(4 * step))
+    return tf.floor(levels / keep) * keep
+  if name == "solarize_from":
+    return tf.where(levels < 255 - 255 * step, levels, 255 - levels)
+  if name == "invert":
+    return 255 - levels
+  if name == "equalize":
+    return equalize(levels / 255) * 255
+  if name == "autocontrast":
+    low, high = (f(levels, (0, 1), keepdims=True) for f in (tf.reduce_min, tf.reduce_max))
+    return tf.where(high > low, tf.floor((levels - low) * (255 / tf.maximum(high - low, 1)) + 1e-3), levels)
+  if name == "saturate":
+    return blend(luma, 1 + sign * 0.9 * step)
+  if name == "contrast":
+    return blend(tf.floor(tf.reduce_mean(luma) + 0.5), 1 + sign * 0.9 * step)
+  if name == "sharpen":
+    kernel = tf.tile(tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32)[..., None, None] / 13, [1, 1, 3, 1])
+    inner = tf.floor(tf.nn.depthwise_conv2d(levels[None], kernel, [1, 1, 1, 1], "VALID")[0] + 0.5)
+    border = tf.pad(tf.ones([height - 2, width - 2, 1], tf.bool), [[1, 1], [1, 1], [0, 0]])
+    return blend(tf.where(border, tf.pad(inner, [[1, 1], [1, 1], [0, 0]]), levels), 1 + sign * 0.9 * step)
+  if name == "turn":
+    angle = sign * math.radians(30 * step)
+    cos, sin = tf.cos(angle), tf.sin(angle)
+    return move(cos, -sin, sin, cos, ((width - 1) / 2, (height - 1) / 2))
+  if name == "shear":
+    return move(1.0, sign * 0.3 * step, 0.0, 1.0, (-0.5, -0.5))
+  raise ValueError(f"name={name!r}: not an operation of AUTOAUGMENT")
+
+
 # What `extra` of `two_views` may name.  Each maps [h, w, 3] float32 in [0, 1] and a seed to the same.
-EXTRA = {op.__name__: op for op in (sobel, solarize, equalize, motion_blur, cutout, rotate, noise)}
+EXTRA = {
+  op.__name__: op
+  for op in (sobel, solarize, equalize, motion_blur, cutout, rotate, noise, crop, color, blur, autoaugment)
+}
 
 
 def apply_extra(image, seed, extra):

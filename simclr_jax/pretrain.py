@@ -170,8 +170,9 @@ def augmentation(config):
     raise ValueError(f"augment.canvas={canvas!r}: expected the side of the canvas in pixels")
   if where == "host":
     return functools.partial(augment.two_views, **options), lambda batch: batch["views"], canvas
-  if options.pop("extra", ()):
-    raise ValueError(f"augment.where={where!r}: augment.extra is done by the host, with augment.where=host")
+  for name in ("extra", "one_sided"):
+    if options.pop(name, ()):
+      raise ValueError(f"augment.where={where!r}: augment.{name} is done by the host, with augment.where=host")
   crop = {key: options.pop(key) for key in CROP if key in options}
   # A network that computes in bfloat16 sees no difference; one in float32 is fed float32.
   options["precision"] = "default" if config.encoder.dtype == "bfloat16" else "highest"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import tensorflow as tf
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 from simclr_jax import augment, pretrain
 from simclr_jax.runtime import config as config_lib
@@ -65,6 +65,58 @@ def test_noise():
   assert min(spreads) < 0.03 and 0.16 < max(spreads) < 0.205 and np.mean(spreads) == pytest.approx(0.1, abs=0.03)
 
 
+def pillow(name, image, magnitude, sign):
+  """An operation of AutoAugment as the paper's authors made it, of Pillow's; ranges of arXiv:1805.09501, Table 6."""
+  step, side = (magnitude or 0) / 9, image.size[0]
+  if name == "posterize":
+    return ImageOps.posterize(image, 8 - round(4 * step))
+  if name == "solarize_from":
+    return ImageOps.solarize(image, 255 - 255 * step)
+  if name in ("invert", "equalize", "autocontrast"):
+    return getattr(ImageOps, name)(image)
+  if name in ("saturate", "contrast", "sharpen"):
+    enhancer = {"saturate": "Color", "contrast": "Contrast", "sharpen": "Sharpness"}[name]
+    return getattr(ImageEnhance, enhancer)(image).enhance(1 + sign * 0.9 * step)
+  if name == "turn":
+    return image.rotate(sign * 30 * step)
+  return image.transform((side, side), Image.Transform.AFFINE, (1, sign * 0.3 * step, 0, 0, 1, 0))
+
+
+@pytest.mark.parametrize("name", sorted({op[0] for pair in augment.AUTOAUGMENT for op in pair}))
+def test_autoaugment_is_pillows(name):
+  smooth = scipy.ndimage.gaussian_filter(IMAGE, (1, 1, 0))
+  levels = np.uint8(np.round(10 + 235 * (smooth - smooth.min()) / np.ptp(smooth)))
+  for magnitude in {op[2] for pair in augment.AUTOAUGMENT for op in pair if op[0] == name}:
+    for sign in (-1, 1):
+      ours = np.asarray(augment.autoaugment_op(name, np.float32(levels), magnitude, float(sign)))
+      theirs = np.asarray(pillow(name, Image.fromarray(levels), magnitude, sign), np.float32)
+      assert ((ours == np.round(ours)) & (ours >= 0) & (ours <= 255)).all()
+      # One level of rounding; a turned pixel half-way between two may take the other.
+      assert np.mean(np.abs(ours - theirs).max(-1) > 1) <= (0.02 if name == "turn" else 0), (magnitude, sign)
+      assert magnitude in (None, 0) or np.abs(ours - levels).max() > 1
+
+
+def test_autoaugment_draws_all_its_pairs():
+  levels = np.round(255 * IMAGE) / np.float32(255)
+  views = [augment.autoaugment(levels, (0, k)).numpy() for k in range(40)]
+  assert len({view.tobytes() for view in views}) > 15 and all(view.shape == IMAGE.shape for view in views)
+  assert any(np.allclose(view, levels, atol=1e-6) for view in views)  # some pairs may do nothing
+
+
+def test_one_sided_views_share_their_crop():
+  """Figure 5: transformations on one branch alone."""
+  image = np.random.default_rng(1).random((40, 32, 3)).astype(np.float32)
+  plain = augment.two_views(image, SEED, size=24, color_strength=0.0, blur=False)
+  options = dict(size=24, color_strength=0.0, blur=False, one_sided=True)
+  np.testing.assert_array_equal(augment.two_views(image, SEED, **options), np.stack([plain[0]] * 2))
+  for name in ("crop", "color", "blur", "solarize"):
+    first, second = augment.two_views(image, SEED, **options, extra=((name, 1.0),)).numpy()
+    np.testing.assert_array_equal(second, plain[0])
+    assert np.abs(first - second).max() > 0.02
+  cropped = [augment.two_views(image, (0, k), **options, extra=(("crop", 1.0), ("sobel", 1.0)))[0] for k in range(4)]
+  assert len({x.numpy().tobytes() for x in cropped}) == 4
+
+
 def test_they_take_their_place_in_the_views():
   """Given probability 0 nothing changes, given 1 they act on every view; in tf.data as eagerly; mistakes are one line."""
   options = {"size": 16, "color_strength": 0.0, "blur": False}
@@ -88,7 +140,9 @@ def test_they_take_their_place_in_the_views():
 
 
 def test_the_device_says_that_it_has_none_of_them():
-  for recipe in ("v1:1x", "v1:1x-broader"):
+  for recipe in ("v1:1x", "v1:1x-broader", "ablations:autoaugment", "ablations:compose-crop-color"):
     pretrain._check_augmentation(config_lib.load(recipe))
   with pytest.raises(ValueError, match="augment.extra is done by the host"):
     pretrain.augmentation(config_lib.load("v1:1x-broader", ["--config.augment.where=device"]))
+  with pytest.raises(ValueError, match="augment.one_sided is done by the host"):
+    pretrain.augmentation(config_lib.load("v1:1x", ["--config.augment.one_sided=True"]))

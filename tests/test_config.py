@@ -92,7 +92,7 @@ def test_every():
 def test_every_ablation_of_the_paper_is_a_recipe():
   from configs import ablations
 
-  assert len(ablations.TOP_1) == 64
+  assert len(ablations.TOP_1) == 65
   for row in ablations.TOP_1:
     c = config_lib.load(f"configs/ablations.py:{row}")
     pretrain.loss_function(c, None)
@@ -110,6 +110,28 @@ def test_fine_tuning_rows():
   assert (c.encoder.width, c.train_epochs, c.augment.color_strength, c.augment.blur) == (4, 500.0, 1.0, False)
   assert config_lib.load("configs/finetune.py:v2_1pct-wide").optimizer.base_lr == 0.002
   assert "color_strength" not in config_lib.load("configs/finetune.py:supervised").augment
+  assert config_lib.load("configs/finetune.py:supervised-1pct").data.train == "tfds:imagenet2012_subset/1pct:train"
+
+
+def test_distillation_rows():
+  """SimCLR v2, Table 2: which images, which labels."""
+  rows = {
+    "": ("imagenet2012", 1.0, 1.0),
+    "-self": ("imagenet2012", 1.0, 1.0),
+    "-labels_1pct": ("imagenet2012", 0.5, 0.01),
+    "-only_10pct": ("imagenet2012_subset/10pct", 0.5, 1.0),
+  }
+  for variant, (images, alpha, share) in rows.items():
+    c = config_lib.load(f"configs/distill.py:r50_1x_sk0{variant}")
+    assert (c.data.train, c.alpha, c.labels.fraction) == (f"tfds:{images}:train", alpha, share)
+    assert c.temperature == (0.1 if variant == "-self" else 1.0)
+
+
+def test_figure_5_composes_two_transformations_on_one_branch():
+  c = config_lib.load("configs/ablations.py:compose-crop-sobel").augment
+  assert (c.where, c.one_sided, c.color_strength, c.blur) == ("host", True, 0.0, False)
+  assert [name for name, _ in c.extra] == ["crop", "sobel"]
+  assert len(config_lib.load("configs/ablations.py:compose-color-color").augment.extra) == 1
 
 
 @pytest.mark.parametrize(
@@ -117,7 +139,9 @@ def test_fine_tuning_rows():
   [
     ("configs/finetune.py:v1_1pct-wide", "after v1_1pct expected nothing, not wide"),
     ("configs/v1.py:5x", "the recipe has no variant '5x'"),
-    ("configs/ablations.py:batch-3", "expected head-KIND-D or one of temperature-0.05, "),
+    ("configs/ablations.py:batch-3", "or one of temperature-0.05, temperature-0.1"),
+    ("configs/ablations.py:compose-crop-colour", "with two of crop, cutout, color, sobel, noise, blur, rotate"),
+    ("configs/distill.py:r50_1x_sk0-labels_2pct", "after r50_1x_sk0 expected self, labels_1pct"),
   ],
 )
 def test_unknown_variants(recipe, message):
