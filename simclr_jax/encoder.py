@@ -129,15 +129,14 @@ class ResNet(nn.Module):
     if self.stem == "cifar":
       x = Conv(filters, 3, name="stem_conv")(x)
       return BatchNorm(name="stem_norm")(x, train)
+    padding = "SAME" if self.pool_padding == "official" else ((1, 1), (1, 1))
     if self.sk_ratio > 0:  # ResNet-D: three 3x3 for one 7x7
       for i, (f, stride) in enumerate(((filters // 2, 2), (filters // 2, 1), (filters, 1)), 1):
         x = Conv(f, 3, stride, name=f"stem_conv{i}")(x)
-        x = BatchNorm(name=f"stem_norm{i}")(x, train)
-    else:
-      x = Conv(filters, 7, 2, name="stem_conv")(x)
-      x = BatchNorm(name="stem_norm")(x, train)
-    padding = "SAME" if self.pool_padding == "official" else ((1, 1), (1, 1))
-    return nn.max_pool(x, (3, 3), (2, 2), padding)
+        x = BatchNorm(max_pool=padding if i == 3 else None, name=f"stem_norm{i}")(x, train)
+      return x
+    x = Conv(filters, 7, 2, name="stem_conv")(x)
+    return BatchNorm(max_pool=padding, name="stem_norm")(x, train)
 
 
 class BlockGroup(nn.Module):
@@ -255,7 +254,7 @@ class Conv(nn.Module):
     kernel = self.param("kernel", CONV_INIT, (self.size, self.size, x.shape[-1], self.features), jnp.float32)
     kernel = kernel.astype(x.dtype)
     if self.size == 1:
-      y = matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
+      y = pointwise(x[:, :: self.stride, :: self.stride], kernel[0, 0])
     else:
       front = (self.size - 1) // 2
       padding = ((front, self.size - 1 - front),) * 2
@@ -268,29 +267,37 @@ class Conv(nn.Module):
 
 
 @jax.custom_vjp
-def matmul(x, w):
-  """A 1x1 convolution, x [n, h, w, c] by w [c, d], whose gradients are matrix products on every platform.
+def pointwise(x, w):
+  """A 1x1 convolution, x [n, h, w, c] by w [c, d]; on a CPU as a product of matrices, and so are its gradients.
 
   XLA:CPU is slow at the gradients of the convolution, and at the weight gradient in the form that differentiating the
-  product gives, for which it copies a transposed array first.
+  product gives, for which it copies a transposed array first.  XLA:TPU fuses BatchNorm into convolutions alone.
   """
-  return x @ w
+  return jax.lax.platform_dependent(x, w, cpu=jnp.matmul, default=_convolution)
 
 
-def _matmul_forward(x, w):
-  return x @ w, (x, w)
+def _convolution(x, w):
+  return jax.lax.conv_general_dilated(x, w[None, None], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _matmul_backward(residuals, dy):
-  x, w = residuals
-  return dy @ w.T, jnp.einsum("nhwc,nhwd->cd", x, dy)
+def _pointwise_backward(residuals, dy):
+  def products(x, w, dy):
+    return dy @ w.T, jnp.einsum("nhwc,nhwd->cd", x, dy)
+
+  def convolutions(x, w, dy):
+    return jax.vjp(_convolution, x, w)[1](dy)
+
+  return jax.lax.platform_dependent(*residuals, dy, cpu=products, default=convolutions)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+pointwise.defvjp(lambda x, w: (pointwise(x, w), (x, w)), _pointwise_backward)
 
 
 class BatchNorm(nn.Module):
-  """Batch normalisation over all axes but the last, and the ReLU after it.
+  """Batch normalisation over all axes but the last, the ReLU after it and, with the padding `max_pool`, a 3x3 max-pool.
+
+  The pool comes first, which is the same, as both grow with x where the scale is positive; where it is negative x is
+  turned round.  A quarter of the pixels are left to be normalised.
 
   Statistics are float32 and, under jit with a batch sharded over devices, those of the global batch.  The variance is
   E[x^2] - E[x]^2, biased, also in the moving average, as in the official code's synchronised BatchNorm.
@@ -298,6 +305,7 @@ class BatchNorm(nn.Module):
 
   relu: bool = True
   zero_scale: bool = False
+  max_pool: Any = None
 
   @nn.compact
   def __call__(self, x, train):
@@ -307,9 +315,12 @@ class BatchNorm(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
     moving_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
     moving_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+    sign = jax.lax.stop_gradient(jnp.where(scale < 0, -1.0, 1.0)) if self.max_pool else 1.0
+    if self.max_pool:
+      x = x * sign.astype(x.dtype)
     if train:
       axes = tuple(range(x.ndim - 1))
-      mean = jnp.mean(x, axes, dtype=jnp.float32)
+      mean = sign * jnp.mean(x, axes, dtype=jnp.float32)
       mean_of_squares = jnp.mean(jnp.square(x.astype(jnp.float32)), axes)
       var = jnp.maximum(mean_of_squares - jnp.square(mean), 0)  # rounding can take it below 0
       if not self.is_initializing():
@@ -319,6 +330,8 @@ class BatchNorm(nn.Module):
       mean, var = moving_mean.value, moving_var.value
     scale = scale * jax.lax.rsqrt(var + BN_EPSILON)
     shift = bias - mean * scale
+    if self.max_pool:
+      x, scale = nn.max_pool(x, (3, 3), (2, 2), self.max_pool), scale * sign
     y = x.astype(jnp.float32) * scale
     y = relu_of_sum(y, shift) if self.relu else y + shift
     return y.astype(x.dtype)

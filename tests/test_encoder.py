@@ -212,17 +212,33 @@ def test_initial_values(bottleneck):
 
 
 @pytest.mark.parametrize("padding, front", [("official", 0), ("torch", 1)])
-def test_pool_padding(padding, front):
+def test_norm_relu_and_pool_of_the_stem(padding, front):
+  """In this order, as the papers have them, whatever order computes them; with scales of both signs."""
   model = resnet(18, width=0.25, pool_padding=padding)
   x = images(32)
   variables = random_variables(model, x)
-  keep = lambda module, _: module.name == "stem_norm"  # noqa: E731
+  norm = variables["params"]["stem_norm"]
+  norm["scale"] = norm["scale"] * np.where(np.arange(16) % 3, 1, -1)
+  keep = lambda module, _: module.name == "stem_conv"  # noqa: E731
   _, state = jax.jit(lambda v, x: model.apply(v, x, capture_intermediates=keep))(variables, x)
-  (before,), (after,) = state["intermediates"]["stem_norm"]["__call__"], state["intermediates"]["stem"]
+  (before,), (after,) = state["intermediates"]["stem_conv"]["__call__"], state["intermediates"]["stem"]
   assert before.shape[1] == 16  # even: here the two differ
-  padded = np.pad(before, ((0, 0), (front, 1), (front, 1), (0, 0)), constant_values=-np.inf)
+  stats = variables["batch_stats"]["stem_norm"]
+  normed = (before - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * norm["scale"] + norm["bias"]
+  padded = np.pad(np.maximum(normed, 0), ((0, 0), (front, 1), (front, 1), (0, 0)), constant_values=-np.inf)
   expected = [[padded[:, i : i + 3, j : j + 3].max((1, 2)) for j in range(0, 16, 2)] for i in range(0, 16, 2)]
-  np.testing.assert_array_equal(after, np.transpose(expected, (2, 0, 1, 3)))
+  np.testing.assert_allclose(after, np.transpose(expected, (2, 0, 1, 3)), rtol=1e-4, atol=1e-5)
+  # The same with the statistics of the batch, which also moves the averages as if nothing were turned round.
+  _, state = jax.jit(lambda v, x: model.apply(v, x, True, mutable=["batch_stats", "intermediates"]))(variables, x)
+  mean, var = np.mean(before, (0, 1, 2)), np.var(before, (0, 1, 2))
+  normed = (before - mean) / np.sqrt(var + 1e-5) * norm["scale"] + norm["bias"]
+  padded = np.pad(np.maximum(normed, 0), ((0, 0), (front, 1), (front, 1), (0, 0)), constant_values=-np.inf)
+  expected = [[padded[:, i : i + 3, j : j + 3].max((1, 2)) for j in range(0, 16, 2)] for i in range(0, 16, 2)]
+  np.testing.assert_allclose(
+    state["intermediates"]["stem"][0], np.transpose(expected, (2, 0, 1, 3)), rtol=1e-3, atol=1e-4
+  )
+  moved = state["batch_stats"]["stem_norm"]
+  np.testing.assert_allclose(moved["mean"], 0.9 * stats["mean"] + 0.1 * mean, rtol=1e-4, atol=1e-6)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
