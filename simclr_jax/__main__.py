@@ -48,9 +48,18 @@ def parser() -> argparse.ArgumentParser:
       sub.add_argument(
         "--topology", required=True, action="append", help="such as v4:4x4x8 or v5e:16x16; may be repeated"
       )
+      sub.add_argument(
+        "--batch_size",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="instead of the recipe's; may be repeated",
+      )
       sub.add_argument("--num_examples", type=int, default=0, help="images, where the data set is not at hand")
       sub.add_argument("--num_classes", type=int, default=0, help="of those images")
       sub.add_argument("--json", action="store_true", help="print JSON")
+      sub.add_argument("--picture", default="", metavar="SVG", help="draw what the time of the step goes to")
       sub.epilog = "--config.key=value changes one value of the recipe, e.g. --config.batch_size=8192"
     elif name == "import":
       sub.add_argument(
@@ -164,8 +173,8 @@ def _dispatch(flags, overrides) -> int:
     return 0
   # A wrong flag or value is reported before the seconds that importing JAX and TensorFlow take.
   config = config_lib.load(flags.config, overrides) if flags.command in (*TRAINING, "plan") else None
-  wanted = "pretrain" if flags.command == "plan" else flags.command
-  if config and config_lib.program(config) != wanted:
+  fitting = ("pretrain", "finetune", "distill") if flags.command == "plan" else (flags.command,)
+  if config and config_lib.program(config) not in fitting:
     raise ValueError(f"--config={flags.config} is a recipe for simclr {config_lib.program(config)}")
   if flags.command == "plan":
     from simclr_jax.runtime import aot
@@ -174,7 +183,10 @@ def _dispatch(flags, overrides) -> int:
     _import_tensorflow()
     from simclr_jax import plan
 
-    plan.run(config, flags.topology, num_examples=flags.num_examples, num_classes=flags.num_classes, as_json=flags.json)
+    plan.run(
+      config, flags.topology, batches=flags.batch_size, num_examples=flags.num_examples,
+      num_classes=flags.num_classes, as_json=flags.json, picture=flags.picture,
+    )  # fmt: skip
     return 0
 
   from simclr_jax.runtime import cpu

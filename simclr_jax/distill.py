@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 
 from simclr_jax import embed, finetune
 from simclr_jax import model as model_lib
@@ -50,13 +51,13 @@ def loss(logits, batch, *, temperature: float, alpha: float):
 
 
 class Teacher:
-  """A fine-tuned network: `apply(variables, images)` -> logits [n, classes].
+  """A fine-tuned network: `apply(variables, images)` -> logits [n, classes]; variables are numpy.
 
   Raises:
     ValueError: `path` holds no classifier.
   """
 
-  def __init__(self, path):
+  def __init__(self, path: str):
     opened = finetune.open_start(path)
     if "classifier" not in opened.variables:
       raise ValueError(
@@ -74,12 +75,28 @@ class Teacher:
     self.apply = functools.partial(finetune.create(config, self.num_classes).apply, train=False)
 
 
-def make_task(config, start, source, *, mesh, loss, evaluators, teacher: Teacher, chosen) -> loop.Task:
-  """The fine-tuning task with a teacher in it; `chosen` are the indices of the images whose labels count."""
+class Twin:
+  """The teacher of a plan that names none: a network such as the student, of which only the shapes are known."""
+
+  def __init__(self, config, num_classes: int):
+    network = finetune.create(config, num_classes)
+    images = jnp.zeros((1, config.augment.size, config.augment.size, 3))
+    self.num_classes = num_classes
+    self.variables = jax.eval_shape(network.init, jax.random.key(0), images)
+    self.apply = functools.partial(network.apply, train=False)
+
+
+def make_task(config, start, source, *, mesh, loss, teacher, evaluators=None, chosen=(), cache=None) -> loop.Task:
+  """The fine-tuning task with a teacher in it.
+
+  Args:
+    teacher: a Teacher or a Twin.
+    chosen: indices of the images whose labels count.
+    cache: its logits [N, classes] of all images, where config.cache.
+  """
   task = finetune.make_task(config, start, source, mesh=mesh, loss=loss, evaluators=evaluators)
   labelled = np.zeros(len(source), bool)
-  labelled[chosen] = config.alpha < 1
-  cache = _logits(config, teacher, source, mesh) if config.cache else None
+  labelled[np.asarray(chosen, int)] = config.alpha < 1
 
   def init(key):
     state = task.init(key)
@@ -104,6 +121,16 @@ def make_task(config, start, source, *, mesh, loss, evaluators, teacher: Teacher
       yield {**batch, "teacher": cache[batch["index"]]} if config.cache else batch
 
   return dataclasses.replace(task, init=init, warm_start=warm_start, step=step, stream=stream)
+
+
+def abstract_step(config, mesh, source):
+  """As finetune.abstract_step, with a teacher like the student where config.teacher is not there yet."""
+  named = epath.Path(config.teacher).exists()
+  teacher = Teacher(config.teacher) if named else Twin(finetune.resolve(config)[0], source.num_classes)
+  student_loss = functools.partial(loss, temperature=config.temperature, alpha=config.alpha)
+  make = functools.partial(make_task, teacher=teacher, loss=student_loss)
+  logits = {"teacher": jax.ShapeDtypeStruct((config.batch_size, source.num_classes), np.float32)}
+  return finetune.abstract_step(config, mesh, source, make, **(logits if config.cache else {}))
 
 
 def _logits(config, teacher, source, mesh):
@@ -132,10 +159,11 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       f"{source.num_classes}: name the data it was fine-tuned on"
     )
   chosen = finetune.choose(source, config.labels) if config.alpha < 1 else np.zeros(0, int)
-  make = functools.partial(make_task, teacher=teacher, chosen=chosen)
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
   if resume and checkpoint.folder(workdir).exists():
     config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
+  cache = _logits(config, teacher, source, mesh) if config.cache else None
+  make = functools.partial(make_task, teacher=teacher, chosen=chosen, cache=cache)
   student_loss = functools.partial(loss, temperature=config.temperature, alpha=config.alpha)
   result = finetune.train(config, start, source, test, workdir, mesh=mesh, loss=student_loss, make=make)
   logits = _logits(config, teacher, test, mesh)

@@ -221,6 +221,15 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
   )
 
 
+def abstract_step(config, mesh, source, make=make_task, **more):
+  """As pretrain.abstract_step; without a start, of the network that the recipe names.  `more` is added to the batch."""
+  config, start = resolve(config)
+  b, size = config.batch_size, config.augment.size
+  number = jax.ShapeDtypeStruct((b,), np.int32)
+  batch = {"views": jax.ShapeDtypeStruct((b, size, size, 3), np.float32), "label": number, "index": number, **more}
+  return loop.abstract_step(make(config, start, source, mesh=mesh), mesh, batch)
+
+
 class Evaluation:
   """Top-1 and top-5 of a state on the test images, centre-cropped, BatchNorm in inference mode."""
 

@@ -8,14 +8,20 @@ import math
 
 import ml_collections
 
+from simclr_jax import distill, finetune, optimizer, pretrain
 from simclr_jax import model as model_lib
-from simclr_jax import optimizer, pretrain
-from simclr_jax.runtime import aot, data, metrics
+from simclr_jax.runtime import aot, checkpoint, data, metrics
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
+PROGRAMS = {"pretrain": pretrain, "finetune": finetune, "distill": distill}
 # Of data sets that are planned for before they are at hand: images, classes.
-KNOWN = {"tfds:imagenet2012:train": (1_281_167, 1000), "tfds:cifar10:train": (50_000, 10)}
+KNOWN = {
+  "tfds:imagenet2012:train": (1_281_167, 1000),
+  "tfds:imagenet2012_subset/1pct:train": (12_811, 1000),
+  "tfds:imagenet2012_subset/10pct:train": (128_116, 1000),
+  "tfds:cifar10:train": (50_000, 10),
+}
 # What makes a step smaller, in the order of what it costs; each is tried on top of the recipe.
 CURES = (
   {"zero1": True},
@@ -23,6 +29,8 @@ CURES = (
   {"encoder.remat": "block", "zero1": True},
   {"encoder.remat": "group", "zero1": True},
 )
+# Images a second that a core makes of JPEGs of 100 kB at 224 pixels: docs/data.md, which says how it was measured.
+PER_CORE = {"host": 221, "device": 484, "device_crop": 690}
 
 
 def size_of(config) -> tuple[int, int]:
@@ -49,7 +57,8 @@ def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
   chip, devices = aot.topology(topology)
   mesh = mesh_lib.make_mesh(devices)
   mesh_lib.check_divisible(config.batch_size, mesh)
-  step, arguments = pretrain.abstract_step(config, mesh, num_examples=num_examples, num_classes=num_classes)
+  source = data.Unseen(num_examples, num_classes)
+  step, arguments = PROGRAMS[config_lib.program(config)].abstract_step(config, mesh, source)
   row = {"topology": topology, "batch_size": config.batch_size}
   row["parameters"] = {name: model_lib.count(tree) for name, tree in arguments[0].params.items()}
   row |= aot.measure(step, arguments, chip=chip, devices=mesh.size)
@@ -62,15 +71,20 @@ def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
   row["hosts"] = math.ceil(row["chips"] / chip.per_host)
   row["images_per_second_per_host"] = config.batch_size / row["step_seconds"] / row["hosts"]
   row["host_vcpus"] = chip.host_vcpus
+  per_core = PER_CORE.get(config.augment.get("where", "host")) if config.augment.size == 224 else None
+  row["vcpus_needed"] = row["images_per_second_per_host"] / per_core if per_core else None
   return row
 
 
 def plan(config, topology: str, num_examples: int, num_classes: int, note=print) -> dict:
   """`measure`, of the config as it is or with the first of CURES that makes it fit, named in `changes`."""
-  refused = None
+  refused, too_much = None, 0.0
   for changes in ({}, *CURES):
-    if changes and all(config_lib.flatten(config).get(key) == value for key, value in changes.items()):
+    flat = config_lib.flatten(config)
+    if changes and (not changes.keys() <= flat.keys() or all(flat[k] == v for k, v in changes.items())):
       continue
+    if changes == {"zero1": True} and too_much > _momentum(config, num_classes):
+      continue  # minutes of compiling for what cannot be enough
     try:
       return {
         "changes": changes,
@@ -79,8 +93,16 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
       }
     except aot.DoesNotFit as error:
       refused = refused or (f"needs {error.needed / aot.GIB:.1f} GiB" if error.needed else str(error)[:120])
+      too_much = (error.needed or 0) - aot.topology(topology)[0].hbm_bytes
       note(f"{topology}: does not fit with {_text(changes) or 'the recipe as it is'}")
   return {"topology": topology, "batch_size": config.batch_size, "refused": refused, "changes": None}
+
+
+def _momentum(config, num_classes):
+  """Bytes of the optimizer's state, which ZeRO-1 spreads."""
+  source = data.Unseen(config.batch_size, num_classes)
+  _, (state, _) = PROGRAMS[config_lib.program(config)].abstract_step(config, mesh_lib.make_mesh(), source)
+  return 4 * model_lib.count(state.params)
 
 
 def _with(config, changes):
@@ -110,7 +132,7 @@ def table(row: dict) -> str:
     (
       "step",
       f"{1e3 * row['step_seconds']:.1f} ms by the compiler's estimate; at best {1e3 * row['memory_seconds']:.1f} ms by "
-      f"memory traffic ({row['bytes_accessed'] / 1e9:.1f} GB), {1e3 * row['matmul_seconds']:.1f} ms by arithmetic "
+      f"memory traffic ({row['hbm_traffic'] / 1e9:.1f} GB), {1e3 * row['matmul_seconds']:.1f} ms by arithmetic "
       f"({row['flops'] / 1e12:.2f} TFLOP a device)",
     ),
     ("speed", f"{row['images_per_second_per_chip']:,.0f} images/s a chip, MFU {100 * row['mfu']:.0f} %"),
@@ -126,7 +148,12 @@ def table(row: dict) -> str:
     (
       "hosts",
       f"{row['images_per_second_per_host']:,.0f} images/s each, "
-      f"{row['images_per_second_per_host'] / row['host_vcpus']:.1f} on each of {row['host_vcpus']} vCPUs",
+      f"{row['images_per_second_per_host'] / row['host_vcpus']:.1f} on each of {row['host_vcpus']} vCPUs"
+      + (f"; JPEGs of 100 kB keep {row['vcpus_needed']:.0f} of them busy" if row["vcpus_needed"] else ""),
+    ),
+    (
+      "time goes to",
+      ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in row["parts_seconds"].items() if seconds),
     ),
     (
       "run",
@@ -136,20 +163,101 @@ def table(row: dict) -> str:
   ]
   if row["refused"]:
     lines.insert(1, ("fits with", f"{_text(row['changes'])} (as it is, it {row['refused']})"))
-  return "\n".join(f"{name:12}{value}" for name, value in lines)
+  return "\n".join(f"{name:14}{value}" for name, value in lines)
 
 
-def run(config, topologies, *, num_examples: int = 0, num_classes: int = 0, as_json: bool = False) -> list[dict]:
-  """The program `simclr plan`: prints a plan for every topology, one below the other, or all as JSON."""
+COLUMNS = {
+  "pod": lambda r: r["topology"],
+  "batch": lambda r: f"{r['batch_size']:,}",
+  "fits": lambda r: _text(r["changes"]) or "yes",
+  "GiB": lambda r: f"{r['peak_bytes'] / aot.GIB:.1f} of {r['hbm_bytes'] / aot.GIB:.0f}",
+  "TFLOP": lambda r: f"{r['flops'] / 1e12:.2f}",
+  "step ms": lambda r: f"{1e3 * r['step_seconds']:.1f}",
+  "img/s/chip": lambda r: f"{r['images_per_second_per_chip']:,.0f}",
+  "MFU": lambda r: f"{100 * r['mfu']:.0f} %",
+  "hours": lambda r: f"{r['hours']:,.1f}",
+  "chip-hours": lambda r: f"{r['chip_hours']:,.0f}",
+}
+
+
+def side_by_side(rows) -> str:
+  """Plans as the rows of one table."""
+  cells = [list(COLUMNS)]
+  for row in rows:
+    if row["changes"] is None:
+      cells.append([row["topology"], f"{row['batch_size']:,}", f"no ({row['refused']})"] + [""] * (len(COLUMNS) - 3))
+    else:
+      cells.append([cell(row) for cell in COLUMNS.values()])
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+
+
+def run(config, topologies, *, batches=(), num_examples=0, num_classes=0, as_json=False, picture="") -> list[dict]:
+  """The program `simclr plan`: prints a plan for every topology and batch, several also side by side, or all as JSON.
+
+  Args:
+    batches: global batches instead of the recipe's.
+    picture: an SVG to draw, of what each step's time goes to.
+
+  Raises:
+    ValueError: an unknown topology or data set, or a batch that cannot be split, before anything is compiled.
+  """
   if not num_examples:
     num_examples, num_classes = size_of(config)
+  cases = []
+  for name in topologies:
+    _, devices = aot.topology(name)
+    for batch in batches or (config.batch_size,):
+      cases.append((name, _with(config, {"batch_size": batch})))
+      mesh_lib.check_divisible(batch, mesh_lib.make_mesh(devices))
   rows = []
-  for name in topologies:
-    aot.topology(name)  # a wrong name is said before minutes of compiling
-  for name in topologies:
-    rows.append(plan(config, name, num_examples, num_classes, note=(lambda _: None) if as_json else print))
+  for name, case in cases:
+    rows.append(plan(case, name, num_examples, num_classes, note=(lambda _: None) if as_json else print))
     if not as_json:
       print(table(rows[-1]), end="\n\n", flush=True)
   if as_json:
     print(json.dumps(rows, indent=2))
+  elif len(rows) > 1:
+    print(side_by_side(rows))
+  if picture:
+    draw(picture, rows)
   return rows
+
+
+COLOURS = ("#1f5fa8", "#5b93cf", "#c2571a", "#e39a6c", "#8a8a8a")
+
+
+def draw(path, rows):
+  """An SVG of what bounds each step: the estimate by parts, and the times that traffic and arithmetic alone would take."""
+  rows = [row for row in rows if row["changes"] is not None]
+  if not rows:
+    raise ValueError(f"--picture={path}: nothing fits, there is no step to draw")
+  left, width, pitch = 150, 560, 56
+  longest = max(max(row["step_seconds"], row["memory_seconds"]) for row in rows)
+  height = pitch * len(rows) + 24 * len(aot.PARTS) + 44
+  out = [
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 90} {height}" font-family="sans-serif" '
+    'font-size="12"><rect width="100%" height="100%" fill="white"/>'
+  ]
+  for i, row in enumerate(rows):
+    x, y = left, 16 + pitch * i
+    out.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{row["topology"]}</text>')
+    out.append(f'<text x="{left - 8}" y="{y + 27}" text-anchor="end" fill="#666">batch {row["batch_size"]:,}</text>')
+    for name, colour in zip(aot.PARTS, COLOURS, strict=True):
+      w = width * row["parts_seconds"][name] / longest
+      out.append(f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="28" fill="{colour}"/>')
+      x += w
+    out.append(f'<text x="{x + 6:.1f}" y="{y + 19}">{1e3 * row["step_seconds"]:.1f} ms</text>')
+    for key, dash in (("memory_seconds", ""), ("matmul_seconds", ' stroke-dasharray="4 3"')):
+      at = left + width * row[key] / longest
+      out.append(f'<path d="M{at:.1f} {y - 5}v38" stroke="black" stroke-width="2"{dash}/>')
+  y = 16 + pitch * len(rows)
+  for i, (name, colour) in enumerate(zip(aot.PARTS, COLOURS, strict=True)):
+    out.append(f'<rect x="{left}" y="{y + 22 * i}" width="14" height="14" fill="{colour}"/>')
+    out.append(f'<text x="{left + 22}" y="{y + 22 * i + 12}">{name}</text>')
+  for i, (text, dash) in enumerate(
+    (("HBM traffic at full bandwidth", ""), ("all FLOPs at the peak", ' stroke-dasharray="4 3"'))
+  ):
+    out.append(f'<path d="M{left + 307} {y + 22 * i - 2}v18" stroke="black" stroke-width="2"{dash}/>')
+    out.append(f'<text x="{left + 318}" y="{y + 22 * i + 12}">{text}</text>')
+  checkpoint.write_text(checkpoint.absolute(path), "".join(out) + "</svg>")

@@ -253,15 +253,8 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
   return task
 
 
-def abstract_step(config, mesh, *, num_examples: int, num_classes: int):
+def abstract_step(config, mesh, source):
   """(jitted update, its arguments as shapes with shardings), of a run on `mesh`, which may be devices nobody has."""
-
-  class Size:  # of a data set, which is all that the step depends on
-    def __len__(self):
-      return num_examples
-
-  source = Size()
-  source.num_classes = num_classes
   task = make_task(config, source, mesh=mesh)
   b, size = config.batch_size, config.augment.size
   where, canvas = config.augment.get("where", "host"), config.augment.get("canvas", 512)
@@ -272,10 +265,7 @@ def abstract_step(config, mesh, *, num_examples: int, num_classes: int):
     views = {"image": image, "extent": jax.ShapeDtypeStruct((b, 2), np.int32)}
   number = jax.ShapeDtypeStruct((b,), np.int32)
   batch = {"views": views, "label": number, "index": number, "seed": jax.ShapeDtypeStruct((b, 2), np.int32)}
-  split = mesh_lib.batch_sharding(mesh)
-  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
-  state = loop.abstract_state(task, mesh)
-  return loop.compile_step(task, mesh, state), (state, batch)
+  return loop.abstract_step(task, mesh, batch)
 
 
 @functools.lru_cache

@@ -144,6 +144,50 @@ class Schedule:
     return total
 
 
+def traffic(hlo: str) -> int:
+  """Bytes that the operations of a compiled module read from and write to HBM, each array once; arrays that the compiler
+  keeps in faster memory (`S(1)` and the like in their layout) do not count, as they do in cost_analysis()."""
+  size, total = {}, 0
+  for text in computations(hlo)["ENTRY"]:
+    made = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, |$)", text)
+    if made and made[3] in ("copy-start", "slice-start"):  # from the one memory to the other
+      total += min(math.prod(dims) * _WIDTH.get(kind, 4) for kind, dims in _shapes(made[2])[:2])
+    elif made:
+      arrays = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", made[2])
+      size[made[1]] = sum(
+        math.prod(int(d) for d in dims.split(",") if d) * _WIDTH.get(kind, 4)
+        for kind, dims, layout in arrays
+        if "S(" not in layout
+      )
+      if '"estimated_cycles"' in text:
+        total += size[made[1]] + sum(size.get(name, 0) for name in re.findall(r"%([\w.\-]+)", made[4]))
+  return total
+
+
+def parts(hlo: str) -> dict:
+  """{what: cycles} of a compiled train step's schedule: where the compiler's estimate of its time goes.
+
+  An operation that holds a convolution counts as one, with all that the compiler fused into it, BatchNorm's sums for one.
+  """
+  found = dict.fromkeys(PARTS, 0)
+  for text in computations(hlo)["ENTRY"]:
+    cost = re.search(r'"estimated_cycles":"(\d+)"', text)
+    name = re.search(r'op_name="([^"]*)"', text)
+    if cost:
+      name = name[1] if name else ""
+      direction = "backward" if "transpose(jvp(" in name else "forward" if re.search(r"jvp\(\w+\)", name) else None
+      kind = "convolutions" if re.search(r"conv_general_dilated|dot_general", name) else "passes over activations"
+      found[f"{kind}, {direction}" if direction else "augmentation, loss, optimizer"] += int(cost[1])
+  return found
+
+
+PARTS = (
+  "convolutions, forward",
+  "convolutions, backward",
+  "passes over activations, forward",
+  "passes over activations, backward",
+  "augmentation, loss, optimizer",
+)
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 _WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
@@ -182,6 +226,7 @@ def measure(jitted, arguments, *, chip: Chip, devices: int) -> dict:
   memory = compiled.memory_analysis()
   cost = compiled.cost_analysis()
   hlo = compiled.as_text()
+  moved = traffic(hlo)
   per_chip = chip.devices
   # Donated arguments and results share memory.
   peak = (
@@ -195,9 +240,10 @@ def measure(jitted, arguments, *, chip: Chip, devices: int) -> dict:
     "peak_bytes": peak,
     "hbm_bytes": chip.hbm_bytes / per_chip,
     "flops": cost["flops"],
-    "bytes_accessed": cost["bytes accessed"],
+    "hbm_traffic": moved,
     "matmul_seconds": cost["flops"] / (chip.flops / per_chip),
-    "memory_seconds": cost["bytes accessed"] / (chip.hbm_bandwidth / per_chip),
+    "memory_seconds": moved / (chip.hbm_bandwidth / per_chip),
     "step_seconds": Schedule(hlo).cycles / chip.clock,
+    "parts_seconds": {name: cycles / chip.clock for name, cycles in parts(hlo).items()},
     "collectives": collectives(hlo),
   }

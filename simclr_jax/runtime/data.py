@@ -268,6 +268,17 @@ class ArraySource(Source):
     return images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
 
 
+class Unseen(Source):
+  """A data set of which nothing but its size is known, for planning."""
+
+  def __init__(self, num_examples: int, num_classes: int):
+    self._num_examples = num_examples
+    self.class_names = ("",) * num_classes
+
+  def __len__(self):
+    return self._num_examples
+
+
 class Subset(Source):
   """`count` images of another source, drawn without replacement by `seed`; all of them, as they are, for count 0."""
 

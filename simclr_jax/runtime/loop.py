@@ -109,6 +109,14 @@ def compile_step(task: Task, mesh, like):
   return jax.jit(task.step, donate_argnums=0, out_shardings=(placed, mesh_lib.replicated(mesh)))
 
 
+def abstract_step(task: Task, mesh, batch):
+  """(jitted update, its arguments): `batch` is shapes and dtypes of the global batch; nothing is allocated."""
+  split = mesh_lib.batch_sharding(mesh)
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
+  state = abstract_state(task, mesh)
+  return compile_step(task, mesh, state), (state, batch)
+
+
 def run(
   task: Task,
   *,

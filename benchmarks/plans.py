@@ -1,0 +1,79 @@
+"""`simclr plan` of every ImageNet recipe of the two papers on one pod, kept in docs/plans.json and shown in docs/plans.md.
+
+  python -m benchmarks.plans [--topology=v4:4x4x8] [--only=v2]     (pip install libtpu, no TPU needed)
+
+A recipe takes minutes to compile, the largest an hour on two cores; one whose plan is there already is not compiled again.
+Delete a row of docs/plans.json to have it made anew.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+RECIPES = (
+  *(f"v1:{width}" for width in ("1x", "2x", "4x")),
+  *(f"v2:r{depth}_{width}x_sk{sk}" for depth in (50, 101, 152) for width in (1, 2, 3) for sk in (0, 1)),
+)
+HEAD = """# Every recipe of the papers on the pod of their size
+
+The papers used 128 TPU v3 cores and "128 Cloud TPUs"; here every recipe is compiled for a v4 pod slice of 128 chips, which
+has the memory for all of them.  Made by `python -m benchmarks.plans`; what the columns mean and how far to trust them is in
+[scaling.md](scaling.md).  Hours and chip-hours are of the recipe's epochs, without evaluation and checkpoints.
+
+| recipe | batch | encoder, M | as it is | with | GiB a chip | ms a step | images/s/chip | MFU | hours | chip-hours |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def markdown(rows) -> str:
+  lines = []
+  for key, row in rows.items():
+    recipe = key.split(" ")[0]
+    if row["changes"] is None:
+      lines.append(f"| `{recipe}` | {row['batch_size']:,} | | {row['refused']} | nothing helps | | | | | | |")
+      continue
+    changes = ", ".join(f"`{name}={value}`" for name, value in row["changes"].items())
+    lines.append(
+      f"| `{recipe}` | {row['batch_size']:,} | {row['parameters']['encoder'] / 1e6:.1f} | {row['refused'] or 'fits'} "
+      f"| {changes} | {row['peak_bytes'] / 2**30:.1f} | {1e3 * row['step_seconds']:.0f} "
+      f"| {row['images_per_second_per_chip']:,.0f} | {100 * row['mfu']:.0f} % | {row['hours']:,.1f} "
+      f"| {row['chip_hours']:,.0f} |"
+    )
+  return HEAD + "\n".join(lines) + "\n"
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--topology", default="v4:4x4x8")
+  parser.add_argument("--only", default="", help="recipes whose name contains this")
+  parser.add_argument("--batch_size", type=int, action="append", default=[], help="default: 4096, and for v1 8192")
+  args = parser.parse_args()
+  from simclr_jax.runtime import aot
+
+  try:
+    aot.prepare()
+  except ValueError as error:
+    sys.exit(str(error))
+  from simclr_jax import plan
+  from simclr_jax.runtime import checkpoint, config
+
+  kept = DOCS / "plans.json"
+  for recipe in RECIPES:
+    for batch in args.batch_size or ((4096, 8192) if recipe.startswith("v1") else (4096,)):
+      rows = json.loads(kept.read_text()) if kept.exists() else {}
+      key = f"{recipe} {batch} {args.topology}"
+      if args.only in recipe and key not in rows:
+        case = config.load(recipe, [f"--config.batch_size={batch}"])
+        rows = {**rows, key: plan.plan(case, args.topology, *plan.KNOWN[case.data.train])}
+        order = [f"{r} {b} {args.topology}" for r in RECIPES for b in (4096, 8192)]
+        rows = dict(sorted(rows.items(), key=lambda row: order.index(row[0]) if row[0] in order else len(order)))
+        checkpoint.write_text(kept, json.dumps(rows, indent=1))
+        checkpoint.write_text(DOCS / "plans.md", markdown(rows))
+      if key in rows:
+        print(markdown({key: rows[key]}).splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+  main()
