@@ -261,7 +261,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
   task = make(config, start, source, mesh=mesh, loss=loss, evaluators={"test": loop.Evaluator(evaluation.run, every)})
   if not jax.process_index():
     checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
-  state, _ = loop.run(
+  state, clock = loop.run(
     task,
     mesh=mesh,
     workdir=workdir,
@@ -270,6 +270,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
     log_every=config.log.every_steps,
     checkpoint_every=config_lib.every(config.checkpoint, len(source), config.batch_size),
     keep=config.checkpoint.keep,
+    rollback=loop.Rollback(**config.get("rollback", {})),
   )
   scores = evaluation.run(state)
   step = int(state.step)
@@ -285,6 +286,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
       overwrite=True,
     )
     checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
+    print(f"time {clock.text()}")
   return {"state": state, "scores": scores, "workdir": workdir, "config": config}
 
 

@@ -391,9 +391,11 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     log_every=config.log.every_steps,
     checkpoint_every=checkpoint_every,
     keep=config.checkpoint.keep,
+    rollback=loop.Rollback(**config.get("rollback", {})),
     constants={"chance_loss": chance} if (chance := chance_loss(config)) else {},
   )
   clock.seconds["start"] += clock.started - began
+  clock.started = began
   with clock.phase("evaluate"):
     result = _conclude(config, workdir, task, evaluation, state, mesh)
   _farewell(config, workdir, result, views, clock)
@@ -508,7 +510,7 @@ def _farewell(config, workdir, result, views, clock):
     print(report.score_table(result["scores"]))
     print()
   print(result["verdict"])
-  print("time        " + ", ".join(f"{name} {metrics_lib.duration(s)}" for name, s in clock.seconds.items()))
+  print(f"time        {clock.text()}")
   for path, what in files.items():
     print(f"  {path}  {what}")
   print(f"  {workdir / 'report.html'}  the page to look at\n\nLoad the encoder:\n\n{snippet}", flush=True)

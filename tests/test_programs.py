@@ -4,12 +4,14 @@ import html.parser
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -142,6 +144,66 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, mo
       keep=3,
     )
   assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2"]
+
+
+def poisoned(task, numbers):
+  """The task with batches of these numbers (from 0) turned to NaN."""
+
+  def stream(start):
+    for number, batch in enumerate(task.stream(start), start):
+      yield {**batch, "views": batch["views"] * np.nan} if number in numbers else batch
+
+  return loop.Task(**{**vars(task), "stream": stream})
+
+
+def test_a_run_goes_back_and_past_the_batches_it_fell_over(tmp_path, capsys):
+  """With `rollback` it ends as one that never saw the batches since its last checkpoint; also when it is resumed."""
+  config = tiny.config(**{"train_steps": 8, "checkpoint.every_steps": 2})
+  task = pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh())
+  options = dict(
+    mesh=mesh_lib.make_mesh(), config_json=config_lib.to_json(config), seed=0, log_every=2, checkpoint_every=2, keep=9
+  )
+  twice = dict(**options, rollback=loop.Rollback(times=2))
+  # Batches 2 and 3, after step 2, are gone past; then batch 6 is in the update after step 4, at place 4 + 2.
+  state, _ = loop.run(poisoned(task, {3, 6}), workdir=tmp_path / "back", **twice)
+  said = capsys.readouterr().out
+  assert "within steps 3 to 4; step 2 is saved" in said and "going back to step 2 and past its next 2 batches" in said
+  assert json.loads((tmp_path / "back/skipped.json").read_text()) == [[2, 2], [4, 2]]
+
+  def without(start):
+    kept = [0, 1, 4, 5, 8, 9, 10, 11]
+    for step in range(start, 8):
+      yield next(iter(task.stream(kept[step])))
+
+  expected, _ = loop.run(loop.Task(**{**vars(task), "stream": without}), workdir=tmp_path / "without", **options)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(expected))
+  rows = [json.loads(line)["step"] for line in (tmp_path / "back/metrics.jsonl").read_text().splitlines()]
+  assert rows == [2, 4, 6, 8]
+  # A resumed run leaps at the same place: from step 2, before the second leap.
+  shutil.copytree(tmp_path / "back", tmp_path / "again")
+  for step in (4, 6, 8):
+    shutil.rmtree(tmp_path / f"again/checkpoints/{step}")
+  resumed, _ = loop.run(poisoned(task, {3, 6}), workdir=tmp_path / "again", **twice)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(expected))
+  with pytest.raises(loop.Diverged, match="step 8 is saved|step 6 is saved|step 4 is saved"):
+    loop.run(poisoned(task, {3, 6, 8}), workdir=tmp_path / "thrice", **twice)
+
+
+def test_a_leap_of_the_loss_counts_as_divergence(tmp_path):
+  config = tiny.config(**{"train_steps": 140})
+
+  def step(state, batch):
+    loss = 2.0 + 0.1 * jnp.sin(state.step) + jnp.where(state.step == 135, 1.0, 0.0)
+    return state.replace(step=state.step + 1), {"loss": loss}
+
+  task = pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh())
+  task = loop.Task(**{**vars(task), "step": step, "total_steps": 140})
+  options = dict(
+    mesh=mesh_lib.make_mesh(), config_json=config_lib.to_json(config), seed=0, log_every=10, checkpoint_every=0, keep=1
+  )
+  loop.run(task, workdir=tmp_path / "off", **options)
+  with pytest.raises(loop.Diverged, match="became 3.* within steps 131 to 140, 6 standard deviations above"):
+    loop.run(task, workdir=tmp_path / "on", rollback=loop.Rollback(spike=6.0), **options)
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------

@@ -168,6 +168,7 @@ class Checkpoints:
       self._manager.save(step, args=args, force=True)
       self._manager.wait_until_finished()
       cluster.on_first(lambda: _seal(self._folder / str(step)))
+      self._newest = step
     except Exception as error:  # Orbax raises many types here, with many-line messages
       logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # or each array that failed prints a traceback of its own
       survivor = f"step {last} in {self._folder} is complete" if last is not None else "no checkpoint exists yet"

@@ -164,6 +164,7 @@ SCHEMA = {
   "checkpoint.every_epochs": _NOT_NEGATIVE,
   "checkpoint.keep": _POSITIVE,
   "log.every_steps": _POSITIVE,
+  "rollback.": _ANY,
   "probe.method": (lambda v: v in ("lbfgs", "lbfgs_45", "sgd"), "lbfgs, lbfgs_45 or sgd"),
   "probe.train_epochs": _POSITIVE,
   "probe.batch_size": _POSITIVE,
@@ -184,6 +185,7 @@ _EVERY_TRAINING = (
   "evaluate.every",
   "checkpoint.",
   "log.",
+  "rollback.",
 )
 _SHARED = {key: rule for key, rule in SCHEMA.items() if key.startswith(_EVERY_TRAINING)}
 _START = {

@@ -6,6 +6,7 @@ so a run that stops anywhere and restores step s sees the same batch next as one
 
 import collections
 import dataclasses
+import json
 import os
 import signal
 import threading
@@ -14,11 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from simclr_jax.runtime import cluster
+from simclr_jax.runtime import checkpoint, cluster
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
-from simclr_jax.runtime.checkpoint import Checkpoints
 
 State = Any  # a pytree dataclass with an int32 `step`
 Batch = Mapping[str, Any]
@@ -48,8 +49,28 @@ class Task:
   warm_start: Callable[[State], State] = lambda state: state  # puts given weights into the state at step 0, not jitted
 
 
+@dataclasses.dataclass(frozen=True)
+class Rollback:
+  """What to do when training diverges: the section `rollback` of a config.
+
+  Attributes:
+    times: how often a run may go back to its newest checkpoint and on with the batches after those that it fell over;
+      0 stops it.
+    spike: standard deviations above the mean of the last 128 losses at which a finite loss counts as diverged; 0: none.
+  """
+
+  times: int = 0
+  spike: float = 0.0
+
+  def __post_init__(self):
+    if not (isinstance(self.times, int) and self.times >= 0):
+      raise ValueError(f"config.rollback.times={self.times!r}: expected a whole number of at least 0")
+    if not self.spike >= 0:
+      raise ValueError(f"config.rollback.spike={self.spike!r}: expected 0 (off), or standard deviations such as 6")
+
+
 class Diverged(ValueError):
-  """The loss is not finite any more."""
+  """The loss is not finite any more, or has leapt."""
 
 
 class Interrupted(Exception):
@@ -127,6 +148,7 @@ def run(
   log_every: int,
   checkpoint_every: int,
   keep: int,
+  rollback: Rollback = Rollback(),  # noqa: B008
   constants: Mapping = {},
 ) -> tuple[State, metrics_lib.Clock]:
   """Trains to `task.total_steps`, from the newest checkpoint in workdir if there is one.
@@ -139,12 +161,12 @@ def run(
     (final state, seconds per phase).
 
   Raises:
-    Diverged: the loss became nan or infinite; nothing not finite is ever saved.
+    Diverged: the loss became nan or infinite, or leapt, once too often for `rollback`; nothing of it is ever saved.
     Interrupted: SIGINT or SIGTERM; the state was saved first.
     OSError: a checkpoint could not be written; names the one that is good.
   """
   clock = metrics_lib.Clock()
-  checkpoints = Checkpoints(workdir, keep=keep)
+  checkpoints = checkpoint.Checkpoints(workdir, keep=keep)
   with clock.phase("start"):
     like = abstract_state(task, mesh)
     first, state = checkpoints.restore_newest(like)
@@ -156,7 +178,8 @@ def run(
   if first:
     progress.note(f"resuming from step {first} of {task.total_steps}")
   step_fn = compile_step(task, mesh, like)
-  window, in_flight = [], collections.deque()
+  window, in_flight, usual = [], collections.deque(), collections.deque(maxlen=128)
+  skipped = _Skipped(workdir)
   last_logged = first
   mark = dict(clock.seconds)
 
@@ -169,13 +192,17 @@ def run(
       rows = jax.device_get(window)
     window = []
     row = {key: float(np.mean([r[key] for r in rows])) for key in rows[0]}
-    if not all(np.isfinite(r["loss"]) for r in rows):
-      good = checkpoints.latest_step()
-      kept = f"step {good} is saved" if good is not None else "nothing was saved yet"
-      raise Diverged(
-        f"the loss became {row['loss']} within steps {last_logged + 1} to {step}; {kept}; "
-        "lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
-      )
+    for r in rows:
+      limit = np.mean(usual) + rollback.spike * np.std(usual) if rollback.spike and len(usual) == 128 else np.inf
+      if not (np.isfinite(r["loss"]) and r["loss"] <= limit):
+        good = checkpoints.latest_step()
+        kept = f"step {good} is saved" if good is not None else "nothing was saved yet"
+        raise Diverged(
+          f"the loss became {r['loss']:.6g} within steps {last_logged + 1} to {step}"
+          + (f", {rollback.spike:g} standard deviations above the last 128" if np.isfinite(r["loss"]) else "")
+          + f"; {kept}; lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
+        )
+      usual.append(r["loss"])
     spent = {k: v - mark.get(k, 0.0) for k, v in clock.seconds.items()}
     mark = dict(clock.seconds)
     busy = sum(spent.get(k, 0.0) for k in ("data", "step"))
@@ -183,6 +210,7 @@ def run(
       row["images_per_second"] = (step - last_logged) * task.batch_size / busy
       row["data_wait"] = spent.get("data", 0.0) / busy
     row["epoch"] = step * task.batch_size / task.num_examples
+    row["goodput"] = clock.goodput()
     row.update(constants)
     writer.scalars(step, row)
     progress.update(step, row, eta(step))
@@ -198,36 +226,67 @@ def run(
     with clock.phase("save"):
       checkpoints.save(step, state, task.exports(state), config_json)
 
-  with _Signals() as signals:
-    stream = task.stream(first)
-    for step in range(first + 1, task.total_steps + 1):
-      with clock.phase("data"):
-        batch = mesh_lib.global_batch(mesh, next(stream))
-      if step == first + 1:
-        with clock.phase("compile"):
-          step_fn = step_fn.lower(state, batch).compile()
-          cluster.meet("compiled")
-      with clock.phase("step"):
-        state, metrics = step_fn(state, batch)
-        window.append(metrics)
-        in_flight.append(metrics)
-        if step == first + 1 or len(in_flight) > 2:  # two steps ahead of the device at most: bounds memory
-          jax.block_until_ready(in_flight.popleft())
-      if step % log_every == 0 or step == task.total_steps:
+  def go_back(error):
+    """Puts the newest checkpoint in the place of the state and the batches since behind; returns its step."""
+    nonlocal state, stream, window, last_logged
+    good = checkpoints.latest_step()
+    if good is None or skipped.times >= rollback.times:
+      raise error
+    state = None  # its memory is needed
+    good, state = checkpoints.restore_newest(like)
+    skipped.add(good, step - good)
+    progress.note(f"{error}; going back to step {good} and past its next {step - good} batches")
+    window, last_logged = [], good
+    in_flight.clear()
+    usual.clear()
+    writer.rewind(good)
+    stream = task.stream(skipped.position(good))
+    return good
+
+  def update():
+    """One step of training; returns whether it is the last for now."""
+    nonlocal state, step_fn, stream
+    if skipped.after(step - 1):
+      stream = task.stream(skipped.position(step - 1))
+    with clock.phase("data"):
+      batch = mesh_lib.global_batch(mesh, next(stream))
+    first_time = not isinstance(step_fn, jax.stages.Compiled)
+    if first_time:
+      with clock.phase("compile"):
+        step_fn = step_fn.lower(state, batch).compile()
+        cluster.meet("compiled")
+    with clock.phase("step"):
+      state, metrics = step_fn(state, batch)
+      window.append(metrics)
+      in_flight.append(metrics)
+      if first_time or len(in_flight) > 2:  # two steps ahead of the device at most: bounds memory
+        jax.block_until_ready(in_flight.popleft())
+    if step % log_every == 0 or step == task.total_steps:
+      log(step)
+    row, stop = {}, signals.stop_after(step)
+    for evaluator in task.evaluators.values():
+      if step == task.total_steps or (evaluator.every and step % evaluator.every == 0 and not stop):
         log(step)
-      row, stop = {}, signals.stop_after(step)
-      for evaluator in task.evaluators.values():
-        if step == task.total_steps or (evaluator.every and step % evaluator.every == 0 and not stop):
-          log(step)
-          with clock.phase("evaluate"):
-            row.update(evaluator.run(state))
-      if row:
-        writer.scalars(step, row)
-        progress.update(step, row, eta(step))
-      stop = stop or bool(signals.received)  # it may have come while evaluating
-      if step == task.total_steps or (checkpoint_every and step % checkpoint_every == 0) or stop:
-        save(step)
-      if stop and step < task.total_steps:
+        with clock.phase("evaluate"):
+          row.update(evaluator.run(state))
+    if row:
+      writer.scalars(step, row)
+      progress.update(step, row, eta(step))
+    stop = stop or bool(signals.received)  # it may have come while evaluating
+    if step == task.total_steps or (checkpoint_every and step % checkpoint_every == 0) or stop:
+      save(step)
+    return stop and step < task.total_steps
+
+  with _Signals() as signals:
+    step, stream = first, task.stream(skipped.position(first))
+    while step < task.total_steps:
+      step += 1
+      try:
+        stop = update()
+      except Diverged as error:
+        step = go_back(error)
+        continue
+      if stop:
         writer.close()
         checkpoints.close()
         name = signal.Signals(signals.received).name
@@ -238,3 +297,32 @@ def run(
   writer.close()
   checkpoints.close()
   return state, clock
+
+
+class _Skipped:
+  """The batches that a run went past after it had diverged, in skipped.json: [[after step, batches], ...].
+
+  With it the batch of every step stays a function of the seed, the step and this file.
+  """
+
+  def __init__(self, workdir):
+    self._path = epath.Path(workdir) / "skipped.json"
+    self._rows = json.loads(self._path.read_text()) if self._path.exists() else []
+    self._here = {after for after, _ in self._rows}  # places where a running stream has to leap
+
+  @property
+  def times(self) -> int:
+    return len(self._rows)
+
+  def position(self, step: int) -> int:
+    """Number of the batch that follows the state of `step`."""
+    self._here.discard(step)
+    return step + sum(count for after, count in self._rows if after <= step)
+
+  def after(self, step: int) -> bool:
+    return step in self._here
+
+  def add(self, after: int, count: int):
+    self._rows.append([after, count])
+    if not jax.process_index():
+      checkpoint.write_text(self._path, json.dumps(self._rows))

@@ -14,7 +14,7 @@ from simclr_jax.runtime import cluster
 
 
 class Clock:
-  """Seconds spent per phase: start-up, compile, data, step, evaluate, save."""
+  """Seconds spent per phase: start (until training begins), compile, data (waiting for it), step, evaluate, save."""
 
   def __init__(self):
     self.started = time.monotonic()
@@ -30,6 +30,14 @@ class Clock:
       self.seconds[name] += time.monotonic() - start
       cluster.moving("between")
 
+  def goodput(self) -> float:
+    """The share of the time since the start in which training steps were made or waited for."""
+    return self.seconds["step"] / max(time.monotonic() - self.started, 1e-9)
+
+  def text(self) -> str:
+    phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self.seconds.items())
+    return f"{phases}; {100 * self.goodput():.0f} % of it training steps"
+
 
 class Writer:
   """Appends rows to metrics.jsonl and TensorBoard; process 0 writes, the others stay silent."""
@@ -42,8 +50,12 @@ class Writer:
       from clu.metric_writers import SummaryWriter  # imports TensorFlow, and wants the tensorboard package
 
       self._board = SummaryWriter(str(workdir))
-      # Rows past the restored step belong to updates that are about to be made again.
-      rows = [row for row in read(workdir) if row["step"] <= resume_step] if resume_step else []
+      self.rewind(resume_step)
+
+  def rewind(self, step: int):
+    """Drops the rows past a step: they belong to updates that are about to be made again."""
+    if self._active:
+      rows = [row for row in read(self._path.parent) if row["step"] <= step] if step else []
       self._path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
   def scalars(self, step: int, row: dict):
