@@ -29,6 +29,8 @@ from simclr_jax.encoder import resnet
 from simclr_jax.exporting import torch_names
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCHEMA = json.loads((ROOT / "docs/card.schema.json").read_text())
@@ -195,7 +197,9 @@ def test_values(exported, tmp_path, capsys, monkeypatch):
     trained_in = card["architecture"]["dtype"]
     assert card["compute"] == "float32" + ", trained in bfloat16" * (trained_in == "bfloat16")
   example = np.load(tmp_path / "out" / formats[0] / "example.npz")
-  for name in {"orbax", "safetensors"} & set(formats):  # what load_encoder reads
+  for name in {"orbax", "safetensors"} & set(formats):  # what load_encoder and --encoder read
+    _, head, _, _ = exporting._of_folder(tmp_path / "out" / name)
+    jax.tree.map(np.testing.assert_array_equal, head, checkpoint.read_tree(exported / "projector"))
     apply, again, _ = simclr_jax.load_encoder(tmp_path / "out" / name)
     jax.tree.map(np.testing.assert_array_equal, again, variables)
     h = apply(example["images"] / 255)
@@ -262,19 +266,21 @@ def test_torch_names_are_those_of_torchvision():
 
 def test_a_run_and_its_head(tmp_path, capsys):
   """From a run's checkpoint, through the command, without its data; one format goes to the folder itself."""
-  result = pretrain.run(tiny.config(**{"train_steps": 1, "data.train": tiny.npz(tmp_path / "data.npz"), "data.test": ""}),
-                        tmp_path / "run")  # fmt: skip
-  os.remove(tmp_path / "data.npz")
-  capsys.readouterr()
+  config = tiny.config(**{"data.train": "npz:/gone.npz"})
+  task = pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh())
+  state = jax.jit(task.init)(jax.random.key(0))
+  text = config_lib.to_json(config)
+  checkpoint.Checkpoints(tmp_path / "run").save(3, state, model.keep_encoder(state), text)
+  (tmp_path / "run/config.json").write_text(text)
   out = tmp_path / "out"
   argv = ["export", f"--workdir={tmp_path / 'run'}", f"--output={out}", "--format=stablehlo", "--licence=CC0-1.0"]
   assert command.main([*argv, "--head"]) == 0, capsys.readouterr().err
   assert differences(capsys.readouterr().out)["stablehlo"] <= 1e-5
-  card = check_card(out, "stablehlo", jax.device_get(model.keep_encoder(result["state"])))
-  assert card["licence"] == "CC0-1.0" and card["data"].startswith("npz:") and card["projector"]["out_dim"] == 16
+  card = check_card(out, "stablehlo", jax.device_get(model.keep_encoder(state)))
+  assert card["licence"] == "CC0-1.0" and card["data"] == "npz:/gone.npz" and card["projector"]["out_dim"] == 16
   weights = np.load(out / "weights.npz")
   np.testing.assert_array_equal(
-    weights["projector/params/dense0/kernel"], result["state"].params["projector"]["dense0"]["kernel"]
+    weights["projector/params/dense0/kernel"], state.params["projector"]["dense0"]["kernel"]
   )
   assert command.main(argv) == 1
   assert capsys.readouterr().err == f"simclr: {out} is not empty: add --overwrite or name another folder\n"
@@ -329,6 +335,7 @@ def test_mistakes_are_one_line(small, tmp_path, capsys, monkeypatch):
   (tmp_path / "theirs").mkdir()
   (tmp_path / "theirs/thesis.tex").write_text("")
   assert "delete it yourself" in refused(source, f"--output={tmp_path / 'theirs'}", "--overwrite", capsys=capsys)
+  assert "it belongs to --workdir" in refused(source, output, "--step=3", capsys=capsys)
   assert "does not start" in refused(source, output, "--python=/no/python", capsys=capsys)
   no_head = ml_collections.ConfigDict(json.loads((small / "card.json").read_text())["pretraining"])
   exporting.write(tmp_path / "bare", simclr_jax.load_encoder(small)[1], no_head, scores={}, step=0)

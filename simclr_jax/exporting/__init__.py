@@ -201,8 +201,10 @@ def run(
     checkpoint.check_vacant(path, overwrite=overwrite)
     if FORMATS[name][1] and not importlib.util.find_spec(FORMATS[name][1]):
       raise ValueError(f"--format={name} needs {FORMATS[name][1]}: pip install 'simclr_jax[export]'")
-  variables, projector, config, facts = _of_folder(encoder) if encoder else _of_run(workdir, step)
+  variables, projector, config, facts = _of_folder(encoder) if encoder else _of_run(workdir, step, head)
   facts |= {"licence": licence} if licence else {}
+  if encoder and step is not None:
+    raise ValueError(f"--step={step}: a folder holds one encoder; it belongs to --workdir")
   if head and not projector:
     raise ValueError(f"{encoder or workdir} has no projection head: leave --head out")
   variables, projector = (jax.tree.map(np.asarray, tree) for tree in (variables, projector if head else None))
@@ -231,30 +233,36 @@ def _checked(formats) -> list:
   return formats
 
 
-def _of_run(workdir, step):
-  """(f's variables, g's or None, config, what the card says of them) of a run's checkpoint."""
+def _of_run(workdir, step, head):
+  """(f's variables, g's where `head` asks for it and it exists, config, what the card says) of a run's checkpoint."""
   config = config_lib.from_json(checkpoint.read_config(workdir))
   made_by = config_lib.program(config)
   if made_by != "pretrain":
     raise ValueError(
       f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={checkpoint.absolute(workdir) / 'encoder'}"
     )
-  step, state = checkpoint.read_run_state(workdir, step)
-  parts = {
-    name: {"params": params, "batch_stats": state["batch_stats"].get(name, {})}
-    for name, params in state["params"].items()
-  }
+  like = jax.eval_shape(resnet(**config.encoder).init, jax.random.key(0), _images(config.augment.size))
+  step, variables = checkpoint.read_run_encoder(workdir, like, step)
+  projector = None
+  if head:
+    _, state = checkpoint.read_run_state(workdir, step)
+    trees = {"params": state["params"], "batch_stats": state["batch_stats"]}
+    projector = {name: tree.get("projector", {}) for name, tree in trees.items()}
+    projector = projector if projector["params"] else None
   scores_file = checkpoint.absolute(workdir) / "scores.json"
   scores = json.loads(scores_file.read_text()) if scores_file.exists() else {}
   scores = scores.get("scores", {}) if scores.get("step") == step else {}
-  return parts["encoder"], parts.get("projector"), config, {"scores": scores, "step": step}
+  return variables, projector, config, {"scores": scores, "step": step}
 
 
 def _of_folder(path):
   """The same of an exported folder."""
   _, variables, card = load_encoder(path)
   config = ml_collections.ConfigDict(card["pretraining"])
-  projector = checkpoint.read_tree(checkpoint.absolute(path) / "projector") if config.get("projector") else None
+  if card.get("format") == "safetensors":
+    projector = _read_safetensors(path).get("projector")
+  else:
+    projector = checkpoint.read_tree(checkpoint.absolute(path) / "projector")
   return variables, projector, config, {key: card[key] for key in ("scores", "step", "licence") if key in card}
 
 
@@ -349,15 +357,19 @@ def load_encoder(path):
   if kind == "orbax":
     variables = checkpoint.read_encoder(path, like)
   elif kind == "safetensors":
-    from simclr_jax.exporting import safetensors_file
-
-    variables = safetensors_file.read(checkpoint.absolute(path) / safetensors_file.WEIGHTS)
+    variables = _read_safetensors(path).get("encoder", {})
     checkpoint.compare(variables, like, path)
   else:
     raise ValueError(f"{path} is an export to {kind}: its load.py opens it; load_encoder reads orbax and safetensors")
   encoder = resnet(**arguments | {"dtype": "float32"})
   apply = jax.jit(lambda images: encoder.apply(variables, jnp.asarray(images, jnp.float32), train=False))
   return apply, variables, card
+
+
+def _read_safetensors(path) -> dict:
+  from simclr_jax.exporting import safetensors_file
+
+  return safetensors_file.read(checkpoint.absolute(path) / safetensors_file.WEIGHTS)
 
 
 def _arguments(card) -> dict:

@@ -19,7 +19,7 @@ def write(folder, export):
 
 
 def read(path) -> dict:
-  """The encoder's variables as numpy.
+  """{"encoder": variables as numpy, and "projector" if it is there}.
 
   Raises:
     ValueError: safetensors is not installed, or the file is cut short or otherwise not one.
@@ -33,4 +33,4 @@ def read(path) -> dict:
     tensors = load_file(path)
   except (SafetensorError, OSError) as error:
     raise ValueError(f"{path} is no complete safetensors file ({error}): export it again") from None
-  return traverse_util.unflatten_dict(tensors, sep="/")["encoder"]
+  return traverse_util.unflatten_dict(tensors, sep="/")
