@@ -323,11 +323,14 @@ def prove(folder, export: Export, python: str):
   environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
   # On the CPU: the accelerator is this process's, and its products may be of less than float32.
   environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"}
-  command = [python, "-B", str(folder / "verify.py")]
-  try:
-    done = subprocess.run(command, env=environment, cwd=tempfile.gettempdir(), capture_output=True, text=True)
-  except OSError as error:
-    raise ValueError(f"--python={python} does not start ({error.strerror})") from None
+  environment["HF_HUB_OFFLINE"] = "1"
+  command = [python, "-B", str(pathlib.Path(folder).resolve() / "verify.py")]
+  with tempfile.TemporaryDirectory() as scratch:
+    environment["HF_MODULES_CACHE"] = scratch  # where transformers copies modeling_*.py
+    try:
+      done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
+    except OSError as error:
+      raise ValueError(f"--python={python} does not start ({error.strerror})") from None
   if missing := re.search(r"^ModuleNotFoundError: No module named '([\w.]+)'", done.stderr, re.M):
     install = " ".join(FORMATS[export.format][2])
     reason = f"not verified: {missing[1]} is not installed"

@@ -123,11 +123,12 @@ def _readme(export, agrees) -> str:
   card, architecture = export.card, export.architecture
   preprocessing = card["preprocessing"]
   licence = card["licence"].lower() if card["licence"] != "not stated" else "other"
-  load = ['model = transformers.AutoModel.from_pretrained("FOLDER")']
+  load = ["import transformers", "", 'model = transformers.AutoModel.from_pretrained("FOLDER")']
   if not agrees:
-    load = ['model = transformers.AutoModel.from_pretrained("FOLDER", trust_remote_code=True)  # runs FOLDER/*.py']
+    load[-1] = 'model = transformers.AutoModel.from_pretrained("FOLDER", trust_remote_code=True)  # runs FOLDER/*.py'
   elif architecture["pool_padding"] == "official":
-    load += ["model.embedder.pooler = EndPaddedMaxPool()  # FOLDER/pooling.py: pads as in training"]
+    load.insert(1, "from pooling import EndPaddedMaxPool  # FOLDER/pooling.py")
+    load.append("model.embedder.pooler = EndPaddedMaxPool()  # pads as in training")
   scores = [
     f"| {name} | {key} | {value:.4g} |"
     for name, row in card["scores"].items()
@@ -163,8 +164,6 @@ def _readme(export, agrees) -> str:
       "## Load",
       "",
       "```python",
-      "import transformers",
-      "",
       *load,
       "h = model.eval()(pixel_values).pooler_output.flatten(1)  # float32 [n, 3, h, w] -> [n, d]",
       "```",

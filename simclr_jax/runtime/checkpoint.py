@@ -7,6 +7,7 @@ It does not notice a damaged file: a flipped bit loads as another number.  manif
 it is written last, and nothing is loaded that does not agree with it.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -340,7 +341,12 @@ def save_trees(path, trees: dict):
   """Writes each tree of `trees`, name -> variables, to a folder of that name below `path`.
 
   Arrays are stored as host numpy, so a folder written by a pod opens on a laptop.
+
+  Raises:
+    OSError: the disk is full; found beforehand, for Orbax's threads print pages when they find it.
   """
+  if os.path.isdir(path) and shutil.disk_usage(path).free < sum(x.nbytes for x in jax.tree.leaves(trees)):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
   with _by_this_process() as checkpointer:
     for name, tree in trees.items():
       checkpointer.save(path / name, jax.tree.map(np.asarray, tree))
