@@ -268,7 +268,9 @@ def test_a_run_and_its_head(tmp_path, capsys):
   """From a run's checkpoint, through the command, without its data; one format goes to the folder itself."""
   config = tiny.config(**{"data.train": "npz:/gone.npz"})
   task = pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh())
-  state = jax.jit(task.init)(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  state = jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(x.dtype), shapes)
   text = config_lib.to_json(config)
   checkpoint.Checkpoints(tmp_path / "run").save(3, state, model.keep_encoder(state), text)
   (tmp_path / "run/config.json").write_text(text)
@@ -387,6 +389,17 @@ def test_what_cannot_be_verified_says_so(small, tmp_path, capsys, monkeypatch):
     f"stablehlo: not verified: numpy is not installed; to verify: pip install jax, then python {tmp_path}/out/verify.py"
   )
   assert json.loads((tmp_path / "out/card.json").read_text())["proof"] == "not verified: numpy is not installed"
+
+
+def test_a_loader_that_fails_is_one_line(small, tmp_path):
+  broken = tmp_path / "broken"
+  broken.write_text("#!/bin/sh\necho 'ImportError: this jax is too old' >&2; exit 1\n")
+  broken.chmod(0o755)
+  with pytest.raises(
+    ValueError, match="^stablehlo: load.py fails in .*broken, so nothing is kept: ImportError: this jax"
+  ):
+    exporting.run(output=tmp_path / "out", encoder=small, formats=["stablehlo"], python=str(broken))
+  assert not (tmp_path / "out").exists()
 
 
 def test_damaged_safetensors(small, tmp_path):

@@ -269,7 +269,6 @@ def _of_folder(path):
 def _write_one(path, export: Export, example: dict, python: str, overwrite: bool):
   """One format: files, proof, card, and a line that says what was found."""
   module = importlib.import_module(f"simclr_jax.exporting.{FORMATS[export.format][0]}")
-
   lines = []
 
   def fill(folder):
@@ -338,8 +337,10 @@ def prove(folder, export: Export, python: str):
   found = re.search(r"largest relative difference .*", done.stdout)
   if found and not done.returncode:
     return found[0], found[0]
-  why = found[0] if found else " ".join(((done.stderr or done.stdout).strip() or "?").split("\n")[-1].split())[:300]
-  raise ValueError(f"{export.format}: what was written is not this encoder, so it is not kept: {why}")
+  if found:
+    raise ValueError(f"{export.format}: what was written is not this encoder, so it is not kept: {found[0]}")
+  why = " ".join(((done.stderr or done.stdout).strip() or "it printed nothing").split("\n")[-1].split())[:300]
+  raise ValueError(f"{export.format}: load.py fails in {python}, so nothing is kept: {why}")
 
 
 def load_encoder(path):

@@ -1,7 +1,7 @@
 """Checkpoints: Orbax behind a few functions.
 
 Layout of a run's checkpoint:  <workdir>/checkpoints/<step>/{state, encoder, config, manifest.json}
-Layout of an export:           <folder>/{encoder/, card.json, manifest.json}
+Layout of an Orbax export:     <folder>/{encoder/, card.json, manifest.json}, and what opens it without this package
 Orbax writes under a temporary name and renames when complete, so a run that dies while saving keeps the last good step.
 It does not notice a damaged file: a flipped bit loads as another number.  manifest.json holds the SHA-256 of every file;
 it is written last, and nothing is loaded that does not agree with it.
