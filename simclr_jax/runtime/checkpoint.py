@@ -1,12 +1,13 @@
 """Checkpoints: Orbax behind a few functions.
 
 Layout of a run's checkpoint:  <workdir>/checkpoints/<step>/{state, encoder, config, manifest.json}
-Layout of an export:           <folder>/{encoder/, card.json, manifest.json}
+Layout of an Orbax export:     <folder>/{encoder/, card.json, manifest.json}, and what opens it without this package
 Orbax writes under a temporary name and renames when complete, so a run that dies while saving keeps the last good step.
 It does not notice a damaged file: a flipped bit loads as another number.  manifest.json holds the SHA-256 of every file;
 it is written last, and nothing is loaded that does not agree with it.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ from etils import epath
 
 from simclr_jax.runtime import cluster
 
-CARD_VERSION = 1
+SCHEMA_VERSION = 2  # of card.json, docs/card.schema.json; version 1 called the key card_version
 
 
 def absolute(path) -> epath.Path:
@@ -290,33 +291,73 @@ def write_text(path, text: str):
   temporary.rename(path) if "://" in str(path) else os.replace(temporary, path)
 
 
-def save_encoder(path, variables: dict, card: dict, *, heads=None, overwrite: bool = False) -> epath.Path:
-  """Writes an encoder's variables {"params", "batch_stats"}, its card and any `heads` (name -> variables) to a folder.
-
-  Arrays are stored as host numpy, so a folder written by a pod opens on a laptop.
+def check_vacant(path, *, overwrite: bool) -> epath.Path:
+  """The absolute path of an export to be written.
 
   Raises:
-    ValueError: the folder exists and is not empty.
+    ValueError: the folder is not empty and `overwrite` is not set, or what it holds is no export.
   """
   path = absolute(path)
+  if path.exists() and not path.is_dir():
+    raise ValueError(f"{path} is a file: name a folder")
   if path.exists() and any(path.iterdir()):
     if not overwrite:
       raise ValueError(f"{path} is not empty: add --overwrite or name another folder")
     if not (path / "card.json").exists():
       raise ValueError(f"{path} has no card.json, so it is no export: delete it yourself")
-  temporary = path.parent / f".{path.name}.tmp"
-  if temporary.exists():
-    temporary.rmtree()
-  temporary.mkdir(parents=True)
-  with _by_this_process() as checkpointer:
-    for name, tree in {"encoder": variables, **(heads or {})}.items():
-      checkpointer.save(temporary / name, jax.tree.map(np.asarray, tree))
-  (temporary / "card.json").write_text(json.dumps({"card_version": CARD_VERSION, **card}, indent=2, sort_keys=True))
-  _seal(temporary)
-  if path.exists():
-    path.rmtree()
-  temporary.rename(path)
   return path
+
+
+def save_export(path, fill, *, overwrite: bool = False) -> epath.Path:
+  """Makes the folder of an export: `fill(folder)` writes its files, card.json among them, under a temporary name.
+
+  Raises:
+    ValueError: the folder is not empty and `overwrite` is not set, or it cannot be written.
+    OSError: the disk is full.
+  """
+  path = check_vacant(path, overwrite=overwrite)
+  temporary = path.parent / f".{path.name}.tmp"
+  try:
+    if temporary.exists():
+      temporary.rmtree()
+    temporary.mkdir(parents=True)
+  except OSError as error:
+    raise ValueError(f"{path} cannot be written ({error.strerror or error}): name another folder") from None
+  try:
+    fill(temporary)
+    _seal(temporary)
+    if path.exists():
+      path.rmtree()
+    temporary.rename(path)
+  except Exception as error:
+    full = _no_space(error, temporary)
+    temporary.rmtree(missing_ok=True)
+    if full:
+      raise OSError(f"could not write {path}: the disk is full; free space or name another folder") from None
+    raise
+  return path
+
+
+def save_trees(path, trees: dict):
+  """Writes each tree of `trees`, name -> variables, to a folder of that name below `path`.
+
+  Arrays are stored as host numpy, so a folder written by a pod opens on a laptop.
+
+  Raises:
+    OSError: the disk is full; found beforehand, for Orbax's threads print pages when they find it.
+  """
+  if os.path.isdir(path) and shutil.disk_usage(path).free < sum(x.nbytes for x in jax.tree.leaves(trees)):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+  with _by_this_process() as checkpointer:
+    for name, tree in trees.items():
+      checkpointer.save(path / name, jax.tree.map(np.asarray, tree))
+
+
+def write_card(path, card: dict):
+  """card.json of the export in the folder `path`; `files` becomes the SHA-256 of every file that is there now."""
+  files = {name: _digest(path / name) for name in _files(path) if name != "card.json"}
+  card = {"schema_version": SCHEMA_VERSION, **card, "files": files}
+  write_text(path / "card.json", json.dumps(card, indent=2, sort_keys=True))
 
 
 def _by_this_process():
@@ -326,8 +367,8 @@ def _by_this_process():
   return ocp.StandardCheckpointer(**({"multiprocessing_options": alone} if cluster.several() else {}))
 
 
-def read_encoder(path, like_of):
-  """(variables as numpy, card) of a folder that save_encoder wrote; `like_of(card)` gives the tree of shapes.
+def read_card(path) -> dict:
+  """card.json of an export whose files are those that were written.
 
   Raises:
     ValueError: not such a folder, one that is damaged, or a card of an unknown version.
@@ -337,7 +378,22 @@ def read_encoder(path, like_of):
   if not card_path.exists():
     raise ValueError(f"{path} is no exported encoder (card.json is missing): give the folder `simclr export` wrote")
   card = json.loads(card_path.read_text())
-  if card.get("card_version") != CARD_VERSION:
-    raise ValueError(f"{card_path}: card_version {card.get('card_version')}, this package reads {CARD_VERSION}")
+  version = card.get("schema_version", card.get("card_version"))
+  if version not in range(1, SCHEMA_VERSION + 1):
+    raise ValueError(f"{card_path}: schema_version {version}, this package reads 1 to {SCHEMA_VERSION}")
   _verify(path)
-  return _restore(path / "encoder", _empty(like_of(card))), card
+  return card
+
+
+def read_encoder(path, like) -> dict:
+  """The encoder's variables as numpy, in a folder that save_trees wrote; `like` is a tree of shapes.
+
+  Raises:
+    ValueError: they are of other shapes.
+  """
+  return _restore(absolute(path) / "encoder", _empty(like))
+
+
+def compare(tree, like, where):
+  """Raises ValueError, naming the first difference, unless two trees have the same paths, shapes and dtypes."""
+  _compare(_shapes(tree), _shapes(like), where)

@@ -1,0 +1,25 @@
+"""h of this folder with jax alone: images float32 [n, size, size, 3] in [0, 1], any n -> h [n, d].
+
+encode = load()
+h = encode(images)          # or h, z where the folder has the head
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+from jax import export
+
+HERE = pathlib.Path(__file__).resolve().parent
+LIBRARIES = ("jax",)
+
+
+def load():
+  weights = dict(np.load(HERE / "weights.npz", allow_pickle=False))
+  program = jax.jit(export.deserialize((HERE / "encode.stablehlo").read_bytes()).call)
+
+  def encode(images):
+    outputs = program(weights, images)
+    return outputs if len(outputs) > 1 else outputs[0]
+
+  return encode

@@ -1,0 +1,21 @@
+"""Orbax: the encoder's variables as this package reads them, and encoder.py, which needs jax and flax alone."""
+
+import pathlib
+
+from etils import epath
+
+from simclr_jax import encoder, projector
+from simclr_jax.runtime import checkpoint
+
+
+def write(folder, export):
+  checkpoint.save_trees(epath.Path(folder), export.trees())
+  copy_model(folder, export)
+  export.copy(folder, load="load_orbax.py")
+
+
+def copy_model(folder, export):
+  """resnet.py, and head.py for the projector: copies of this package's modules, which import nothing of it."""
+  export.copy(folder, resnet=pathlib.Path(encoder.__file__).resolve())
+  if export.projector:
+    export.copy(folder, head=pathlib.Path(projector.__file__).resolve())

@@ -1,0 +1,36 @@
+"""safetensors: the same variables in one file that many languages read and that cannot hold code.
+
+Tensors are called by their paths, such as encoder/params/group1/block1/conv1/kernel; kernels are HWIO.
+"""
+
+from flax import traverse_util
+
+from simclr_jax.exporting import orbax_folder
+
+WEIGHTS = "model.safetensors"
+
+
+def write(folder, export):
+  from safetensors.numpy import save_file
+
+  save_file(traverse_util.flatten_dict(export.trees(), sep="/"), folder / WEIGHTS, metadata={"format": "np"})
+  orbax_folder.copy_model(folder, export)
+  export.copy(folder, load="load_safetensors.py")
+
+
+def read(path) -> dict:
+  """{"encoder": variables as numpy, and "projector" if it is there}.
+
+  Raises:
+    ValueError: safetensors is not installed, or the file is cut short or otherwise not one.
+  """
+  try:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+  except ModuleNotFoundError:
+    raise ValueError(f"{path} needs safetensors: pip install 'simclr_jax[export]'") from None
+  try:
+    tensors = load_file(path)
+  except (SafetensorError, OSError) as error:
+    raise ValueError(f"{path} is no complete safetensors file ({error}): export it again") from None
+  return traverse_util.unflatten_dict(tensors, sep="/")

@@ -1,0 +1,428 @@
+"""Every export format, opened by its own load.py in another process that does not see this package."""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import os
+import pathlib
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import test_tree
+import tiny
+from flax import traverse_util
+
+import simclr_jax
+from simclr_jax import __main__ as command
+from simclr_jax import exporting, model, pretrain
+from simclr_jax.encoder import resnet
+from simclr_jax.exporting import torch_names
+from simclr_jax.projector import Projector
+from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import mesh as mesh_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCHEMA = json.loads((ROOT / "docs/card.schema.json").read_text())
+HEAD = dict(kind="nonlinear", layers=3, out_dim=16)
+FAST = {
+  "r18-cifar": (dict(depth=18, width=0.25, stem="cifar"), 32),
+  "r50": (dict(depth=50, width=0.125), 64),
+  "r50-sk": (dict(depth=50, width=0.125, sk_ratio=0.0625), 64),
+}
+# Odd sides as well: there the two paddings of the max-pool agree.
+SLOW = {
+  "r18-sk-se-odd": (dict(depth=18, width=0.125, sk_ratio=0.25, se_ratio=0.25), 67),
+  "r50-sk-se-cifar-odd": (
+    dict(depth=50, width=0.125, sk_ratio=0.25, se_ratio=0.25, stem="cifar", dtype="bfloat16"),
+    33,
+  ),
+  "r50-torch-pool": (dict(depth=50, width=0.125, pool_padding="torch", dtype="bfloat16"), 64),
+}
+FULL = {
+  "R50": (dict(depth=50), 224),
+  "R50, pool_padding=torch": (dict(depth=50, pool_padding="torch"), 224),
+  "R50+SK": (dict(depth=50, sk_ratio=0.0625), 224),
+  "R18-CIFAR": (dict(depth=18, stem="cifar"), 32),
+}
+TORCH_PYTHON = os.environ.get("SIMCLR_TORCH_PYTHON", sys.executable)  # where torch, torchvision, timm, transformers are
+HERE = ("orbax", "safetensors", "stablehlo", "onnx", "savedmodel")
+THERE = ("torchvision", "timm", "huggingface")
+
+
+def random_like(shapes):
+  """Variables whose every scale and bias matters."""
+  rng = np.random.default_rng(0)
+  last = "norm3" if "norm3" in shapes["params"].get("group1", {}).get("block1", {}) else "norm2"
+
+  def fill(path, shape):
+    if path[-1].key == "kernel":
+      return np.float32(rng.normal(0, np.sqrt(2 / np.prod(shape.shape[:-1])), shape.shape))
+    if path[-1].key in ("scale", "var"):  # a block changes what passes it by a part, as in a trained network
+      part = 0.3 if path[-2].key == last and path[-1].key == "scale" else 1
+      return np.float32(rng.uniform(0.5, 1.5, shape.shape) * part)
+    return np.float32(rng.normal(0, 0.3, shape.shape))
+
+  return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def random_encoder(encoder, size):
+  """Variables with moving statistics near those of real activations, as after training: with random ones activations
+  explode, and the softmax of a selective kernel then makes much of rounding."""
+  module = resnet(**encoder | {"dtype": "float32"})
+  side = min(size, 64) // 4
+  images = np.random.default_rng(1).random((16, side, side, 3), np.float32).repeat(4, 1).repeat(4, 2)
+  variables = random_like(jax.eval_shape(module.init, jax.random.key(0), images))
+  train = jax.jit(lambda v, x: module.apply(v, x, train=True, mutable=["batch_stats"])[1]["batch_stats"])
+  rng, after = np.random.default_rng(2), train(variables, images)
+
+  def of_batch(path, new, old):
+    statistic = (np.asarray(new) - 0.9 * old) / 0.1
+    noise = rng.uniform(0.7, 1.4, old.shape) if path[-1].key == "var" else rng.normal(1, 0.1, old.shape)
+    return np.float32(np.maximum(statistic, 1e-3) * noise if path[-1].key == "var" else statistic * noise)
+
+  stats = jax.tree_util.tree_map_with_path(of_batch, after, variables["batch_stats"])
+  return {"params": variables["params"], "batch_stats": stats}
+
+
+def save(folder, encoder, size):
+  """An Orbax folder with a random encoder and head, as a finished fine-tuning leaves it."""
+  variables = random_encoder(encoder, size)
+  h = jax.eval_shape(resnet(**encoder).apply, variables, jnp.zeros((1, size, size, 3)))
+  head = random_like(jax.eval_shape(Projector(**HEAD).init, jax.random.key(0), h))
+  config = ml_collections.ConfigDict(
+    dict(
+      encoder=encoder, projector=HEAD, augment=dict(size=size), evaluate=dict(crop=0.875), data=dict(train="npz:mine")
+    )
+  )
+  exporting.write(folder, variables, config, scores={"h": {"knn": 0.5}}, step=3, heads={"projector": head})
+  return folder
+
+
+@pytest.fixture(scope="module", params=[*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def exported(request, tmp_path_factory):
+  return save(tmp_path_factory.mktemp(request.param) / "encoder", *(FAST | SLOW)[request.param])
+
+
+def has(python, *packages):
+  code = f"import importlib.util as u; raise SystemExit(not all(map(u.find_spec, {packages})))"
+  return not subprocess.run([python, "-c", code]).returncode
+
+
+def available(*formats):
+  """Those formats that this interpreter can write and read."""
+  needs = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxruntime")}
+  return [name for name in formats if has(sys.executable, *needs.get(name, ()))]
+
+
+def differences(text) -> dict:
+  return {
+    name: float(value) for name, value in re.findall(r"^(\w+): largest relative difference (\S+) on 16", text, re.M)
+  }
+
+
+def violations(value, schema, where="card"):
+  """What of `value` does not fit a JSON schema of the keywords that ours uses."""
+  types = {"object": dict, "string": str, "integer": int, "number": (int, float)}
+  assert schema.keys() <= {
+    *("$schema", "title", "description", "type", "required", "additionalProperties", "properties"),
+    *("const", "enum", "pattern"),
+  }
+  if "type" in schema and (not isinstance(value, types[schema["type"]]) or isinstance(value, bool)):
+    return [f"{where} is no {schema['type']}"]
+  out = [f"{where} is {value}"] * ("const" in schema and value != schema["const"])
+  out += [f"{where} is {value}"] * ("enum" in schema and value not in schema["enum"])
+  out += [f"{where} is {value}"] * ("pattern" in schema and not re.search(schema["pattern"], value))
+  if isinstance(value, dict):
+    known = schema.get("properties", {})
+    out += [f"{where}.{key} is missing" for key in schema.get("required", ()) if key not in value]
+    for key, entry in value.items():
+      if key in known:
+        out += violations(entry, known[key], f"{where}.{key}")
+      elif not schema.get("additionalProperties", True):
+        out.append(f"{where}.{key} is unknown")
+  return out
+
+
+def prove_here(folder, export, python):
+  """exporting.prove without the seconds that another process needs to import what is imported here."""
+  before, names = list(sys.path), {p.stem for p in folder.glob("*.py")}
+  sys.path.insert(0, str(folder))
+  importlib.invalidate_caches()
+  output = io.StringIO()
+  try:
+    with contextlib.redirect_stdout(output):
+      code = runpy.run_path(str(folder / "verify.py"))["main"]()
+  finally:
+    sys.path[:] = before
+    for name in names:
+      sys.modules.pop(name, None)
+    for cache in folder.glob("__pycache__"):
+      shutil.rmtree(cache)
+  assert code == 0, output.getvalue()
+  return output.getvalue().strip(), output.getvalue().strip()
+
+
+def check_card(folder, format, variables):
+  card = json.loads((folder / "card.json").read_text())
+  assert violations(card, SCHEMA) == [] and card["format"] == format
+  assert card["checksum"] == exporting.checksum(variables)
+  there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+  assert there == {*card["files"], "card.json", "manifest.json"}
+  return card
+
+
+def test_values(exported, tmp_path, capsys, monkeypatch):
+  """Every format that needs no torch, of every kind of encoder."""
+  monkeypatch.setattr(exporting, "prove", prove_here)
+  formats = available(*HERE)
+  exporting.run(output=tmp_path / "out", encoder=exported, formats=[",".join(formats)], head=True)
+  found = differences(capsys.readouterr().out)
+  assert found.keys() == set(formats) and all(value <= 1e-5 for value in found.values()), found
+  _, variables, card = simclr_jax.load_encoder(exported)
+  assert violations(card, SCHEMA) == []
+  for name in formats:
+    card = check_card(tmp_path / "out" / name, name, variables)
+    assert "largest relative difference" in card["proof"] and card["projector"] == HEAD
+    trained_in = card["architecture"]["dtype"]
+    assert card["compute"] == "float32" + ", trained in bfloat16" * (trained_in == "bfloat16")
+  example = np.load(tmp_path / "out" / formats[0] / "example.npz")
+  for name in {"orbax", "safetensors"} & set(formats):  # what load_encoder and --encoder read
+    _, head, _, _ = exporting._of_folder(tmp_path / "out" / name)
+    jax.tree.map(np.testing.assert_array_equal, head, checkpoint.read_tree(exported / "projector"))
+    apply, again, _ = simclr_jax.load_encoder(tmp_path / "out" / name)
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+    h = apply(example["images"] / 255)
+    np.testing.assert_allclose(h, example["h"], rtol=0, atol=1e-5 * np.abs(example["h"]).max())
+
+
+def test_folders_open_without_this_package(small, tmp_path, capsys):
+  formats = available(*HERE)
+  exporting.run(output=tmp_path, encoder=small, formats=formats)
+  found = differences(capsys.readouterr().out)
+  assert found.keys() == set(formats) and all(value <= 1e-5 for value in found.values()), found
+  for path in tmp_path.glob("*/*.py"):
+    imported = {name.partition(".")[0] for name in test_tree.imports(path)}
+    assert "simclr_jax" not in imported, path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has(TORCH_PYTHON, "torch", "torchvision", "timm", "transformers"), reason="no torch")
+@pytest.mark.skipif(not has(sys.executable, "safetensors"), reason="no safetensors")
+def test_torch_formats(exported, tmp_path, capsys):
+  exporting.run(output=tmp_path, encoder=exported, formats=THERE, head=True, python=TORCH_PYTHON)
+  found = differences(capsys.readouterr().out)
+  assert found.keys() == set(THERE) and all(value <= 1e-5 for value in found.values()), found
+  for name in THERE:
+    check_card(tmp_path / name, name, simclr_jax.load_encoder(exported)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_full_size(name, tmp_path, capsys):
+  """The table of docs/export.md: run with -s, and SIMCLR_TORCH_PYTHON for the torch formats."""
+  encoder = save(tmp_path / "encoder", *FULL[name])
+  formats = available(*HERE)
+  exporting.run(output=tmp_path / "out", encoder=encoder, formats=formats)
+  if has(TORCH_PYTHON, "torch", "torchvision", "timm", "transformers"):
+    formats += THERE
+    exporting.run(output=tmp_path / "out", encoder=encoder, formats=THERE, python=TORCH_PYTHON)
+  text = capsys.readouterr().out
+  with capsys.disabled():
+    print(f"\n{name}\n" + "\n".join(line for line in text.split("\n") if "largest" in line))
+  found = differences(text)
+  assert found.keys() == set(formats) and all(value <= 1e-5 for value in found.values()), found
+
+
+def test_torch_names_are_those_of_torchvision():
+  """All 318 of a ResNet-50, by their rule; the real library loads them with strict=True in test_torch_formats."""
+  like = jax.eval_shape(resnet(50).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+  state = torch_names.encoder(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
+  norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+  expected = {"conv1.weight"} | {f"bn1.{leaf}" for leaf in norm}
+  for i, count in enumerate((3, 4, 6, 3), 1):
+    for j in range(count):
+      expected |= {f"layer{i}.{j}.conv{k}.weight" for k in (1, 2, 3)}
+      expected |= {f"layer{i}.{j}.bn{k}.{leaf}" for k in (1, 2, 3) for leaf in norm}
+    expected |= {f"layer{i}.0.downsample.0.weight"} | {f"layer{i}.0.downsample.1.{leaf}" for leaf in norm}
+  assert state.keys() == expected and len(expected) == 318
+  assert state["conv1.weight"].shape == (64, 3, 7, 7) and state["layer2.0.downsample.0.weight"].shape == (
+    512,
+    256,
+    1,
+    1,
+  )
+
+
+def test_a_run_and_its_head(tmp_path, capsys):
+  """From a run's checkpoint, through the command, without its data; one format goes to the folder itself."""
+  config = tiny.config(**{"data.train": "npz:/gone.npz"})
+  task = pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh())
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  state = jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(x.dtype), shapes)
+  text = config_lib.to_json(config)
+  checkpoint.Checkpoints(tmp_path / "run").save(3, state, model.keep_encoder(state), text)
+  (tmp_path / "run/config.json").write_text(text)
+  out = tmp_path / "out"
+  argv = ["export", f"--workdir={tmp_path / 'run'}", f"--output={out}", "--format=stablehlo", "--licence=CC0-1.0"]
+  assert command.main([*argv, "--head"]) == 0, capsys.readouterr().err
+  assert differences(capsys.readouterr().out)["stablehlo"] <= 1e-5
+  card = check_card(out, "stablehlo", jax.device_get(model.keep_encoder(state)))
+  assert card["licence"] == "CC0-1.0" and card["data"] == "npz:/gone.npz" and card["projector"]["out_dim"] == 16
+  weights = np.load(out / "weights.npz")
+  np.testing.assert_array_equal(
+    weights["projector/params/dense0/kernel"], state.params["projector"]["dense0"]["kernel"]
+  )
+  assert command.main(argv) == 1
+  assert capsys.readouterr().err == f"simclr: {out} is not empty: add --overwrite or name another folder\n"
+  assert command.main([*argv, "--overwrite"]) == 0
+  assert not any(name.startswith("projector") for name in np.load(out / "weights.npz"))
+  with pytest.raises(ValueError, match="is an export to stablehlo: its load.py opens it"):
+    simclr_jax.load_encoder(out)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+  return save(tmp_path_factory.mktemp("small") / "encoder", dict(depth=18, width=0.0625, stem="cifar"), 16)
+
+
+def test_cards_of_version_1_are_read(small, tmp_path):
+  card = json.loads((small / "card.json").read_text())
+  old = {key: card[key] for key in ("feature_dimension", "preprocessing", "pretraining", "step", "scores", "versions")}
+  old |= {"card_version": 1, "architecture": {"name": "resnet", "depth": 18, "width": 0.0625, "stem": "cifar"}}
+  variables = simclr_jax.load_encoder(small)[1]
+
+  def fill(folder, card=old):
+    checkpoint.save_trees(folder, {"encoder": variables})
+    checkpoint.write_text(folder / "card.json", json.dumps(card))
+
+  checkpoint.save_export(tmp_path / "old", fill)
+  jax.tree.map(np.testing.assert_array_equal, simclr_jax.load_encoder(tmp_path / "old")[1], variables)
+  exporting.run(output=tmp_path / "new", encoder=tmp_path / "old", formats=["stablehlo"])
+  assert json.loads((tmp_path / "new/card.json").read_text())["schema_version"] == 2
+  checkpoint.save_export(tmp_path / "future", lambda folder: fill(folder, {**old, "card_version": 3}))
+  with pytest.raises(ValueError, match="schema_version 3, this package reads 1 to 2"):
+    simclr_jax.load_encoder(tmp_path / "future")
+
+
+def refused(*argv, capsys):
+  """The one line that `simclr export` ends with."""
+  capsys.readouterr()
+  assert command.main(["export", *argv]) == 1
+  err = capsys.readouterr().err
+  assert err.count("\n") == 1 and err.startswith("simclr: "), err
+  return err
+
+
+def test_mistakes_are_one_line(small, tmp_path, capsys, monkeypatch):
+  source, output = f"--encoder={small}", f"--output={tmp_path / 'out'}"
+  assert "did you mean onnx? Known are orbax, safe" in refused(source, output, "--format=orbax,onx", capsys=capsys)
+  assert "is empty: expected orbax" in refused(source, output, "--format=,", capsys=capsys)
+  assert "card.json is missing" in refused(f"--encoder={tmp_path}", output, capsys=capsys)
+  assert "no run here" in refused(f"--workdir={tmp_path}", output, capsys=capsys)
+  (tmp_path / "file").write_text("")
+  assert "is a file: name a folder" in refused(source, f"--output={tmp_path / 'file'}", capsys=capsys)
+  assert "cannot be written" in refused(source, f"--output={tmp_path / 'file/below'}", capsys=capsys)
+  (tmp_path / "theirs").mkdir()
+  (tmp_path / "theirs/thesis.tex").write_text("")
+  assert "delete it yourself" in refused(source, f"--output={tmp_path / 'theirs'}", "--overwrite", capsys=capsys)
+  assert "it belongs to --workdir" in refused(source, output, "--step=3", capsys=capsys)
+  assert "does not start" in refused(source, output, "--python=/no/python", capsys=capsys)
+  no_head = ml_collections.ConfigDict(json.loads((small / "card.json").read_text())["pretraining"])
+  exporting.write(tmp_path / "bare", simclr_jax.load_encoder(small)[1], no_head, scores={}, step=0)
+  assert "has no projection head: leave --head" in refused(
+    f"--encoder={tmp_path / 'bare'}", output, "--head", capsys=capsys
+  )
+
+  def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(np, "savez", full)
+  assert "the disk is full; free space" in refused(source, output, "--format=stablehlo", capsys=capsys)
+  assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*.tmp"))
+  monkeypatch.setitem(exporting.FORMATS, "onnx", ("onnx_graph", "no_such_package", ("onnxruntime",)))
+  assert "needs no_such_package: pip install 'simclr_jax[export]'" in refused(
+    source, output, "--format=onnx", capsys=capsys
+  )
+  with pytest.raises(SystemExit):
+    command.main(["export", output])
+  assert "one of the arguments --workdir --encoder is required" in capsys.readouterr().err
+
+
+def test_an_h_that_differs_is_refused(small, tmp_path, monkeypatch):
+  """What verify.py is for: weights that another program would turn into another h."""
+  from simclr_jax.exporting import stablehlo
+
+  honest = stablehlo.write
+
+  def dishonest(folder, export):
+    flat = traverse_util.flatten_dict(export.variables)
+    key = next(key for key in flat if key[-1] == "var")
+    changed = traverse_util.unflatten_dict(flat | {key: flat[key] * np.float32(1.001)})
+    honest(folder, dataclasses.replace(export, variables=changed))
+
+  monkeypatch.setattr(stablehlo, "write", dishonest)
+  with pytest.raises(ValueError, match=r"stablehlo: what was written is not this encoder.* more than 1e-05 and than"):
+    exporting.run(output=tmp_path / "out", encoder=small, formats=["stablehlo"])
+  assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_verified_says_so(small, tmp_path, capsys, monkeypatch):
+  """The libraries are in another environment, or in none."""
+  bare = tmp_path / "bare"
+  bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')  # no site-packages: not even numpy
+  bare.chmod(0o755)
+  exporting.run(output=tmp_path / "out", encoder=small, formats=["stablehlo"], python=str(bare))
+  line = capsys.readouterr().out.strip()
+  assert line == (
+    f"stablehlo: not verified: numpy is not installed; to verify: pip install jax, then python {tmp_path}/out/verify.py"
+  )
+  assert json.loads((tmp_path / "out/card.json").read_text())["proof"] == "not verified: numpy is not installed"
+
+
+def test_a_loader_that_fails_is_one_line(small, tmp_path):
+  broken = tmp_path / "broken"
+  broken.write_text("#!/bin/sh\necho 'ImportError: this jax is too old' >&2; exit 1\n")
+  broken.chmod(0o755)
+  with pytest.raises(
+    ValueError, match="^stablehlo: load.py fails in .*broken, so nothing is kept: ImportError: this jax"
+  ):
+    exporting.run(output=tmp_path / "out", encoder=small, formats=["stablehlo"], python=str(broken))
+  assert not (tmp_path / "out").exists()
+
+
+def test_damaged_safetensors(small, tmp_path):
+  pytest.importorskip("safetensors")
+  exporting.run(output=tmp_path / "out", encoder=small, formats=["safetensors"])
+  file = tmp_path / "out/model.safetensors"
+  file.write_bytes(file.read_bytes()[:-100])
+  with pytest.raises(ValueError, match="model.safetensors is damaged: its SHA-256"):
+    simclr_jax.load_encoder(tmp_path / "out")
+  (tmp_path / "out/manifest.json").write_text("{}")
+  with pytest.raises(
+    ValueError, match="model.safetensors is no complete safetensors file .*: export it again"
+  ) as error:
+    simclr_jax.load_encoder(tmp_path / "out")
+  assert "\n" not in str(error.value)
+
+
+def test_large_onnx_models_keep_their_weights_in_a_file_of_their_own(small, tmp_path, capsys, monkeypatch):
+  pytest.importorskip("onnx")
+  pytest.importorskip("onnxruntime")
+  from simclr_jax.exporting import onnx_graph
+
+  monkeypatch.setattr(onnx_graph, "PROTOBUF_LIMIT", 1000)
+  exporting.run(output=tmp_path / "out", encoder=small, formats=["onnx"])
+  assert differences(capsys.readouterr().out)["onnx"] <= 1e-5
+  assert (tmp_path / "out/model.weights").stat().st_size > 1000 * 10
