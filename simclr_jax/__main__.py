@@ -14,6 +14,8 @@ COMMANDS = {
   "finetune": "training on few or all labels: from a run or an exported encoder, or from scratch",
   "knn": "k-nearest-neighbour accuracy of the h of a run",
   "distill": "a fine-tuned teacher's knowledge into a smaller student, or one of its own size, without labels or with",
+  "embed": "h of every image of a folder or data set, into one file: npz, parquet or safetensors",
+  "map": "a map of a run's or a file's features, with near-duplicates and outliers: a page, a picture, tables",
   "export": "the encoder of a run, without the head, into a folder of its own",
   "plan": "memory, time, collectives and chip-hours of a recipe on a TPU pod, compiled here without one",
   "transfer": "an encoder on a list of other data sets, linear and fine-tuned, beside the paper's table",
@@ -59,6 +61,21 @@ def parser() -> argparse.ArgumentParser:
       sub.add_argument("--output", required=True, metavar="DIR", help="folder to write the encoder to")
       sub.add_argument("--overwrite", action="store_true", help="replace the export in DIR")
       sub.add_argument("--ema", action="store_true", help="take the moving averages ema_model/...")
+    elif name == "embed":
+      sub.add_argument("--encoder", required=True, metavar="DIR", help="a run, or a folder `simclr export` wrote")
+      sub.add_argument("--data", required=True, metavar="DATA", help="a data set such as folder:/my/images")
+      sub.add_argument("--output", required=True, metavar="FILE", help="ends in .npz, .parquet or .safetensors")
+      sub.add_argument("--data_dir", metavar="DIR", help="where prepared TensorFlow Datasets lie")
+      sub.add_argument("--images_per_part", type=int, default=2048, help="after so many the work is saved")
+      sub.add_argument("--overwrite", action="store_true", help="replace FILE")
+    elif name == "map":
+      what = sub.add_mutually_exclusive_group(required=True)
+      what.add_argument("--workdir", metavar="DIR", help="a run: its test images, or training images if it has none")
+      what.add_argument("--features", metavar="FILE", help="a file `simclr embed` wrote")
+      sub.add_argument("--step", type=int, help="checkpoint of the run to use (default: the newest)")
+      sub.add_argument("--output", metavar="DIR", help="folder to write to (default: map, in DIR or beside FILE)")
+      sub.add_argument("--images", type=int, default=10_000, help="at most so many, drawn by --seed (default: 10000)")
+      sub.add_argument("--seed", type=int, default=0)
     elif name != "recipes":
       sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
       sub.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
@@ -67,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--overwrite", action="store_true", help="replace the export in DIR")
       else:
         sub.epilog = "--config.key=value changes a value of the run's config, e.g. --config.evaluate.knn_k=200"
-    if name in ("pretrain", "finetune", "distill", "probe", "knn"):
+    if name in ("pretrain", "finetune", "distill", "probe", "knn", "embed"):
       several = sub.add_argument_group("several processes", "found by themselves on Cloud TPU, GKE, SLURM and Open MPI")
       several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
       several.add_argument("--num_processes", type=int, metavar="N")
@@ -103,7 +120,7 @@ def main(argv=None) -> int:
   overrides = [a for a in argv if a.startswith("--config.")]
   top = parser()
   flags = top.parse_args([a for a in argv if not a.startswith("--config.")])
-  if flags.command in ("export", "import", "recipes", "data") and overrides:
+  if flags.command in ("export", "import", "recipes", "data", "embed") and overrides:
     top.error(f"{overrides[0]}: {flags.command} takes no config values")
   try:
     code, message = _dispatch(flags, overrides), ""
@@ -200,6 +217,16 @@ def _dispatch(flags, overrides) -> int:
     from simclr_jax import exporting
 
     exporting.run(flags.workdir, flags.output, step=flags.step, overwrite=flags.overwrite)
+  elif flags.command == "embed":
+    from simclr_jax import features
+
+    options = {key: getattr(flags, key) for key in ("data_dir", "images_per_part", "overwrite")}
+    features.run(flags.encoder, flags.data, flags.output, **options)
+  elif flags.command == "map":
+    from simclr_jax import map as map_program
+
+    options = {key: getattr(flags, key) for key in ("step", "output", "images", "seed")}
+    map_program.run(flags.workdir, flags.features, **options, overrides=overrides)
   elif flags.command == "import":
     from simclr_jax.importing import official
 
