@@ -9,6 +9,7 @@ import tempfile
 import traceback
 
 COMMANDS = {
+  "quickstart": "a folder of images without labels: picks a recipe, pretrains, embeds, maps, writes one page",
   "pretrain": "SimCLR pretraining: views, NT-Xent over the global batch, LARS; ends with scores, an export and a page",
   "probe": "linear evaluation on the frozen h of a run",
   "finetune": "training on few or all labels: from a run or an exported encoder, or from scratch",
@@ -43,6 +44,13 @@ def parser() -> argparse.ArgumentParser:
       again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
       again.add_argument("--overwrite", action="store_true", help="delete the run in DIR and start again")
       sub.epilog = "--config.key=value changes one value of the recipe, e.g. --config.batch_size=512"
+    elif name == "quickstart":
+      sub.add_argument("folder", metavar="DIR", help="image files at any depth; labels are not needed")
+      sub.add_argument("--workdir", required=True, metavar="RUN", help="folder of the run")
+      sub.add_argument("--minutes", type=float, default=8.0, help="for everything, roughly (default: 8)")
+      again = sub.add_mutually_exclusive_group()
+      again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
+      again.add_argument("--overwrite", action="store_true", help="delete the run in RUN and start again")
     elif name == "data":
       _data_flags(sub)
     elif name == "plan":
@@ -120,7 +128,7 @@ def main(argv=None) -> int:
   overrides = [a for a in argv if a.startswith("--config.")]
   top = parser()
   flags = top.parse_args([a for a in argv if not a.startswith("--config.")])
-  if flags.command in ("export", "import", "recipes", "data", "embed") and overrides:
+  if flags.command in ("export", "import", "recipes", "data", "embed", "quickstart") and overrides:
     top.error(f"{overrides[0]}: {flags.command} takes no config values")
   try:
     code, message = _dispatch(flags, overrides), ""
@@ -207,7 +215,8 @@ def _dispatch(flags, overrides) -> int:
   _import_tensorflow()
   if flags.command in TRAINING:
     program = importlib.import_module(f"simclr_jax.{flags.command}")
-    program.run(config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+    named = {"recipe": flags.config} if flags.command == "pretrain" else {}
+    program.run(config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite, **named)
   elif flags.command == "data":
     from simclr_jax import dataset
 
@@ -217,6 +226,11 @@ def _dispatch(flags, overrides) -> int:
     from simclr_jax import exporting
 
     exporting.run(flags.workdir, flags.output, step=flags.step, overwrite=flags.overwrite)
+  elif flags.command == "quickstart":
+    from simclr_jax import quickstart
+
+    options = {key: getattr(flags, key) for key in ("minutes", "resume", "overwrite")}
+    quickstart.run(flags.folder, flags.workdir, **options)
   elif flags.command == "embed":
     from simclr_jax import features
 

@@ -73,7 +73,10 @@ class EvalSet:
   def _readable(self):
     """int32 [2, n]: index in the source and label of every readable image."""
     if self._rows is None:
-      parts = [(cluster.gather_rows(np.stack([b["index"], b["label"]], 1)), cluster.gather_rows(b["mask"])) for b in self.batches()]
+      parts = [
+        (cluster.gather_rows(np.stack([b["index"], b["label"]], 1)), cluster.gather_rows(b["mask"]))
+        for b in self.batches()
+      ]
       self._rows = np.concatenate([rows[mask] for rows, mask in parts]).T
     return self._rows
 

@@ -179,7 +179,9 @@ def _join(output, folder, count, settings):
   n, d = whole["h"].shape
   print(f"{n:,} images, h of {d:,} dimensions: {output}")
   if bad:
-    print(f"{len(bad):,} unreadable images left out, named in {unreadable}; the first is {bad[0].replace(chr(9), ': ')}")
+    print(
+      f"{len(bad):,} unreadable images left out, named in {unreadable}; the first is {bad[0].replace(chr(9), ': ')}"
+    )
 
 
 def _npz(arrays, about) -> bytes:

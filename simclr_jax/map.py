@@ -134,11 +134,23 @@ def near_duplicates(h, pictures) -> list[tuple[int, int, float, float]]:
 
 
 def outliers(h, *, k: int = 5) -> list[tuple[int, float]]:
-  """[(i, mean cosine of h to its k nearest others)] of all images h [n, d], the least alike first."""
-  x = centred(h)
-  similarities, _ = knn.nearest(x, x, k=k + 1)
-  mean = similarities[:, 1:].mean(1) if len(h) > 1 else np.zeros(len(h))
-  return [(int(i), float(mean[i])) for i in np.argsort(mean, kind="stable")]
+  """[(i, mean distance of h to its k nearest others, in units of the median image's)] of h [n, d], farthest first.
+
+  Distances are in h whitened: an image that is odd in one direction that others hardly use is as odd as can be, which
+  cosines do not see.  Sources: nearest neighbours arXiv 2204.06507, Mahalanobis arXiv 1807.03888.
+  """
+  x = np.asarray(h, np.float64) - np.mean(h, 0, dtype=np.float64)
+  variance, axes = np.linalg.eigh(x.T @ x / len(x))
+  # A hundredth of the largest variance keeps directions of mere noise from counting.
+  x = (x @ axes / np.sqrt(variance + 0.01 * variance[-1] + 1e-30)).astype(np.float32)
+  squared = (x * x).sum(1)
+  mean = np.empty(len(x))
+  for rows in np.array_split(np.arange(len(x)), -(-len(x) // 500)):
+    distance = np.sqrt(np.maximum(squared[rows, None] + squared - 2 * x[rows] @ x.T, 0))
+    distance[np.arange(len(rows)), rows] = np.inf
+    mean[rows] = np.sort(np.partition(distance, min(k, len(x) - 1) - 1, 1)[:, :k], 1).mean(1)
+  mean /= max(float(np.median(mean)), 1e-12)
+  return [(int(i), float(mean[i])) for i in np.argsort(-mean, kind="stable")]
 
 
 def thumbnails(source, index) -> np.ndarray:
@@ -162,8 +174,8 @@ def chart(h, pictures, names, labels=None, class_names=(), *, seed: int = 0) -> 
   """Everything about n images that the map shows.
 
   Returns:
-    dict(views {heading: [n, 2]}, note, duplicates, outliers, and what was given): `note` says in a sentence how far the
-    map can be trusted.
+    the arguments of `report.write_report`'s map: dict(views {heading: [n, 2]}, note, and what was given); `note` says in
+    a sentence how far the map can be trusted.
   """
   views = {"neighbours": keep_neighbours(h, seed=seed), "PCA": pca(h)}
   known = labels is not None and len(class_names) and bool((labels >= 0).all())
@@ -186,9 +198,12 @@ def chart(h, pictures, names, labels=None, class_names=(), *, seed: int = 0) -> 
     names=names,
     labels=labels,
     class_names=class_names,
-    duplicates=near_duplicates(h, pictures),
-    outliers=outliers(h),
   )
+
+
+def odd(h, pictures) -> dict:
+  """dict(duplicates, outliers) of h [n, d] and pictures uint8 [n, s, s, 3]."""
+  return dict(duplicates=near_duplicates(h, pictures), outliers=outliers(h))
 
 
 def accuracy_of_h(h, labels) -> float:
@@ -198,41 +213,33 @@ def accuracy_of_h(h, labels) -> float:
   return float((votes.argmax(1) == labels).mean())
 
 
-def on_page(found: dict) -> dict:
-  """What `report.write_report` takes as its map."""
-  return {key: found[key] for key in ("note", "views", "pictures", "names", "labels", "class_names")}
-
-
-def findings(found: dict, *, most: int = 24) -> list[tuple[str, str, str]]:
+def findings(chart: dict, found: dict, *, most: int = 24) -> list[tuple[str, str, str]]:
   """The sections of a page about near-duplicates and outliers."""
-  pictures, names = found["pictures"], [os.path.basename(str(name)) for name in found["names"]]
+  pictures, names = chart["pictures"], [os.path.basename(str(name)) for name in chart["names"]]
   pairs = [
     (pictures[i], pictures[j], f"{names[i]}\n{names[j]}\npixels {pixels:.3f}, h {deep:.3f}")
     for i, j, deep, pixels in found["duplicates"][:most]
   ]
-  alone = [(pictures[i], f"{names[i]}\nsimilarity {mean:.2f}") for i, mean in found["outliers"][: most // 2]]
+  alone = [(pictures[i], f"{names[i]}\n{far:.2f} times") for i, far in found["outliers"][: most // 2]]
   count = len(found["duplicates"])
   text = f"{count:,} pairs" if count != 1 else "1 pair"
   text += f" whose thumbnails correlate by at least {ALIKE_PIXELS} and whose h have a cosine of at least {ALIKE_H}"
   text += f"; the {most} most alike." if count > most else "."
-  typical = found["outliers"][len(found["outliers"]) // 2][1]
   return [
-    ("duplicates", "Near-duplicates", report.pairs(pairs, text) if pairs else report.facts([("none", text)])),
+    ("duplicates", "Near-duplicates", report.pairs(pairs, text) if pairs else report.note(text)),
     (
       "outliers",
       "Outliers",
-      report.gallery(
-        alone, f"Least alike to their five nearest neighbours in h, by cosine; the middle image has {typical:.2f}."
-      ),
+      report.gallery(alone, "How far from their five nearest neighbours in h, against the middle image's distance."),
     ),
   ]
 
 
-def write(folder, found: dict):
+def write(folder, chart: dict, found: dict):
   """Writes map.npz, map.csv, map.png, duplicates.csv and outliers.csv to a local folder."""
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  names, labels, (xy, components) = found["names"], found["labels"], found["views"].values()
+  names, labels, (xy, components) = chart["names"], chart["labels"], chart["views"].values()
   labels = np.full(len(names), -1, np.int32) if labels is None else np.asarray(labels, np.int32)
   buffer = io.BytesIO()
   np.savez(buffer, name=np.asarray(names), xy=xy, pca=components, label=labels)
@@ -241,12 +248,10 @@ def write(folder, found: dict):
   _csv(folder / "map.csv", ("name", "x", "y", "pca_1", "pca_2", "label"), points)
   pairs = ((names[i], names[j], round(deep, 5), round(pixels, 5)) for i, j, deep, pixels in found["duplicates"])
   _csv(folder / "duplicates.csv", ("first", "second", "cosine_of_h", "correlation_of_pixels"), pairs)
-  alone = ((names[i], round(mean, 5)) for i, mean in found["outliers"])
-  _csv(folder / "outliers.csv", ("name", "similarity_to_neighbours"), alone)
-  labels = found["labels"] if len(found["class_names"]) else None
-  scatter.png(
-    folder / "map.png", xy, pictures=found["pictures"], labels=labels, class_names=found["class_names"]
-  )
+  alone = ((names[i], round(far, 5)) for i, far in found["outliers"])
+  _csv(folder / "outliers.csv", ("name", "distance_to_neighbours"), alone)
+  labels = chart["labels"] if len(chart["class_names"]) else None
+  scatter.png(folder / "map.png", xy, pictures=chart["pictures"], labels=labels, class_names=chart["class_names"])
 
 
 def _csv(path, head, rows):
@@ -264,7 +269,7 @@ def run(workdir=None, table=None, *, step=None, output=None, images: int = 10_00
     images: at most so many, drawn by `seed`.
 
   Returns:
-    what `chart` returns.
+    what `chart` and `odd` return.
   """
   began = time.monotonic()
   if bool(workdir) == bool(table):
@@ -289,36 +294,37 @@ def run(workdir=None, table=None, *, step=None, output=None, images: int = 10_00
   folder = epath.Path(os.path.abspath(output)) if output else folder
   names = [source.name(int(i)) for i in index]
   pictures = thumbnails(source, index)
-  found = chart(h, pictures, names, labels if class_names else None, class_names, seed=seed)
-  write(folder, found)
+  shown = chart(h, pictures, names, labels if class_names else None, class_names, seed=seed)
+  found = odd(h, pictures)
+  write(folder, shown, found)
   report.write_report(
     folder / "map.html",
     title=title,
-    summary=found["note"],
+    summary=shown["note"],
     scores=[],
     history=[],
     config={},
     files={},
     snippet="",
-    map_of_images={**on_page(found), "note": "Hover or tap for the image; drag when zoomed in."},
-    findings=findings(found),
+    map_of_images={**shown, "note": "Hover or tap for the image; drag when zoomed in."},
+    findings=findings(shown, found),
   )
-  print(found["note"])
-  tell(found)
+  print(shown["note"])
+  tell(names, found)
   print(f"time        {time.monotonic() - began:.0f} s")
   for name, what in (
     ("map.html", "the map to point at"), ("map.png", "the map as a picture"), ("map.npz", "the points; map.csv too"),
-    ("duplicates.csv", "all near-duplicates"), ("outliers.csv", "all images, the least alike first"),
+    ("duplicates.csv", "all near-duplicates"), ("outliers.csv", "all images, the farthest from others first"),
   ):  # fmt: skip
     print(f"  {folder / name}  {what}")
-  return found
+  return {**shown, **found}
 
 
-def tell(found: dict, most: int = 5):
+def tell(names, found: dict, most: int = 5):
   """Prints the first near-duplicates and outliers."""
   print(f"duplicates  {len(found['duplicates'])} pairs of near-duplicates")
   for i, j, deep, pixels in found["duplicates"][:most]:
-    print(f"            {found['names'][i]} and {found['names'][j]} (pixels {pixels:.3f}, h {deep:.3f})")
-  print("outliers    least alike to their neighbours")
-  for i, mean in found["outliers"][:most]:
-    print(f"            {found['names'][i]} ({mean:.2f})")
+    print(f"            {names[i]} and {names[j]} (pixels {pixels:.3f}, h {deep:.3f})")
+  print("outliers    farthest from their neighbours, in times the middle image's distance")
+  for i, far in found["outliers"][:most]:
+    print(f"            {names[i]} ({far:.2f})")

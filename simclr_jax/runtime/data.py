@@ -722,7 +722,12 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
     if rest not in ("train", "test"):
       raise ValueError(f"{spec!r} names no split of {kind}: use {kind}:train or {kind}:test")
     return _embedded_fashion(rest) if kind == "fashion" else _texture_split(rest, 64 if kind == "textures64" else 32)
-  openers = {"npz": _npz, "folder": FolderSource, "files": FilesSource, "tfds": functools.partial(TfdsSource, data_dir=data_dir)}
+  openers = {
+    "npz": _npz,
+    "folder": FolderSource,
+    "files": FilesSource,
+    "tfds": functools.partial(TfdsSource, data_dir=data_dir),
+  }
   if rest and kind in ("tfrecord", "array_record", "webdataset", "parquet"):
     from simclr_jax.runtime import shards
 

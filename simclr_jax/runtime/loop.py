@@ -9,6 +9,7 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,7 +27,8 @@ Batch = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """`run(state)` -> {name: number}, every `every` steps (0: never) and after the last one."""
+  """`run(state)` -> {name: number or a line of text, which is shown}, every `every` steps (0: never) and after the last
+  one."""
 
   run: Callable[[State], dict]
   every: int
@@ -175,6 +177,7 @@ def run(
       row["images_per_second"] = (step - last_logged) * task.batch_size / busy
       row["data_wait"] = spent.get("data", 0.0) / busy
     row["epoch"] = step * task.batch_size / task.num_examples
+    row["seconds"] = writer.seconds_before + time.monotonic() - clock.started
     row.update(constants)
     writer.scalars(step, row)
     progress.update(step, row, eta(step))
@@ -215,6 +218,8 @@ def run(
             row.update(evaluator.run(state))
       if row:
         writer.scalars(step, row)
+        for text in (value for value in row.values() if isinstance(value, str)):
+          progress.note(text)
         progress.update(step, row, eta(step))
       stop = stop or bool(signals.received)  # it may have come while evaluating
       if step == task.total_steps or (checkpoint_every and step % checkpoint_every == 0) or stop:

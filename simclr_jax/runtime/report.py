@@ -377,13 +377,18 @@ def gallery(rows, note):
   return _note(_text(note)) + '<div class="gallery">\n' + "\n".join(cells) + "\n</div>"
 
 
-def facts(rows, note=""):
-  """HTML of a table of two columns; rows: (what, value), or (what, value, why)."""
-  body = [
-    "<tr>" + f'<th scope="row">{_text(row[0])}</th>' + "".join(f"<td>{_text(cell)}</td>" for cell in row[1:]) + "</tr>"
-    for row in rows
-  ]
-  return (_note(_text(note)) if note else "") + _table(body, kind="facts")
+def facts(rows):
+  """HTML of a table; rows: (what, value), or (what, value, why)."""
+  body = []
+  for what, value, *why in rows:
+    small = f"<small>{_text(why[0])}</small>" if why else ""
+    body.append(f'<tr><th scope="row">{_text(what)}</th><td>{_text(value)}{small}</td></tr>')
+  return _table(body, kind="facts")
+
+
+def note(text):
+  """HTML of a paragraph in small print."""
+  return _note(_text(text))
 
 
 def _lines(caption):
@@ -602,7 +607,7 @@ def _curves_html(history):
   keys = dict.fromkeys(CURVES) | dict.fromkeys(key for row in rows for key in row)
   known, further = [], []
   for key in keys:
-    if key in ("step", "epoch", "chance_loss"):
+    if key in ("step", "epoch", "chance_loss", "seconds"):
       continue
     logged = {row["step"]: row[key] for row in rows if _number(row.get(key))}
     points = sorted((step, value) for step, value in logged.items() if _finite(value))
@@ -842,7 +847,9 @@ img { display: block; width: 100%; height: auto; }
 .classes td, .classes th, .facts td, .facts th { padding-top: 4px; padding-bottom: 4px; border-bottom: 0; }
 .classes .meter { width: 55%; padding-right: 0; }
 .meter i { display: block; height: 9px; border-radius: 3px; background: var(--accent); }
-.facts th { color: var(--quiet); vertical-align: top; white-space: nowrap; }
+.facts th, .facts td { vertical-align: top; overflow-wrap: anywhere; }
+.facts th, .facts small { color: var(--quiet); }
+.facts small { display: block; }
 .changes { margin-bottom: 14px; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 12px; }
 .gallery.wide { grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }

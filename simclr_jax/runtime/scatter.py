@@ -129,7 +129,9 @@ def piece(views, *, pictures, names, labels=None, class_names=()) -> str:
   }
   # A name may hold "</script>".
   content = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
-  buttons = "".join(f'<button type="button" data-view="{i}">{html.escape(str(v))}</button>' for i, v in enumerate(views))
+  buttons = "".join(
+    f'<button type="button" data-view="{i}">{html.escape(str(v))}</button>' for i, v in enumerate(views)
+  )
   legend = ""
   if known and len(class_names) <= 40:
     legend = '<div class="legend">' + "".join(
