@@ -23,7 +23,8 @@ COMMANDS = {
   "downstream": "all of it in a row over several seeds, a table and a figure of accuracy against labels",
   "import": "an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it",
   "data": "looks at a data set, turns it into sharded records, or measures how fast it can be read",
-  "recipes": "the recipes that ship with the package",
+  "recipes": "the recipes that ship with the package: what each costs and should score; with a NAME, all of its header",
+  "runs": "the runs below a folder beside each other: a table, and a page",
 }
 TRAINING = ("pretrain", "finetune", "distill", "transfer", "downstream")  # take a recipe and fill a folder
 
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     elif name == "quickstart":
       sub.add_argument("folder", metavar="DIR", help="image files at any depth; labels are not needed")
       sub.add_argument("--workdir", required=True, metavar="RUN", help="folder of the run")
-      sub.add_argument("--minutes", type=float, default=8.0, help="for everything, roughly (default: 8)")
+      sub.add_argument("--minutes", type=float, default=6.0, help="for everything, roughly (default: 6)")
       again = sub.add_mutually_exclusive_group()
       again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
       again.add_argument("--overwrite", action="store_true", help="delete the run in RUN and start again")
@@ -84,7 +85,12 @@ def parser() -> argparse.ArgumentParser:
       sub.add_argument("--output", metavar="DIR", help="folder to write to (default: map, in DIR or beside FILE)")
       sub.add_argument("--images", type=int, default=10_000, help="at most so many, drawn by --seed (default: 10000)")
       sub.add_argument("--seed", type=int, default=0)
-    elif name != "recipes":
+    elif name == "recipes":
+      sub.add_argument("name", nargs="?", default="", metavar="NAME", help="one recipe, such as smoke")
+    elif name == "runs":
+      sub.add_argument("folder", metavar="DIR", help="folder with runs in it")
+      sub.add_argument("--output", metavar="HTML", help="the page (default: DIR/runs.html)")
+    else:
       sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
       sub.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
       if name == "export":
@@ -128,10 +134,14 @@ def main(argv=None) -> int:
   overrides = [a for a in argv if a.startswith("--config.")]
   top = parser()
   flags = top.parse_args([a for a in argv if not a.startswith("--config.")])
-  if flags.command in ("export", "import", "recipes", "data", "embed", "quickstart") and overrides:
+  if flags.command in ("export", "import", "recipes", "data", "embed", "quickstart", "runs") and overrides:
     top.error(f"{overrides[0]}: {flags.command} takes no config values")
   try:
     code, message = _dispatch(flags, overrides), ""
+    sys.stdout.flush()
+  except BrokenPipeError:  # whoever read the output, `head` for instance, has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    code, message = 0, ""
   except KeyboardInterrupt:
     code, message = 130, "interrupted"
   except Exception as error:
@@ -184,8 +194,9 @@ def _dispatch(flags, overrides) -> int:
   from simclr_jax.runtime import config as config_lib
 
   if flags.command == "recipes":
-    for path in sorted(config_lib.recipe_folder().glob("[!_]*.py")):
-      print(f"{path.stem:20} {path.read_text().splitlines()[0].strip(chr(34))}")
+    from simclr_jax import recipes
+
+    recipes.run(flags.name)
     return 0
   # A wrong flag or value is reported before the seconds that importing JAX and TensorFlow take.
   config = config_lib.load(flags.config, overrides) if flags.command in (*TRAINING, "plan") else None
@@ -226,6 +237,10 @@ def _dispatch(flags, overrides) -> int:
     from simclr_jax import exporting
 
     exporting.run(flags.workdir, flags.output, step=flags.step, overwrite=flags.overwrite)
+  elif flags.command == "runs":
+    from simclr_jax import runs
+
+    runs.run(flags.folder, flags.output)
   elif flags.command == "quickstart":
     from simclr_jax import quickstart
 

@@ -254,5 +254,5 @@ def load(path) -> Features:
     return Features(
       *(np.asarray(found[key]) for key in ("h", "name", "label", "index")), str(found["data"]), str(found["encoder"])
     )
-  except (KeyError, OSError, json.JSONDecodeError) as error:
+  except Exception as error:  # zipfile.BadZipFile, EOFError, KeyError, pyarrow's own, ...
     raise ValueError(f"--features={path}: not a file of simclr embed ({type(error).__name__}: {error})") from None

@@ -134,21 +134,18 @@ def near_duplicates(h, pictures) -> list[tuple[int, int, float, float]]:
 
 
 def outliers(h, *, k: int = 5) -> list[tuple[int, float]]:
-  """[(i, mean distance of h to its k nearest others, in units of the median image's)] of h [n, d], farthest first.
+  """[(i, mean distance of image i to its k nearest others, in units of the median image's)], farthest first.
 
-  Distances are in h whitened: an image that is odd in one direction that others hardly use is as odd as can be, which
-  cosines do not see.  Sources: nearest neighbours arXiv 2204.06507, Mahalanobis arXiv 1807.03888.
+  Distances are between square roots of h [n, d], which is not negative: the few largest activations would decide
+  otherwise, and what is odd in a channel that others hardly use would go unseen.  Source of the score: arXiv 2204.06507.
   """
-  x = np.asarray(h, np.float64) - np.mean(h, 0, dtype=np.float64)
-  variance, axes = np.linalg.eigh(x.T @ x / len(x))
-  # A hundredth of the largest variance keeps directions of mere noise from counting.
-  x = (x @ axes / np.sqrt(variance + 0.01 * variance[-1] + 1e-30)).astype(np.float32)
-  squared = (x * x).sum(1)
+  x = np.sqrt(np.maximum(h, 0)).astype(np.float32)
+  k, squared = min(k, len(x) - 1), (x * x).sum(1)
   mean = np.empty(len(x))
   for rows in np.array_split(np.arange(len(x)), -(-len(x) // 500)):
     distance = np.sqrt(np.maximum(squared[rows, None] + squared - 2 * x[rows] @ x.T, 0))
     distance[np.arange(len(rows)), rows] = np.inf
-    mean[rows] = np.sort(np.partition(distance, min(k, len(x) - 1) - 1, 1)[:, :k], 1).mean(1)
+    mean[rows] = np.partition(distance, k - 1, 1)[:, :k].mean(1)
   mean /= max(float(np.median(mean)), 1e-12)
   return [(int(i), float(mean[i])) for i in np.argsort(-mean, kind="stable")]
 

@@ -200,7 +200,7 @@ def classes(root: str, names) -> tuple[np.ndarray | None, list[str]]:
   return np.asarray([found.index(parts[0]) for parts in first], np.int32), found
 
 
-def run(folder: str, workdir, *, minutes: float = 8.0, resume: bool = False, overwrite: bool = False) -> dict:
+def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, overwrite: bool = False) -> dict:
   """The program `simclr quickstart`.
 
   Images are all image files at any depth below `folder`.  `minutes` is for everything, roughly.

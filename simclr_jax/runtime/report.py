@@ -386,6 +386,22 @@ def facts(rows):
   return _table(body, kind="facts")
 
 
+def grid(head, rows, numeric=()):
+  """HTML of a table; head: texts, rows: lists of texts; columns of these numbers are set as numbers."""
+  cells = [
+    f'<tr><th scope="row">{_text(row[0])}</th>'
+    + "".join(f"<td{_number_class(j, numeric)}>{_text(cell)}</td>" for j, cell in enumerate(row[1:], 1))
+    + "</tr>"
+    for row in rows
+  ]
+  heads = "".join(f'<th scope="col"{_number_class(j, numeric)}>{_text(text)}</th>' for j, text in enumerate(head))
+  return _table(cells, heads, "grid")
+
+
+def _number_class(column, numeric):
+  return ' class="number"' if column in numeric else ""
+
+
 def note(text):
   """HTML of a paragraph in small print."""
   return _note(_text(text))
@@ -634,6 +650,55 @@ def _curves_html(history):
   return body
 
 
+def overlays(histories, keys):
+  """HTML of a panel a key with the curves of several runs; histories: {name: rows as of metrics.jsonl}."""
+  colours = dict(zip(histories, scatter.colours(len(histories)), strict=True))
+  panels = []
+  for key in keys:
+    heading, unit, _ = CURVES.get(key, (key, "number", False))
+    curves = {}
+    for name, history in histories.items():
+      points = sorted((row["step"], row[key]) for row in history if _finite(row.get("step")) and _finite(row.get(key)))
+      if points:
+        curves[name] = tuple(np.array(axis, float) for axis in zip(*points, strict=True))
+    if curves:
+      panels.append(_overlay(heading, unit, curves, colours))
+  if not panels:
+    return ""
+  legend = "".join(f'<span><i style="background:{colour}"></i>{_text(name)}</span>' for name, colour in colours.items())
+  return f'<div class="names">{legend}</div>\n<div class="panels">\n' + "\n".join(panels) + "\n</div>"
+
+
+def _overlay(heading, unit, curves, colours):
+  """curves: {name: (steps [n], values [n])}, sorted, finite."""
+  values = np.concatenate([v for _, v in curves.values()])
+  low, high = float(values.min()), float(values.max())
+  if high - low < 0.01 * (max(abs(low), abs(high)) or 1.0):
+    low, high = low - 0.005 * (abs(low) or 1.0), high + 0.005 * (abs(high) or 1.0)
+  ticks = _ticks(low, high)
+  low, high = min(low, ticks[0]), max(high, ticks[-1])
+  last = max(float(steps[-1]) for steps, _ in curves.values()) or 1.0
+
+  def y(value):
+    return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+  svg = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(heading)} against steps">']
+  for tick in ticks:
+    svg.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
+    svg.append(f'<text class="y" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}">{_tick_text(tick, unit)}</text>')
+  for step, anchor in ((0, "start"), (last, "end")):
+    x = LEFT + step / last * (WIDTH - LEFT - RIGHT)
+    svg.append(f'<text style="text-anchor:{anchor}" x="{x:.1f}" y="{HEIGHT - 5}">{_short(step)}</text>')
+  for name, (steps, values) in curves.items():
+    steps, values = downsample(steps, values, 200)
+    points = " ".join(
+      f"{LEFT + a / last * (WIDTH - LEFT - RIGHT):.1f},{y(b):.1f}" for a, b in zip(steps, values, strict=True)
+    )
+    hint = f"<title>{_text(name)}: {_value_text(values[-1], unit)}</title>"
+    svg.append(f'<polyline class="curve" style="stroke:{colours[name]}" points="{points}">{hint}</polyline>')
+  return f"<figure><figcaption><span>{_text(heading)}</span></figcaption>\n{''.join(svg)}</svg></figure>"
+
+
 def _panel(heading, steps, values, *, unit, from_zero, reference, lost, epochs, span):
   """One small curve. steps, values: float [n], n ≥ 1, sorted, finite; span: first and last step of the axis."""
   low, high = values.min(), values.max()
@@ -847,12 +912,18 @@ img { display: block; width: 100%; height: auto; }
 .classes td, .classes th, .facts td, .facts th { padding-top: 4px; padding-bottom: 4px; border-bottom: 0; }
 .classes .meter { width: 55%; padding-right: 0; }
 .meter i { display: block; height: 9px; border-radius: 3px; background: var(--accent); }
-.facts th, .facts td { vertical-align: top; overflow-wrap: anywhere; }
+.facts th, .facts td { vertical-align: top; }
+.facts td { overflow-wrap: anywhere; }
+.facts th { white-space: nowrap; }
 .facts th, .facts small { color: var(--quiet); }
 .facts small { display: block; }
 .changes { margin-bottom: 14px; }
+.grid th, .grid td { white-space: nowrap; }
+table.grid { stroke: none; }
+.names { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-bottom: 12px; font-size: 14px; }
+.names i { display: inline-block; width: 14px; height: 4px; border-radius: 2px; margin: 0 7px 3px 0; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 12px; }
-.gallery.wide { grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
+.gallery.wide { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .gallery figure { justify-content: flex-start; padding: 8px; }
 .gallery figcaption { display: block; font-size: 12px; line-height: 1.35; color: var(--quiet); }
 
