@@ -163,6 +163,13 @@ def _exif_orientation(tiff: bytes) -> int:
 
 def _decode_jpeg(data: bytes, orientation: int) -> np.ndarray:
   tf = _tensorflow()
+  if b"\xff\xd9" not in data[-1024:]:  # cut off; TensorFlow would find out too, but writes to stderr that it did
+    from PIL import Image
+
+    try:
+      Image.open(io.BytesIO(data), formats=("JPEG",)).load()
+    except Exception as error:
+      raise BadImage(f"broken jpeg: {_one_line(error)}") from error
   try:
     # libjpeg-turbo by way of TensorFlow: nearly twice Pillow's speed, without the interpreter's lock, CMYK handled.
     pixels = np.asarray(tf.io.decode_jpeg(data, channels=3))
