@@ -28,7 +28,7 @@ class EvalSet:
     self.source = source
     self._size, self._crop, self._resize = size, crop, resize
     self._batch_size, self._max_bad_fraction = batch_size, max_bad_fraction
-    self._cache = self._rows = None
+    self._cache = self._rows = self._seen = None
 
   def _transform(self, image):
     return augment.center_crop(image, size=self._size, proportion=self._crop, resize=self._resize)
@@ -38,13 +38,15 @@ class EvalSet:
     false in padding and unreadable rows."""
     if self._cache is not None:
       return iter(self._cache)
-    batches = data.eval_batches(
-      self.source,
-      self._transform,
-      batch_size=self._batch_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      max_bad_fraction=self._max_bad_fraction,
+    batches = self._noted(
+      data.eval_batches(
+        self.source,
+        self._transform,
+        batch_size=self._batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        max_bad_fraction=self._max_bad_fraction,
+      )
     )
     if len(self.source) * self._size**2 * 12 <= CACHE_BYTES:
       self._cache = list(batches)
@@ -70,13 +72,21 @@ class EvalSet:
     grey = np.array_equal(red, x[:, 1::3]) and np.array_equal(red, x[:, 2::3])
     return red if grey else x
 
+  def _noted(self, batches):
+    """The batches, of which indices, labels and masks are kept: images need not be read again for them."""
+    seen = []
+    for batch in batches:
+      seen.append((np.stack([batch["index"], batch["label"]], 1), batch["mask"]))
+      yield batch
+    self._seen = seen
+
   def _readable(self):
-    """int32 [2, n]: index in the source and label of every readable image."""
+    """int32 [2, n]: index in the source and label of every readable image; the first call is for all processes."""
     if self._rows is None:
-      parts = [
-        (cluster.gather_rows(np.stack([b["index"], b["label"]], 1)), cluster.gather_rows(b["mask"]))
-        for b in self.batches()
-      ]
+      if self._seen is None:
+        for _ in self.batches():
+          pass
+      parts = [(cluster.gather_rows(rows), cluster.gather_rows(mask)) for rows, mask in self._seen]
       self._rows = np.concatenate([rows[mask] for rows, mask in parts]).T
     return self._rows
 
