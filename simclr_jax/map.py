@@ -179,8 +179,8 @@ def chart(h, pictures, names, labels=None, class_names=(), *, seed: int = 0) -> 
   if known:
     (a, b), full = (accuracy(xy, labels) for xy in views.values()), accuracy_of_h(h, labels)
     note = (
-      f"{len(h):,} images; of a majority of {min(NEIGHBOURS, len(h) - 1)} neighbours on the map {100 * a:.1f} % have "
-      f"the right class, on PCA {100 * b:.1f} %, in h {100 * full:.1f} %."
+      f"{len(h):,} images. By a vote of the {min(NEIGHBOURS, len(h) - 1)} nearest neighbours the class is right for "
+      f"{100 * a:.1f} % on the map, {100 * b:.1f} % on PCA, {100 * full:.1f} % in h."
     )
   else:
     a, b = (trustworthiness(h, xy, seed=seed) for xy in views.values())
