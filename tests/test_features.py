@@ -114,7 +114,7 @@ def command(encoder, spec, output, *more):
 
 @pytest.mark.slow
 def test_killed_and_resumed_through_the_command(encoder, tmp_path):
-  spec = tiny.npz(tmp_path / "tiny.npz", 960)
+  spec = tiny.npz(tmp_path / "tiny.npz", 240)
   whole = command(encoder, spec, tmp_path / "whole.npz")
   assert whole.wait(300) == 0, whole.stdout.read()
   killed = command(encoder, spec, tmp_path / "h.npz")
