@@ -9,18 +9,22 @@ import tempfile
 import traceback
 
 COMMANDS = {
+  "quickstart": "a folder of images without labels: picks a recipe, pretrains, embeds, maps, writes one page",
   "pretrain": "SimCLR pretraining: views, NT-Xent over the global batch, LARS; ends with scores, an export and a page",
   "probe": "linear evaluation on the frozen h of a run",
   "finetune": "training on few or all labels: from a run or an exported encoder, or from scratch",
   "knn": "k-nearest-neighbour accuracy of the h of a run",
   "distill": "a fine-tuned teacher's knowledge into a smaller student, or one of its own size, without labels or with",
+  "embed": "h of every image of a folder or data set, into one file: npz, parquet or safetensors",
+  "map": "a map of a run's or a file's features, with near-duplicates and outliers: a page, a picture, tables",
   "export": "the encoder of a run, without the head, into folders that other libraries open; each is verified",
   "plan": "memory, time, collectives and chip-hours of a recipe on a TPU pod, compiled here without one",
   "transfer": "an encoder on a list of other data sets, linear and fine-tuned, beside the paper's table",
   "downstream": "all of it in a row over several seeds, a table and a figure of accuracy against labels",
   "import": "an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it",
   "data": "looks at a data set, turns it into sharded records, or measures how fast it can be read",
-  "recipes": "the recipes that ship with the package",
+  "recipes": "the recipes that ship with the package: what each costs and should score; with a NAME, all of its header",
+  "runs": "the runs below a folder beside each other: a table, and a page",
 }
 TRAINING = ("pretrain", "finetune", "distill", "transfer", "downstream")  # take a recipe and fill a folder
 
@@ -41,6 +45,13 @@ def parser() -> argparse.ArgumentParser:
       again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
       again.add_argument("--overwrite", action="store_true", help="delete the run in DIR and start again")
       sub.epilog = "--config.key=value changes one value of the recipe, e.g. --config.batch_size=512"
+    elif name == "quickstart":
+      sub.add_argument("folder", metavar="DIR", help="image files at any depth; labels are not needed")
+      sub.add_argument("--workdir", required=True, metavar="RUN", help="folder of the run")
+      sub.add_argument("--minutes", type=float, default=6.0, help="for everything, roughly (default: 6)")
+      again = sub.add_mutually_exclusive_group()
+      again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
+      again.add_argument("--overwrite", action="store_true", help="delete the run in RUN and start again")
     elif name == "data":
       _data_flags(sub)
     elif name == "plan":
@@ -70,11 +81,31 @@ def parser() -> argparse.ArgumentParser:
       sub.add_argument("--ema", action="store_true", help="take the moving averages ema_model/...")
     elif name == "export":
       _export_flags(sub)
-    elif name != "recipes":
+    elif name == "embed":
+      sub.add_argument("--encoder", required=True, metavar="DIR", help="a run, or a folder `simclr export` wrote")
+      sub.add_argument("--data", required=True, metavar="DATA", help="a data set such as folder:/my/images")
+      sub.add_argument("--output", required=True, metavar="FILE", help="ends in .npz, .parquet or .safetensors")
+      sub.add_argument("--data_dir", metavar="DIR", help="where prepared TensorFlow Datasets lie")
+      sub.add_argument("--images_per_part", type=int, default=2048, help="after so many the work is saved")
+      sub.add_argument("--overwrite", action="store_true", help="replace FILE")
+    elif name == "map":
+      what = sub.add_mutually_exclusive_group(required=True)
+      what.add_argument("--workdir", metavar="DIR", help="a run: its test images, or training images if it has none")
+      what.add_argument("--features", metavar="FILE", help="a file `simclr embed` wrote")
+      sub.add_argument("--step", type=int, help="checkpoint of the run to use (default: the newest)")
+      sub.add_argument("--output", metavar="DIR", help="folder to write to (default: map, in DIR or beside FILE)")
+      sub.add_argument("--images", type=int, default=10_000, help="at most so many, drawn by --seed (default: 10000)")
+      sub.add_argument("--seed", type=int, default=0)
+    elif name == "recipes":
+      sub.add_argument("name", nargs="?", default="", metavar="NAME", help="one recipe, such as smoke")
+    elif name == "runs":
+      sub.add_argument("folder", metavar="DIR", help="folder with runs in it")
+      sub.add_argument("--output", metavar="HTML", help="the page (default: DIR/runs.html)")
+    else:
       sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
       sub.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
       sub.epilog = "--config.key=value changes a value of the run's config, e.g. --config.evaluate.knn_k=200"
-    if name in ("pretrain", "finetune", "distill", "probe", "knn"):
+    if name in ("pretrain", "finetune", "distill", "probe", "knn", "embed"):
       several = sub.add_argument_group("several processes", "found by themselves on Cloud TPU, GKE, SLURM and Open MPI")
       several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
       several.add_argument("--num_processes", type=int, metavar="N")
@@ -127,10 +158,14 @@ def main(argv=None) -> int:
   overrides = [a for a in argv if a.startswith("--config.")]
   top = parser()
   flags = top.parse_args([a for a in argv if not a.startswith("--config.")])
-  if flags.command in ("export", "import", "recipes", "data") and overrides:
+  if flags.command in ("export", "import", "recipes", "data", "embed", "quickstart", "runs") and overrides:
     top.error(f"{overrides[0]}: {flags.command} takes no config values")
   try:
     code, message = _dispatch(flags, overrides), ""
+    sys.stdout.flush()
+  except BrokenPipeError:  # whoever read the output, `head` for instance, has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    code, message = 0, ""
   except KeyboardInterrupt:
     code, message = 130, "interrupted"
   except Exception as error:
@@ -183,8 +218,9 @@ def _dispatch(flags, overrides) -> int:
   from simclr_jax.runtime import config as config_lib
 
   if flags.command == "recipes":
-    for path in sorted(config_lib.recipe_folder().glob("[!_]*.py")):
-      print(f"{path.stem:20} {path.read_text().splitlines()[0].strip(chr(34))}")
+    from simclr_jax import recipes
+
+    recipes.run(flags.name)
     return 0
   # A wrong flag or value is reported before the seconds that importing JAX and TensorFlow take.
   config = config_lib.load(flags.config, overrides) if flags.command in (*TRAINING, "plan") else None
@@ -217,7 +253,8 @@ def _dispatch(flags, overrides) -> int:
   _import_tensorflow()
   if flags.command in TRAINING:
     program = importlib.import_module(f"simclr_jax.{flags.command}")
-    program.run(config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+    named = {"recipe": flags.config} if flags.command == "pretrain" else {}
+    program.run(config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite, **named)
   elif flags.command == "data":
     from simclr_jax import dataset
 
@@ -228,6 +265,25 @@ def _dispatch(flags, overrides) -> int:
 
     options = {key: value for key, value in vars(flags).items() if key not in ("command", "format")}
     exporting.run(formats=flags.format or ("orbax",), **options)
+  elif flags.command == "runs":
+    from simclr_jax import runs
+
+    runs.run(flags.folder, flags.output)
+  elif flags.command == "quickstart":
+    from simclr_jax import quickstart
+
+    options = {key: getattr(flags, key) for key in ("minutes", "resume", "overwrite")}
+    quickstart.run(flags.folder, flags.workdir, **options)
+  elif flags.command == "embed":
+    from simclr_jax import features
+
+    options = {key: getattr(flags, key) for key in ("data_dir", "images_per_part", "overwrite")}
+    features.run(flags.encoder, flags.data, flags.output, **options)
+  elif flags.command == "map":
+    from simclr_jax import map as map_program
+
+    options = {key: getattr(flags, key) for key in ("step", "output", "images", "seed")}
+    map_program.run(flags.workdir, flags.features, **options, overrides=overrides)
   elif flags.command == "import":
     from simclr_jax.importing import official
 

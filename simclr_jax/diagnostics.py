@@ -42,7 +42,7 @@ def verdict(numbers: dict) -> tuple[bool, str]:
   """(collapsed?, one plain sentence) from `summary`.
 
   Collapsed: the standard deviation of z is under a tenth of that of an even spread, or h has an effective rank under
-  2.  In trouble: under a half, an effective rank under a fiftieth of the dimensions, or most dimensions dead.
+  2.  In trouble: under a half, an effective rank under 5 or a fiftieth of the dimensions, or most dimensions dead.
   """
   std, even = numbers["embedding_std"], numbers["embedding_std_even"]
   rank_, d, dead = numbers["rank"], numbers["dimensions"], numbers["dead_dimensions"]
@@ -54,6 +54,6 @@ def verdict(numbers: dict) -> tuple[bool, str]:
       True,
       f"COLLAPSED: all images get nearly the same embedding ({facts}); lower the learning rate or raise the temperature",
     )
-  if std < 0.5 * even or rank_ < d / 50 or dead > d / 2:
+  if std < 0.5 * even or rank_ < max(5, d / 50) or dead > d / 2:
     return False, f"narrow: the embeddings use little of their space ({facts}); watch kNN, and collapse"
   return False, f"healthy: embeddings are spread out ({facts})"

@@ -22,11 +22,13 @@ class EvalSet:
   Sets that fit in CACHE_BYTES are decoded once and kept.
   """
 
-  def __init__(self, source, *, size: int, crop: float, batch_size: int, resize: str = "bicubic"):
+  def __init__(
+    self, source, *, size: int, crop: float, batch_size: int, resize: str = "bicubic", max_bad_fraction: float = 0.001
+  ):
     self.source = source
     self._size, self._crop, self._resize = size, crop, resize
-    self._batch_size = batch_size
-    self._cache = self._labels = None
+    self._batch_size, self._max_bad_fraction = batch_size, max_bad_fraction
+    self._cache = self._rows = self._seen = None
 
   def _transform(self, image):
     return augment.center_crop(image, size=self._size, proportion=self._crop, resize=self._resize)
@@ -36,21 +38,24 @@ class EvalSet:
     false in padding and unreadable rows."""
     if self._cache is not None:
       return iter(self._cache)
-    batches = data.eval_batches(
-      self.source,
-      self._transform,
-      batch_size=self._batch_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+    batches = self._noted(
+      data.eval_batches(
+        self.source,
+        self._transform,
+        batch_size=self._batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        max_bad_fraction=self._max_bad_fraction,
+      )
     )
     if len(self.source) * self._size**2 * 12 <= CACHE_BYTES:
       self._cache = list(batches)
       return iter(self._cache)
     return batches
 
-  def images(self, indices):
-    """float32 [m, size, size, 3] of single examples."""
-    return np.stack([np.asarray(self._transform(self.source.read(int(i)))) for i in indices])
+  def images(self, rows):
+    """float32 [m, size, size, 3] of single rows of the features."""
+    return np.stack([np.asarray(self._transform(self.source.read(int(i)))) for i in self.rows()[rows]])
 
   def pixels(self):
     """float32 [n, side * side * 3], or [n, side * side] if all is grey: the representation that everything must beat;
@@ -67,12 +72,31 @@ class EvalSet:
     grey = np.array_equal(red, x[:, 1::3]) and np.array_equal(red, x[:, 2::3])
     return red if grey else x
 
+  def _noted(self, batches):
+    """The batches, of which indices, labels and masks are kept: images need not be read again for them."""
+    seen = []
+    for batch in batches:
+      seen.append((np.stack([batch["index"], batch["label"]], 1), batch["mask"]))
+      yield batch
+    self._seen = seen
+
+  def _readable(self):
+    """int32 [2, n]: index in the source and label of every readable image; the first call is for all processes."""
+    if self._rows is None:
+      if self._seen is None:
+        for _ in self.batches():
+          pass
+      parts = [(cluster.gather_rows(rows), cluster.gather_rows(mask)) for rows, mask in self._seen]
+      self._rows = np.concatenate([rows[mask] for rows, mask in parts]).T
+    return self._rows
+
+  def rows(self):
+    """int32 [n]: which image of the source each row of the features is; unreadable ones have none."""
+    return self._readable()[0]
+
   def labels(self):
     """int32 [n]; -1 where there is none."""
-    if self._labels is None:
-      rows = [(cluster.gather_rows(b["label"]), cluster.gather_rows(b["mask"])) for b in self.batches()]
-      self._labels = np.concatenate([label[mask] for label, mask in rows])
-    return self._labels
+    return self._readable()[1]
 
 
 def eval_set(source, config, mesh, *, size=None, crop=None, resize=None) -> EvalSet:
@@ -83,6 +107,7 @@ def eval_set(source, config, mesh, *, size=None, crop=None, resize=None) -> Eval
     crop=crop or config.evaluate.crop,
     batch_size=-(-config.evaluate.batch_size // mesh.size) * mesh.size,
     resize=resize or config.augment.get("resize", "bicubic"),
+    max_bad_fraction=config.get("data", {}).get("max_bad_fraction", 0.001),
   )
 
 
@@ -145,4 +170,8 @@ class Run:
   def h(self, source):
     """(h float32 [n, d], labels int32 [n]) of all readable images of a source, BatchNorm in inference mode."""
     images = eval_set(source, self.config, self.mesh)
-    return embed(self._encode, self.variables, images, self.mesh), images.labels()
+    return self.encode(images), images.labels()
+
+  def encode(self, images: EvalSet):
+    """h float32 [n, d] of the readable images of a set."""
+    return embed(self._encode, self.variables, images, self.mesh)

@@ -287,6 +287,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
     )
     checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
     print(f"time {clock.text()}")
+  checkpoint.mark_complete(workdir, step)
   return {"state": state, "scores": scores, "workdir": workdir, "config": config}
 
 

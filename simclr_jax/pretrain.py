@@ -31,6 +31,7 @@ from simclr_jax import (
   optimizer,
   probe,
 )
+from simclr_jax import map as map_lib
 from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.runtime import checkpoint, cluster, data, loop, report
@@ -143,6 +144,7 @@ def chance_loss(config) -> float | None:
   return contrast.REDUCTIONS[config.loss.get("reduction", "mean")] * math.log(2 * config.batch_size - 1)
 
 
+ON_THE_MAP = 2000  # images of the page's map, at most
 WHERE = ("host", "device", "device_crop", "resident")
 CROP = ("size", "crop_sampler", "crop_area", "flip", "resize")
 
@@ -317,11 +319,15 @@ class Evaluation:
 
   def quick(self, state) -> dict:
     """What the loop shows now and then."""
-    if not self.num_classes:
-      part = embed.embed(self._apply, _variables(state), self.test, self._mesh)
-      return diagnostics.summary(part["h"], part["z"])
-    train, test = self.embed(state)
-    return {"knn": self.knn(train["h"], test["h"]), **diagnostics.summary(test["h"], test["z"])}
+    scores = {}
+    if self.num_classes:
+      train, test = self.embed(state)
+      scores["knn"] = self.knn(train["h"], test["h"])
+    else:
+      test = embed.embed(self._apply, _variables(state), self.test, self._mesh)
+    numbers = diagnostics.summary(test["h"], test["z"])
+    collapsed, verdict = diagnostics.verdict(numbers)
+    return {**scores, **numbers, "collapsed": float(collapsed), "verdict": verdict}
 
   def scores(self, name: str, train_x, test_x) -> dict:
     """One row of the table: kNN, linear evaluation with all labels, and with 10 labels a class."""
@@ -334,11 +340,12 @@ class Evaluation:
     }
 
 
-def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:
-  """Pretrains by `config` (see configs/) into `workdir`.
+def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recipe: str = "") -> dict:
+  """Pretrains by `config` (see configs/) into `workdir`; `recipe` is the name of the file that it came from, if any.
 
   Returns:
-    dict(state, scores, workdir): the trained state, the rows of the final table, and the folder.
+    dict(state, scores, workdir, page): the trained state, the rows of the final table, the folder, and the arguments of
+    `report.write_report` that made its page.
 
   Raises:
     ValueError: a mistake in the config or the data, on one line.
@@ -379,6 +386,15 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   views = np.asarray(jax.jit(augmentation(config)[1])(first))
   if not jax.process_index():
     checkpoint.write_text(workdir / "config.json", config_json)
+    changes = config_lib.difference(config_lib.load(recipe), config) if recipe else None
+    about = {
+      "program": "pretrain",
+      "recipe": recipe,
+      "changes": changes,
+      "total_steps": task.total_steps,
+      "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+    }
+    checkpoint.write_text(workdir / "run.json", json.dumps(about, indent=2))
     report.view_pairs_png(workdir / "views.png", views)
   _greet(config, config_json, workdir, mesh, train_source, abstract, task)
 
@@ -398,8 +414,9 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   clock.started = began
   with clock.phase("evaluate"):
     result = _conclude(config, workdir, task, evaluation, state, mesh)
-  _farewell(config, workdir, result, views, clock)
-  return {"state": state, "scores": result["scores"], "workdir": workdir}
+  page = {} if jax.process_index() else _farewell(config, workdir, result, views, clock, changes)
+  checkpoint.mark_complete(workdir, int(state.step))
+  return {"state": state, "scores": result["scores"], "workdir": workdir, "page": page}
 
 
 def _same_config(config, workdir):
@@ -467,14 +484,25 @@ def _conclude(config, workdir, task, evaluation, state, mesh) -> dict:
   step = int(state.step)
   if not jax.process_index():
     kept = model_lib.keep_encoder(state)
+    numbers |= {"collapsed": collapsed, "verdict": verdict}
     checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
+    out["map"] = _map(evaluation.test, test["h"], config.seed)
     exporting.write(workdir / "encoder", kept, config, scores=scores, step=step, overwrite=True)
   return out
 
 
-def _farewell(config, workdir, result, views, clock):
-  if jax.process_index():
-    return
+def _map(images: embed.EvalSet, h, seed: int) -> dict | None:
+  """What the page shows of h [n, d] in the plane."""
+  if len(h) < 4:
+    return None
+  rows = np.sort(data.permutation(seed, 0, len(h))[:ON_THE_MAP])
+  source, index = images.source, images.rows()[rows]
+  names = [source.name(int(i)) for i in index]
+  labels = images.labels()[rows] if source.num_classes else None
+  return map_lib.chart(h[rows], map_lib.thumbnails(source, index), names, labels, source.class_names, seed=seed)
+
+
+def _farewell(config, workdir, result, views, clock, changes) -> dict:
   files = {
     str(workdir / "encoder"): "the encoder f, ready to load; the head is not in it",
     str(workdir / "checkpoints"): "to resume from",
@@ -488,8 +516,7 @@ def _farewell(config, workdir, result, views, clock):
   if best:
     h, raw = best["SimCLR h"], best["raw pixels"]
     summary += f" kNN on h {100 * h['knn']:.1f} % (raw pixels {100 * raw['knn']:.1f} %), linear {100 * h['linear']:.1f} % ({100 * raw['linear']:.1f} %)."
-  report.write_report(
-    workdir / "report.html",
+  page = dict(
     title=f"SimCLR on {config.data.train.partition(':')[0]}",
     summary=summary,
     scores=result["scores"],
@@ -504,7 +531,10 @@ def _farewell(config, workdir, result, views, clock):
     verdict=result["verdict"],
     healthy=not result["collapsed"],
     seconds=dict(clock.seconds),
+    map_of_images=result["map"],
+    changes=changes,
   )
+  report.write_report(workdir / "report.html", **page)
   print()
   if best:
     print(report.score_table(result["scores"]))
@@ -514,3 +544,4 @@ def _farewell(config, workdir, result, views, clock):
   for path, what in files.items():
     print(f"  {path}  {what}")
   print(f"  {workdir / 'report.html'}  the page to look at\n\nLoad the encoder:\n\n{snippet}", flush=True)
+  return page

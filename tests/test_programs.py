@@ -18,7 +18,8 @@ import tiny
 
 import simclr_jax
 from simclr_jax import __main__ as cli
-from simclr_jax import embed, exporting, knn, model, pretrain, probe
+from simclr_jax import embed, exporting, knn, model, pretrain, probe, runs
+from simclr_jax import map as map_lib
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -33,7 +34,7 @@ def finished(tmp_path_factory):
   config = tiny.config(
     **{"data.train": spec, "data.test": spec, "evaluate.every_steps": 2, "checkpoint.every_steps": 2}
   )
-  return folder / "work", pretrain.run(config, folder / "work")
+  return folder / "work", pretrain.run(config, folder / "work", recipe="smoke")
 
 
 def test_pretrain_leaves_everything(finished):
@@ -51,6 +52,29 @@ def test_pretrain_leaves_everything(finished):
     "SimCLR h",
   ]
   html.parser.HTMLParser().feed((workdir / "report.html").read_text())
+
+
+def test_the_page_has_map_accuracies_changes_and_the_folder_is_marked(finished):
+  workdir, _ = finished
+  page = (workdir / "report.html").read_text()
+  for heading in ("Map", "Accuracy per class", "Time budget", "Config", "Load the encoder"):
+    assert f"<h2>{heading}</h2>" in page
+  assert '<th scope="col">recipe</th>' in page and "<code>batch_size</code>" in page
+  assert (workdir / "COMPLETE").read_text() == "step 4\n"
+  rows = metrics_lib.read(workdir)
+  verdicts = [row["verdict"] for row in rows if "verdict" in row]
+  assert len(verdicts) == 2 and verdicts[-1] == json.loads((workdir / "scores.json").read_text())["verdict"]
+  assert [row["seconds"] for row in rows if "seconds" in row] == sorted(
+    row["seconds"] for row in rows if "seconds" in row
+  )
+  (found,) = runs.find(workdir.parent)
+  assert found.complete and found.recipe == "smoke" and (found.step, found.total) == (4, 4)
+
+
+def test_map_of_a_run(finished, capsys):
+  workdir, _ = finished
+  found = map_lib.run(workdir, images=40, output=workdir.parent / "map")
+  assert len(found["names"]) == 40 and (workdir.parent / "map/map.html").exists()
 
 
 def test_knn_program_agrees_with_the_run(finished, capsys, monkeypatch):

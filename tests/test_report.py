@@ -82,6 +82,15 @@ def full_arguments(folder):
     confusion=np.array([[8, 2], [1, 9]]),
     class_names=["cat", "dog"],
     seconds={"compile": 20.0, "train": 3600.0},
+    changes=[("batch_size", 128, 512)],
+    map_of_images=dict(
+      note="A note.",
+      views={"neighbours": rng.normal(size=(6, 2)), "PCA": rng.normal(size=(6, 2))},
+      pictures=rng.integers(0, 256, (6, 16, 16, 3), np.uint8),
+      names=[f"folder/{i}.png" for i in range(6)],
+      labels=np.array([0, 1, 0, 1, 0, -1]),
+      class_names=["cat", "dog"],
+    ),
   )
 
 
@@ -104,10 +113,11 @@ def test_the_page_is_well_formed_and_self_contained(tmp_path):
   for reference in references:
     assert reference.startswith("data:") or reference.removeprefix("#") in ids
   assert not re.search(r"https?:|url\(|@import|srcset|<iframe|<object", text)
+  assert "batch_size128512" in page.texts("tr")
   assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
   assert page.texts("h2") == [
-    *("Scores", "Curves", "View pairs", "Nearest neighbours", "Confusion matrix", "Time budget"),
-    *("Load the encoder", "Files", "Config"),
+    *("Scores", "Map", "Curves", "View pairs", "Nearest neighbours", "Accuracy per class", "Confusion matrix"),
+    *("Time budget", "Load the encoder", "Files", "Config"),
   ]
   assert page.all("table") and text.count("<table") == text.count('<div class="scroll"><table')
   assert not list(tmp_path.glob(".*")), "a partial file stayed behind"
@@ -120,11 +130,13 @@ def test_a_missing_section_leaves_no_heading(tmp_path):
   everything = full_arguments(tmp_path)
   for gone, heading in [
     *(("scores", "Scores"), ("history", "Curves"), ("views", "View pairs"), ("seconds", "Time budget")),
-    *(("neighbours", "Nearest neighbours"), ("confusion", "Confusion matrix"), ("snippet", "Load the encoder")),
-    *(("files", "Files"), ("config", "Config")),
+    *(("neighbours", "Nearest neighbours"), ("snippet", "Load the encoder"), ("files", "Files")),
+    ("map_of_images", "Map"),
   ]:
     page = Page(write(tmp_path, **{k: v for k, v in everything.items() if k != gone}))
-    assert heading not in page.texts("h2") + page.texts("a") and len(page.texts("h2")) == 8
+    assert heading not in page.texts("h2") + page.texts("a") and len(page.texts("h2")) == 10
+  page = Page(write(tmp_path, **{k: v for k, v in everything.items() if k not in ("confusion", "config", "changes")}))
+  assert not {"Accuracy per class", "Confusion matrix", "Config"} & set(page.texts("h2"))
   assert "Curves" not in Page(write(tmp_path, history=[dict(step=1), dict(step=2, note="x")])).texts("h2")
 
 
@@ -279,11 +291,41 @@ def test_a_confusion_matrix_shows_shares_and_hides_counts_in_hints(tmp_path):
     ("cat taken for eel: 0", None, ""),
   ]
   assert cells[4] == ("dog: 999 right", "hit", "100") and cells[8] == ("eel: 0 right", None, "")
-  assert "99.7 % of 1,010 images are right" in page.texts("p")[0]
+  assert "99.7 % of 1,010 images are right" in page.texts("p")[1]
   many = np.eye(50, dtype=int) * 10
   many[3, 7] = 30
   page = Page(write(tmp_path, confusion=many))
-  assert page.texts("td") == ["3", "7", "30", "75.0 %"]
+  assert page.texts("td")[-4:] == ["3", "7", "30", "75.0 %"]
+
+
+def test_classes_stand_worst_first(tmp_path):
+  page = Page(write(tmp_path, confusion=np.array([[8, 2, 0], [4, 6, 0], [0, 0, 0]]), class_names=["cat", "dog", "eel"]))
+  rows = [text for text in page.texts("tr") if text.startswith(("cat", "dog", "eel"))][:2]
+  assert rows == ["dog60.010", "cat80.010"]  # no eel was shown
+  many = np.eye(50, dtype=int) * 10
+  many[3, 7] = 30
+  text = write(tmp_path, confusion=many)
+  assert "The ten worst and the ten best of 50 classes" in text and Page(text).texts("tr")[1] == "325.040"
+
+
+def test_pieces_of_other_pages_are_escaped_and_well_formed(tmp_path):
+  evil = "<b onclick='x'>&"
+  picture = rng.integers(0, 256, (20, 20, 3), np.uint8)
+  histories = {evil: [dict(step=1, loss=2.0), dict(step=9, loss=1.0)], "b": [dict(step=3, loss=1.5, knn=0.5)]}
+  sections = [
+    ("pairs", "Pairs", report.pairs([(picture, picture, f"{evil}\nsecond line")], evil)),
+    ("gallery", "Gallery", report.gallery([(picture, evil)], evil)),
+    ("facts", "Facts", report.facts([(evil, evil, evil), ("a", "b")]) + report.note(evil)),
+    ("grid", "Grid", report.grid([evil, "n"], [[evil, "1"]], numeric=(1,))),
+    ("overlays", "Overlays", report.overlays(histories, ("loss", "knn", "rank"))),
+    ("none", "None", ""),
+  ]
+  report.write_page(tmp_path / "page.html", title=evil, summary=evil, sections=sections)
+  text = (tmp_path / "page.html").read_text()
+  page = Page(text)
+  assert not page.all("b") and page.texts("h2") == ["Pairs", "Gallery", "Facts", "Grid", "Overlays"]
+  assert len(page.all("img")) == 3 and f"{evil}: 1" in page.texts("title")
+  assert page.texts("h1") == [evil] and len(page.all("svg")) == 2  # nobody logged a rank
 
 
 def test_time_and_files(tmp_path):

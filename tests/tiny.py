@@ -1,8 +1,11 @@
 """The smallest real run: a ResNet-18 a sixteenth as wide, on 96 Fashion-MNIST images."""
 
+import jax
 import ml_collections
 import numpy as np
 
+from simclr_jax import exporting
+from simclr_jax.encoder import resnet
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import data
 
@@ -38,6 +41,21 @@ def source(count=96, labelled=True):
   images = np.stack([full.read(i) for i in range(count)])
   labels = full.labels[:count] if labelled else None
   return data.ArraySource(images, labels, class_names=full.class_names if labelled else (), title="tiny")
+
+
+def export(path):
+  """The export of an encoder with random weights, made without compiling anything; returns the folder."""
+  c, rng = config(), np.random.default_rng(0)
+  shapes = jax.eval_shape(resnet(**c.encoder).init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
+
+  def draw(path, leaf):
+    name = path[-1].key
+    if name == "kernel":
+      return rng.normal(size=leaf.shape, scale=np.prod(leaf.shape[:-1]) ** -0.5).astype(np.float32)
+    return np.full(leaf.shape, float(name in ("scale", "var")), np.float32)
+
+  variables = jax.tree_util.tree_map_with_path(draw, shapes)
+  return exporting.write(path, variables, c, scores={}, step=0)
 
 
 def npz(path, count=96):

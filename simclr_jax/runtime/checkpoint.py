@@ -283,6 +283,12 @@ def read_config(workdir) -> str:
   return path.read_text()
 
 
+def mark_complete(workdir, step: int):
+  """Leaves a file COMPLETE in a run's folder: everything that the run was to do and write is there."""
+  if not jax.process_index():
+    write_text(absolute(workdir) / "COMPLETE", f"step {step}\n")
+
+
 def write_text(path, text: str):
   """Writes a whole file or nothing."""
   path = epath.Path(path)

@@ -46,7 +46,8 @@ FASHION_CLASSES = (
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 MAX_PIXELS = 64_000_000
 SPECS = (
-  "fashion:SPLIT, textures:SPLIT, textures64:SPLIT, npz:FILE[:SPLIT], folder:PATH, tfds:NAME[/CONFIG][:SPLIT],"
+  "fashion:SPLIT, textures:SPLIT, textures64:SPLIT, npz:FILE[:SPLIT], folder:PATH, files:PATH,"
+  " tfds:NAME[/CONFIG][:SPLIT],"
   " or tfrecord:, array_record:, webdataset: or parquet: with a folder or pattern of shards"
 )
 
@@ -162,6 +163,13 @@ def _exif_orientation(tiff: bytes) -> int:
 
 def _decode_jpeg(data: bytes, orientation: int) -> np.ndarray:
   tf = _tensorflow()
+  if b"\xff\xd9" not in data[-1024:]:  # cut off; TensorFlow would find out too, but writes to stderr that it did
+    from PIL import Image
+
+    try:
+      Image.open(io.BytesIO(data), formats=("JPEG",)).load()
+    except Exception as error:
+      raise BadImage(f"broken jpeg: {_one_line(error)}") from error
   try:
     # libjpeg-turbo by way of TensorFlow: nearly twice Pillow's speed, without the interpreter's lock, CMYK handled.
     pixels = np.asarray(tf.io.decode_jpeg(data, channels=3))
@@ -362,18 +370,8 @@ class FolderSource(Source):
     loose, folders = _scan_folder(self._root)
     self._files, labels = [], []
     for label, folder in enumerate(folders):
-      files, pending = [], [folder]
-      seen = {os.path.realpath(os.path.join(self._root, folder))}
-      while pending:
-        here = pending.pop()
-        found, below = _scan_folder(os.path.join(self._root, here))
-        files += [os.path.join(here, file) for file in found]
-        for sub in (os.path.join(here, sub) for sub in below):
-          target = os.path.realpath(os.path.join(self._root, sub))
-          if target not in seen:  # a link may point at one of its parents
-            seen.add(target)
-            pending.append(sub)
-      self._files += sorted(files)
+      files = _below(self._root, folder)
+      self._files += files
       labels += [label] * len(files)
     if self._files and loose:
       raise ValueError(
@@ -405,6 +403,36 @@ class FolderSource(Source):
         return file.read(), -1 if self._labels is None else int(self._labels[i])
     except OSError as error:
       raise BadImage(error.strerror or str(error)) from error
+
+
+def _below(root: str, folder: str) -> list[str]:
+  """Sorted paths, from root, of the image files at any depth below a folder of it."""
+  files, pending = [], [folder]
+  seen = {os.path.realpath(os.path.join(root, folder))}
+  while pending:
+    here = pending.pop()
+    found, below = _scan_folder(os.path.join(root, here))
+    files += [os.path.join(here, file) for file in found]
+    for sub in (os.path.join(here, sub) for sub in below):
+      target = os.path.realpath(os.path.join(root, sub))
+      if target not in seen:  # a link may point at one of its parents
+        seen.add(target)
+        pending.append(sub)
+  return sorted(files)
+
+
+class FilesSource(FolderSource):
+  """Every image file at any depth below a folder, in sorted order, without labels; hidden folders are left out."""
+
+  def __init__(self, path: str):
+    self._root = os.path.abspath(os.path.expanduser(path))
+    if not os.path.isdir(self._root):
+      raise ValueError(f"files:{path}: there is no folder {self._root}; give the path of a folder of images")
+    self._files, self._labels = _below(self._root, ""), None
+    if not self._files:
+      raise ValueError(
+        f"files:{path}: no image in or below {self._root}; expected files ending in {' '.join(IMAGE_SUFFIXES)}"
+      )
 
 
 def _scan_folder(path: str) -> tuple[list[str], list[str]]:
@@ -698,6 +726,7 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
   npz:FILE[:SPLIT]        uint8 arrays `images` or `x`, optionally `labels` or `y`; with SPLIT: `SPLIT_images`,
                           `x_SPLIT`, ... and likewise for labels
   folder:PATH             image files, labelled by sub-folder or not at all; see FolderSource
+  files:PATH              image files at any depth, without labels; see FilesSource
   tfds:NAME[/CONFIG][:SPLIT]  any prepared TensorFlow Datasets set with an image, e.g. tfds:imagenet2012:train[:10%];
                           looked for in data_dir, else in $TFDS_DATA_DIR, else in ~/tensorflow_datasets
   tfrecord:SHARDS, array_record:SHARDS, webdataset:SHARDS, parquet:SHARDS
@@ -711,7 +740,12 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
     if rest not in ("train", "test"):
       raise ValueError(f"{spec!r} names no split of {kind}: use {kind}:train or {kind}:test")
     return _embedded_fashion(rest) if kind == "fashion" else _texture_split(rest, 64 if kind == "textures64" else 32)
-  openers = {"npz": _npz, "folder": FolderSource, "tfds": functools.partial(TfdsSource, data_dir=data_dir)}
+  openers = {
+    "npz": _npz,
+    "folder": FolderSource,
+    "files": FilesSource,
+    "tfds": functools.partial(TfdsSource, data_dir=data_dir),
+  }
   if rest and kind in ("tfrecord", "array_record", "webdataset", "parquet"):
     from simclr_jax.runtime import shards
 
@@ -1053,8 +1087,11 @@ def eval_batches(
   process_count: int = 1,
   max_bad_fraction: float = 0.001,
   workers: int | None = None,
+  begin: int = 0,
+  end: int | None = None,
 ) -> Iterator[dict]:
-  """Every image once, in order; of every batch each process reads its rows, as in `train_stream`.
+  """Every image from `begin` to before `end` (default: all) once, in order; of every batch each process reads its rows,
+  as in `train_stream`.
 
   Args:
     transform: a TensorFlow function, image uint8 [h, w, 3] -> tensor.
@@ -1073,8 +1110,10 @@ def eval_batches(
   if batch_size % process_count:
     raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes: use a multiple")
   rows = batch_size // process_count
-  places = np.arange(-(-len(source) // batch_size) * batch_size).reshape(-1, process_count, rows)[:, process_index]
-  wanted = np.minimum(places, len(source) - 1)
+  end = len(source) if end is None else end
+  places = begin + np.arange(-(-(end - begin) // batch_size) * batch_size)
+  places = places.reshape(-1, process_count, rows)[:, process_index]
+  wanted = np.minimum(places, end - 1)
   no_seed = np.zeros((rows, 2), np.int32)
   batches = Stream(
     reader,
@@ -1085,7 +1124,7 @@ def eval_batches(
     workers,
   )
   for index, place, batch in zip(wanted, places, batches, strict=True):
-    padding = place >= len(source)
+    padding = place >= end
     batch = {"image": batch["views"], "label": batch["label"], "index": index.astype(np.int32), "read": batch["index"]}
     batch["mask"] = (batch["index"] == batch.pop("read")) & ~padding
     for key in ("index", "label"):

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,7 +28,8 @@ Batch = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """`run(state)` -> {name: number}, every `every` steps (0: never) and after the last one."""
+  """`run(state)` -> {name: number or a line of text, which is shown}, every `every` steps (0: never) and after the last
+  one."""
 
   run: Callable[[State], dict]
   every: int
@@ -211,6 +213,7 @@ def run(
       row["data_wait"] = spent.get("data", 0.0) / busy
     row["epoch"] = step * task.batch_size / task.num_examples
     row["goodput"] = clock.goodput()
+    row["seconds"] = writer.seconds_before + time.monotonic() - clock.started
     row.update(constants)
     writer.scalars(step, row)
     progress.update(step, row, eta(step))
@@ -271,6 +274,8 @@ def run(
           row.update(evaluator.run(state))
     if row:
       writer.scalars(step, row)
+      for text in (value for value in row.values() if isinstance(value, str)):
+        progress.note(text)
       progress.update(step, row, eta(step))
     stop = stop or bool(signals.received)  # it may have come while evaluating
     if step == task.total_steps or (checkpoint_every and step % checkpoint_every == 0) or stop:

@@ -46,11 +46,13 @@ class Writer:
     self._path = epath.Path(workdir) / "metrics.jsonl"
     self._active = jax.process_index() == 0
     self._board = None
+    self.seconds_before = 0.0  # that the rows before this start had taken
     if self._active:
       from clu.metric_writers import SummaryWriter  # imports TensorFlow, and wants the tensorboard package
 
       self._board = SummaryWriter(str(workdir))
       self.rewind(resume_step)
+      self.seconds_before = max((row.get("seconds", 0.0) for row in read(workdir)), default=0.0)
 
   def rewind(self, step: int):
     """Drops the rows past a step: they belong to updates that are about to be made again."""
@@ -59,12 +61,13 @@ class Writer:
       self._path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
   def scalars(self, step: int, row: dict):
-    """One row of finite numbers; a value that is not finite is written as null."""
+    """One row of numbers and lines of text; a number that is not finite is written as null."""
     if not self._active:
       return
-    clean = {k: (float(v) if math.isfinite(v) else None) for k, v in row.items()}
+    text = {k: v for k, v in row.items() if isinstance(v, str)}
+    clean = {k: (float(v) if math.isfinite(v) else None) for k, v in row.items() if k not in text}
     with self._path.open("a") as file:
-      file.write(json.dumps({"step": step, **clean}) + "\n")
+      file.write(json.dumps({"step": step, **clean, **text}) + "\n")
     self._board.write_scalars(step, {k: v for k, v in clean.items() if v is not None})
 
   def close(self):

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from simclr_jax.runtime import scatter
+
 # --------------------------------------------------------------------------------------------------- pictures
 
 SMALLEST_SIDE = 84  # a view is enlarged by a whole factor to at least this many pixels: 28 → 84, 32 → 96
@@ -48,7 +50,7 @@ def view_pairs_png(path, views, *, columns=8, zoom=None):
     sheet[y : y + cell_h, x : x + cell_w] = INK
     sheet[y + FRAME :, x + FRAME :][:h, :w] = first
     sheet[y + FRAME :, x + w + 2 * FRAME :][:h, :w] = second
-  _write(path, _encode(sheet, "PNG"))
+  write_file(path, _encode(sheet, "PNG"))
 
 
 def neighbours_png(path, queries, neighbours, same_label=None):
@@ -71,7 +73,7 @@ def neighbours_png(path, queries, neighbours, same_label=None):
       unknown = j == 0 or same_label is None
       sheet[y : y + cell_h, x : x + cell_w] = INK if unknown else SAME if same_label[i, j - 1] else OTHER
       sheet[y + FRAME :, x + FRAME :][:h, :w] = neighbours[i, j - 1] if j else queries[i]
-  _write(path, _encode(sheet, "PNG"))
+  write_file(path, _encode(sheet, "PNG"))
 
 
 def _pixels(images):
@@ -123,7 +125,7 @@ def _encode(image, kind):
   return buffer.getvalue()
 
 
-def _write(path, data):
+def write_file(path, data):
   """All of the file or none of it: a reader, or a run that is killed, never meets half a page."""
   path = Path(path)
   partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -212,6 +214,10 @@ def write_report(
   verdict=None,
   healthy=None,
   seconds=None,
+  map_of_images=None,
+  changes=None,
+  intro=(),
+  findings=(),
 ):
   """Writes the page to `path`, replacing it in one move. A section whose data is empty or None is left out.
 
@@ -231,20 +237,32 @@ def write_report(
   class_names:     c names; without them classes are numbered.
   verdict:         one line on the health of the representation; healthy: True or False colours it.
   seconds:         {phase: seconds}, the time budget.
+  map_of_images:   dict(note, and the arguments of `scatter.piece`).
+  changes:         [(key, value in the recipe, value in this run)].
+  intro, findings: further sections, at the top and after the map: (id, heading, HTML), such as `facts`, `pairs` and
+                   `gallery` make.
   Raises ValueError where the shapes of views, neighbours, confusion and class_names don't fit.
   """
-  path = Path(path)
   sections = [  # id, heading, body ("" = left out)
+    *intro,
     ("scores", "Scores", _scores_html(scores)),
+    ("map", "Map", _map_html(map_of_images)),
+    *findings,
     ("curves", "Curves", _curves_html(history)),
     ("views", "View pairs", _views_html(views)),
     ("neighbours", "Nearest neighbours", _neighbours_html(neighbours)),
+    ("classes", "Accuracy per class", _classes_html(confusion, class_names)),
     ("confusion", "Confusion matrix", _confusion_html(confusion, class_names)),
     ("time", "Time budget", _seconds_html(seconds)),
     ("load", "Load the encoder", _snippet_html(snippet)),
-    ("files", "Files", _files_html(files, path)),
-    ("config", "Config", _config_html(config)),
+    ("files", "Files", _files_html(files, Path(path))),
+    ("config", "Config", _changes_html(changes) + _config_html(config)),
   ]
+  write_page(path, title=title, summary=summary, sections=sections, verdict=verdict, healthy=healthy)
+
+
+def write_page(path, *, title, summary, sections, verdict=None, healthy=None):
+  """Writes a page of `sections`, (id, heading, HTML), to `path` in one move; one without HTML is left out."""
   sections = [section for section in sections if section[2]]
   mood = {True: "good", False: "bad"}.get(healthy, "plain")
   page = [
@@ -252,7 +270,7 @@ def write_report(
     '<meta name="viewport" content="width=device-width, initial-scale=1">',
     f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
     '<link rel="icon" href="data:,">',  # or a browser asks the server for /favicon.ico
-    f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<header>",
+    f"<title>{_text(title)}</title>\n<style>{STYLE}{scatter.STYLE}</style>\n</head>\n<body>\n<header>",
     f"<h1>{_text(title)}</h1>",
     f'<p class="summary">{_text(summary)}</p>' if summary else "",
     f'<p class="verdict {mood}">{_text(verdict)}</p>' if verdict else "",
@@ -261,7 +279,7 @@ def write_report(
     *(f'<section id="{name}">\n<h2>{heading}</h2>\n{body}\n</section>' for name, heading, body in sections),
     "</main>\n</body>\n</html>\n",
   ]
-  _write(path, "\n".join(part for part in page if part).encode("utf-8", "replace"))
+  write_file(Path(path), "\n".join(part for part in page if part).encode("utf-8", "replace"))
 
 
 def _text(value):
@@ -337,6 +355,62 @@ def _neighbours_html(arguments):
   return _note(note) + '<div class="neighbours">\n' + "\n".join(rows) + "\n</div>"
 
 
+def _map_html(arguments):
+  if not arguments:
+    return ""
+  arguments = dict(arguments)
+  return _note(_text(arguments.pop("note"))) + scatter.piece(**arguments)
+
+
+def pairs(rows, note):
+  """HTML of pairs of pictures that belong together; rows: (uint8 [h, w, 3], uint8 [h, w, 3], caption)."""
+  cells = [
+    f'<figure><span class="pair">{_img(a, "first")}{_img(b, "second")}</span><figcaption>{_lines(caption)}</figcaption></figure>'
+    for a, b, caption in rows
+  ]
+  return _note(_text(note)) + '<div class="gallery wide">\n' + "\n".join(cells) + "\n</div>"
+
+
+def gallery(rows, note):
+  """HTML of pictures with captions; rows: (uint8 [h, w, 3], caption)."""
+  cells = [f"<figure>{_img(a, 'image')}<figcaption>{_lines(caption)}</figcaption></figure>" for a, caption in rows]
+  return _note(_text(note)) + '<div class="gallery">\n' + "\n".join(cells) + "\n</div>"
+
+
+def facts(rows):
+  """HTML of a table; rows: (what, value), or (what, value, why)."""
+  body = []
+  for what, value, *why in rows:
+    small = f"<small>{_text(why[0])}</small>" if why else ""
+    body.append(f'<tr><th scope="row">{_text(what)}</th><td>{_text(value)}{small}</td></tr>')
+  return _table(body, kind="facts")
+
+
+def grid(head, rows, numeric=()):
+  """HTML of a table; head: texts, rows: lists of texts; columns of these numbers are set as numbers."""
+  cells = [
+    f'<tr><th scope="row">{_text(row[0])}</th>'
+    + "".join(f"<td{_number_class(j, numeric)}>{_text(cell)}</td>" for j, cell in enumerate(row[1:], 1))
+    + "</tr>"
+    for row in rows
+  ]
+  heads = "".join(f'<th scope="col"{_number_class(j, numeric)}>{_text(text)}</th>' for j, text in enumerate(head))
+  return _table(cells, heads, "grid")
+
+
+def _number_class(column, numeric):
+  return ' class="number"' if column in numeric else ""
+
+
+def note(text):
+  """HTML of a paragraph in small print."""
+  return _note(_text(text))
+
+
+def _lines(caption):
+  return "<br>".join(_text(line) for line in str(caption).splitlines())
+
+
 def _img(pixels, name):
   """An image element with its picture inside: exact if small (the page enlarges it), else a JPEG of ≤ 128 px."""
   if max(pixels.shape[:2]) <= 64:
@@ -350,9 +424,7 @@ def _img(pixels, name):
   return f'<img{pixelated} alt="{name}" title="{name}" src="{source}">'
 
 
-def _confusion_html(confusion, class_names):
-  if confusion is None or not np.size(confusion):
-    return ""
+def _checked_confusion(confusion, class_names):
   confusion = np.asarray(confusion)
   c = len(confusion)
   names = [str(name) for name in (range(c) if class_names is None else class_names)]
@@ -361,7 +433,14 @@ def _confusion_html(confusion, class_names):
       f"confusion has shape {list(confusion.shape)} and there are {len(names)} class names, expected [c, c] "
       "and c: pass counts, rows the true class, and one name a class"
     )
-  images = confusion.sum()
+  return confusion, names
+
+
+def _confusion_html(confusion, class_names):
+  if confusion is None or not np.size(confusion):
+    return ""
+  confusion, names = _checked_confusion(confusion, class_names)
+  c, images = len(confusion), confusion.sum()
   share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
   note = f"{_percent(np.trace(confusion) / max(images, 1))} % of {int(images):,} images are right. "
   if c > 32:
@@ -383,6 +462,40 @@ def _confusion_html(confusion, class_names):
       cells.append(f'<td title="{hint}"{shade}>{shown}</td>')
     rows.append(f'<tr><th scope="row">{_text(names[i])}</th>{"".join(cells)}</tr>')
   return _note(note) + _table(rows, head, "confusion")
+
+
+def _classes_html(confusion, class_names):
+  """Share of each class that is right, worst first; of many classes the ten worst and the ten best."""
+  if confusion is None or not np.size(confusion):
+    return ""
+  confusion, names = _checked_confusion(confusion, class_names)
+  images = confusion.sum(1)
+  share = np.diag(confusion) / np.maximum(images, 1)
+  order = [i for i in np.argsort(share, kind="stable") if images[i]]
+  if len(order) > 32:
+    order = order[:10] + order[-10:]
+  rows = [
+    f'<tr><th scope="row">{_text(names[i])}</th><td class="number">{_percent(share[i])}</td>'
+    f'<td class="number">{int(images[i]):,}</td><td class="meter"><i style="width:{100 * share[i]:.1f}%"></i></td></tr>'
+    for i in order
+  ]
+  many = f"The ten worst and the ten best of {len(images)} classes. " if len(images) > 32 else "Worst first. "
+  head = "".join(f'<th scope="col">{name}</th>' for name in ("class", "right, %", "images", ""))
+  return _note(f"{many}By a vote of the nearest neighbours in h.") + _table(rows, head, "classes")
+
+
+def _changes_html(changes):
+  if changes is None:
+    return ""
+  if not changes:
+    return _note("Every value is the recipe's.")
+  rows = [
+    f'<tr><th scope="row"><code>{_text(key)}</code></th><td><code>{_text(repr(before))}</code></td>'
+    f"<td><code>{_text(repr(now))}</code></td></tr>"
+    for key, before, now in changes
+  ]
+  head = "".join(f'<th scope="col">{name}</th>' for name in ("changed", "recipe", "this run"))
+  return _table(rows, head, "changes")
 
 
 def _worst_confusions(confusion, share, names):
@@ -510,7 +623,7 @@ def _curves_html(history):
   keys = dict.fromkeys(CURVES) | dict.fromkeys(key for row in rows for key in row)
   known, further = [], []
   for key in keys:
-    if key in ("step", "epoch", "chance_loss"):
+    if key in ("step", "epoch", "chance_loss", "seconds"):
       continue
     logged = {row["step"]: row[key] for row in rows if _number(row.get(key))}
     points = sorted((step, value) for step, value in logged.items() if _finite(value))
@@ -535,6 +648,55 @@ def _curves_html(history):
     body += "<details><summary>Everything else that was logged</summary>\n"
     body += '<div class="panels">\n' + "\n".join(further) + "\n</div></details>"
   return body
+
+
+def overlays(histories, keys):
+  """HTML of a panel a key with the curves of several runs; histories: {name: rows as of metrics.jsonl}."""
+  colours = dict(zip(histories, scatter.colours(len(histories)), strict=True))
+  panels = []
+  for key in keys:
+    heading, unit, _ = CURVES.get(key, (key, "number", False))
+    curves = {}
+    for name, history in histories.items():
+      points = sorted((row["step"], row[key]) for row in history if _finite(row.get("step")) and _finite(row.get(key)))
+      if points:
+        curves[name] = tuple(np.array(axis, float) for axis in zip(*points, strict=True))
+    if curves:
+      panels.append(_overlay(heading, unit, curves, colours))
+  if not panels:
+    return ""
+  legend = "".join(f'<span><i style="background:{colour}"></i>{_text(name)}</span>' for name, colour in colours.items())
+  return f'<div class="names">{legend}</div>\n<div class="panels">\n' + "\n".join(panels) + "\n</div>"
+
+
+def _overlay(heading, unit, curves, colours):
+  """curves: {name: (steps [n], values [n])}, sorted, finite."""
+  values = np.concatenate([v for _, v in curves.values()])
+  low, high = float(values.min()), float(values.max())
+  if high - low < 0.01 * (max(abs(low), abs(high)) or 1.0):
+    low, high = low - 0.005 * (abs(low) or 1.0), high + 0.005 * (abs(high) or 1.0)
+  ticks = _ticks(low, high)
+  low, high = min(low, ticks[0]), max(high, ticks[-1])
+  last = max(float(steps[-1]) for steps, _ in curves.values()) or 1.0
+
+  def y(value):
+    return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+  svg = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(heading)} against steps">']
+  for tick in ticks:
+    svg.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
+    svg.append(f'<text class="y" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}">{_tick_text(tick, unit)}</text>')
+  for step, anchor in ((0, "start"), (last, "end")):
+    x = LEFT + step / last * (WIDTH - LEFT - RIGHT)
+    svg.append(f'<text style="text-anchor:{anchor}" x="{x:.1f}" y="{HEIGHT - 5}">{_short(step)}</text>')
+  for name, (steps, values) in curves.items():
+    steps, values = downsample(steps, values, 200)
+    points = " ".join(
+      f"{LEFT + a / last * (WIDTH - LEFT - RIGHT):.1f},{y(b):.1f}" for a, b in zip(steps, values, strict=True)
+    )
+    hint = f"<title>{_text(name)}: {_value_text(values[-1], unit)}</title>"
+    svg.append(f'<polyline class="curve" style="stroke:{colours[name]}" points="{points}">{hint}</polyline>')
+  return f"<figure><figcaption><span>{_text(heading)}</span></figcaption>\n{''.join(svg)}</svg></figure>"
 
 
 def _panel(heading, steps, values, *, unit, from_zero, reference, lost, epochs, span):
@@ -746,6 +908,25 @@ img { display: block; width: 100%; height: auto; }
 .confusion th[scope=row] { position: sticky; left: 0; padding-right: 10px; white-space: nowrap; }
 .confusion th[scope=row] { background: var(--paper); }
 
+.classes { width: 100%; max-width: 620px; }
+.classes td, .classes th, .facts td, .facts th { padding-top: 4px; padding-bottom: 4px; border-bottom: 0; }
+.classes .meter { width: 55%; padding-right: 0; }
+.meter i { display: block; height: 9px; border-radius: 3px; background: var(--accent); }
+.facts th, .facts td { vertical-align: top; }
+.facts td { overflow-wrap: anywhere; }
+.facts th { white-space: nowrap; }
+.facts th, .facts small { color: var(--quiet); }
+.facts small { display: block; }
+.changes { margin-bottom: 14px; }
+.grid th, .grid td { white-space: nowrap; }
+table.grid { stroke: none; }
+.names { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-bottom: 12px; font-size: 14px; }
+.names i { display: inline-block; width: 14px; height: 4px; border-radius: 2px; margin: 0 7px 3px 0; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 12px; }
+.gallery.wide { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+.gallery figure { justify-content: flex-start; padding: 8px; }
+.gallery figcaption { display: block; font-size: 12px; line-height: 1.35; color: var(--quiet); }
+
 .budget { display: flex; height: 20px; margin-bottom: 10px; border-radius: 5px; overflow: hidden; gap: 1px; }
 .budget span { min-width: 2px; flex-basis: 0; }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 10px; }
@@ -756,9 +937,9 @@ code, pre { font: 13.5px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "Li
 pre { margin: 0; padding: 16px; overflow-x: auto; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .snippet { position: relative; margin-top: 10px; }
-button { position: absolute; top: 8px; right: 8px; padding: 4px 12px; cursor: pointer; }
-button { font: inherit; font-size: 13px; color: var(--ink); background: var(--paper); }
-button { border: 1px solid var(--line); border-radius: 6px; }
+.snippet button { position: absolute; top: 8px; right: 8px; padding: 4px 12px; cursor: pointer; }
+.snippet button { font: inherit; font-size: 13px; color: var(--ink); background: var(--paper); }
+.snippet button { border: 1px solid var(--line); border-radius: 6px; }
 details { margin-top: 8px; }
 details details { margin-left: 1.2em; }
 details .panels { margin-top: 10px; }
@@ -826,4 +1007,4 @@ def accuracy_against_labels_svg(path, curves):
       out.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}"/>')
     out.append(f'<circle cx="{left + width + 22}" cy="{top + 14 + 20 * i}" r="3.5" fill="{colour}"/>')
     out.append(f'<text x="{left + width + 32}" y="{top + 18 + 20 * i}">{html.escape(name)}</text>')
-  _write(path, ("".join(out) + "</svg>").encode())
+  write_file(path, ("".join(out) + "</svg>").encode())

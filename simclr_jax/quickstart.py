@@ -1,0 +1,286 @@
+"""`simclr quickstart DIR`: from a folder of images without labels to an encoder, a map and one page, in minutes.
+
+It starts from configs/folder.py and changes what the number of images, their size, the accelerator and the minutes
+call for; a few steps are timed, not guessed.  Then come the other programs: pretrain, embed, map.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import time
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from simclr_jax import features, pretrain
+from simclr_jax import map as map_lib
+from simclr_jax.runtime import checkpoint, data, loop, report
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.metrics import duration
+
+RECIPE = "folder"
+FEWEST = 16  # images: with fewer there is nothing to tell apart
+LOOKED_AT = 200  # images whose sizes are read
+REST = 60.0  # seconds that compiling, evaluating, the map and the page take on two CPU cores
+MOST_EPOCHS = 400  # more adds little on a small folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A ResNet and the side of the views that it sees."""
+
+  size: int
+  width: float
+  stem: str
+  depth: int = 18
+
+  @property
+  def work(self) -> float:
+    """Proportional to the operations of an image, roughly."""
+    return self.size**2 * self.width**2 * self.depth * (16 if self.stem == "cifar" else 1)
+
+  def __str__(self):
+    return f"ResNet-{self.depth} of width {self.width:g} on views of {self.size} pixels"
+
+
+def candidates(short_side: int, on_cpu: bool) -> list[Network]:
+  """Networks for images of this shorter side, the best first; the first that is fast enough is taken."""
+  if short_side < 48:  # as configs/smoke.py: small images keep their pixels
+    size = max(16, round(0.72 * short_side / 4) * 4)
+    widths = (0.25,) if on_cpu else (1.0, 0.5)
+    return [Network(size, width, "cifar") for width in widths]
+  if on_cpu:
+    pairs = ((96, 0.5), (64, 0.5), (64, 0.25), (48, 0.25))
+    return [Network(size, width, "imagenet") for size, width in pairs if size <= short_side]
+  big = [Network(size, 1.0, "imagenet", depth) for size, depth in ((224, 50), (160, 50), (128, 18), (96, 18), (64, 18))]
+  return [network for network in big if network.size <= short_side] or [Network(48, 1.0, "imagenet")]
+
+
+def wanted(images: int, on_cpu: bool) -> int:
+  """Images that training should see for its network to be worth it: a larger one that sees fewer is no better."""
+  return max(30_000, 10 * images) if on_cpu else max(200_000, 100 * images)
+
+
+def batch_size(images: int, devices: int, on_cpu: bool) -> int:
+  """A power of two, or more devices' worth: a quarter of the images at most, so that negatives change from step to step."""
+  most = 128 if on_cpu else 512
+  return max(devices, min(most, 2 ** int(np.log2(max(images / 4, 8)))) // devices * devices)
+
+
+def short_side(source) -> int:
+  """The median shorter side of LOOKED_AT images.
+
+  Raises:
+    ValueError: none of them can be read.
+  """
+  sides, last = [], None
+  for i in data.permutation(0, 0, len(source))[:LOOKED_AT]:
+    try:
+      sides.append(min(source.read(int(i)).shape[:2]))
+    except data.BadImage as reason:
+      last = f"{source.name(int(i))}: {reason}"
+  if not sides:
+    raise ValueError(
+      f"none of the {min(LOOKED_AT, len(source))} images that were tried can be read; the last is {last}"
+    )
+  return int(np.median(sides))
+
+
+def recipe_for(source, spec: str, network: Network, batch: int, steps: int, on_cpu: bool):
+  """configs/folder.py, changed."""
+  config = ml_collections.ConfigDict(config_lib.load(RECIPE).to_dict())
+  epochs = steps * batch / len(source)
+  with config.ignore_type():  # a recipe may say width=1
+    config.update_from_flattened_dict(
+      {
+        "data.train": spec,
+        "data.max_bad_fraction": 0.2,
+        "batch_size": batch,
+        "train_epochs": 0.0,
+        "train_steps": steps,
+        "augment.size": network.size,
+        "augment.blur": network.size >= 96,
+        "augment.crop_area": (0.2, 1.0),  # the paper's 0.08 is for 224 pixels
+        "encoder.depth": network.depth,
+        "encoder.width": network.width,
+        "encoder.stem": network.stem,
+        "encoder.dtype": "float32" if on_cpu else "bfloat16",
+        "loss.reduction": "mean",
+        "projector.out_dim": 64 if on_cpu else 128,
+        "optimizer.name": "adamw",
+        "optimizer.base_lr": 2e-3,
+        "optimizer.lr_scaling": "none",
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.warmup_epochs": 0.05 * epochs,
+        "evaluate.every_epochs": 0.0,
+        "evaluate.every_steps": -(-steps // 4),
+        "checkpoint.every_epochs": 0.0,
+        "checkpoint.every_steps": -(-steps // 8),
+        "checkpoint.keep": 1,
+        "log.every_steps": max(1, steps // 100),
+      }
+    )
+  if not on_cpu:
+    config.augment.where = "device"
+  return config_lib.check(config)
+
+
+def seconds_a_step(config, source, mesh) -> float:
+  """Of the real update fed by the real stream, after compiling, measured over five seconds or so."""
+  task = pretrain.make_task(config, source, mesh=mesh)
+  like = loop.abstract_state(task, mesh)
+  placed = jax.tree.map(lambda x: x.sharding, like)
+  state = jax.jit(task.init, out_shardings=placed)(jax.random.key(0))
+  step, stream = loop.compile_step(task, mesh, like), task.stream(0)
+  for _ in range(4):  # the first compiles, and the next batches were made meanwhile
+    state, metrics = step(state, mesh_lib.global_batch(mesh, next(stream)))
+  jax.block_until_ready(metrics)
+  began = time.monotonic()
+  for done in itertools.count(1):
+    state, metrics = step(state, mesh_lib.global_batch(mesh, next(stream)))
+    jax.block_until_ready(metrics)
+    spent = time.monotonic() - began
+    if spent > 5 or done == 50:
+      return spent / done
+
+
+def choose(source, spec: str, mesh, minutes: float, began: float):
+  """(config, [(what, value, why)]) for the images of a source, the devices at hand and `minutes` since `began`."""
+  n, side, device = len(source), short_side(source), mesh.devices.flat[0]
+  on_cpu = device.platform == "cpu"
+  batch, enough = batch_size(n, mesh.size, on_cpu), wanted(n, on_cpu)
+  networks, tried, rate, work = candidates(side, on_cpu), [], 0.0, 0.0
+  for network in networks:
+    left = max(60 * minutes - (time.monotonic() - began) - REST, 12 * minutes)
+    # At best the rate goes with the work; what is too slow even so is not tried.
+    if rate and rate * work / network.work < enough / left and network != networks[-1]:
+      continue
+    each = seconds_a_step(recipe_for(source, spec, network, batch, 1000, on_cpu), source, mesh)
+    rate, work = batch / each, network.work
+    tried.append(f"{network}: {rate:,.0f} images/s")
+    print(f"measured    {tried[-1]}", flush=True)
+    left = max(60 * minutes - (time.monotonic() - began) - REST, 12 * minutes)
+    if left * rate >= enough:
+      break
+  possible, most = int(left / each), MOST_EPOCHS * n // batch
+  steps = max(20, min(possible, most))
+  why = [
+    ("images", f"{n:,}, shorter side {side} pixels", f"the median of {min(n, LOOKED_AT)}"),
+    ("hardware", f"{mesh.size} x {device.device_kind}", "measured: " + "; ".join(tried)),
+    (
+      "network",
+      str(network),
+      f"the largest of {len(networks)} that sees {enough:,} images in the time"
+      if left * rate >= enough
+      else f"the smallest of {len(networks)}; more --minutes would serve it: {enough:,} images seen would be good",
+    ),
+    ("batch", f"{batch} images", "a quarter of the set at most: every step has other negatives"),
+    (
+      "training",
+      f"{steps:,} steps, {steps * batch / n:.0f} epochs, about {duration(steps * each)}",
+      f"what is left of {minutes:g} minutes at {each:.3f} s a step, less {REST:.0f} s for the rest"
+      if possible <= most
+      else f"{MOST_EPOCHS} epochs are enough for a set of this size; {minutes:g} minutes would allow more",
+    ),
+    ("optimizer", "AdamW", "forgiving at small batches; LARS is for large ones"),
+  ]
+  return recipe_for(source, spec, network, batch, steps, on_cpu), why
+
+
+def classes(root: str, names) -> tuple[np.ndarray | None, list[str]]:
+  """(label of every image, class names) by the first folder below root, or (None, []) unless all are in 2 to 40 such."""
+  first = [os.path.relpath(name, root).split(os.sep) for name in names]
+  found = sorted({parts[0] for parts in first})
+  if any(len(parts) < 2 for parts in first) or not 2 <= len(found) <= 40:
+    return None, []
+  return np.asarray([found.index(parts[0]) for parts in first], np.int32), found
+
+
+def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, overwrite: bool = False) -> dict:
+  """The program `simclr quickstart`.
+
+  Images are all image files at any depth below `folder`.  `minutes` is for everything, roughly.
+
+  Returns:
+    dict(config, why, chart, found, unreadable): what was chosen and what was found, see map.chart and map.odd.
+
+  Raises:
+    ValueError: no folder, too few images, or too few minutes.
+  """
+  began = time.monotonic()
+  if not minutes > 0:
+    raise ValueError(f"--minutes={minutes}: expected a number above 0")
+  root = os.path.abspath(os.path.expanduser(folder))
+  spec = f"files:{root}"
+  source = data.open_source(spec)
+  if len(source) < FEWEST:
+    raise ValueError(f"{folder} holds {len(source)} images: quickstart needs {FEWEST} at least, hundreds to be useful")
+  mesh = mesh_lib.make_mesh()
+  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  plan = workdir / "quickstart.json"
+  if plan.exists():
+    kept = json.loads(plan.read_text())
+    if kept["folder"] != root:
+      raise ValueError(f"--workdir={workdir} is a quickstart of {kept['folder']}: name another folder for {root}")
+    config, why = config_lib.check(config_lib.from_json(checkpoint.read_config(workdir))), kept["why"]
+  else:
+    config, why = choose(source, spec, mesh, minutes, began)
+  for what, value, reason in why:
+    print(f"{what:12}{value} ({reason})")
+  checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
+  checkpoint.write_text(plan, json.dumps({"folder": root, "why": why}))
+  (workdir / "COMPLETE").unlink(missing_ok=True)
+  trained = pretrain.run(config, workdir, resume=True, recipe=RECIPE)
+
+  print("\nwhat is in the folder")
+  table = features.run(workdir / "encoder", spec, workdir / "features.npz", overwrite=True)
+  made = features.load(table)
+  labels, class_names = classes(root, made.name)
+  pictures = map_lib.thumbnails(source, made.index)
+  names = [os.path.relpath(name, root) for name in made.name]
+  chart = map_lib.chart(made.h, pictures, names, labels, class_names, seed=config.seed)
+  found = map_lib.odd(made.h, pictures)
+  map_lib.write(workdir / "map", chart, found)
+  listed = epath.Path(f"{table}.unreadable.txt")
+  unreadable = [line.split("\t") for line in listed.read_text().splitlines()] if listed.exists() else []
+  _page(workdir, trained["page"], root, source, why, chart, found, unreadable, time.monotonic() - began)
+  checkpoint.mark_complete(workdir, int(trained["state"].step))
+  print(chart["note"])
+  map_lib.tell(names, found)
+  print(f"unreadable  {len(unreadable)}" + "".join(f"\n            {name}: {why}" for name, why in unreadable[:5]))
+  print(f"time        {duration(time.monotonic() - began)} in all")
+  print(f"\nopen {workdir / 'report.html'}", flush=True)
+  return dict(config=config, why=why, chart=chart, found=found, unreadable=unreadable)
+
+
+def _page(workdir, page, root, source, why, chart, found, unreadable, seconds):
+  pairs, n = len(found["duplicates"]), len(source)
+  summary = (
+    f"{n:,} images, {duration(seconds)} from the folder to this page: {pairs:,} near-duplicate pairs, "
+    f"{len(unreadable):,} unreadable."
+  )
+  lost = [(os.path.relpath(name, root), reason) for name, reason in unreadable]
+  files = {
+    workdir / "features.npz": "h of every image; simclr embed writes parquet and safetensors too",
+    workdir / "map": "the points as npz and csv, a picture, near-duplicates and outliers as csv",
+    **page["files"],
+  }
+  report.write_report(
+    workdir / "report.html",
+    **{
+      **page,
+      "title": f"What is in {os.path.basename(root)}",
+      "summary": summary,
+      "files": files,
+      "map_of_images": chart,
+      "intro": [("choices", "What was chosen, and why", report.facts(why))],
+      "findings": [
+        *map_lib.findings(chart, found),
+        ("unreadable", "Unreadable files", report.facts(lost[:100]) if lost else ""),
+      ],
+    },
+  )

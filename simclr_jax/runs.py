@@ -1,0 +1,176 @@
+"""`simclr runs DIR`: the runs below a folder, beside each other."""
+
+import dataclasses
+import html
+import json
+import os
+import pathlib
+
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import metrics as metrics_lib
+from simclr_jax.runtime import report
+
+INSIDE_A_RUN = ("checkpoints", "encoder", "map")  # folders that are not searched
+NUMBERS = {  # column: (key, factor)
+  "loss": ("loss", 1.0),
+  "contrastive acc, %": ("contrastive_accuracy", 100.0),
+  "kNN, %": ("knn", 100.0),
+  "linear, %": ("linear", 100.0),
+  "test, %": ("accuracy", 100.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a run's folder tells.
+
+  `numbers` are the newest of what was logged, and the scores of h; `total` is 0 where the folder does not say.
+  """
+
+  name: str
+  program: str
+  recipe: str
+  config: dict
+  step: int
+  total: int
+  complete: bool
+  hours: float
+  numbers: dict
+  verdict: str
+  history: list
+
+
+def find(folder) -> list[Run]:
+  """Every run in or below a folder, sorted by name."""
+  found = []
+  for path, folders, files in os.walk(folder):
+    folders[:] = sorted(name for name in folders if name not in INSIDE_A_RUN and not name.startswith("."))
+    if "config.json" in files:
+      found.append(open_run(pathlib.Path(path), os.path.relpath(path, folder)))
+  return found
+
+
+def _json(path) -> dict:
+  try:
+    return json.loads(path.read_text())
+  except (OSError, json.JSONDecodeError):
+    return {}
+
+
+def open_run(path: pathlib.Path, name: str) -> Run:
+  """What one run's folder tells; whatever is missing or cut short is left out."""
+  config, about, scores = (_json(path / f"{file}.json") for file in ("config", "run", "scores"))
+  history = metrics_lib.read(path)
+  numbers = {}
+  for row in history:
+    numbers.update({key: value for key, value in row.items() if value is not None})
+  of_h = scores.get("scores", {})
+  numbers.update(of_h.get("SimCLR h", of_h))
+  return Run(
+    name=name,
+    program=config.get("program", "pretrain"),
+    recipe=about.get("recipe", ""),
+    config=config_lib.flatten(config),
+    step=int(numbers.get("step", 0)),
+    total=int(about.get("total_steps") or config.get("train_steps") or 0),
+    complete=(path / "COMPLETE").exists(),
+    hours=numbers.get("seconds", 0.0) / 3600,
+    numbers=numbers,
+    verdict=str(numbers.get("verdict", "")),
+    history=history,
+  )
+
+
+def differences(runs) -> dict[str, list]:
+  """{key of the config: its value in every run, or None} for the keys in which runs of one program differ."""
+  keys = dict.fromkeys(key for run in runs for key in run.config)
+  values = {key: [run.config.get(key) for run in runs] for key in keys}
+  out = {}
+  for key, row in values.items():
+    by_program = {}
+    for run, value in zip(runs, row, strict=True):
+      by_program.setdefault(run.program, set()).add(json.dumps(value))
+    if any(len(different) > 1 for different in by_program.values()):
+      out[key] = row
+  return out
+
+
+def table(runs) -> tuple[list[str], list[list[str]]]:
+  """(headings, a row of cells a run); a number that no run has gets no column."""
+  known = {name: what for name, what in NUMBERS.items() if any(what[0] in run.numbers for run in runs)}
+  head = ["run", "recipe", "steps", "state", *known, "hours", "verdict"]
+  rows = []
+  for run in runs:
+    cells = [run.name, run.recipe or run.program, f"{run.step:,}" + (f" of {run.total:,}" if run.total else "")]
+    cells.append("complete" if run.complete else "not complete")
+    for key, factor in known.values():
+      value = run.numbers.get(key)
+      cells.append("–" if value is None else f"{factor * value:.3f}" if factor == 1 else f"{factor * value:.1f}")
+    cells += [f"{run.hours:.2f}" if run.hours else "–", run.verdict.partition(":")[0] or "–"]
+    rows.append(cells)
+  return head, rows
+
+
+def run(folder, output=None) -> list[Run]:
+  """The program `simclr runs`: prints the table and the differences of the configs, writes runs.html.
+
+  Raises:
+    ValueError: no run in or below the folder.
+  """
+  if not os.path.isdir(folder):
+    raise ValueError(f"{folder} is no folder: name one with runs in it")
+  runs = find(folder)
+  if not runs:
+    raise ValueError(f"{folder}: no run in or below it (a run has a config.json); `simclr pretrain` makes one")
+  head, rows = table(runs)
+  print(_aligned(head, rows))
+  different = differences(runs)
+  if len(runs) > 1 and different:
+    print(f"\nconfigs, where they differ from {runs[0].name}")
+    print("\n".join(f"{one.name}  {_against(different, i)}" for i, one in enumerate(runs) if i))
+  page = pathlib.Path(output or os.path.join(folder, "runs.html"))
+  histories = {one.name: one.history for one in runs}
+  report.write_page(
+    page,
+    title=f"Runs in {os.path.basename(os.path.abspath(folder))}",
+    summary=f"{len(runs):,} runs, {sum(one.complete for one in runs):,} of them complete.",
+    sections=[
+      ("runs", "Runs", _linked(report.grid(head, rows, numeric=(2, *range(4, len(head) - 1))), runs, folder, page)),
+      ("curves", "Curves", report.overlays(histories, ("loss", "contrastive_accuracy", "knn", "rank"))),
+      (
+        "configs",
+        "Where the configs differ",
+        report.grid(["", *(one.name for one in runs)], [[key, *map(_shown, row)] for key, row in different.items()])
+        if different
+        else "",
+      ),
+    ],
+  )
+  print(f"\n{page}")
+  return runs
+
+
+def _against(different, i) -> str:
+  """key=value of the keys in which run i is not as run 0."""
+  return "  ".join(f"{key}={_shown(row[i])}" for key, row in different.items() if row[i] != row[0]) or "the same"
+
+
+def _shown(value):
+  return "–" if value is None else str(value)
+
+
+def _linked(table_html, runs, folder, page):
+  """The names of runs that have a page become links to it."""
+  for one in runs:
+    path = os.path.join(folder, one.name, "report.html")
+    if os.path.exists(path):
+      name = html.escape(one.name)
+      target = html.escape(os.path.relpath(path, page.parent))
+      table_html = table_html.replace(f">{name}</th>", f'><a href="{target}">{name}</a></th>', 1)
+  return table_html
+
+
+def _aligned(head, rows):
+  widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+  lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+  return "\n".join(lines)

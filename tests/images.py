@@ -1,0 +1,41 @@
+"""A folder such as people have: unlabelled photos of several sizes, among them copies, an odd one out, a cut-off file."""
+
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from simclr_jax.runtime import data
+
+
+def folder(path, count=300, seed=0) -> dict:
+  """Writes `count` JPEGs to `path` and, on top, what a look at the set should find.
+
+  Returns:
+    dict(pairs {kind: (file, file)}, outlier, broken): names of files.
+  """
+  path, rng = pathlib.Path(path), np.random.default_rng(seed)
+  path.mkdir(parents=True)
+  source = data.open_source("textures64:train")
+  images = []
+  for i in range(count):
+    image = Image.fromarray(source.read(i))
+    width, height = rng.integers(120, 260, 2).tolist()
+    images.append(image.resize((width, height), Image.Resampling.BICUBIC))
+    images[-1].save(path / f"img_{i:04}.jpg", quality=92)
+  first = path / "img_0010.jpg"
+  (path / "copy_exact.jpg").write_bytes(first.read_bytes())
+  images[20].resize((images[20].width * 3 // 4, images[20].height * 3 // 4)).save(path / "copy_small.jpg", quality=40)
+  ImageEnhance.Brightness(images[30]).enhance(1.25).save(path / "copy_bright.jpg", quality=90)
+  w, h = images[40].size
+  images[40].crop((w // 30, h // 30, w - w // 30, h - h // 30)).save(path / "copy_cropped.jpg", quality=90)
+  boot = Image.fromarray(data.open_source("fashion:test").read(0))
+  boot.resize((224, 224), Image.Resampling.BICUBIC).save(path / "odd_one.jpg", quality=92)
+  (path / "cut_off.jpg").write_bytes((path / "img_0000.jpg").read_bytes()[:2000])
+  (path / "notes.txt").write_text("not an image")
+  pairs = {"exact": 10, "small": 20, "bright": 30, "cropped": 40}
+  return {
+    "pairs": {kind: (f"copy_{kind}.jpg", f"img_{i:04}.jpg") for kind, i in pairs.items()},
+    "outlier": "odd_one.jpg",
+    "broken": "cut_off.jpg",
+  }

@@ -1,0 +1,65 @@
+"""The verdict calls a collapsed run collapsed and a healthy one not: on made-up embeddings and on real short runs."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from simclr_jax import diagnostics, model, pretrain
+from simclr_jax.runtime import loop
+from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime import metrics as metrics_lib
+
+rng = np.random.default_rng(0)
+H, Z = rng.normal(size=(400, 64)), rng.normal(size=(400, 32))
+ONE = rng.normal(size=(1, 64))
+
+
+@pytest.mark.parametrize(
+  "h, z, collapsed, word",
+  [
+    (H, Z, False, "healthy"),
+    (np.abs(H), Z + 0.5, False, "healthy"),  # outputs of a ReLU, and a common part
+    (H, np.ones((400, 32)) + 0.01 * Z, True, "COLLAPSED"),  # all z the same
+    (rng.normal(size=(400, 1)) * ONE, Z, True, "COLLAPSED"),  # h on a line
+    (H, np.sign(Z[:, :1]) * np.ones((1, 32)) + 0.1 * Z, False, "healthy"),  # two clusters are no collapse
+    (H, np.ones((400, 32)) + 0.3 * Z, False, "narrow"),
+    (H[:, :3] @ rng.normal(size=(3, 64)), Z, False, "narrow"),  # three directions
+    (H * (np.arange(64) < 20), Z, False, "narrow"),  # most dimensions are dead
+  ],
+)
+def test_verdict_of_made_up_embeddings(h, z, collapsed, word):
+  said, line = diagnostics.verdict(diagnostics.summary(h, z))
+  assert said == collapsed and line.startswith(word) and "\n" not in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "changes, collapsed",
+  [
+    ({}, False),
+    ({"optimizer.name": "sgd", "optimizer.base_lr": 1e3}, True),
+    ({"optimizer.name": "lars", "optimizer.base_lr": 1e3}, True),
+  ],
+  ids=["healthy", "sgd", "lars"],
+)
+def test_verdict_of_a_run(changes, collapsed, tmp_path, capsys):
+  """Sixty steps on one device; the absurd ones have a learning rate of a thousand."""
+  config = tiny.config(**{"train_steps": 60, "batch_size": 32, "log.every_steps": 20, **changes})
+  mesh, source = mesh_lib.make_mesh(jax.devices()[:1]), tiny.source(256)
+  evaluation = pretrain.Evaluation(config, model.create(config, source.num_classes), source, source, mesh)
+  task = pretrain.make_task(config, source, mesh=mesh, evaluators={"h": loop.Evaluator(evaluation.quick, 30)})
+  loop.run(
+    task,
+    mesh=mesh,
+    workdir=tmp_path,
+    config_json="{}",
+    seed=0,
+    log_every=20,
+    checkpoint_every=0,
+    keep=1,
+  )
+  rows = [row for row in metrics_lib.read(tmp_path) if "verdict" in row]
+  assert [row["step"] for row in rows] == [30, 60]
+  assert bool(rows[-1]["collapsed"]) == collapsed == rows[-1]["verdict"].startswith("COLLAPSED"), rows[-1]["verdict"]
+  assert rows[-1]["verdict"] in capsys.readouterr().out

@@ -1,0 +1,143 @@
+"""`simclr embed`: the same numbers in three formats, and the same bytes however the work was interrupted."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+from simclr_jax import augment, features, load_encoder
+from simclr_jax.runtime import data
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+  return tiny.export(tmp_path_factory.mktemp("export") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+  return tiny.npz(tmp_path_factory.mktemp("data") / "tiny.npz", 70)
+
+
+def test_three_formats_hold_the_same(encoder, spec, tmp_path):
+  pytest.importorskip("pyarrow")
+  made = [features.load(features.run(encoder, spec, tmp_path / f"h{ending}")) for ending in features.FORMATS]
+  source, (apply, _, card) = data.open_source(spec), load_encoder(encoder)
+  assert made[0].h.shape == (70, card["feature_dimension"]) and made[0].h.dtype == np.float32
+  np.testing.assert_array_equal(made[0].label, source.labels)
+  assert made[0].name.tolist() == [source.name(i) for i in range(70)] and made[0].data == spec
+  images = np.stack([np.asarray(augment.center_crop(source.read(i), size=16, proportion=1.0)) for i in range(70)])
+  np.testing.assert_allclose(made[0].h, apply(images), rtol=1e-4, atol=1e-5)
+  for other in made[1:]:
+    for key in ("h", "name", "label", "index"):
+      np.testing.assert_array_equal(getattr(made[0], key), getattr(other, key))
+    assert (other.data, other.encoder) == (made[0].data, made[0].encoder)
+
+
+def test_safetensors_as_the_format_says(encoder, spec, tmp_path):
+  content = features.run(encoder, spec, tmp_path / "h.safetensors").read_bytes()
+  length = int.from_bytes(content[:8], "little")
+  header = json.loads(content[8 : 8 + length])
+  assert length % 8 == 0 and header["h"]["dtype"] == "F32" and header["h"]["data_offsets"][0] == 0
+  ends = [one["data_offsets"] for name, one in header.items() if name != "__metadata__"]
+  assert ends[0][1] == ends[1][0] and ends[1][1] == ends[2][0] and 8 + length + ends[2][1] == len(content)
+  assert all(isinstance(value, str) for value in header["__metadata__"].values())
+
+
+def test_stopped_and_gone_on_with_are_the_same_bytes(encoder, spec, tmp_path, monkeypatch, capsys):
+  whole = features.run(encoder, spec, tmp_path / "whole.npz", images_per_part=16).read_bytes()
+  save, saved = features._save, []
+
+  def stop_after_two(path, arrays):
+    save(path, arrays)
+    saved.append(path)
+    if len(saved) == 2:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(features, "_save", stop_after_two)
+  with pytest.raises(KeyboardInterrupt):
+    features.run(encoder, spec, tmp_path / "h.npz", images_per_part=16)
+  assert not (tmp_path / "h.npz").exists() and len(list((tmp_path / "h.npz.parts").glob("part-*"))) == 2
+  monkeypatch.setattr(features, "_save", save)
+  capsys.readouterr()
+  assert features.run(encoder, spec, tmp_path / "h.npz", images_per_part=16).read_bytes() == whole
+  assert "2 of 5 parts are there already" in capsys.readouterr().out
+  assert not (tmp_path / "h.npz.parts").exists()
+
+
+def test_unreadable_images_are_named_and_left_out(encoder, tmp_path):
+  from PIL import Image
+
+  folder = tmp_path / "images"
+  folder.mkdir()
+  source = tiny.source(6)
+  for i in range(6):
+    Image.fromarray(source.read(i)).save(folder / f"{i}.png")
+  (folder / "2.png").write_bytes(b"no image")
+  (folder / "7.png").write_bytes((folder / "1.png").read_bytes()[:60])  # in a part of its own
+  made = features.load(features.run(encoder, f"files:{folder}", tmp_path / "h.npz", images_per_part=3))
+  assert [name[-5] for name in made.name] == list("01345") and made.index.tolist() == [0, 1, 3, 4, 5]
+  lines = (tmp_path / "h.npz.unreadable.txt").read_text().splitlines()
+  assert [line.partition("\t")[0][-5:] for line in lines] == ["2.png", "7.png"]
+  assert (made.label == -1).all()
+
+
+def test_mistakes(encoder, spec, tmp_path):
+  with pytest.raises(ValueError, match="expected a file ending in .npz, .parquet, .safetensors"):
+    features.run(encoder, spec, tmp_path / "h.csv")
+  with pytest.raises(ValueError, match="neither a run .config.json. nor an export"):
+    features.run(tmp_path, spec, tmp_path / "h.npz")
+  (tmp_path / "h.npz").write_bytes(b"")
+  with pytest.raises(ValueError, match="exists: add --overwrite"):
+    features.run(encoder, spec, tmp_path / "h.npz")
+  with pytest.raises(ValueError, match="not a file of simclr embed"):
+    features.load(tmp_path / "h.npz")
+  parts = tmp_path / "x.npz.parts"
+  parts.mkdir()
+  (parts / "embed.json").write_text("{}")
+  with pytest.raises(ValueError, match="holds parts of other settings"):
+    features.run(encoder, spec, tmp_path / "x.npz")
+
+
+def command(encoder, spec, output, *more):
+  flags = [f"--encoder={encoder}", f"--data={spec}", f"--output={output}", "--images_per_part=8", *more]
+  return subprocess.Popen(
+    [sys.executable, "-m", "simclr_jax", "embed", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  )
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_through_the_command(encoder, tmp_path):
+  spec = tiny.npz(tmp_path / "tiny.npz", 240)
+  whole = command(encoder, spec, tmp_path / "whole.npz")
+  assert whole.wait(300) == 0, whole.stdout.read()
+  killed = command(encoder, spec, tmp_path / "h.npz")
+  deadline = time.monotonic() + 120
+  while len(list((tmp_path / "h.npz.parts").glob("part-*"))) < 5 and time.monotonic() < deadline:
+    time.sleep(0.02)
+  killed.send_signal(signal.SIGKILL)
+  killed.wait(60)
+  assert not (tmp_path / "h.npz").exists()
+  resumed = command(encoder, spec, tmp_path / "h.npz")
+  assert resumed.wait(300) == 0, resumed.stdout.read()
+  assert "parts are there already" in resumed.stdout.read()
+  assert (tmp_path / "h.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(encoder, spec, tmp_path):
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    port = s.getsockname()[1]
+  one = command(encoder, spec, tmp_path / "one.npz")
+  assert one.wait(300) == 0, one.stdout.read()
+  several = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+  both = [command(encoder, spec, tmp_path / "two.npz", *several, f"--process_id={i}") for i in range(2)]
+  assert [p.wait(300) for p in both] == [0, 0], [p.stdout.read() for p in both]
+  assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()

@@ -1,0 +1,128 @@
+"""The map keeps neighbours, says honestly how well, and finds copies and odd ones out."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from simclr_jax import features
+from simclr_jax import map as map_lib
+from simclr_jax.runtime import scatter
+
+rng = np.random.default_rng(0)
+
+
+def blobs(per_blob=60, dimensions=20):
+  """(h, labels) of three clusters, far apart."""
+  labels = np.repeat(np.arange(3), per_blob)
+  centres = 6 * rng.normal(size=(3, dimensions))
+  return (centres[labels] + rng.normal(size=(len(labels), dimensions))).astype(np.float32), labels
+
+
+def test_pca_is_the_projection_on_the_two_first_axes():
+  h, _ = blobs()
+  xy = map_lib.pca(h)
+  x = h - h.mean(0)
+  _, s, _ = np.linalg.svd(x, full_matrices=False)
+  np.testing.assert_allclose(np.linalg.norm(xy, axis=0), s[:2], rtol=1e-4)
+  np.testing.assert_allclose(xy[:, 0] @ xy[:, 1], 0, atol=1e-2)
+  assert map_lib.pca(h[:, :1]).shape == (len(h), 2)  # one dimension
+  assert np.isfinite(map_lib.pca(np.ones((5, 4), np.float32))).all()
+
+
+def test_the_map_keeps_neighbours_and_is_a_function_of_the_seed():
+  h, labels = blobs()
+  xy = map_lib.keep_neighbours(h, seed=3)
+  assert map_lib.accuracy(xy, labels) > 0.98
+  assert map_lib.trustworthiness(h, xy) > 0.85 > map_lib.trustworthiness(h, rng.normal(size=xy.shape))
+  np.testing.assert_array_equal(xy, map_lib.keep_neighbours(h, seed=3))
+  assert map_lib.keep_neighbours(h[:3]).shape == (3, 2) and np.isfinite(map_lib.keep_neighbours(h[:4])).all()
+
+
+def test_more_points_than_repel_at_a_step(monkeypatch):
+  monkeypatch.setattr(map_lib, "SAMPLE", 64)
+  h, labels = blobs()
+  assert map_lib.accuracy(map_lib.keep_neighbours(h), labels) > 0.95
+
+
+def test_trustworthiness_is_that_of_scikit_learn():
+  manifold = pytest.importorskip("sklearn.manifold")
+  h, _ = blobs(per_blob=40)
+  xy = rng.normal(size=(len(h), 2)) + h[:, :2]
+  unit = h / np.linalg.norm(h, axis=1, keepdims=True)
+  assert map_lib.trustworthiness(h, xy) == pytest.approx(manifold.trustworthiness(unit, xy, n_neighbors=15), abs=1e-6)
+
+
+def test_accuracy_leaves_a_point_out_of_its_own_vote():
+  xy = np.array([[0, 0], [0, 1], [1, 0], [9, 9], [9, 8], [8, 9]], float)
+  assert map_lib.accuracy(xy, np.array([0, 0, 0, 1, 1, 1]), k=2) == 1.0
+  assert map_lib.accuracy(xy, np.array([0, 1, 1, 0, 1, 1]), k=2) < 0.7
+  assert (
+    map_lib.accuracy_of_h(np.repeat(np.eye(2), 20, 0) + 0.01 * rng.normal(size=(40, 2)), np.repeat([0, 1], 20)) == 1
+  )
+
+
+def test_copies_are_found_and_no_others():
+  pictures = rng.integers(0, 256, (40, 24, 24, 3), np.uint8)
+  pictures = np.stack([np.asarray(Image.fromarray(p).resize((4, 4)).resize((24, 24))) for p in pictures])
+  h = rng.normal(size=(40, 16)).astype(np.float32)
+  pictures[7], h[7] = pictures[3], h[3]  # the same
+  pictures[20], h[20] = np.clip(pictures[5] * 0.8 + 20, 0, 255), h[5] + 0.05  # paler
+  pictures[30] = pictures[9]  # the same pixels, which the network finds different
+  h[31] = h[10]  # and the reverse
+  found = map_lib.near_duplicates(h, pictures)
+  assert [(i, j) for i, j, _, _ in found] == [(3, 7), (5, 20)]
+  assert found[0][2] == pytest.approx(1, abs=1e-5) and found[0][3] == pytest.approx(1, abs=1e-5)
+
+
+def test_what_is_odd_in_a_channel_that_others_hardly_use_comes_first():
+  h = (rng.gamma(2.0, size=(200, 10)) * np.array([10.0] * 5 + [0.1] * 5)).astype(np.float32)
+  h[11, 7] += 30
+  found = map_lib.outliers(h)
+  assert found[0][0] == 11 and found[0][1] > 1.3 and len(found) == 200
+  assert np.median([far for _, far in found]) == pytest.approx(1)
+  assert len(map_lib.outliers(h[:2])) == 2
+
+
+def test_colours_and_sheets():
+  assert len(set(scatter.colours(10))) == 10 and len(set(scatter.colours(37))) == 37
+  assert scatter.thumbnail_side(300) == 64 and scatter.thumbnail_side(10_000) == 24
+  square = scatter.unit_square(np.array([[0.0, 0.0], [4.0, 2.0]]))
+  np.testing.assert_allclose(square, [[0, 0.75], [1, 0.25]])  # up is up
+  pictures = rng.integers(0, 256, (5, 20, 20, 3), np.uint8)
+  text = scatter.piece({"a": rng.normal(size=(5, 2))}, pictures=pictures, names=["</script>x"] * 5)
+  assert text.count("</script>") == 2  # of the page itself
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+  """What `simclr embed` wrote about 48 images."""
+  folder = tmp_path_factory.mktemp("map")
+  return features.run(tiny.export(folder / "encoder"), tiny.npz(folder / "tiny.npz", 48), folder / "h.npz")
+
+
+def test_the_program_writes_page_picture_and_tables(table, capsys):
+  found = map_lib.run(table=table, images=32)
+  assert "on PCA" in capsys.readouterr().out and len(found["names"]) == 32
+  folder = table.parent / "map"
+  page = (folder / "map.html").read_text()
+  assert not re.search(r"https?:|url\(|@import|<iframe", page) and 'id="map-data"' in page
+  assert Image.open(folder / "map.png").width == 900
+  rows = list(csv.DictReader((folder / "map.csv").open()))
+  with (folder / "map.npz").open("rb") as file, np.load(file) as arrays:
+    assert arrays["xy"].shape == arrays["pca"].shape == (32, 2) and arrays["label"].max() < 10
+    np.testing.assert_allclose([float(row["x"]) for row in rows], arrays["xy"][:, 0], atol=1e-4)
+    assert [row["name"] for row in rows] == arrays["name"].tolist()
+  assert len(list(csv.reader((folder / "outliers.csv").open()))) == 33
+
+
+def test_mistakes(table, tmp_path):
+  with pytest.raises(ValueError, match="no such file; `simclr embed` writes one"):
+    map_lib.run(table=tmp_path / "none.npz")
+  with pytest.raises(ValueError, match="one of --workdir=RUN and --features=FILE"):
+    map_lib.run()
+  with pytest.raises(ValueError, match="1 image: a map needs at least two"):
+    map_lib.run(table=table, images=1)

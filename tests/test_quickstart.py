@@ -1,0 +1,176 @@
+"""`simclr quickstart` chooses by what it measures, finds what was planted, and leaves one page that opens."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import images
+import numpy as np
+import pytest
+
+from simclr_jax import __main__ as cli
+from simclr_jax import quickstart
+from simclr_jax.quickstart import Network
+from simclr_jax.runtime import config as config_lib
+
+
+def test_networks_fit_the_images():
+  assert quickstart.candidates(28, True) == [Network(20, 0.25, "cifar")]  # as configs/smoke.py
+  for side in (20, 40, 64, 100, 300, 3000):
+    for on_cpu in (True, False):
+      found = quickstart.candidates(side, on_cpu)
+      assert found and all(16 <= network.size <= side for network in found)
+      work = [network.work for network in found]
+      assert work == sorted(work, reverse=True)  # the best first
+  assert quickstart.candidates(500, False)[0].depth == 50
+
+
+@pytest.mark.parametrize("n, devices, on_cpu, expected", [(300, 1, True, 64), (20, 1, True, 8), (10**6, 1, True, 128),
+  (300, 8, True, 64), (20, 8, True, 8), (10**6, 6, False, 510)])  # fmt: skip
+def test_batches_divide_and_leave_other_negatives(n, devices, on_cpu, expected):
+  batch = quickstart.batch_size(n, devices, on_cpu)
+  assert batch == expected and batch % devices == 0 and batch <= max(n / 2, devices)
+
+
+class Many:
+  """A source of n images of 200 pixels, which nobody reads but for their size."""
+
+  class_names, num_classes, labels = (), 0, None
+
+  def __init__(self, n):
+    self._n = n
+
+  def __len__(self):
+    return self._n
+
+  def read(self, i):
+    return np.zeros((200, 300, 3), np.uint8)
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+  """(n images, minutes, {size: seconds a step}) -> (config, reasons, sizes that were timed)."""
+
+  def choose(n, minutes, seconds):
+    timed = []
+
+    def measure(config, source, mesh):
+      timed.append((config.augment.size, config.encoder.width))
+      return seconds[timed[-1]]
+
+    monkeypatch.setattr(quickstart, "seconds_a_step", measure)
+    mesh = quickstart.mesh_lib.make_mesh()
+    config, why = quickstart.choose(Many(n), "files:/x", mesh, minutes, time.monotonic())
+    return config, why, timed
+
+  return choose
+
+
+def test_the_largest_network_that_is_fast_enough_is_taken(chosen):
+  fast, slow = {(96, 0.5): 0.1}, {(96, 0.5): 2.0, (64, 0.5): 1.5, (64, 0.25): 0.2}
+  config, why, timed = chosen(300, 8, fast)
+  assert timed == [(96, 0.5)] and config.augment.size == 96 and "the largest of 4" in str(why)
+  assert config.train_steps == 400 * 300 // 64  # 400 epochs, though the time would do for more
+  config, why, timed = chosen(300, 6, slow)
+  # (64, 0.5) has 2.25 times less work, and 96 pixels were 3 times too slow: it is not tried.
+  assert timed == [(96, 0.5), (64, 0.25)] and config.encoder.width == 0.25
+  assert config.train_steps == pytest.approx((6 * 60 - 60) / 0.2, rel=0.02)
+
+
+def test_too_little_time_takes_the_smallest_and_says_so(chosen):
+  times = {(96, 0.5): 9.0, (64, 0.5): 9.0, (64, 0.25): 9.0, (48, 0.25): 9.0}
+  config, why, timed = chosen(300, 1, times)
+  assert timed[-1] == (48, 0.25) and config.train_steps == 20 and "more --minutes would serve it" in str(why)
+
+
+def test_sub_folders_colour_the_map():
+  labels, names = quickstart.classes("/x", ["/x/cat/1.png", "/x/cat/deep/2.png", "/x/dog/3.png"])
+  assert labels.tolist() == [0, 0, 1] and names == ["cat", "dog"]
+  assert quickstart.classes("/x", ["/x/cat/1.png", "/x/2.png"]) == (None, [])
+  assert quickstart.classes("/x", ["/x/cat/1.png", "/x/cat/2.png"]) == (None, [])
+
+
+def test_mistakes_are_one_line(tmp_path, capfd):
+  (tmp_path / "few").mkdir()
+  for argv, message in (
+    ([str(tmp_path / "none")], "there is no folder"),
+    ([str(tmp_path / "few")], "no image in or below"),
+    ([str(tmp_path / "few"), "--minutes=-1"], "--minutes=-1.0: expected a number above 0"),
+  ):
+    assert cli.main(["quickstart", *argv, f"--workdir={tmp_path / 'run'}"]) == 1
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("simclr: ")]
+    assert len(error) == 1 and message in error[0]
+  assert not (tmp_path / "run").exists()
+
+
+def check(found, planted, workdir):
+  pairs = {frozenset(str(found["chart"]["names"][i]) for i in pair[:2]) for pair in found["found"]["duplicates"]}
+  assert frozenset(planted["pairs"]["exact"]) in pairs
+  assert [pathlib.Path(name).name for name, _ in found["unreadable"]] == [planted["broken"]]
+  page = (workdir / "report.html").read_text()
+  assert not re.search(r"https?:|url\(|@import|<iframe", page)
+  for heading in (
+    "What was chosen, and why",
+    "Map",
+    "Near-duplicates",
+    "Outliers",
+    "Unreadable files",
+    "Curves",
+    "Config",
+  ):
+    assert f"<h2>{heading}</h2>" in page
+  assert (workdir / "COMPLETE").exists() and (workdir / "map/map.png").exists()
+  return pairs
+
+
+@pytest.mark.slow
+def test_folder_to_page_and_again(tmp_path, monkeypatch, capsys):
+  planted = images.folder(tmp_path / "photos", 60)
+  monkeypatch.setattr(quickstart, "candidates", lambda side, on_cpu: [Network(16, 0.0625, "cifar")])
+  monkeypatch.setattr(quickstart, "seconds_a_step", lambda *_: 60.0)
+  found = quickstart.run(tmp_path / "photos", tmp_path / "run", minutes=1)
+  check(found, planted, tmp_path / "run")
+  with pytest.raises(ValueError, match="--resume"):
+    quickstart.run(tmp_path / "photos", tmp_path / "run")
+  again = quickstart.run(tmp_path / "photos", tmp_path / "run", resume=True)
+  assert config_lib.difference(found["config"], again["config"]) == []
+  np.testing.assert_array_equal(found["chart"]["views"]["PCA"], again["chart"]["views"]["PCA"])
+
+
+@pytest.mark.slow
+def test_300_images_in_under_ten_minutes_and_the_page_opens(tmp_path):
+  planted = images.folder(tmp_path / "photos")
+  began = time.monotonic()
+  command = [
+    sys.executable,
+    "-m",
+    "simclr_jax",
+    "quickstart",
+    str(tmp_path / "photos"),
+    f"--workdir={tmp_path / 'run'}",
+  ]
+  done = subprocess.run(command, capture_output=True, text=True, env=None)
+  assert done.returncode == 0, done.stderr
+  assert time.monotonic() - began < 600
+  for pair in planted["pairs"].values():
+    assert " and ".join(sorted(pair)) in done.stdout, pair
+  assert planted["broken"] in done.stdout
+  browser = shutil.which("chromium") or shutil.which("google-chrome")
+  if browser:
+    flags = [
+      "--headless",
+      "--no-sandbox",
+      "--disable-gpu",
+      "--enable-logging=stderr",
+      "--v=0",
+      "--virtual-time-budget=3000",
+    ]
+    shot = tmp_path / "shot.png"
+    page = f"file://{tmp_path / 'run/report.html'}"
+    seen = subprocess.run(
+      [browser, *flags, f"--screenshot={shot}", "--window-size=390,844", page], capture_output=True, text=True
+    )
+    assert shot.exists() and "CONSOLE" not in seen.stderr
