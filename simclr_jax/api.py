@@ -1,0 +1,121 @@
+"""SimCLR from a notebook: arrays in, arrays and plain trees out.
+
+`simclr_jax.pretrain(...)`, `simclr_jax.embed(...)` and `simclr_jax.probe(...)` are these functions; the modules of the
+same names hold the programs of the command line, and calling such a module calls the function here.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from simclr_jax import augment, exporting
+from simclr_jax import pretrain as program
+from simclr_jax import probe as linear
+from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import config as config_lib
+
+
+class Encoder(NamedTuple):
+  """What `load_encoder` returns.
+
+  Attributes:
+    apply: float [n, size, size, 3] in [0, 1] -> h float32 [n, d].
+    variables: {"params", "batch_stats"}, nested dicts of numpy arrays, for `simclr_jax.encoder.resnet(...).apply`.
+    card: what is known of it: card["feature_dimension"], card["preprocessing"], card["scores"], ...
+  """
+
+  apply: Callable[[Any], Any]
+  variables: dict
+  card: dict
+
+
+def pretrain(
+  images: np.ndarray | str,
+  workdir: str,
+  *,
+  recipe: str = "folder",
+  labels: np.ndarray | None = None,
+  resume: bool = False,
+  overwrite: bool = False,
+  **changes: Any,
+) -> Encoder:
+  """Pretrains an encoder and leaves a whole run, page and checkpoints included, in `workdir`.
+
+  Args:
+    images: uint8 [n, h, w, 3] or [n, h, w]; or a data set such as "folder:/my/images".
+    workdir: folder of the run; arrays are kept beside it, in WORKDIR.npz, so that the run can go on by itself.
+    recipe: file in configs/ that gives everything else.
+    labels: int [n], for the scores alone; training never sees them.
+    resume, overwrite: go on with the run that is there, or delete it; without either a folder that is not empty is an error.
+    changes: values of the recipe by their dotted names, `**{"encoder.width": 0.5, "train_steps": 200}`.
+  Returns:
+    the trained encoder.
+  Raises:
+    ValueError: a mistake in the arguments, on one line.
+  """
+  folder = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  if isinstance(images, str):
+    changes = {"data.train": images, "data.test": "", **changes}
+  else:
+    file = _keep(pathlib.Path(str(folder)).with_name(pathlib.Path(str(folder)).name + ".npz"), images, labels)
+    changes = {"data.train": f"npz:{file}", "data.test": f"npz:{file}" if labels is not None else "", **changes}
+  config = config_lib.load(recipe, [f"--config.{key}={value}" for key, value in changes.items()])
+  program.run(config, str(workdir), resume=resume, overwrite=overwrite, recipe=recipe)
+  return Encoder(*exporting.load_encoder(folder / "encoder"))
+
+
+def _keep(file, images, labels):
+  images = np.asarray(images)
+  if images.dtype != np.uint8 or images.ndim not in (3, 4):
+    raise ValueError(
+      f"images are {images.dtype} {list(images.shape)}: expected uint8 [n, h, w, 3] or [n, h, w], such as "
+      "np.uint8(255 * images)"
+    )
+  if labels is not None and len(labels) != len(images):
+    raise ValueError(f"{len(labels)} labels for {len(images)} images: expected as many")
+  file.parent.mkdir(parents=True, exist_ok=True)
+  np.savez(file, images=images, **({} if labels is None else {"labels": np.asarray(labels)}))
+  return file
+
+
+def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
+  """h of images of any size, cropped and resized as the encoder's card says: float32 [n, d].
+
+  Args:
+    encoder: what `pretrain` or `load_encoder` returned, or the folder of an export.
+    images: uint8, or floating point in [0, 1]: [n, h, w, 3], or a list of [h, w, 3] of several sizes.
+    batch_size: images that the network sees at once.
+  Raises:
+    ValueError: the folder is no export, or the images are of another kind.
+  """
+  encoder = Encoder(*(exporting.load_encoder(encoder) if isinstance(encoder, str | pathlib.Path) else encoder))
+  want = encoder.card["preprocessing"]
+  options = dict(size=want["size"], proportion=want["center_crop"], resize=want["resize"].split(",")[0].split(":")[0])
+  parts = []
+  for start in range(0, len(images), batch_size):
+    views = np.stack([augment.center_crop(image, **options) for image in images[start : start + batch_size]])
+    padding = [(0, batch_size - len(views)), *[(0, 0)] * 3]  # one shape, one compilation
+    parts.append(np.asarray(encoder.apply(np.pad(views, padding)))[: len(views)])
+  return np.concatenate(parts) if parts else np.zeros((0, encoder.card["feature_dimension"]), np.float32)
+
+
+def probe(h: np.ndarray, labels: np.ndarray, test_h: np.ndarray, test_labels: np.ndarray) -> dict[str, float]:
+  """Linear evaluation: multinomial logistic regression on h, its penalty chosen on a tenth of it.
+
+  Args:
+    h, test_h: float [n, d] and [m, d].
+    labels, test_labels: int [n] and [m], from 0.
+  Returns:
+    dict(accuracy, l2): the share of the m that is right, and the penalty.
+  Raises:
+    ValueError: numbers of rows that do not agree.
+  """
+  for name, features, y in (("h", h, labels), ("test_h", test_h, test_labels)):
+    if len(features) != len(y):
+      raise ValueError(f"{name} has {len(features)} rows for {len(y)} labels: expected as many")
+  classes = int(max(np.max(labels), np.max(test_labels))) + 1
+  classifier = linear.logistic_regression(np.asarray(h), np.asarray(labels), num_classes=classes)
+  right = linear.accuracy(classifier, np.asarray(test_h), np.asarray(test_labels))
+  return {"accuracy": float(right), "l2": float(classifier["l2"])}

@@ -1,0 +1,61 @@
+"""simclr_jax.pretrain, embed and probe as a notebook calls them."""
+
+import numpy as np
+import pytest
+import tiny
+
+import simclr_jax
+from simclr_jax import augment
+from simclr_jax.runtime import config as config_lib
+
+SMALL = {
+  "train_steps": 2,
+  "train_epochs": 0.0,
+  "batch_size": 16,
+  "augment.size": 16,
+  "encoder.width": 0.0625,
+  "projector.out_dim": 16,
+  "evaluate.every_epochs": 0.0,
+  "checkpoint.every_epochs": 0.0,
+  "optimizer.warmup_epochs": 0.0,
+}
+
+
+def test_arrays_in_arrays_out(tmp_path):
+  source = tiny.source()
+  images = np.stack([source.read(i) for i in range(96)])
+  encoder = simclr_jax.pretrain(images, str(tmp_path / "run"), recipe="smoke", labels=source.labels, **SMALL)
+  assert (tmp_path / "run/report.html").exists() and encoder.card["step"] == 2
+  h = simclr_jax.embed(encoder, images, batch_size=40)
+  assert h.shape == (96, encoder.card["feature_dimension"]) and h.dtype == np.float32
+  views = np.stack([augment.center_crop(image, size=16, proportion=1.0) for image in images[:5]])
+  np.testing.assert_allclose(h[:5], encoder.apply(views), rtol=1e-4, atol=1e-5)
+  several = [np.tile(images[0], (2, 2, 1)), images[1]]
+  np.testing.assert_allclose(simclr_jax.embed(str(tmp_path / "run/encoder"), several)[1], h[1], rtol=1e-4, atol=1e-5)
+  assert simclr_jax.embed(encoder, images[:0]).shape == (0, h.shape[1])
+  with pytest.raises(ValueError, match="is not empty: add --resume"):
+    simclr_jax.pretrain(images, str(tmp_path / "run"), recipe="smoke", **SMALL)
+
+
+def test_probe_tells_separable_classes_apart():
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 3, 120)
+  h = np.eye(3)[labels] * 4 + rng.standard_normal((120, 3)) * 0.3
+  found = simclr_jax.probe(h[:80], labels[:80], h[80:], labels[80:])
+  assert found["accuracy"] > 0.97 and found["l2"] > 0
+  with pytest.raises(ValueError, match="test_h has 40 rows for 3 labels"):
+    simclr_jax.probe(h[:80], labels[:80], h[80:], labels[:3])
+
+
+def test_mistakes_are_one_line(tmp_path):
+  with pytest.raises(ValueError, match=r"images are float64 \[4, 8, 8, 3\]: expected uint8"):
+    simclr_jax.pretrain(np.zeros((4, 8, 8, 3)), str(tmp_path / "a"))
+  with pytest.raises(ValueError, match="2 labels for 4 images"):
+    simclr_jax.pretrain(np.zeros((4, 8, 8, 3), np.uint8), str(tmp_path / "a"), labels=[0, 1])
+  with pytest.raises(ValueError, match="did you mean config.batch_size"):
+    simclr_jax.pretrain(np.zeros((4, 8, 8, 3), np.uint8), str(tmp_path / "b"), batch_sise=4)
+
+
+def test_the_modules_of_the_programs_are_still_modules():
+  assert simclr_jax.pretrain.chance_loss(config_lib.load("smoke")) > 0
+  assert callable(simclr_jax.embed) and callable(simclr_jax.embed.embed)
