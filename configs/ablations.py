@@ -95,7 +95,7 @@ def get_config(arg="temperature-0.1"):
         crop_area=(0.08, 1.0),
         **(dict(extra=tuple((name, 1.0) for name in extra), one_sided=composed) if extra else {}),
       ),
-      encoder=dict(depth=50, width=1, stem="imagenet", sk_ratio=0.0, se_ratio=0.0, dtype="bfloat16"),
+      encoder=dict(depth=50, width=1.0, stem="imagenet", sk_ratio=0.0, se_ratio=0.0, dtype="bfloat16"),
       projector=projector | (dict(layers=2) if projector["kind"] == "nonlinear" else {}),
       loss=loss,
       optimizer=dict(

@@ -52,7 +52,7 @@ def get_config(arg="r50_1x_sk0"):
       augment=dict(size=20 if small else 224, crop_area=(0.4, 1.0) if small else (0.08, 1.0)),
       encoder=dict(
         depth=int(depth[1:]),
-        width=0.125 if small else int(width[:-1]),
+        width=0.125 if small else float(width[:-1]),
         stem="cifar" if small else "imagenet",
         sk_ratio={"sk0": 0.0, "sk1": 0.0625}[sk],
         se_ratio=0.0,

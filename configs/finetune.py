@@ -69,7 +69,7 @@ def get_config(arg="v2_10pct"):
       # What is trained from scratch; a start brings its own.
       encoder=dict(
         depth=18 if small else 50,
-        width=0.25 if small else 4 if "4x" in options else 1,
+        width=0.25 if small else 4.0 if "4x" in options else 1.0,
         stem="cifar" if small else "imagenet",
         sk_ratio=0.0,
         se_ratio=0.0,

@@ -31,7 +31,7 @@ def get_config():
         brightness="v2",
         crop_area=(0.08, 1.0),
       ),
-      encoder=dict(depth=18, width=1, stem="imagenet", sk_ratio=0.0, se_ratio=0.0, dtype="float32"),
+      encoder=dict(depth=18, width=1.0, stem="imagenet", sk_ratio=0.0, se_ratio=0.0, dtype="float32"),
       projector=dict(kind="nonlinear", layers=2, out_dim=128),
       loss=dict(temperature=0.2, normalize=True, reduction="official_sum", precision="highest"),
       optimizer=dict(

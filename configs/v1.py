@@ -40,7 +40,7 @@ def get_config(arg="1x"):
       ),
       encoder=dict(
         depth=50,
-        width={"1x": 1, "2x": 2, "4x": 4}[width],
+        width={"1x": 1.0, "2x": 2.0, "4x": 4.0}[width],
         stem="imagenet",
         sk_ratio=0.0,
         se_ratio=0.0,

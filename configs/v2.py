@@ -39,7 +39,7 @@ def get_config(arg="r50_1x_sk0"):
       ),
       encoder=dict(
         depth=int(depth[1:]),
-        width=int(width[:-1]),
+        width=float(width[:-1]),
         stem="imagenet",
         sk_ratio={"sk0": 0.0, "sk1": 0.0625}[sk],
         se_ratio=0.0,

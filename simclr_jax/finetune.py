@@ -271,6 +271,8 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
     checkpoint_every=config_lib.every(config.checkpoint, len(source), config.batch_size),
     keep=config.checkpoint.keep,
     rollback=loop.Rollback(**config.get("rollback", {})),
+    wandb=config.log.get("wandb", ""),
+    profile_steps=config.log.get("profile_steps", 0),
   )
   scores = evaluation.run(state)
   step = int(state.step)

@@ -410,6 +410,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
     checkpoint_every=checkpoint_every,
     keep=config.checkpoint.keep,
     rollback=loop.Rollback(**config.get("rollback", {})),
+    wandb=config.log.get("wandb", ""),
+    profile_steps=config.log.get("profile_steps", 0),
     constants={"chance_loss": chance} if (chance := chance_loss(config)) else {},
   )
   clock.seconds["start"] += clock.started - began
@@ -483,7 +485,7 @@ def _conclude(config, workdir, task, evaluation, state, mesh) -> dict:
   same = labels[nearest] == test_labels[queries][:, None] if labels is not None else None
   out["neighbours"] = (evaluation.test.images(queries), neighbours, same)
   scores = {row["representation"]: {k: v for k, v in row.items() if k != "representation"} for row in out["scores"]}
-  step = int(state.step)
+  step = out["step"] = int(state.step)
   if not jax.process_index():
     kept = model_lib.keep_encoder(state)
     numbers |= {"collapsed": collapsed, "verdict": verdict}
@@ -537,6 +539,12 @@ def _farewell(config, workdir, result, views, clock, changes) -> dict:
     changes=changes,
   )
   report.write_report(workdir / "report.html", **page)
+  pictures = {"views": workdir / "views.png"}
+  if result["neighbours"] is not None and len(result["neighbours"][0]):
+    pictures["neighbours"] = workdir / "neighbours.png"
+    report.neighbours_png(pictures["neighbours"], *result["neighbours"])
+    files[str(pictures["neighbours"])] = "nearest neighbours in h"
+  metrics_lib.show(workdir, result["step"], pictures)
   print()
   if best:
     print(report.score_table(result["scores"]))

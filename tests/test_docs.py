@@ -81,7 +81,7 @@ TINY = (
 TINY_PRETRAIN = (*TINY, "projector.out_dim=16", "optimizer.warmup_epochs=0.0", "evaluate.every_epochs=0.0")
 SHORTER = {
   "pretrain": TINY_PRETRAIN,
-  "finetune": TINY,
+  "finetune": (*TINY, "labels.fraction=1.0"),
   "distill": (*TINY, "labels.fraction=1.0"),
   "transfer": ("samples=100",),
 }

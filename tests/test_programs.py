@@ -138,6 +138,32 @@ def test_the_printed_snippet_runs(finished):
   assert re.search(r"\(4, \d+\)", done.stdout)
 
 
+@pytest.mark.slow
+def test_profile_tensorboard_and_wandb(tmp_path, monkeypatch):
+  """Opt-in: a trace of some steps, pictures in TensorBoard, numbers to a wandb that is made for the occasion."""
+  (tmp_path / "wandb.py").write_text(
+    "rows, calls = [], []\n"
+    "class Run:\n  def log(self, row, step): rows.append((step, row))\n  def finish(self): calls.append('finish')\n"
+    "def init(**options):\n  calls.append(options)\n  return Run()\n"
+  )
+  options = ["--config.log.wandb=mine", "--config.log.profile_steps=2"]
+  config = config_lib.override(tiny.config(**{"train_steps": 14, "optimizer.warmup_epochs": 0.0}), options)
+  with pytest.raises(ValueError, match="config.log.wandb=mine: the package is not installed: pip install wandb"):
+    pretrain.run(config, tmp_path / "without")
+  monkeypatch.syspath_prepend(tmp_path)
+  pretrain.run(config, tmp_path / "run")
+  import wandb
+
+  assert wandb.calls[0]["project"] == "mine" and wandb.calls[0]["config"]["train_steps"] == 14
+  assert wandb.calls[-1] == "finish" and [step for step, row in wandb.rows if "loss" in row] == list(range(1, 15))
+  assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+  board = EventAccumulator(str(tmp_path / "run")).Reload()
+  assert {"views", "neighbours"} <= {tag.partition("/")[0] for tag in board.Tags()["images"] + board.Tags()["tensors"]}
+  assert (tmp_path / "run/neighbours.png").exists()
+
+
 def test_unlabelled_images(tmp_path):
   """No labels: no classifier and no scores, but a verdict, neighbours, an export and a page."""
   images = np.stack([tiny.source().read(i) for i in range(48)])
@@ -180,6 +206,7 @@ def poisoned(task, numbers):
   return loop.Task(**{**vars(task), "stream": stream})
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_and_past_the_batches_it_fell_over(tmp_path, capsys):
   """With `rollback` it ends as one that never saw the batches since its last checkpoint; also when it is resumed."""
   config = tiny.config(**{"train_steps": 8, "checkpoint.every_steps": 2})
@@ -213,6 +240,7 @@ def test_a_run_goes_back_and_past_the_batches_it_fell_over(tmp_path, capsys):
     loop.run(poisoned(task, {3, 6, 8}), workdir=tmp_path / "thrice", **twice)
 
 
+@pytest.mark.slow
 def test_a_leap_of_the_loss_counts_as_divergence(tmp_path):
   config = tiny.config(**{"train_steps": 140})
 

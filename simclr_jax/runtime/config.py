@@ -73,7 +73,7 @@ def override(config, overrides) -> ml_collections.FrozenConfigDict:
   argv, changed = ["simclr"], ml_collections.ConfigDict(config).copy_and_resolve_references().unlock()
   for text in overrides:
     key, equals, value = text.removeprefix("--config.").partition("=")
-    if key not in known and not key.startswith(open_sections):
+    if key not in (*known, *_OPTIONAL) and not key.startswith(open_sections):
       raise ValueError(f"{text}: no such key; {_nearest(key, known)}")
     if not equals:
       raise ValueError(f"{text}: expected --config.{key}=VALUE")
@@ -164,6 +164,8 @@ SCHEMA = {
   "checkpoint.every_epochs": _NOT_NEGATIVE,
   "checkpoint.keep": _POSITIVE,
   "log.every_steps": _POSITIVE,
+  "log.wandb": (lambda v: isinstance(v, str), "a project of Weights & Biases, or '' for none"),
+  "log.profile_steps": _NOT_NEGATIVE,
   "rollback.": _ANY,
   "probe.method": (lambda v: v in ("lbfgs", "lbfgs_45", "sgd"), "lbfgs, lbfgs_45 or sgd"),
   "probe.train_epochs": _POSITIVE,
@@ -252,6 +254,9 @@ def program(config) -> str:
   return config.get("program", "pretrain")
 
 
+_OPTIONAL = ("log.wandb", "log.profile_steps")  # off where a recipe does not name them
+
+
 def check(config):
   """The config, frozen, if every key is known and every value possible; else ValueError on one line."""
   flat = flatten(config)
@@ -269,7 +274,7 @@ def check(config):
     if not possible(value):
       raise ValueError(f"config.{key}={value!r}: expected {expected}")
   recipe = {"pretrain": "smoke.py"}.get(program(config), f"{program(config)}.py")
-  missing = [key for key in schema if not key.startswith(sections) and key not in flat]
+  missing = [key for key in schema if not key.startswith(sections) and key not in flat and key not in _OPTIONAL]
   if missing:
     raise ValueError(f"config.{missing[0]} is missing from the recipe; configs/{recipe} shows every key")
   if "train_steps" in flat and not config.train_epochs and not config.train_steps:

@@ -152,12 +152,16 @@ def run(
   keep: int,
   rollback: Rollback = Rollback(),  # noqa: B008
   constants: Mapping = {},
+  wandb: str = "",
+  profile_steps: int = 0,
 ) -> tuple[State, metrics_lib.Clock]:
   """Trains to `task.total_steps`, from the newest checkpoint in workdir if there is one.
 
   Args:
     log_every, checkpoint_every: in steps; checkpoint_every=0 saves at the end only.
     constants: numbers that are written with every row, such as the loss at chance.
+    wandb: see metrics.Writer.
+    profile_steps: so many steps, from the tenth on, are traced by JAX's profiler into workdir/profile.
 
   Returns:
     (final state, seconds per phase).
@@ -175,7 +179,7 @@ def run(
     if state is None:
       placed = jax.tree.map(lambda x: x.sharding, like)
       state = task.warm_start(jax.jit(task.init, out_shardings=placed)(jax.random.key(seed)))
-  writer = metrics_lib.Writer(workdir, resume_step=first)
+  writer = metrics_lib.Writer(workdir, resume_step=first, wandb=wandb)
   progress = metrics_lib.Progress(task.total_steps, task.num_examples / task.batch_size)
   if first:
     progress.note(f"resuming from step {first} of {task.total_steps}")
@@ -249,6 +253,9 @@ def run(
   def update():
     """One step of training; returns whether it is the last for now."""
     nonlocal state, step_fn, stream
+    if profile_steps and step in (first + 10, first + 10 + profile_steps):
+      jax.block_until_ready(state)
+      jax.profiler.start_trace(str(workdir / "profile")) if step == first + 10 else jax.profiler.stop_trace()
     if skipped.after(step - 1):
       stream = task.stream(skipped.position(step - 1))
     with clock.phase("data"):

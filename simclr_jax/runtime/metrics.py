@@ -2,13 +2,17 @@
 
 import collections
 import contextlib
+import hashlib
+import importlib.util
 import json
 import math
 import sys
 import time
 
 import jax
+import numpy as np
 from etils import epath
+from PIL import Image
 
 from simclr_jax.runtime import cluster
 
@@ -40,9 +44,17 @@ class Clock:
 
 
 class Writer:
-  """Appends rows to metrics.jsonl and TensorBoard; process 0 writes, the others stay silent."""
+  """Appends rows to metrics.jsonl and TensorBoard; process 0 writes, the others stay silent.
 
-  def __init__(self, workdir, *, resume_step: int = 0):
+  Args:
+    resume_step: rows past it are dropped.
+    wandb: a project of Weights & Biases to send the numbers to as well; empty: none.
+
+  Raises:
+    ValueError: the package wandb is not installed.
+  """
+
+  def __init__(self, workdir, *, resume_step: int = 0, wandb: str = ""):
     self._path = epath.Path(workdir) / "metrics.jsonl"
     self._active = jax.process_index() == 0
     self._board = None
@@ -52,6 +64,7 @@ class Writer:
 
       self._board = SummaryWriter(str(workdir))
       self.rewind(resume_step)
+      self._wandb = _wandb_run(workdir, wandb) if wandb else None
       self.seconds_before = max((row.get("seconds", 0.0) for row in read(workdir)), default=0.0)
 
   def rewind(self, step: int):
@@ -68,11 +81,39 @@ class Writer:
     clean = {k: (float(v) if math.isfinite(v) else None) for k, v in row.items() if k not in text}
     with self._path.open("a") as file:
       file.write(json.dumps({"step": step, **clean, **text}) + "\n")
-    self._board.write_scalars(step, {k: v for k, v in clean.items() if v is not None})
+    known = {k: v for k, v in clean.items() if v is not None}
+    self._board.write_scalars(step, known)
+    if self._wandb:
+      self._wandb.log(known, step=step)
 
   def close(self):
     if self._board:
       self._board.close()
+    if self._active and self._wandb:
+      self._wandb.finish()
+
+
+def _wandb_run(workdir, project: str):
+  """The run of this folder at Weights & Biases, taken up again if it is there."""
+  if importlib.util.find_spec("wandb") is None:
+    raise ValueError(f"config.log.wandb={project}: the package is not installed: pip install wandb")
+  import wandb
+
+  workdir = epath.Path(workdir)
+  name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
+  config = json.loads((workdir / "config.json").read_text()) if (workdir / "config.json").exists() else {}
+  return wandb.init(project=project, id=name, name=workdir.name, resume="allow", dir=str(workdir), config=config)
+
+
+def show(workdir, step: int, pictures: dict):
+  """Puts pictures {name: path of a PNG} into TensorBoard, on process 0."""
+  if jax.process_index():
+    return
+  from clu.metric_writers import SummaryWriter
+
+  board = SummaryWriter(str(workdir))
+  board.write_images(step, {name: np.asarray(Image.open(path).convert("RGB"))[None] for name, path in pictures.items()})
+  board.close()
 
 
 def read(workdir) -> list[dict]:

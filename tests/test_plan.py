@@ -1,0 +1,175 @@
+"""simclr plan: what it tries, what it tells; and, where libtpu is installed, a real program for a TPU that nobody has."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import xml.etree.ElementTree
+
+import pytest
+
+from simclr_jax import __main__ as cli
+from simclr_jax import plan
+from simclr_jax.runtime import aot
+from simclr_jax.runtime import config as config_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+GIB = aot.GIB
+HLO = """HloModule step
+%fused (p: bf16[8,8]) -> bf16[8,8] {
+  %p = bf16[8,8]{1,0} parameter(0)
+}
+ENTRY %main (a: bf16[8,8]) -> f32[8] {
+  %a = bf16[8,8]{1,0:T(8,128)} parameter(0)
+  %b = bf16[8,8]{1,0:T(8,128)S(1)} fusion(%a), kind=kLoop, calls=%fused, metadata={op_name="jit(train_step)/jvp(SimCLR)/encoder/conv_general_dilated"}, backend_config={"estimated_cycles":"100"}
+  %c = (f32[8]{0}, bf16[8,8]{1,0:T(8,128)}) fusion(%b, %a), kind=kLoop, calls=%fused, metadata={op_name="jit(train_step)/transpose(jvp(SimCLR))/encoder/reduce_sum"}, backend_config={"estimated_cycles":"40"}
+  %d = f32[8]{0} get-tuple-element(%c), index=0
+  %e = f32[8]{0} all-reduce(%d), to_apply=%sum, backend_config={"estimated_cycles":"3"}
+  %f = bf16[4,32,32,3]{3,2,1,0} all-gather(%a), dimensions={0}
+  %g = (f32[8]{0}, f32[8]{0:S(1)}, u32[]) copy-start(%e)
+}
+"""
+
+
+def test_what_is_read_from_a_program():
+  assert aot.parts(HLO) == {
+    "convolutions, forward": 100,
+    "convolutions, backward": 0,
+    "passes over activations, forward": 0,
+    "passes over activations, backward": 40,
+    "augmentation, loss, optimizer": 3,
+  }
+  # The fusions read a (128 bytes) twice and write 128 and 32; b lies in faster memory; the all-reduce reads and writes 32;
+  # the copy moves 32.
+  assert aot.traffic(HLO) == 128 + (128 + 128 + 32) + 64 + 32
+  found = aot.collectives(HLO)
+  assert found["all-reduce"]["image_sized"] == 0 and found["all-gather"]["image_sized"] == 1
+
+
+@dataclasses.dataclass
+class Compiler:
+  """Stands for plan.measure: the recipe needs `gib` as it is; what each change brings it to is in `sizes`."""
+
+  sizes: dict
+  asked: list
+
+  def __call__(self, config, topology, num_examples, num_classes):
+    flat = config_lib.flatten(config)
+    key = (flat["zero1"], flat["encoder.remat"] if "encoder.remat" in flat else "none")
+    self.asked.append(key)
+    gib, seconds = self.sizes[key]
+    if gib > 32:
+      raise aot.DoesNotFit("too much", gib * GIB)
+    return {
+      "topology": topology,
+      "batch_size": config.batch_size,
+      "peak_bytes": gib * GIB,
+      "hbm_bytes": 32 * GIB,
+      "step_seconds": seconds,
+    }
+
+
+@pytest.mark.parametrize(
+  "sizes, asked, changes",
+  [
+    ({(False, "none"): (3, 0.03)}, 1, {}),
+    ({(False, "none"): (32.1, 9), (True, "none"): (31, 0.2), (False, "block"): (9, 0.3)}, 3, {"zero1": True}),
+    # Far too much: ZeRO-1 alone cannot help and is not compiled.
+    ({(False, "none"): (45, 9), (False, "block"): (18, 0.19)}, 2, {"encoder.remat": "block"}),
+    # It fits, but barely, for the compiler recomputes at any price: the next is tried, and is faster.
+    ({(False, "none"): (28, 0.55), (False, "block"): (18, 0.19)}, 2, {"encoder.remat": "block"}),
+    ({(False, "none"): (28, 0.15), (False, "block"): (18, 0.19)}, 2, {}),
+    (dict.fromkeys([(z, r) for z in (False, True) for r in ("none", "block", "group")], (99, 1.0)), 4, None),
+  ],
+)
+def test_the_fastest_change_that_fits(monkeypatch, sizes, asked, changes):
+  compiler = Compiler(sizes, [])
+  monkeypatch.setattr(plan, "measure", compiler)
+  monkeypatch.setattr(plan, "_momentum", lambda *_: 2 * GIB)
+  monkeypatch.setattr(aot, "topology", lambda name: (aot.CHIPS["v4"], None))
+  row = plan.plan(config_lib.load("v1:1x"), "v4:4x4x8", 1_281_167, 1000, note=lambda _: None)
+  assert len(compiler.asked) == asked and row["changes"] == changes
+  if changes is None:
+    assert "does not fit (needs 99.0 GiB)" in plan.table(row) and "no (needs 99.0 GiB)" in plan.side_by_side([row])
+
+
+ROW = {
+  "topology": "v4:4x4x8",
+  "batch_size": 4096,
+  "changes": {"encoder.remat": "block"},
+  "refused": "needs 45.0 GiB",
+  "tried": {"": None, "--config.encoder.remat=block": [188.0, 17.7]},
+  "chips": 128,
+  "hosts": 32,
+  "parameters": {"encoder": 23_508_032},
+  "arguments_bytes": 2**28,
+  "temporaries_bytes": 2**31,
+  "peak_bytes": 2**31 + 2**28,
+  "hbm_bytes": 2**35,
+  "flops": 1.5e12,
+  "hbm_traffic": 12e9,
+  "memory_seconds": 0.01,
+  "matmul_seconds": 0.0055,
+  "step_seconds": 0.029,
+  "parts_seconds": dict.fromkeys(aot.PARTS, 0.0058),
+  "collectives": {"all-gather": {"count": 3, "bytes": 2**22, "image_sized": 2}},
+  "images_per_second_per_chip": 1100.0,
+  "images_per_second_per_host": 4400.0,
+  "host_vcpus": 240,
+  "vcpus_needed": 9.1,
+  "mfu": 0.19,
+  "steps": 312_785,
+  "hours": 2.5,
+  "chip_hours": 325.0,
+}
+
+
+def test_what_a_person_reads(tmp_path):
+  text = plan.table(ROW)
+  assert "--config.encoder.remat=block (as it is: does not fit; --config.encoder.remat=block: 188 ms, 17.7 GiB)" in text
+  assert "2 OF THEM AS LARGE AS IMAGES" in text and "keep 9 of them busy" in text and "325.0 chip-hours" in text
+  lines = plan.side_by_side([ROW, {**ROW, "batch_size": 8192}]).splitlines()
+  assert len(lines) == 3 and lines[0].split()[:3] == ["pod", "batch", "fits"] and "8,192" in lines[2]
+  plan.draw(tmp_path / "step.svg", [ROW, ROW])
+  tree = xml.etree.ElementTree.parse(tmp_path / "step.svg")
+  bars = [r for r in tree.iter("{http://www.w3.org/2000/svg}rect") if r.get("height") == "28"]
+  assert len(bars) == 2 * len(aot.PARTS)
+
+
+def test_mistakes_are_one_line(capsys):
+  if importlib.util.find_spec("libtpu") is None:
+    assert cli.main(["plan", "--config=smoke", "--topology=v5e:2x2"]) == 1
+    assert capsys.readouterr().err.strip().endswith("pip install libtpu")
+  assert cli.main(["plan", "--config=transfer", "--topology=v5e:2x2"]) == 1
+  assert "is a recipe for simclr transfer" in capsys.readouterr().err
+
+
+def simclr_plan(*arguments):
+  environment = {**os.environ, "XLA_FLAGS": ""}
+  command = [sys.executable, "-m", "simclr_jax", "plan", *arguments]
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  return done.stdout
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_real_program_for_a_pod_that_is_not_here():
+  small = ("--config=smoke", "--topology=v5e:2x2", "--json")
+  (four,) = json.loads(simclr_plan(*small))
+  (sixteen,) = json.loads(simclr_plan("--config=smoke", "--topology=v5e:4x4", "--json"))
+  assert four["chips"] == 4 and sixteen["chips"] == 16
+  assert sixteen["flops"] < four["flops"] * 4 / 16 * 1.2  # every device does its share
+  for row in (four, sixteen):
+    assert row["collectives"]["all-reduce"]["count"] > 0
+    assert not any(kind["image_sized"] for kind in row["collectives"].values())
+    assert 0 < row["step_seconds"] < 1 and sum(row["parts_seconds"].values()) == pytest.approx(
+      row["step_seconds"], rel=0.05
+    )
+  for recipe in ("finetune:small", "distill:small"):
+    (row,) = json.loads(simclr_plan(f"--config={recipe}", "--topology=v5e:2x2", "--json"))
+    assert row["changes"] == {} and row["steps"] == 300
