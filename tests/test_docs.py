@@ -138,7 +138,7 @@ def shortened(words, stand_ins, spec):
   if words[0] in ("pretrain", "finetune", "distill"):
     words += ["--overwrite"]
   if words[0] == "quickstart":
-    words += ["--minutes=1"]
+    words += ["--minutes=1", "--overwrite"]
   if "--config.probe.method=sgd" in words:
     extra += ["--config.probe.train_epochs=1.0", "--config.probe.batch_size=16"]
   return [*words, *extra]
@@ -153,7 +153,9 @@ def test_every_command_and_block_runs(sandbox, monkeypatch):
   done = []
   for page, words in COMMANDS:
     line = " ".join(words)
-    if any(mark in line for mark in ELSEWHERE) or words[0] == "downstream":  # test_downstream.py runs it
+    if (
+      line in done or any(mark in line for mark in ELSEWHERE) or words[0] == "downstream"
+    ):  # test_downstream.py runs it
       continue
     if "for_torch" in line and not (here / "runs/mine/encoder").exists():
       continue  # with the blocks of its page, below
