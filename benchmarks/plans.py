@@ -18,9 +18,9 @@ RECIPES = (
 )
 HEAD = """# Every recipe of the papers on the pod of their size
 
-The papers used 128 TPU v3 cores and "128 Cloud TPUs"; here every recipe is compiled for a v4 pod slice of 128 chips, which
-has the memory for all of them.  Made by `python -m benchmarks.plans`; what the columns mean and how far to trust them is in
-[scaling.md](scaling.md).  Hours and chip-hours are of the recipe's epochs, without evaluation and checkpoints.
+The papers used 128 TPU v3 cores and "128 Cloud TPUs"; here recipes are compiled for a v4 pod slice of 128 chips.  Made by
+`python -m benchmarks.plans`, which adds those that are not here yet, minutes to an hour each; what the columns mean and how
+far to trust them is in [scaling.md](scaling.md).  Hours and chip-hours are of the recipe's epochs, without evaluation and checkpoints.
 
 | recipe | batch | encoder, M | as it is | with | GiB a chip | ms a step | images/s/chip | MFU | hours | chip-hours |
 |---|---|---|---|---|---|---|---|---|---|---|
