@@ -24,7 +24,7 @@ from simclr_jax.runtime import data, report, scatter
 
 NEIGHBOURS = 15
 SAMPLE = 1024  # of the points that all repel at one step
-ALIKE_PIXELS, ALIKE_H = 0.95, 0.9  # near-duplicates: correlation of 16-pixel thumbnails, and cosine of h, at least
+ALIKE_PIXELS, ALIKE_H = 0.95, 0.8  # near-duplicates: correlation of 16-pixel thumbnails, and cosine of h, at least
 
 
 def pca(h) -> np.ndarray:
