@@ -491,6 +491,7 @@ def _conclude(config, workdir, task, evaluation, state, mesh) -> dict:
     numbers |= {"collapsed": collapsed, "verdict": verdict}
     checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
     out["map"] = _map(evaluation.test, test["h"], config.seed)
+    metrics_lib.projector(workdir, test["h"][:ON_THE_MAP], None if labels is None else test_labels[:ON_THE_MAP])
     exporting.write(workdir / "encoder", kept, config, scores=scores, step=step, overwrite=True)
   return out
 

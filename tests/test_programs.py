@@ -162,6 +162,12 @@ def test_profile_tensorboard_and_wandb(tmp_path, monkeypatch):
   board = EventAccumulator(str(tmp_path / "run")).Reload()
   assert {"views", "neighbours"} <= {tag.partition("/")[0] for tag in board.Tags()["images"] + board.Tags()["tensors"]}
   assert (tmp_path / "run/neighbours.png").exists()
+  from google.protobuf import text_format
+  from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+
+  (h,) = text_format.Parse((tmp_path / "run/projector_config.pbtxt").read_text(), ProjectorConfig()).embeddings
+  points = np.loadtxt(tmp_path / "run" / h.tensor_path, delimiter="\t")
+  assert points.ndim == 2 and len(points) == len((tmp_path / "run" / h.metadata_path).read_text().split())
 
 
 def test_unlabelled_images(tmp_path):

@@ -105,6 +105,17 @@ def _wandb_run(workdir, project: str):
   return wandb.init(project=project, id=name, name=workdir.name, resume="allow", dir=str(workdir), config=config)
 
 
+def projector(workdir, h, labels=None):
+  """Leaves h [n, d], with labels [n] if there are any, where TensorBoard's projector finds it: three files of text."""
+  workdir = epath.Path(workdir)
+  (workdir / "h.tsv").write_text("".join("\t".join(f"{x:.6g}" for x in row) + "\n" for row in h))
+  config = 'embeddings {\n  tensor_name: "h"\n  tensor_path: "h.tsv"\n'
+  if labels is not None:
+    (workdir / "labels.tsv").write_text("".join(f"{label}\n" for label in labels))
+    config += '  metadata_path: "labels.tsv"\n'
+  (workdir / "projector_config.pbtxt").write_text(config + "}\n")
+
+
 def show(workdir, step: int, pictures: dict):
   """Puts pictures {name: path of a PNG} into TensorBoard, on process 0."""
   if jax.process_index():
