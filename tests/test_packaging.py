@@ -2,13 +2,31 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_a_wheel_builds_from_the_source_distribution(tmp_path):
+  def call(*argv, cwd=ROOT):
+    done = subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+  shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".venv", ".git", "runs", "*.egg-info"))
+  call("setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path), cwd=tmp_path / "copy")
+  (source,) = tmp_path.glob("*.tar.gz")
+  call("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path / "wheel"), str(source))
+  (wheel,) = (tmp_path / "wheel").glob("simclr_jax-*.whl")
+  names = zipfile.ZipFile(wheel).namelist()
+  assert {"simclr_jax/configs/smoke.py", "simclr_jax/exporting/loaders/verify.py"} <= set(names)
+  assert any(name.endswith(".npz") for name in names)
 
 
 @pytest.mark.slow
