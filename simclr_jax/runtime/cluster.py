@@ -48,7 +48,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
       raise ValueError(f"--coordinator={coordinator}: expected host:port of process 0, such as 10.0.0.2:8476")
     if not 0 <= process_id < num_processes:
       raise ValueError(f"--process_id={process_id}: expected 0 to {num_processes - 1}, below --num_processes")
-  timeouts = {"heartbeat_timeout_seconds": 40, "shutdown_timeout_seconds": 30, "initialization_timeout": 600}
+  timeouts = {"heartbeat_timeout_seconds": 60, "shutdown_timeout_seconds": 30, "initialization_timeout": 600}
   if not missing:
     # The service answers anybody who can reach it: on one machine it listens to that machine only.
     host, _, port = coordinator.rpartition(":")
