@@ -41,17 +41,11 @@ def parser() -> argparse.ArgumentParser:
     if name in TRAINING:
       sub.add_argument("--config", required=True, metavar="RECIPE", help="a recipe, such as configs/smoke.py or smoke")
       sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
-      again = sub.add_mutually_exclusive_group()
-      again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
-      again.add_argument("--overwrite", action="store_true", help="delete the run in DIR and start again")
       sub.epilog = "--config.key=value changes one value of the recipe, e.g. --config.batch_size=512"
     elif name == "quickstart":
       sub.add_argument("folder", metavar="DIR", help="image files at any depth; labels are not needed")
       sub.add_argument("--workdir", required=True, metavar="RUN", help="folder of the run")
       sub.add_argument("--minutes", type=float, default=6.0, help="for everything, roughly (default: 6)")
-      again = sub.add_mutually_exclusive_group()
-      again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
-      again.add_argument("--overwrite", action="store_true", help="delete the run in RUN and start again")
     elif name == "data":
       _data_flags(sub)
     elif name == "plan":
@@ -105,6 +99,10 @@ def parser() -> argparse.ArgumentParser:
       sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
       sub.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
       sub.epilog = "--config.key=value changes a value of the run's config, e.g. --config.evaluate.knn_k=200"
+    if name in (*TRAINING, "quickstart"):
+      again = sub.add_mutually_exclusive_group()
+      again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint there")
+      again.add_argument("--overwrite", action="store_true", help="delete the run there and start again")
     if name in ("pretrain", "finetune", "distill", "probe", "knn", "embed"):
       several = sub.add_argument_group("several processes", "found by themselves on Cloud TPU, GKE, SLURM and Open MPI")
       several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
@@ -222,6 +220,11 @@ def _dispatch(flags, overrides) -> int:
 
     recipes.run(flags.name)
     return 0
+  if flags.command == "runs":
+    from simclr_jax import runs
+
+    runs.run(flags.folder, flags.output)
+    return 0
   # A wrong flag or value is reported before the seconds that importing JAX and TensorFlow take.
   config = config_lib.load(flags.config, overrides) if flags.command in (*TRAINING, "plan") else None
   fitting = ("pretrain", "finetune", "distill") if flags.command == "plan" else (flags.command,)
@@ -265,10 +268,6 @@ def _dispatch(flags, overrides) -> int:
 
     options = {key: value for key, value in vars(flags).items() if key not in ("command", "format")}
     exporting.run(formats=flags.format or ("orbax",), **options)
-  elif flags.command == "runs":
-    from simclr_jax import runs
-
-    runs.run(flags.folder, flags.output)
   elif flags.command == "quickstart":
     from simclr_jax import quickstart
 

@@ -8,9 +8,11 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 
-from simclr_jax import augment, exporting
+from simclr_jax import embed as embed_lib
+from simclr_jax import exporting
 from simclr_jax import pretrain as program
 from simclr_jax import probe as linear
 from simclr_jax.runtime import checkpoint
@@ -91,11 +93,10 @@ def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) 
     ValueError: the folder is no export, or the images are of another kind.
   """
   encoder = Encoder(*(exporting.load_encoder(encoder) if isinstance(encoder, str | pathlib.Path) else encoder))
-  want = encoder.card["preprocessing"]
-  options = dict(size=want["size"], proportion=want["center_crop"], resize=want["resize"].split(",")[0].split(":")[0])
+  crop = embed_lib.crop_of(ml_collections.ConfigDict(encoder.card["pretraining"]))
   parts = []
   for start in range(0, len(images), batch_size):
-    views = np.stack([augment.center_crop(image, **options) for image in images[start : start + batch_size]])
+    views = np.stack([crop(image) for image in images[start : start + batch_size]])
     padding = [(0, batch_size - len(views)), *[(0, 0)] * 3]  # one shape, one compilation
     parts.append(np.asarray(encoder.apply(np.pad(views, padding)))[: len(views)])
   return np.concatenate(parts) if parts else np.zeros((0, encoder.card["feature_dimension"]), np.float32)

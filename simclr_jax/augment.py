@@ -581,7 +581,6 @@ def autoaugment_op(name, levels, magnitude, sign):
       output_shape=[height, width], fill_value=0.0, interpolation="NEAREST",
     )[0]  # fmt: skip
 
-  luma = tf.floor(tf.tensordot(levels, [0.299, 0.587, 0.114], 1) + 0.5)[..., None]
   if name == "posterize":
     keep = float(2 ** round(4 * step))
     return tf.floor(levels / keep) * keep
@@ -594,10 +593,9 @@ def autoaugment_op(name, levels, magnitude, sign):
   if name == "autocontrast":
     low, high = (f(levels, (0, 1), keepdims=True) for f in (tf.reduce_min, tf.reduce_max))
     return tf.where(high > low, tf.floor((levels - low) * (255 / tf.maximum(high - low, 1)) + 1e-3), levels)
-  if name == "saturate":
-    return blend(luma, 1 + sign * 0.9 * step)
-  if name == "contrast":
-    return blend(tf.floor(tf.reduce_mean(luma) + 0.5), 1 + sign * 0.9 * step)
+  if name in ("saturate", "contrast"):
+    luma = tf.floor(tf.tensordot(levels, [0.299, 0.587, 0.114], 1) + 0.5)[..., None]
+    return blend(luma if name == "saturate" else tf.floor(tf.reduce_mean(luma) + 0.5), 1 + sign * 0.9 * step)
   if name == "sharpen":
     kernel = tf.tile(tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32)[..., None, None] / 13, [1, 1, 3, 1])
     inner = tf.floor(tf.nn.depthwise_conv2d(levels[None], kernel, [1, 1, 1, 1], "VALID")[0] + 0.5)

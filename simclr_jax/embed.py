@@ -101,6 +101,16 @@ class EvalSet:
     return self._readable()[1]
 
 
+def crop_of(config):
+  """image -> float32 [size, size, 3] in [0, 1], cropped and resized as `config` evaluates."""
+  return functools.partial(
+    augment.center_crop,
+    size=config.augment.size,
+    proportion=config.evaluate.crop,
+    resize=config.augment.get("resize", "bicubic"),
+  )
+
+
 def eval_set(source, config, mesh, *, size=None, crop=None, resize=None) -> EvalSet:
   """The images of a source as `config` evaluates them, or in another way; batches divide over the mesh."""
   return EvalSet(

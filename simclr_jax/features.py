@@ -8,7 +8,6 @@ however often and wherever the work was interrupted.
 
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import os
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax import augment, finetune
+from simclr_jax import embed, exporting, finetune
 from simclr_jax.encoder import resnet
 from simclr_jax.runtime import checkpoint, cluster, data
 from simclr_jax.runtime import mesh as mesh_lib
@@ -74,7 +73,7 @@ def run(
   count = -(-len(source) // images_per_part)
   folder = output.parent / f"{output.name}.parts"
   settings = {
-    "encoder": str(encoder), "weights": _digest(start.variables["encoder"]), "data": spec, "images": len(source),
+    "encoder": str(encoder), "weights": exporting.checksum(start.variables["encoder"]), "data": spec, "images": len(source),
     "images_per_part": images_per_part,
   }  # fmt: skip
   cluster.on_first(lambda: _claim(folder, settings))
@@ -100,25 +99,12 @@ def _claim(folder, settings):
   checkpoint.write_text(plan, json.dumps(settings))
 
 
-def _digest(variables) -> str:
-  whole = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-    whole.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
-  return whole.hexdigest()[:16]
-
-
 class _Work:
   """The encoder on this process's devices."""
 
   def __init__(self, start: finetune.Start, source, mesh):
-    config = start.config
     self._source, self._mesh, self._variables = source, mesh, start.variables["encoder"]
-    self._transform = functools.partial(
-      augment.center_crop,
-      size=config.augment.size,
-      proportion=config.evaluate.crop,
-      resize=config.augment.get("resize", "bicubic"),
-    )
+    self._transform = embed.crop_of(start.config)
     self._apply = jax.jit(functools.partial(resnet(**start.encoder).apply, train=False))
     self._batch = -(-min(BATCH, len(source)) // mesh.size) * mesh.size
 
@@ -150,14 +136,7 @@ class _Work:
 def _save(path, arrays):
   buffer = io.BytesIO()
   np.savez(buffer, **arrays)
-  _write(path, buffer.getvalue())
-
-
-def _write(path, content: bytes):
-  """All of the file or none of it."""
-  partial = path.parent / f".{path.name}.partial"
-  partial.write_bytes(content)
-  partial.rename(path) if "://" in str(path) else os.replace(partial, path)
+  checkpoint.write_bytes(path, buffer.getvalue())
 
 
 def _join(output, folder, count, settings):
@@ -169,7 +148,9 @@ def _join(output, folder, count, settings):
   bad = np.concatenate([part.pop("bad") for part in parts]).tolist()
   whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
   about = {key: settings[key] for key in ("encoder", "weights", "data")}
-  _write(output, {".npz": _npz, ".parquet": _parquet, ".safetensors": _safetensors}[output.suffix](whole, about))
+  checkpoint.write_bytes(
+    output, {".npz": _npz, ".parquet": _parquet, ".safetensors": _safetensors}[output.suffix](whole, about)
+  )
   unreadable = output.parent / f"{output.name}.unreadable.txt"
   if bad:
     checkpoint.write_text(unreadable, "".join(f"{line}\n" for line in bad))

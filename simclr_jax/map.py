@@ -83,10 +83,13 @@ def accuracy(xy, labels, *, k: int = NEIGHBOURS) -> float:
   """Share of the points of xy [n, 2] whose k nearest others, by a majority, have their label; labels int [n], >= 0."""
   k, right = min(k, len(xy) - 1), 0
   for queries in np.array_split(np.arange(len(xy)), -(-len(xy) // 500)):
-    near = labels[_nearest_on_map(xy, queries, k)]
-    votes = np.stack([(near == c).sum(1) for c in range(labels.max() + 1)], 1)
-    right += int((votes.argmax(1) == labels[queries]).sum())
+    right += int((_majority(labels[_nearest_on_map(xy, queries, k)]) == labels[queries]).sum())
   return right / len(xy)
+
+
+def _majority(near):
+  """int [m]: the most frequent label in each row of near [m, k], the lowest of several."""
+  return np.stack([(near == c).sum(1) for c in range(near.max() + 1)], 1).argmax(1)
 
 
 def trustworthiness(h, xy, *, k: int = NEIGHBOURS, queries: int = 1000, seed: int = 0) -> float:
@@ -206,8 +209,7 @@ def odd(h, pictures) -> dict:
 def accuracy_of_h(h, labels) -> float:
   """As `accuracy`, in h [n, d] by cosine."""
   _, near = knn.nearest(h, h, k=NEIGHBOURS + 1)
-  votes = np.stack([(labels[near[:, 1:]] == c).sum(1) for c in range(labels.max() + 1)], 1)
-  return float((votes.argmax(1) == labels).mean())
+  return float((_majority(labels[near[:, 1:]]) == labels).mean())
 
 
 def findings(chart: dict, found: dict, *, most: int = 24) -> list[tuple[str, str, str]]:

@@ -10,7 +10,7 @@ import ml_collections
 
 from simclr_jax import distill, finetune, optimizer, pretrain
 from simclr_jax import model as model_lib
-from simclr_jax.runtime import aot, checkpoint, data, metrics
+from simclr_jax.runtime import aot, checkpoint, data, metrics, report
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
@@ -100,7 +100,8 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
     except aot.DoesNotFit as error:
       tried[_text(changes)] = None
       refused = refused or (f"needs {error.needed / aot.GIB:.1f} GiB" if error.needed else str(error)[:120])
-      too_much = (error.needed or 0) - aot.topology(topology)[0].hbm_bytes
+      chip, _ = aot.topology(topology)
+      too_much = (error.needed or 0) - chip.hbm_bytes / chip.devices
       note(f"{topology}: does not fit with {_text(changes) or 'the recipe as it is'}")
       continue
     tried[_text(changes)] = [1e3 * row["step_seconds"], row["peak_bytes"] / aot.GIB]
@@ -210,8 +211,7 @@ def side_by_side(rows) -> str:
       cells.append([row["topology"], f"{row['batch_size']:,}", f"no ({row['refused']})"] + [""] * (len(COLUMNS) - 3))
     else:
       cells.append([cell(row) for cell in COLUMNS.values()])
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+  return report.aligned(cells)
 
 
 def run(config, topologies, *, batches=(), num_examples=0, num_classes=0, as_json=False, picture="") -> list[dict]:

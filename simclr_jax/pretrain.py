@@ -515,6 +515,12 @@ def _farewell(config, workdir, result, views, clock, changes) -> dict:
     str(workdir / "views.png"): "augmented view pairs",
     str(workdir / "config.json"): "the resolved config",
   }
+  pictures = {"views": workdir / "views.png"}
+  if len(result["neighbours"][0]):
+    pictures["neighbours"] = workdir / "neighbours.png"
+    report.neighbours_png(pictures["neighbours"], *result["neighbours"])
+    files[str(pictures["neighbours"])] = "nearest neighbours in h"
+  metrics_lib.show(workdir, result["step"], pictures)
   snippet = exporting.snippet(workdir / "encoder", config.augment.size)
   best = {row["representation"]: row for row in result["scores"]}
   summary = f"{config.data.train}, {config.train_epochs or config.train_steps} {'epochs' if config.train_epochs else 'steps'} at batch {config.batch_size}."
@@ -540,12 +546,6 @@ def _farewell(config, workdir, result, views, clock, changes) -> dict:
     changes=changes,
   )
   report.write_report(workdir / "report.html", **page)
-  pictures = {"views": workdir / "views.png"}
-  if result["neighbours"] is not None and len(result["neighbours"][0]):
-    pictures["neighbours"] = workdir / "neighbours.png"
-    report.neighbours_png(pictures["neighbours"], *result["neighbours"])
-    files[str(pictures["neighbours"])] = "nearest neighbours in h"
-  metrics_lib.show(workdir, result["step"], pictures)
   print()
   if best:
     print(report.score_table(result["scores"]))

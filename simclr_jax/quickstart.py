@@ -94,36 +94,35 @@ def recipe_for(source, spec: str, network: Network, batch: int, steps: int, on_c
   """configs/folder.py, changed."""
   config = ml_collections.ConfigDict(config_lib.load(RECIPE).to_dict())
   epochs = steps * batch / len(source)
-  with config.ignore_type():  # a recipe may say width=1
-    config.update_from_flattened_dict(
-      {
-        "data.train": spec,
-        "data.max_bad_fraction": 0.2,
-        "batch_size": batch,
-        "train_epochs": 0.0,
-        "train_steps": steps,
-        "augment.size": network.size,
-        "augment.blur": network.size >= 96,
-        "augment.crop_area": (0.2, 1.0),  # the paper's 0.08 is for 224 pixels
-        "encoder.depth": network.depth,
-        "encoder.width": network.width,
-        "encoder.stem": network.stem,
-        "encoder.dtype": "float32" if on_cpu else "bfloat16",
-        "loss.reduction": "mean",
-        "projector.out_dim": 64 if on_cpu else 128,
-        "optimizer.name": "adamw",
-        "optimizer.base_lr": 2e-3,
-        "optimizer.lr_scaling": "none",
-        "optimizer.weight_decay": 1e-4,
-        "optimizer.warmup_epochs": 0.05 * epochs,
-        "evaluate.every_epochs": 0.0,
-        "evaluate.every_steps": -(-steps // 4),
-        "checkpoint.every_epochs": 0.0,
-        "checkpoint.every_steps": -(-steps // 8),
-        "checkpoint.keep": 1,
-        "log.every_steps": max(1, steps // 100),
-      }
-    )
+  config.update_from_flattened_dict(
+    {
+      "data.train": spec,
+      "data.max_bad_fraction": 0.2,
+      "batch_size": batch,
+      "train_epochs": 0.0,
+      "train_steps": steps,
+      "augment.size": network.size,
+      "augment.blur": network.size >= 96,
+      "augment.crop_area": (0.2, 1.0),  # the paper's 0.08 is for 224 pixels
+      "encoder.depth": network.depth,
+      "encoder.width": network.width,
+      "encoder.stem": network.stem,
+      "encoder.dtype": "float32" if on_cpu else "bfloat16",
+      "loss.reduction": "mean",
+      "projector.out_dim": 64 if on_cpu else 128,
+      "optimizer.name": "adamw",
+      "optimizer.base_lr": 2e-3,
+      "optimizer.lr_scaling": "none",
+      "optimizer.weight_decay": 1e-4,
+      "optimizer.warmup_epochs": 0.05 * epochs,
+      "evaluate.every_epochs": 0.0,
+      "evaluate.every_steps": -(-steps // 4),
+      "checkpoint.every_epochs": 0.0,
+      "checkpoint.every_steps": -(-steps // 8),
+      "checkpoint.keep": 1,
+      "log.every_steps": max(1, steps // 100),
+    }
+  )
   if not on_cpu:
     config.augment.where = "device"
   return config_lib.check(config)
@@ -233,7 +232,6 @@ def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, ove
     print(f"{what:12}{value} ({reason})")
   checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
   checkpoint.write_text(plan, json.dumps({"folder": root, "why": why}))
-  (workdir / "COMPLETE").unlink(missing_ok=True)
   trained = pretrain.run(config, workdir, resume=True, recipe=RECIPE)
 
   print("\nwhat is in the folder")

@@ -123,7 +123,7 @@ def run(folder, output=None) -> list[Run]:
   if not runs:
     raise ValueError(f"{folder}: no run in or below it (a run has a config.json); `simclr pretrain` makes one")
   head, rows = table(runs)
-  print(_aligned(head, rows))
+  print(report.aligned([head, *rows]))
   different = differences(runs)
   if len(runs) > 1 and different:
     print(f"\nconfigs, where they differ from {runs[0].name}")
@@ -168,9 +168,3 @@ def _linked(table_html, runs, folder, page):
       target = html.escape(os.path.relpath(path, page.parent))
       table_html = table_html.replace(f">{name}</th>", f'><a href="{target}">{name}</a></th>', 1)
   return table_html
-
-
-def _aligned(head, rows):
-  widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-  lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
-  return "\n".join(lines)

@@ -17,7 +17,7 @@ import numpy as np
 
 from simclr_jax import embed, finetune, probe
 from simclr_jax.encoder import resnet
-from simclr_jax.runtime import checkpoint, data
+from simclr_jax.runtime import checkpoint, data, report
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
@@ -195,8 +195,7 @@ def table(rows: list[dict]) -> str:
       p = row["p"].get(name)
       cells.append("" if s is None else f"{100 * s:.1f}" + (f" (p {p:.2g})" if p is not None else ""))
     lines.append([row["name"], row["metric"], *cells, *(str(PAPER[name].get(row["name"], "")) for name in papers)])
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+  return report.aligned(lines)
 
 
 def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:

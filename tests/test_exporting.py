@@ -157,6 +157,7 @@ def violations(value, schema, where="card"):
 def prove_here(folder, export, python):
   """exporting.prove without the seconds that another process needs to import what is imported here."""
   before, names = list(sys.path), {p.stem for p in folder.glob("*.py")}
+  assert not names & sys.modules.keys()
   sys.path.insert(0, str(folder))
   importlib.invalidate_caches()
   output = io.StringIO()

@@ -15,7 +15,8 @@ def write(folder, export):
 
 
 def copy_model(folder, export):
-  """resnet.py, and head.py for the projector: copies of this package's modules, which import nothing of it."""
-  export.copy(folder, resnet=pathlib.Path(encoder.__file__).resolve())
+  """from_variables.py, resnet.py, and head.py for the projector: the last two are this package's modules, which import
+  nothing of it."""
+  export.copy(folder, from_variables="from_variables.py", resnet=pathlib.Path(encoder.__file__).resolve())
   if export.projector:
     export.copy(folder, head=pathlib.Path(projector.__file__).resolve())

@@ -6,6 +6,7 @@ schedule, over the clock, without the time of collectives that nothing hides (do
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -93,6 +94,7 @@ def compile_for(jitted, *arguments):
     raise DoesNotFit(" ".join(text.split())[:300], needed) from None
 
 
+@functools.lru_cache(1)
 def computations(hlo: str) -> dict:
   """{name: lines} of a scheduled HLO module; "ENTRY" too."""
   result, name = {}, None
@@ -126,8 +128,7 @@ class Schedule:
   def _cycles(self, name, in_loop):
     total, started = 0, {}
     for text in self.computations[name]:
-      cost = re.search(r'"estimated_cycles":"(\d+)"', text)
-      total += int(cost[1]) if cost else 0
+      total += _cost(text)
       loop = re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", text)
       if loop:
         # Every loop here counts from 0 to the one constant in its condition.
@@ -151,14 +152,9 @@ def traffic(hlo: str) -> int:
   for text in computations(hlo)["ENTRY"]:
     made = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, |$)", text)
     if made and made[3] in ("copy-start", "slice-start"):  # from the one memory to the other
-      total += min(math.prod(dims) * _WIDTH.get(kind, 4) for kind, dims in _shapes(made[2])[:2])
+      total += min(_size(*shape) for shape in _shapes(made[2])[:2])
     elif made:
-      arrays = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", made[2])
-      size[made[1]] = sum(
-        math.prod(int(d) for d in dims.split(",") if d) * _WIDTH.get(kind, 4)
-        for kind, dims, layout in arrays
-        if "S(" not in layout
-      )
+      size[made[1]] = sum(_size(*shape) for shape in _shapes(_FASTER.sub("", made[2])))
       if '"estimated_cycles"' in text:
         total += size[made[1]] + sum(size.get(name, 0) for name in re.findall(r"%([\w.\-]+)", made[4]))
   return total
@@ -171,14 +167,18 @@ def parts(hlo: str) -> dict:
   """
   found = dict.fromkeys(PARTS, 0)
   for text in computations(hlo)["ENTRY"]:
-    cost = re.search(r'"estimated_cycles":"(\d+)"', text)
     name = re.search(r'op_name="([^"]*)"', text)
-    if cost:
-      name = name[1] if name else ""
-      direction = "backward" if "transpose(jvp(" in name else "forward" if re.search(r"jvp\(\w+\)", name) else None
-      kind = "convolutions" if re.search(r"conv_general_dilated|dot_general", name) else "passes over activations"
-      found[f"{kind}, {direction}" if direction else "augmentation, loss, optimizer"] += int(cost[1])
+    name = name[1] if name else ""
+    direction = "backward" if "transpose(jvp(" in name else "forward" if re.search(r"jvp\(\w+\)", name) else None
+    kind = "convolutions" if re.search(r"conv_general_dilated|dot_general", name) else "passes over activations"
+    found[f"{kind}, {direction}" if direction else "augmentation, loss, optimizer"] += _cost(text)
   return found
+
+
+def _cost(text: str) -> int:
+  """The cycles that the compiler attributes to the operation in a line."""
+  cycles = re.search(r'"estimated_cycles":"(\d+)"', text)
+  return int(cycles[1]) if cycles else 0
 
 
 PARTS = (
@@ -189,6 +189,7 @@ PARTS = (
   "augmentation, loss, optimizer",
 )
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+_FASTER = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\([^}]*\}")  # an array outside of HBM
 _WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
@@ -196,8 +197,12 @@ def _shapes(result: str):
   return [(kind, [int(d) for d in dims.split(",") if d]) for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)]
 
 
+def _size(kind: str, dims) -> int:
+  return math.prod(dims) * _WIDTH.get(kind, 4)
+
+
 def _bytes(result: str) -> int:
-  return max((math.prod(dims) * _WIDTH.get(kind, 4) for kind, dims in _shapes(result)), default=0)
+  return max((_size(*shape) for shape in _shapes(result)), default=0)
 
 
 def collectives(hlo: str) -> dict:
@@ -211,7 +216,7 @@ def collectives(hlo: str) -> dict:
     row = found.setdefault(kind, {"count": 0, "bytes": 0, "image_sized": 0})
     row["count"] += 1
     for dtype, dims in _shapes(result):
-      row["bytes"] += math.prod(dims) * _WIDTH.get(dtype, 4)
+      row["bytes"] += _size(dtype, dims)
       row["image_sized"] += any(dims[i] == dims[i + 1] >= 7 for i in range(1, len(dims) - 2))
   return found
 

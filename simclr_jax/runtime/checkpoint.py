@@ -66,6 +66,7 @@ def _claim(workdir, filled_is_fine, overwrite):
     probe = path / ".writable"
     probe.write_text("written and deleted")
     probe.unlink()
+    (path / "COMPLETE").unlink(missing_ok=True)  # of the run before, which goes on
   except OSError as error:
     raise ValueError(
       f"--workdir={workdir} cannot be written ({error.strerror or error}): name another folder"
@@ -291,9 +292,14 @@ def mark_complete(workdir, step: int):
 
 def write_text(path, text: str):
   """Writes a whole file or nothing."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path, content: bytes):
+  """Writes a whole file or nothing."""
   path = epath.Path(path)
   temporary = path.parent / f".{path.name}.tmp"
-  temporary.write_text(text)
+  temporary.write_bytes(content)
   temporary.rename(path) if "://" in str(path) else os.replace(temporary, path)
 
 

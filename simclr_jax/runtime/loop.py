@@ -186,7 +186,8 @@ def run(
   step_fn = compile_step(task, mesh, like)
   window, in_flight, usual = [], collections.deque(), collections.deque(maxlen=128)
   skipped = _Skipped(workdir)
-  last_logged = first
+  last_logged, tracing = first, False
+  stream = opened_at = None  # the batches, and the step whose state they follow
   mark = dict(clock.seconds)
 
   def log(step):
@@ -233,9 +234,14 @@ def run(
     with clock.phase("save"):
       checkpoints.save(step, state, task.exports(state), config_json)
 
+  def open_stream(after):
+    """The batches that follow the state of step `after`."""
+    nonlocal stream, opened_at
+    stream, opened_at = task.stream(skipped.position(after)), after
+
   def go_back(error):
     """Puts the newest checkpoint in the place of the state and the batches since behind; returns its step."""
-    nonlocal state, stream, window, last_logged
+    nonlocal state, window, last_logged
     good = checkpoints.latest_step()
     if good is None or skipped.times >= rollback.times:
       raise error
@@ -247,17 +253,24 @@ def run(
     in_flight.clear()
     usual.clear()
     writer.rewind(good)
-    stream = task.stream(skipped.position(good))
+    open_stream(good)
     return good
+
+  def trace(wanted):
+    """Starts or ends the profiler's trace, if it is not as wanted."""
+    nonlocal tracing
+    if wanted != tracing:
+      jax.block_until_ready(state)
+      jax.profiler.start_trace(str(workdir / "profile")) if wanted else jax.profiler.stop_trace()
+      tracing = wanted
 
   def update():
     """One step of training; returns whether it is the last for now."""
-    nonlocal state, step_fn, stream
-    if profile_steps and step in (first + 10, first + 10 + profile_steps):
-      jax.block_until_ready(state)
-      jax.profiler.start_trace(str(workdir / "profile")) if step == first + 10 else jax.profiler.stop_trace()
-    if skipped.after(step - 1):
-      stream = task.stream(skipped.position(step - 1))
+    nonlocal state, step_fn
+    if profile_steps:
+      trace(first + 10 <= step < first + 10 + profile_steps)
+    if step - 1 in skipped and step - 1 != opened_at:
+      open_stream(step - 1)
     with clock.phase("data"):
       batch = mesh_lib.global_batch(mesh, next(stream))
     first_time = not isinstance(step_fn, jax.stages.Compiled)
@@ -290,7 +303,8 @@ def run(
     return stop and step < task.total_steps
 
   with _Signals() as signals:
-    step, stream = first, task.stream(skipped.position(first))
+    step = first
+    open_stream(first)
     while step < task.total_steps:
       step += 1
       try:
@@ -306,6 +320,7 @@ def run(
           f"{name}: stopped after step {step} and saved it; go on with --resume",
           130 if signals.received == signal.SIGINT else 42,
         )
+  trace(False)
   writer.close()
   checkpoints.close()
   return state, clock
@@ -320,7 +335,6 @@ class _Skipped:
   def __init__(self, workdir):
     self._path = epath.Path(workdir) / "skipped.json"
     self._rows = json.loads(self._path.read_text()) if self._path.exists() else []
-    self._here = {after for after, _ in self._rows}  # places where a running stream has to leap
 
   @property
   def times(self) -> int:
@@ -328,11 +342,11 @@ class _Skipped:
 
   def position(self, step: int) -> int:
     """Number of the batch that follows the state of `step`."""
-    self._here.discard(step)
     return step + sum(count for after, count in self._rows if after <= step)
 
-  def after(self, step: int) -> bool:
-    return step in self._here
+  def __contains__(self, step: int) -> bool:
+    """Whether batches were gone past after the state of `step`."""
+    return any(after == step for after, _ in self._rows)
 
   def add(self, after: int, count: int):
     self._rows.append([after, count])

@@ -57,7 +57,7 @@ class Writer:
   def __init__(self, workdir, *, resume_step: int = 0, wandb: str = ""):
     self._path = epath.Path(workdir) / "metrics.jsonl"
     self._active = jax.process_index() == 0
-    self._board = None
+    self._board = self._wandb = None
     self.seconds_before = 0.0  # that the rows before this start had taken
     if self._active:
       from clu.metric_writers import SummaryWriter  # imports TensorFlow, and wants the tensorboard package
@@ -89,7 +89,7 @@ class Writer:
   def close(self):
     if self._board:
       self._board.close()
-    if self._active and self._wandb:
+    if self._wandb:
       self._wandb.finish()
 
 

@@ -136,6 +136,12 @@ def write_file(path, data):
     partial.unlink(missing_ok=True)
 
 
+def aligned(rows):
+  """Rows of texts as lines with aligned columns."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 # ----------------------------------------------------------------------------------------------------- scores
 
 SCORE_NAMES = {  # key: heading on the page, heading in the terminal
@@ -675,17 +681,8 @@ def _overlay(heading, unit, curves, colours):
   low, high = float(values.min()), float(values.max())
   if high - low < 0.01 * (max(abs(low), abs(high)) or 1.0):
     low, high = low - 0.005 * (abs(low) or 1.0), high + 0.005 * (abs(high) or 1.0)
-  ticks = _ticks(low, high)
-  low, high = min(low, ticks[0]), max(high, ticks[-1])
+  svg, y = _frame(heading, unit, low, high)
   last = max(float(steps[-1]) for steps, _ in curves.values()) or 1.0
-
-  def y(value):
-    return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-  svg = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(heading)} against steps">']
-  for tick in ticks:
-    svg.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
-    svg.append(f'<text class="y" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}">{_tick_text(tick, unit)}</text>')
   for step, anchor in ((0, "start"), (last, "end")):
     x = LEFT + step / last * (WIDTH - LEFT - RIGHT)
     svg.append(f'<text style="text-anchor:{anchor}" x="{x:.1f}" y="{HEIGHT - 5}">{_short(step)}</text>')
@@ -699,6 +696,21 @@ def _overlay(heading, unit, curves, colours):
   return f"<figure><figcaption><span>{_text(heading)}</span></figcaption>\n{''.join(svg)}</svg></figure>"
 
 
+def _frame(heading, unit, low, high):
+  """The beginning of the SVG of a curve, a line at every round value from low to high; and the function value → y."""
+  ticks = _ticks(low, high)
+  low, high = min(low, ticks[0]), max(high, ticks[-1])
+
+  def y(value):
+    return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+  svg = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(heading)} against steps">']
+  for tick in ticks:
+    svg.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
+    svg.append(f'<text class="y" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}">{_tick_text(tick, unit)}</text>')
+  return svg, y
+
+
 def _panel(heading, steps, values, *, unit, from_zero, reference, lost, epochs, span):
   """One small curve. steps, values: float [n], n ≥ 1, sorted, finite; span: first and last step of the axis."""
   low, high = values.min(), values.max()
@@ -710,24 +722,16 @@ def _panel(heading, steps, values, *, unit, from_zero, reference, lost, epochs, 
   missing = (0.01 * (1.0 if unit == "percent" else max(abs(low), abs(high))) or 1.0) - (high - low)
   if missing > 0:
     low, high = (low, high + missing) if from_zero else (low - missing / 2, high + missing / 2)
-  ticks = _ticks(low, high)
-  low, high = min(low, ticks[0]), max(high, ticks[-1])
+  svg, y = _frame(heading, unit, low, high)
   first, last = span
 
   def x(step):
     return LEFT + (step - first) / max(last - first, 1) * (WIDTH - LEFT - RIGHT)
 
-  def y(value):
-    return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
   def line(kind, steps, values):
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x(steps), y(values), strict=True))
     return f'<polyline class="{kind}" points="{points}"/>'
 
-  svg = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(heading)} against steps">']
-  for tick in ticks:
-    svg.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
-    svg.append(f'<text class="y" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}">{_tick_text(tick, unit)}</text>')
   labels = {round((first + last) / 2): "middle", last: "end", first: "start"}  # one each, however few the steps
   for step, anchor in labels.items():
     svg.append(f'<text style="text-anchor:{anchor}" x="{x(step):.1f}" y="{HEIGHT - 5}">{_short(step)}</text>')
