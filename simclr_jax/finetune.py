@@ -82,11 +82,11 @@ def resolve(config):
   return config, start
 
 
-def create(config, num_classes: int) -> model_lib.Classifier:
-  """The network of a resolved config."""
+def create(config, num_classes: int, *, tpu: bool = False) -> model_lib.Classifier:
+  """The network of a resolved config; `tpu` as in encoder.resnet."""
   projector = Projector(**config.projector) if config.tap else None
   return model_lib.Classifier(
-    encoder=resnet(**config.encoder), projector=projector, num_classes=num_classes, tap=config.tap
+    encoder=resnet(**config.encoder, tpu=tpu), projector=projector, num_classes=num_classes, tap=config.tap
   )
 
 
@@ -174,7 +174,7 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
   """A resolved config and the labelled images as the loop wants them."""
   if config.batch_size > len(source):
     raise ValueError(f"batch_size={config.batch_size} exceeds the {len(source)} training images: lower it")
-  model = create(config, source.num_classes)
+  model = create(config, source.num_classes, tpu=mesh_lib.on_tpu(mesh))
   tx, schedule = optimizer_of(config, len(source))
 
   def init(key):

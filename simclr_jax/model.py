@@ -77,9 +77,10 @@ class Classifier(nn.Module):
     return self.classifier(self.projector(h, train=train, tap=self.tap) if self.tap else h)
 
 
-def create(config, num_classes: int = 0) -> SimCLR:
-  """The model of a config: `config.encoder` goes to `encoder.resnet`, `config.projector` to `Projector`."""
-  return SimCLR(encoder=resnet(**config.encoder), projector=Projector(**config.projector), num_classes=num_classes)
+def create(config, num_classes: int = 0, *, tpu: bool = False) -> SimCLR:
+  """The model of a config: `config.encoder` and `tpu` go to `encoder.resnet`, `config.projector` to `Projector`."""
+  encoder = resnet(**config.encoder, tpu=tpu)
+  return SimCLR(encoder=encoder, projector=Projector(**config.projector), num_classes=num_classes)
 
 
 def part(tree: TrainState, name: str) -> dict:

@@ -211,7 +211,7 @@ def _resident(drawn, labels, images, mesh):
 
 def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.Task:
   """The config and the training images as the loop wants them; `bad_file` gets the names of unreadable images."""
-  model = model_lib.create(config, source.num_classes)
+  model = model_lib.create(config, source.num_classes, tpu=mesh_lib.on_tpu(mesh))
   tx, schedule = optimizer.create(config, len(source))
   host, device, canvas = augmentation(config)
 

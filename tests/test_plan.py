@@ -110,6 +110,7 @@ ROW = {
   "peak_bytes": 2**31 + 2**28,
   "hbm_bytes": 2**35,
   "flops": 1.5e12,
+  "model_flops": 1.4e12,
   "hbm_traffic": 12e9,
   "memory_seconds": 0.01,
   "matmul_seconds": 0.0055,
