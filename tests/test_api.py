@@ -21,6 +21,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_arrays_in_arrays_out(tmp_path):
   source = tiny.source()
   images = np.stack([source.read(i) for i in range(96)])

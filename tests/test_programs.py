@@ -170,6 +170,7 @@ def test_profile_tensorboard_and_wandb(tmp_path, monkeypatch):
   assert points.ndim == 2 and len(points) == len((tmp_path / "run" / h.metadata_path).read_text().split())
 
 
+@pytest.mark.slow
 def test_unlabelled_images(tmp_path):
   """No labels: no classifier and no scores, but a verdict, neighbours, an export and a page."""
   images = np.stack([tiny.source().read(i) for i in range(48)])
