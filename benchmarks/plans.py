@@ -70,7 +70,9 @@ def main():
       if args.only in recipe and key not in rows:
         case = config.load(recipe, [f"--config.batch_size={batch}"])
         row = plan.plan(case, args.topology, *plan.KNOWN[case.data.train])
-        rows = (json.loads(kept.read_text()) if kept.exists() else {}) | {key: row}  # another process may have added some
+        rows = (json.loads(kept.read_text()) if kept.exists() else {}) | {
+          key: row
+        }  # another process may have added some
         order = [f"{r} {b} {args.topology}" for r in RECIPES for b in (4096, 8192)]
         rows = dict(sorted(rows.items(), key=lambda row: order.index(row[0]) if row[0] in order else len(order)))
         checkpoint.write_text(kept, json.dumps(rows, indent=1))

@@ -108,7 +108,7 @@ def make_card(
   """card.json but for the list of files; docs/card.schema.json says what each entry is."""
   encoder = dict(config.encoder)
   module = resnet(**encoder)
-  fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name"}
+  fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "tpu"}
   shapes = jax.eval_shape(module.apply, variables, _images(config.augment.size))
   card = {
     "format": format,
