@@ -111,7 +111,8 @@ class ResNet(nn.Module):
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(f"the encoder got {x.dtype} {list(x.shape)}: expected float images [n, h, w, 3] in [0, 1]")
     plain = self.sk_ratio == 0 and self.se_ratio == 0  # the others take means over pixels
-    beside = 2 if self.tpu and plain and self.width <= 1 and x.shape[2] % 8 == 0 else 1
+    columns = -(-x.shape[2] // (1 if self.stem == "cifar" else 4))
+    beside = 2 if self.tpu and plain and self.width <= 1 and columns % 2 == 0 else 1
     x = self._stem(x.astype(self.dtype), train and tune_after < 0, beside)
     x = jax.lax.stop_gradient(x) if tune_after == 0 else x
     self.sow("intermediates", "stem", x.reshape(*x.shape[:2], beside * x.shape[2], -1))
