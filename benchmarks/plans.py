@@ -25,35 +25,34 @@ far to trust them is in [scaling.md](scaling.md).  Hours and chip-hours are of t
 | recipe | batch | encoder, M | as it is | with | GiB a chip | ms a step | images/s/chip | MFU | hours | chip-hours |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
-
-
 OLDER = """
-† of the step before convolutions to four times the channels were normalised as they are made, which took the 1x from 29 to 23 ms; not measured again since.
+† of the step before the last two changes in [scaling.md](scaling.md), which took the 1x from 29 to 23 ms; not measured since.
 """
 
 
 def newest(row) -> bool:
   """Whether the row is of the step as it is now; one of before is made anew."""
-  return "model_flops" in row
+  return row["changes"] is None or "model_flops" in row
+
+
+def line(key, row) -> str:
+  recipe = f"`{key.split(' ')[0]}`" + " †" * (not newest(row))
+  if row["changes"] is None:
+    return f"| {recipe} | {row['batch_size']:,} | | {row['refused']} | nothing helps | | | | | | |"
+  changes = ", ".join(f"`{name}={value}`" for name, value in row["changes"].items())
+  as_it_is = row["refused"] or "fits"
+  if row["changes"] and row["tried"].get(""):
+    as_it_is = "fits barely: {:.0f} ms, {:.1f} GiB".format(*row["tried"][""])
+  return (
+    f"| {recipe} | {row['batch_size']:,} | {row['parameters']['encoder'] / 1e6:.1f} | {as_it_is} "
+    f"| {changes} | {row['peak_bytes'] / 2**30:.1f} | {1e3 * row['step_seconds']:.0f} "
+    f"| {row['images_per_second_per_chip']:,.0f} | {100 * row['mfu']:.0f} % | {row['hours']:,.1f} "
+    f"| {row['chip_hours']:,.0f} |"
+  )
 
 
 def markdown(rows) -> str:
-  lines = []
-  for key, row in rows.items():
-    recipe = key.split(" ")[0]
-    if row["changes"] is None:
-      lines.append(f"| `{recipe}` | {row['batch_size']:,} | | {row['refused']} | nothing helps | | | | | | |")
-      continue
-    changes = ", ".join(f"`{name}={value}`" for name, value in row["changes"].items())
-    as_it_is = row["refused"] or "fits"
-    if row["changes"] and row["tried"].get(""):
-      as_it_is = "fits barely: {:.0f} ms, {:.1f} GiB".format(*row["tried"][""])
-    lines.append(
-      f"| `{recipe}`{'' if newest(row) else ' †'} | {row['batch_size']:,} | {row['parameters']['encoder'] / 1e6:.1f} | {as_it_is} "
-      f"| {changes} | {row['peak_bytes'] / 2**30:.1f} | {1e3 * row['step_seconds']:.0f} "
-      f"| {row['images_per_second_per_chip']:,.0f} | {100 * row['mfu']:.0f} % | {row['hours']:,.1f} "
-      f"| {row['chip_hours']:,.0f} |"
-    )
+  lines = [line(key, row) for key, row in rows.items()]
   return HEAD + "\n".join(lines) + "\n" + ("" if all(map(newest, rows.values())) else OLDER)
 
 
@@ -73,22 +72,24 @@ def main():
   from simclr_jax.runtime import checkpoint, config
 
   kept = DOCS / "plans.json"
+
+  def read():
+    return json.loads(kept.read_text()) if kept.exists() else {}
+
   for recipe in RECIPES:
     for batch in args.batch_size or ((4096, 8192) if recipe.startswith("v1") else (4096,)):
-      rows = json.loads(kept.read_text()) if kept.exists() else {}
+      rows = read()
       key = f"{recipe} {batch} {args.topology}"
       if args.only in recipe and not (key in rows and newest(rows[key])):
         case = config.load(recipe, [f"--config.batch_size={batch}"])
         row = plan.plan(case, args.topology, *plan.KNOWN[case.data.train])
-        rows = (json.loads(kept.read_text()) if kept.exists() else {}) | {
-          key: row
-        }  # another process may have added some
+        rows = {**read(), key: row}  # read again: another process may have added some meanwhile
         order = [f"{r} {b} {args.topology}" for r in RECIPES for b in (4096, 8192)]
         rows = dict(sorted(rows.items(), key=lambda row: order.index(row[0]) if row[0] in order else len(order)))
         checkpoint.write_text(kept, json.dumps(rows, indent=1))
         checkpoint.write_text(DOCS / "plans.md", markdown(rows))
       if key in rows:
-        print(markdown({key: rows[key]}).splitlines()[-1], flush=True)
+        print(line(key, rows[key]), flush=True)
 
 
 if __name__ == "__main__":
