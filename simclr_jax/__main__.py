@@ -247,6 +247,10 @@ def _dispatch(flags, overrides) -> int:
 
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that nobody misses
   note = cpu.prepare()
+  if flags.command in (*TRAINING, "quickstart") and "jax" not in sys.modules:
+    # What a run has compiled it does not compile again when it goes on; JAX reads this when it is imported.
+    folder = flags.workdir if "://" in flags.workdir else os.path.abspath(flags.workdir)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled")
   from simclr_jax.runtime import cluster
 
   if "coordinator" in flags:

@@ -60,8 +60,8 @@ def resnet(
       or "torch" (one pixel on every side, as torchvision).
     dtype: of the activations, float32 or bfloat16.  Parameters, statistics and h are float32 in either case.
     remat: what the backward pass computes again instead of keeping it: "none", "block" (everything inside a residual
-      block) or "group" (everything inside the blocks of one resolution).  Same values, less memory, up to a forward
-      pass more of time.
+      block) or "group" (everything inside the blocks of one resolution), or one of these for each of the four groups,
+      such as "block,block,none,none".  Same values, less memory, up to a forward pass more of time.
     tpu: the same parameters and values, computed in the way that suits a TPU: 1x1 convolutions to four times the channels
       are normalised as they are made (see BatchNorm), and in group 1, whose 64 channels fill half of the 128 lanes, two
       neighbours of a row stand side by side in the channels.  Elsewhere it is slower.
@@ -88,8 +88,10 @@ def resnet(
     raise ValueError(f'encoder pool_padding {pool_padding!r}: expected "official" or "torch"')
   if dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
     raise ValueError(f'encoder dtype {dtype!r}: expected "float32" or "bfloat16"')
-  if remat not in REMAT:
-    raise ValueError(f"encoder remat {remat!r}: expected one of {', '.join(REMAT)}")
+  policies = str(remat).split(",")
+  if len(policies) not in (1, 4) or not set(policies) <= set(REMAT):
+    raise ValueError(f"encoder remat {remat!r}: expected one of {', '.join(REMAT)}, or four of them with commas")
+  remat = tuple(policies * (4 // len(policies)))
   return ResNet(depth, width, sk_ratio, se_ratio, stem, pool_padding, jnp.dtype(dtype), remat, tpu)
 
 
@@ -103,7 +105,7 @@ class ResNet(nn.Module):
   stem: str
   pool_padding: str
   dtype: Any
-  remat: str = "none"
+  remat: tuple[str, ...] = ("none",) * 4
   tpu: bool = False
 
   @nn.compact
@@ -117,8 +119,8 @@ class ResNet(nn.Module):
     x = jax.lax.stop_gradient(x) if tune_after == 0 else x
     self.sow("intermediates", "stem", x.reshape(*x.shape[:2], beside * x.shape[2], -1))
     blocks, bottleneck = DEPTHS[self.depth]
-    group = nn.remat(BlockGroup, static_argnums=(2,)) if self.remat == "group" else BlockGroup
-    for i, count in enumerate(blocks):
+    for i, (count, remat) in enumerate(zip(blocks, self.remat, strict=True)):
+      group = nn.remat(BlockGroup, static_argnums=(2,)) if remat == "group" else BlockGroup
       x = group(
         blocks=count,
         filters=int(64 * 2**i * self.width),
@@ -126,7 +128,7 @@ class ResNet(nn.Module):
         bottleneck=bottleneck,
         sk_ratio=self.sk_ratio,
         se_ratio=self.se_ratio,
-        remat_blocks=self.remat == "block",
+        remat_blocks=remat == "block",
         tpu=self.tpu,
         beside=beside,
         name=f"group{i + 1}",

@@ -26,6 +26,7 @@ KNOWN = {
 # What makes a step smaller, in the order of what it costs; each is tried on top of the recipe.
 CURES = (
   {"zero1": True},
+  {"encoder.remat": "block,block,none,none"},
   {"encoder.remat": "block"},
   {"encoder.remat": "block", "zero1": True},
   {"encoder.remat": "group", "zero1": True},
@@ -93,38 +94,49 @@ TIGHT = 0.8  # of a chip's memory: beyond, the compiler has begun to compute thi
 
 
 def plan(config, topology: str, num_examples: int, num_classes: int, note=print) -> dict:
-  """`measure` of the fastest of the config as it is and with CURES, which are tried until one leaves memory to spare.
+  """`measure` of the fastest of the config as it is and with CURES, which are tried until one leaves memory to spare; if
+  none fits, of the largest half, quarter, ... of the batch that does with the last of them.
 
   Returns:
-    the row, with `changes`, those of CURES that it has, or None if nothing fits; `refused`, why the recipe does not fit as
-    it is, or None; and `tried`, {changes as text: milliseconds a step and GiB, or None where it does not fit}.
+    the row, with `changes` to the config, or None if nothing fits; `refused`, why the recipe does not fit as it is, or
+    None; and `tried`, {changes as text: milliseconds a step and GiB, or None where it does not fit}.
   """
-  refused, too_much, best, tried = None, 0.0, None, {}
-  for changes in ({}, *CURES):
-    flat = config_lib.flatten(config)
-    if changes and (
-      not changes.keys() <= flat.keys() | {"encoder.remat"} or all(flat.get(k) == v for k, v in changes.items())
-    ):
-      continue
-    if changes == {"zero1": True} and (best or too_much > _momentum(config, num_classes)):
-      continue  # minutes of compiling for what cannot be enough
+  chip, devices = aot.topology(topology)
+  hbm = chip.hbm_bytes / chip.devices
+  refused, needed, best, tried = None, 0.0, None, {}
+
+  def has_room(changes) -> bool:
+    """Whether it fits with memory to spare."""
+    nonlocal refused, needed, best
+    name = _text(changes) or "the recipe as it is"
     try:
       row = measure(_with(config, changes), topology, num_examples, num_classes)
     except aot.DoesNotFit as error:
+      needed = error.needed or 0.0
       tried[_text(changes)] = None
-      refused = refused or (f"needs {error.needed / aot.GIB:.1f} GiB" if error.needed else str(error)[:120])
-      chip, _ = aot.topology(topology)
-      too_much = (error.needed or 0) - chip.hbm_bytes / chip.devices
-      note(f"{topology}: does not fit with {_text(changes) or 'the recipe as it is'}")
-      continue
+      refused = refused or (f"needs {needed / aot.GIB:.1f} GiB" if needed else str(error)[:120])
+      note(f"{topology}: does not fit with {name}")
+      return False
     tried[_text(changes)] = [1e3 * row["step_seconds"], row["peak_bytes"] / aot.GIB]
     if best is None or row["step_seconds"] < best["step_seconds"]:
       best = {**row, "changes": changes}
-    if row["peak_bytes"] < TIGHT * row["hbm_bytes"]:
+    room = row["peak_bytes"] < TIGHT * row["hbm_bytes"]
+    if not room:
+      note(f"{topology}: {name} fits barely, {1e3 * row['step_seconds']:.0f} ms a step")
+    return room
+
+  flat = config_lib.flatten(config)
+  cures = [c for c in CURES if c.keys() <= flat.keys() | {"encoder.remat"} and any(flat.get(k) != c[k] for k in c)]
+  for changes in ({}, *cures):
+    if changes == {"zero1": True} and (best or needed - hbm > _momentum(config, num_classes)):
+      continue  # minutes of compiling for what cannot be enough
+    if has_room(changes):
       break
-    note(
-      f"{topology}: {_text(changes) or 'the recipe as it is'} fits barely, {1e3 * row['step_seconds']:.0f} ms a step"
-    )
+  batch = config.batch_size
+  while best is None and batch % (2 * len(devices)) == 0:
+    batch //= 2
+    if batch * needed <= config.batch_size * hbm:  # else it cannot fit: what does not grow with the batch comes on top
+      has_room({**cures[-1], "batch_size": batch})
   if best is None:
     best = {"topology": topology, "batch_size": config.batch_size, "changes": None}
   return {**best, "refused": refused, "tried": tried}
@@ -151,7 +163,10 @@ def _text(changes):
 def table(row: dict) -> str:
   """A plan for a person."""
   if row["changes"] is None:
-    return f"{row['topology']}: does not fit ({row['refused']}), nor with any of {'; '.join(map(_text, CURES))}: take a smaller batch"
+    return (
+      f"{row['topology']}: does not fit ({row['refused']}), nor with any of {'; '.join(map(_text, CURES))}, nor with "
+      "smaller batches: take a larger topology or a smaller network"
+    )
   mib, gib = 2**20, aot.GIB
   lines = [
     ("pod", f"{row['topology']}: {row['chips']} chips, {row['hosts']} hosts; batch {row['batch_size']:,}"),

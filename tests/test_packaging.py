@@ -49,5 +49,6 @@ def test_an_installed_wheel_runs_the_smoke_recipe(tmp_path):
   values = ("train_epochs=0.0", "train_steps=3", "optimizer.warmup_epochs=0.0")
   out = call(simclr, "pretrain", "--config=smoke", "--workdir=run", *(f"--config.{value}" for value in values))
   assert "SimCLR h" in out and (tmp_path / "run/report.html").exists()
+  assert list((tmp_path / "run/compiled").glob("jit_train_step*"))  # a resumed run does not compile again
   snippet = out.partition("Load the encoder:")[2]
   assert "(4, " in call(python, "-c", snippet)

@@ -51,14 +51,15 @@ def test_what_is_read_from_a_program():
 
 @dataclasses.dataclass
 class Compiler:
-  """Stands for plan.measure: the recipe needs `gib` as it is; what each change brings it to is in `sizes`."""
+  """Stands for plan.measure: `sizes` has GiB and seconds of the recipe as it is, batch 4096, and with changes to it."""
 
   sizes: dict
   asked: list
 
   def __call__(self, config, topology, num_examples, num_classes):
     flat = config_lib.flatten(config)
-    key = (flat["zero1"], flat["encoder.remat"] if "encoder.remat" in flat else "none")
+    key = [flat["batch_size"]] * (flat["batch_size"] != 4096) + ["zero1"] * flat["zero1"]
+    key = (*key, *([flat["encoder.remat"]] if "encoder.remat" in flat else []))
     self.asked.append(key)
     gib, seconds = self.sizes[key]
     if gib > 32:
@@ -72,28 +73,37 @@ class Compiler:
     }
 
 
+HALF, ALL = "block,block,none,none", {"zero1": True, "encoder.remat": "group"}
+NOTHING = {(): (99, 1.0), (HALF,): (90, 1.0), ("block",): (80, 1.0), ("zero1", "block"): (75, 1.0)}
+NOTHING |= {("zero1", "group"): (70, 1.0)}
+
+
 @pytest.mark.parametrize(
   "sizes, asked, changes",
   [
-    ({(False, "none"): (3, 0.03)}, 1, {}),
-    ({(False, "none"): (32.1, 9), (True, "none"): (31, 0.2), (False, "block"): (9, 0.3)}, 3, {"zero1": True}),
+    ({(): (3, 0.03)}, 1, {}),
+    ({(): (32.1, 9), ("zero1",): (31, 0.2), (HALF,): (9, 0.3)}, 3, {"zero1": True}),
     # Far too much: ZeRO-1 alone cannot help and is not compiled.
-    ({(False, "none"): (45, 9), (False, "block"): (18, 0.19)}, 2, {"encoder.remat": "block"}),
+    ({(): (45, 9), (HALF,): (35, 9), ("block",): (18, 0.19)}, 3, {"encoder.remat": "block"}),
     # It fits, but barely, for the compiler recomputes at any price: the next is tried, and is faster.
-    ({(False, "none"): (28, 0.55), (False, "block"): (18, 0.19)}, 2, {"encoder.remat": "block"}),
-    ({(False, "none"): (28, 0.15), (False, "block"): (18, 0.19)}, 2, {}),
-    (dict.fromkeys([(z, r) for z in (False, True) for r in ("none", "block", "group")], (99, 1.0)), 4, None),
+    ({(): (28, 0.55), (HALF,): (18, 0.19)}, 2, {"encoder.remat": HALF}),
+    ({(): (28, 0.15), (HALF,): (18, 0.19)}, 2, {}),
+    # Half of the batch would take at least half of 70: it is not compiled, a quarter is.
+    (NOTHING | {(1024, "zero1", "group"): (19, 0.1)}, 6, {**ALL, "batch_size": 1024}),
+    (NOTHING | {(n, "zero1", "group"): (33, 1.0) for n in (1024, 512, 256, 128)}, 9, None),
   ],
 )
 def test_the_fastest_change_that_fits(monkeypatch, sizes, asked, changes):
   compiler = Compiler(sizes, [])
   monkeypatch.setattr(plan, "measure", compiler)
   monkeypatch.setattr(plan, "_momentum", lambda *_: 2 * GIB)
-  monkeypatch.setattr(aot, "topology", lambda name: (aot.CHIPS["v4"], None))
+  monkeypatch.setattr(aot, "topology", lambda name: (aot.CHIPS["v4"], [None] * 128))
   row = plan.plan(config_lib.load("v1:1x"), "v4:4x4x8", 1_281_167, 1000, note=lambda _: None)
   assert len(compiler.asked) == asked and row["changes"] == changes
   if changes is None:
     assert "does not fit (needs 99.0 GiB)" in plan.table(row) and "no (needs 99.0 GiB)" in plan.side_by_side([row])
+  elif "batch_size" in changes:
+    assert row["batch_size"] == 1024
 
 
 ROW = {

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 CHILD = """
 import hashlib, json, os, signal, sys
 sys.path.insert(0, {tests!r})
@@ -69,3 +71,19 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
   assert leaves == straight
   steps = [json.loads(line)["step"] for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
   assert steps == [5, 10, 15, 20]
+
+
+@pytest.mark.slow
+def test_a_damaged_compiled_program_is_compiled_again(tmp_path):
+  done, _, straight = child(tmp_path, tmp_path / "first")
+  assert done.returncode == 0, done.stderr
+  programs = list((tmp_path / "cache").glob("jit_train_step*-cache"))
+  assert programs
+  for program in programs:
+    content = bytearray(program.read_bytes())
+    content[len(content) // 2] ^= 1
+    program.write_bytes(content)
+  done, _, leaves = child(tmp_path, tmp_path / "second")
+  assert done.returncode == 0, done.stderr
+  assert "Error reading persistent compilation cache entry" in done.stderr
+  assert leaves == straight

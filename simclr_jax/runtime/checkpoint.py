@@ -50,7 +50,8 @@ def _claim(workdir, filled_is_fine, overwrite):
   path = absolute(workdir)
   if path.exists() and not path.is_dir():
     raise ValueError(f"--workdir={workdir} is a file: name a folder")
-  filled = path.exists() and any(path.iterdir())
+  # Another process may have put a compiled program there already.
+  filled = path.exists() and any(entry.name != "compiled" for entry in path.iterdir())
   if filled and not filled_is_fine:
     raise ValueError(
       f"--workdir={workdir} is not empty: add --resume to go on, --overwrite to start again, or name another"

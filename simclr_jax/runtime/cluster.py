@@ -146,14 +146,21 @@ def _hang_seconds() -> float:
 
 
 class _Guard(threading.Thread):
-  """Signs of life of this process, and the end of it when another has none."""
+  """Ends this process when another has no sign of life, or when its own main thread has not moved for too long.
+
+  A second thread exchanges the signs with the coordination service, which lives in process 0: where that is stopped the
+  exchange never returns, and it is by this that process 0 counts as gone.
+  """
 
   def __init__(self, client, index: int, count: int):
     super().__init__(daemon=True, name="guard")
     self.done = threading.Event()
     self._client, self._index, self._count = client, index, count
     self._phase, self._since = "start", time.monotonic()
-    self._heard = {}  # process -> (its last word, when it changed by this process's clock)
+    self._heard = {}  # process -> (its last word, when that was new here)
+    self._gone, self._left = {}, {}  # process -> why
+    self._answered = time.monotonic()  # when the service last did
+    threading.Thread(target=self._exchange, daemon=True, name="signs of life").start()
     self.start()
 
   def moving(self, phase):
@@ -166,6 +173,9 @@ class _Guard(threading.Thread):
   def stop(self, why: str, code: int):
     """Says why, and ends the process without waiting for anybody."""
     self._set("gone", why)
+    self._exit(code)
+
+  def _exit(self, code):
     sys.stdout.flush()
     sys.stderr.flush()
     if self._index == 0:
@@ -179,35 +189,52 @@ class _Guard(threading.Thread):
       pass
 
   def _words(self, key):
-    try:
-      return {int(k.rpartition("/")[2]): v for k, v in self._client.key_value_dir_get(f"simclr/{key}")}
-    except Exception:
-      return {}
+    return {int(k.rpartition("/")[2]): v for k, v in self._client.key_value_dir_get(f"simclr/{key}")}
 
-  def run(self):
+  def _exchange(self):
     host = socket.gethostname()
     beats = 0
     while not self.done.wait(BEAT):
       beats += 1
       self._set("alive", f"{beats} {host}")
-      now = time.monotonic()
-      for process, word in self._words("alive").items():
+      try:
+        alive, self._gone, self._left = (self._words(key) for key in ("alive", "gone", "left"))
+      except Exception:
+        continue
+      self._answered = time.monotonic()
+      for process, word in alive.items():
         if process not in self._heard or self._heard[process][0] != word:
-          self._heard[process] = (word, now)
-      gone = {p: why for p, why in self._words("gone").items() if p != self._index}
-      left = self._words("left").keys()
-      for process, (_, since) in self._heard.items():
-        if process not in gone and process not in left and now - since > SILENCE:
-          gone[process] = f"no sign of life for {now - since:.0f} s"
+          self._heard[process] = (word, self._answered)
+
+  def run(self):
+    awake = paused = time.monotonic()
+    while not self.done.wait(BEAT):
+      now = time.monotonic()
+      if now - awake > 3 * BEAT:  # this process was stopped itself, and has not listened meanwhile
+        paused = now
+      awake = now
+      gone = {p: why for p, why in self._gone.items() if p != self._index}
+      for process, (_, since) in dict(self._heard).items():
+        if process not in gone and process not in self._left and self._answered - since > SILENCE:
+          gone[process] = f"no sign of life for {self._answered - since:.0f} s"
       if gone:
-        process, why = min(gone.items())
-        where = self._heard.get(process, ("0 ?", 0))[0].split(" ", 1)[1]
-        self._end(f"process {process} of {self._count} (on {where}) is gone: {why}")
+        self._end(self._named(*min(gone.items())))
+      silent = now - max(self._answered, paused)
+      if self._index and silent > SILENCE:
+        self._say(self._named(0, f"no answer from it for {silent:.0f} s"))
+        self._exit(EXIT_LOST)  # there is nobody to tell why
       limit = _hang_seconds() * (1 if self._phase in ("data", "step", "between") else SLOW)
       if now - self._since > limit:
         faulthandler.dump_traceback(file=sys.stderr)
         self._end(f"process {self._index} of {self._count} has been in phase {self._phase!r} for over {limit:.0f} s")
 
-  def _end(self, why):
+  def _named(self, process, why):
+    where = self._heard.get(process, ("0 ?", 0))[0].split(" ", 1)[1]
+    return f"process {process} of {self._count} (on {where}) is gone: {why}"
+
+  def _say(self, why):
     print(f"simclr: {why}; the last checkpoint is complete, go on with --resume", file=sys.stderr)
+
+  def _end(self, why):
+    self._say(why)
     self.stop(why, EXIT_LOST)
