@@ -229,8 +229,8 @@ class _Guard(threading.Thread):
         self._end(f"process {self._index} of {self._count} has been in phase {self._phase!r} for over {limit:.0f} s")
 
   def _named(self, process, why):
-    where = self._heard.get(process, ("0 ?", 0))[0].split(" ", 1)[1]
-    return f"process {process} of {self._count} (on {where}) is gone: {why}"
+    host = f" (on {self._heard[process][0].split(' ', 1)[1]})" if process in self._heard else ""
+    return f"process {process} of {self._count}{host} is gone: {why}"
 
   def _say(self, why):
     print(f"simclr: {why}; the last checkpoint is complete, go on with --resume", file=sys.stderr)
