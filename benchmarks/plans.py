@@ -25,18 +25,10 @@ far to trust them is in [scaling.md](scaling.md).  Hours and chip-hours are of t
 | recipe | batch | encoder, M | as it is | with | GiB a chip | ms a step | images/s/chip | MFU | hours | chip-hours |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
-OLDER = """
-† of the step before the last two changes in [scaling.md](scaling.md), which took the 1x from 29 to 23 ms; not measured since.
-"""
-
-
-def newest(row) -> bool:
-  """Whether the row is of the step as it is now; one of before is made anew."""
-  return row["changes"] is None or "model_flops" in row
 
 
 def line(key, row) -> str:
-  recipe = f"`{key.split(' ')[0]}`" + " †" * (not newest(row))
+  recipe = f"`{key.split(' ')[0]}`"
   if row["changes"] is None:
     return f"| {recipe} | {row['batch_size']:,} | | {row['refused']} | nothing helps | | | | | | |"
   changes = ", ".join(f"`{name}={value}`" for name, value in row["changes"].items())
@@ -52,8 +44,7 @@ def line(key, row) -> str:
 
 
 def markdown(rows) -> str:
-  lines = [line(key, row) for key, row in rows.items()]
-  return HEAD + "\n".join(lines) + "\n" + ("" if all(map(newest, rows.values())) else OLDER)
+  return HEAD + "".join(f"{line(key, row)}\n" for key, row in rows.items())
 
 
 def main():
@@ -80,7 +71,7 @@ def main():
     for batch in args.batch_size or ((4096, 8192) if recipe.startswith("v1") else (4096,)):
       rows = read()
       key = f"{recipe} {batch} {args.topology}"
-      if args.only in recipe and not (key in rows and newest(rows[key])):
+      if args.only in recipe and key not in rows:
         case = config.load(recipe, [f"--config.batch_size={batch}"])
         row = plan.plan(case, args.topology, *plan.KNOWN[case.data.train])
         rows = {**read(), key: row}  # read again: another process may have added some meanwhile

@@ -12,7 +12,7 @@ import xml.etree.ElementTree
 import pytest
 
 from simclr_jax import __main__ as cli
-from simclr_jax import plan
+from simclr_jax import plan, recipes
 from simclr_jax.runtime import aot
 from simclr_jax.runtime import config as config_lib
 
@@ -156,6 +156,24 @@ def test_mistakes_are_one_line(capsys):
     assert capsys.readouterr().err.strip().endswith("pip install libtpu")
   assert cli.main(["plan", "--config=transfer", "--topology=v5e:2x2"]) == 1
   assert "is a recipe for simclr transfer" in capsys.readouterr().err
+
+
+def test_every_recipe_of_the_papers_is_planned_on_the_pod_that_its_header_names(monkeypatch):
+  """docs/plans.json: all of them fit, and nothing as large as images is sent; docs/plans.md shows just that."""
+  monkeypatch.syspath_prepend(ROOT)
+  from benchmarks import plans
+
+  rows = json.loads((ROOT / "docs/plans.json").read_text())
+  wanted = {(f"v1:{width}x", batch) for width in (1, 2, 4) for batch in (4096, 8192)}
+  wanted |= {(f"v2:r{d}_{w}x_sk{sk}", 4096) for d in (50, 101, 152) for w in (1, 2, 3) for sk in (0, 1)}
+  headers = recipes.all_headers()
+  for recipe, batch in wanted:
+    row = rows[f"{recipe} {batch} v4:4x4x8"]
+    assert "v4:4x4x8" in headers[recipe[:2]]["Hardware"]
+    assert row["changes"] is not None and row["peak_bytes"] < row["hbm_bytes"] and row["chips"] == 128, recipe
+    assert row["batch_size"] == batch and row["collectives"].keys() == {"all-reduce"}, recipe
+    assert not row["collectives"]["all-reduce"]["image_sized"], recipe
+  assert plans.markdown(rows) == (ROOT / "docs/plans.md").read_text()
 
 
 def simclr_plan(*arguments):
