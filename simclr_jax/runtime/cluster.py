@@ -7,6 +7,7 @@ thread has not moved for too long.
 """
 
 import faulthandler
+import itertools
 import json
 import os
 import socket
@@ -157,9 +158,10 @@ class _Guard(threading.Thread):
     self.done = threading.Event()
     self._client, self._index, self._count = client, index, count
     self._phase, self._since = "start", time.monotonic()
-    self._heard = {}  # process -> (its last word, when that was new here)
+    # process -> (its last word, when that was new here); one may be gone before its first
+    self._heard = dict.fromkeys(range(count), ("", self._since))
     self._gone, self._left = {}, {}  # process -> why
-    self._answered = time.monotonic()  # when the service last did
+    self._answered = self._since  # when the service last did
     threading.Thread(target=self._exchange, daemon=True, name="signs of life").start()
     self.start()
 
@@ -193,18 +195,17 @@ class _Guard(threading.Thread):
 
   def _exchange(self):
     host = socket.gethostname()
-    beats = 0
-    while not self.done.wait(BEAT):
-      beats += 1
-      self._set("alive", f"{beats} {host}")
+    for beat in itertools.count():
+      self._set("alive", f"{beat} {host}")
       try:
         alive, self._gone, self._left = (self._words(key) for key in ("alive", "gone", "left"))
-      except Exception:
-        continue
-      self._answered = time.monotonic()
-      for process, word in alive.items():
-        if process not in self._heard or self._heard[process][0] != word:
-          self._heard[process] = (word, self._answered)
+        now = time.monotonic()
+        self._heard |= {p: (word, now) for p, word in alive.items() if self._heard[p][0] != word}
+        self._answered = now  # last, for silence is counted up to here
+      except Exception:  # see _set
+        pass
+      if self.done.wait(BEAT):
+        return
 
   def run(self):
     awake = paused = time.monotonic()
@@ -214,7 +215,7 @@ class _Guard(threading.Thread):
         paused = now
       awake = now
       gone = {p: why for p, why in self._gone.items() if p != self._index}
-      for process, (_, since) in dict(self._heard).items():
+      for process, (_, since) in self._heard.items():
         if process not in gone and process not in self._left and self._answered - since > SILENCE:
           gone[process] = f"no sign of life for {self._answered - since:.0f} s"
       if gone:
@@ -229,8 +230,8 @@ class _Guard(threading.Thread):
         self._end(f"process {self._index} of {self._count} has been in phase {self._phase!r} for over {limit:.0f} s")
 
   def _named(self, process, why):
-    host = f" (on {self._heard[process][0].split(' ', 1)[1]})" if process in self._heard else ""
-    return f"process {process} of {self._count}{host} is gone: {why}"
+    _, _, host = self._heard[process][0].partition(" ")
+    return f"process {process} of {self._count}{f' (on {host})' if host else ''} is gone: {why}"
 
   def _say(self, why):
     print(f"simclr: {why}; the last checkpoint is complete, go on with --resume", file=sys.stderr)
