@@ -112,12 +112,12 @@ class ResNet(nn.Module):
   def __call__(self, x, train=False, tune_after=-1):
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(f"the encoder got {x.dtype} {list(x.shape)}: expected float images [n, h, w, 3] in [0, 1]")
-    plain = self.sk_ratio == 0 and self.se_ratio == 0  # the others take means over pixels
-    columns = -(-x.shape[2] // (1 if self.stem == "cifar" else 4))
-    beside = 2 if self.tpu and plain and self.width <= 1 and columns % 2 == 0 else 1
-    x = self._stem(x.astype(self.dtype), train and tune_after < 0, beside)
+    x = self._stem(x.astype(self.dtype), train and tune_after < 0)
     x = jax.lax.stop_gradient(x) if tune_after == 0 else x
-    self.sow("intermediates", "stem", x.reshape(*x.shape[:2], beside * x.shape[2], -1))
+    self.sow("intermediates", "stem", x)
+    plain = self.sk_ratio == 0 and self.se_ratio == 0  # the others take means over pixels
+    beside = 2 if self.tpu and plain and self.width <= 1 and x.shape[2] % 2 == 0 else 1
+    x = x.reshape(*x.shape[:2], x.shape[2] // beside, -1)
     blocks, bottleneck = DEPTHS[self.depth]
     for i, (count, remat) in enumerate(zip(blocks, self.remat, strict=True)):
       group = nn.remat(BlockGroup, static_argnums=(2,)) if remat == "group" else BlockGroup
@@ -138,12 +138,11 @@ class ResNet(nn.Module):
       self.sow("intermediates", f"block_group{i + 1}", x.reshape(*x.shape[:2], beside * x.shape[2], -1))
     return jnp.mean(x, (1, 2), dtype=jnp.float32)
 
-  def _stem(self, x, train, beside):
+  def _stem(self, x, train):
     filters = int(64 * self.width)
     if self.stem == "cifar":
       x = Conv(filters, 3, name="stem_conv")(x)
-      x = BatchNorm(name="stem_norm")(x, train)
-      return x.reshape(*x.shape[:2], x.shape[2] // beside, -1)
+      return BatchNorm(name="stem_norm")(x, train)
     padding = "SAME" if self.pool_padding == "official" else ((1, 1), (1, 1))
     if self.sk_ratio > 0:  # ResNet-D: three 3x3 for one 7x7
       for i, (f, stride) in enumerate(((filters // 2, 2), (filters // 2, 1), (filters, 1)), 1):
@@ -151,7 +150,7 @@ class ResNet(nn.Module):
         x = BatchNorm(max_pool=padding if i == 3 else None, name=f"stem_norm{i}")(x, train)
       return x
     x = Conv(filters, 7, 2, name="stem_conv")(x)
-    return BatchNorm(max_pool=padding, beside=beside, name="stem_norm")(x, train)
+    return BatchNorm(max_pool=padding, name="stem_norm")(x, train)
 
 
 class BlockGroup(nn.Module):
@@ -384,8 +383,7 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x, train, kernel=None):
-    channels = x.shape[-1] // (1 if self.max_pool else self.beside)
-    shape = (channels if kernel is None else kernel.shape[-1],)
+    shape = (x.shape[-1] // self.beside if kernel is None else kernel.shape[-1],)
     scale_init = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
     scale = self.param("scale", scale_init, shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
@@ -420,14 +418,13 @@ class BatchNorm(nn.Module):
     else:
       if self.max_pool:
         x, scale = nn.max_pool(x, (3, 3), (2, 2), self.max_pool), scale * sign
-        x = x.reshape(*x.shape[:2], x.shape[2] // self.beside, -1)
       y = x.astype(jnp.float32) * jnp.tile(scale, self.beside)
     y = relu_of_sum(y, shift) if self.relu else y + shift
     return y.astype(x.dtype)
 
   def _folded(self, statistic):
     """The mean over the pixels that stand side by side: [beside * c] -> [c]."""
-    return statistic if self.max_pool else statistic.reshape(self.beside, -1).mean(0)
+    return statistic.reshape(self.beside, -1).mean(0)
 
 
 @jax.custom_vjp
