@@ -9,7 +9,7 @@ import math
 import jax
 import ml_collections
 
-from simclr_jax import distill, finetune, optimizer, pretrain
+from simclr_jax import contrast, distill, finetune, optimizer, pretrain
 from simclr_jax import model as model_lib
 from simclr_jax.runtime import aot, checkpoint, data, metrics, report
 from simclr_jax.runtime import config as config_lib
@@ -61,7 +61,7 @@ def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
   mesh_lib.check_divisible(config.batch_size, mesh)
   source = data.Unseen(num_examples, num_classes)
   step, arguments = PROGRAMS[config_lib.program(config)].abstract_step(config, mesh, source)
-  row = {"topology": topology, "batch_size": config.batch_size}
+  row = {"topology": topology, "batch_size": config.batch_size, "settings": settings(config, mesh)}
   row["parameters"] = {name: model_lib.count(tree) for name, tree in arguments[0].params.items()}
   row |= aot.measure(step, arguments, chip=chip, devices=mesh.size)
   steps = optimizer.train_steps(config, num_examples)
@@ -77,6 +77,20 @@ def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
   per_core = PER_CORE.get(config.augment.get("where", "host")) if config.augment.size == 224 else None
   row["vcpus_needed"] = row["images_per_second_per_host"] / per_core if per_core else None
   return row
+
+
+def settings(config, mesh) -> dict:
+  """What the config chooses of the step for its speed and memory."""
+  flat = config_lib.flatten(config)
+  chosen = {
+    "activations": flat["encoder.dtype"],
+    "remat": flat.get("encoder.remat", "none"),
+    "zero1": flat.get("zero1", False),
+    "microbatches": flat.get("microbatches", 1),
+  }
+  if config_lib.program(config) == "pretrain" and config.loss.get("name", "nt_xent") == "nt_xent":
+    chosen["nt_xent"] = contrast.choose(config.batch_size, mesh.size, mesh.devices.flat[0].platform)
+  return chosen
 
 
 def model_flops(config, source) -> float:
@@ -108,6 +122,7 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
   def has_room(changes) -> bool:
     """Whether it fits with memory to spare."""
     nonlocal refused, needed, best
+    jax.clear_caches()  # what is kept of the program before, and of no further use, may be gigabytes
     name = _text(changes) or "the recipe as it is"
     try:
       row = measure(_with(config, changes), topology, num_examples, num_classes)
@@ -171,6 +186,7 @@ def table(row: dict) -> str:
   lines = [
     ("pod", f"{row['topology']}: {row['chips']} chips, {row['hosts']} hosts; batch {row['batch_size']:,}"),
     ("parameters", ", ".join(f"{name} {count:,}" for name, count in row["parameters"].items())),
+    ("settings", ", ".join(f"{name} {value}" for name, value in row["settings"].items())),
     (
       "memory",
       f"{row['peak_bytes'] / gib:.2f} of {row['hbm_bytes'] / gib:.1f} GiB a device: state and batch "

@@ -109,6 +109,7 @@ def test_the_fastest_change_that_fits(monkeypatch, sizes, asked, changes):
 ROW = {
   "topology": "v4:4x4x8",
   "batch_size": 4096,
+  "settings": {"activations": "bfloat16", "remat": "block", "zero1": False, "microbatches": 1, "nt_xent": "dense"},
   "changes": {"encoder.remat": "block"},
   "refused": "needs 45.0 GiB",
   "tried": {"": None, "--config.encoder.remat=block": [188.0, 17.7]},
@@ -141,6 +142,7 @@ ROW = {
 def test_what_a_person_reads(tmp_path):
   text = plan.table(ROW)
   assert "--config.encoder.remat=block (as it is: does not fit; --config.encoder.remat=block: 188 ms, 17.7 GiB)" in text
+  assert "remat block, zero1 False, microbatches 1, nt_xent dense" in text
   assert "2 OF THEM AS LARGE AS IMAGES" in text and "keep 9 of them busy" in text and "325.0 chip-hours" in text
   lines = plan.side_by_side([ROW, {**ROW, "batch_size": 8192}]).splitlines()
   assert len(lines) == 3 and lines[0].split()[:3] == ["pod", "batch", "fits"] and "8,192" in lines[2]
@@ -196,6 +198,7 @@ def test_a_real_program_for_a_pod_that_is_not_here():
   for row in (four, sixteen):
     assert row["collectives"]["all-reduce"]["count"] > 0
     assert not any(kind["image_sized"] for kind in row["collectives"].values())
+    assert row["settings"]["nt_xent"] == "dense" and row["settings"]["remat"] == "none"
     assert row["model_flops"] < row["flops"]  # zeros in the kernels of pairs of pixels: the arrangement for a TPU
     assert 0 < row["step_seconds"] < 1 and sum(row["parts_seconds"].values()) == pytest.approx(
       row["step_seconds"], rel=0.05
