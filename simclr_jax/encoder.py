@@ -256,14 +256,14 @@ class SelectiveKernel(nn.Module):
   def __call__(self, x, train):
     x = Conv(2 * self.filters, 3, self.stride, name="conv")(x)
     x = BatchNorm(name="norm")(x, train)
-    n, h, w, _ = x.shape
-    x = x.reshape(n, h, w, 2, self.filters)
-    g = jnp.mean(x, (1, 2), dtype=jnp.float32).sum(1)[:, None, None]
-    g = Conv(max(int(self.filters * self.ratio), 32), 1, name="reduce_conv")(g)
+    f = self.filters
+    g = jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32)
+    g = Conv(max(int(f * self.ratio), 32), 1, name="reduce_conv")(g[..., :f] + g[..., f:])
     g = BatchNorm(name="reduce_norm")(g, train)
-    g = Conv(2 * self.filters, 1, name="expand_conv")(g)
-    weights = nn.softmax(g.reshape(n, 1, 1, 2, self.filters), axis=3)
-    return (x * weights.astype(x.dtype)).sum(3)
+    g = Conv(2 * f, 1, name="expand_conv")(g)
+    # The softmax over two; the streams stay side by side, for an axis of their own is copied on a TPU.
+    weight = nn.sigmoid(g[..., :f] - g[..., f:])
+    return x[..., :f] * weight.astype(x.dtype) + x[..., f:] * (1 - weight).astype(x.dtype)
 
 
 class SqueezeExcite(nn.Module):
