@@ -91,7 +91,6 @@ def resnet(
   policies = str(remat).split(",")
   if len(policies) not in (1, 4) or not set(policies) <= set(REMAT):
     raise ValueError(f"encoder remat {remat!r}: expected one of {', '.join(REMAT)}, or four of them with commas")
-  remat = tuple(policies * (4 // len(policies)))
   return ResNet(depth, width, sk_ratio, se_ratio, stem, pool_padding, jnp.dtype(dtype), remat, tpu)
 
 
@@ -105,7 +104,7 @@ class ResNet(nn.Module):
   stem: str
   pool_padding: str
   dtype: Any
-  remat: tuple[str, ...] = ("none",) * 4
+  remat: str = "none"
   tpu: bool = False
 
   @nn.compact
@@ -119,7 +118,8 @@ class ResNet(nn.Module):
     beside = 2 if self.tpu and plain and self.width <= 1 and x.shape[2] % 2 == 0 else 1
     x = x.reshape(*x.shape[:2], x.shape[2] // beside, -1)
     blocks, bottleneck = DEPTHS[self.depth]
-    for i, (count, remat) in enumerate(zip(blocks, self.remat, strict=True)):
+    policies = self.remat.split(",")
+    for i, (count, remat) in enumerate(zip(blocks, policies * (4 // len(policies)), strict=True)):
       group = nn.remat(BlockGroup, static_argnums=(2,)) if remat == "group" else BlockGroup
       x = group(
         blocks=count,
