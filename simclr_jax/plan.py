@@ -122,7 +122,7 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
   def has_room(changes) -> bool:
     """Whether it fits with memory to spare."""
     nonlocal refused, needed, best
-    jax.clear_caches()  # what is kept of the program before, and of no further use, may be gigabytes
+    aot.forget()
     name = _text(changes) or "the recipe as it is"
     try:
       row = measure(_with(config, changes), topology, num_examples, num_classes)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
 DEVICES = 8
-STEPS = 12
+STEPS, SAVE_EVERY = 12, 4
 pytestmark = pytest.mark.slow
 
 
@@ -44,6 +45,8 @@ class Group:
       "evaluate.batch_size": 40,
       "evaluate.every_epochs": 0.0,
       "checkpoint.every_epochs": 0.0,
+      "checkpoint.every_steps": SAVE_EVERY,
+      "checkpoint.keep": STEPS // SAVE_EVERY,
       "log.every_steps": 1,
       **changes,
     }
@@ -135,17 +138,21 @@ def test_the_number_of_processes_does_not_matter(shared, one_process, processes)
     for key in ("loss", "contrastive_accuracy", "grad_norm", "embedding_std", "alignment"):
       if key in row:
         np.testing.assert_allclose(row[key], expected[key], rtol=1e-4, err_msg=key)  # the order of sums
-  import jax
-
-  for path, leaf in jax.tree_util.tree_leaves_with_path(parameters(workdir, STEPS)):
-    np.testing.assert_allclose(leaf, _at(parameters(one_process, STEPS), path), atol=1e-4, err_msg=str(path))
+  close(parameters(workdir, STEPS), parameters(one_process, STEPS))
   assert (workdir / "report.html").exists() and (workdir / "encoder" / "card.json").exists()
 
 
-def _at(tree, path):
-  for key in path:
-    tree = tree[key.key]
-  return tree
+def close(tree, expected):
+  import jax
+
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), tree, expected)
+
+
+def same_losses(workdir, expected):
+  for row, wanted in zip(rows(workdir), rows(expected), strict=True):
+    assert row["step"] == wanted["step"]
+    if "loss" in row:
+      np.testing.assert_allclose(row["loss"], wanted["loss"], rtol=1e-4)
 
 
 def test_fine_tuning_and_distillation_in_two_processes(shared, one_process):
@@ -177,22 +184,31 @@ def test_fine_tuning_and_distillation_in_two_processes(shared, one_process):
     assert one["accuracy"] == pytest.approx(two["accuracy"], abs=0.03)  # a tie may fall to either side
 
 
-def test_resume_on_another_number_of_processes(shared, one_process):
-  """1 x 8, then 4 x 2, then 2 x 4 devices; each is told to go, through any of its processes."""
-  workdir = shared / "moved"
-  for processes, victim, step in ((1, 0, 2), (4, 3, 6)):
-    with Group(shared, workdir, processes) as group:
-      group.wait_for_step(workdir, step)
-      group.processes[victim].send_signal(signal.SIGTERM)
-      assert group.wait() == [42] * processes
-      assert step == 2 or "resuming from step" in group.text()
+def test_one_that_is_told_to_go_takes_the_others_along(shared, one_process):
+  """And the run goes on in one process."""
+  workdir = shared / "told"
   with Group(shared, workdir, 2) as group:
-    assert group.wait() == [0, 0]
+    group.wait_for_step(workdir, 2)
+    group.processes[1].send_signal(signal.SIGTERM)
+    assert group.wait() == [42, 42]
+  with Group(shared, workdir, 1) as group:
+    assert group.wait() == [0]
     assert "resuming from step" in group.text()
-  for row, expected in zip(rows(workdir), rows(one_process), strict=True):
-    assert row["step"] == expected["step"]
-    if "loss" in row:
-      np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-4)
+  same_losses(workdir, one_process)
+
+
+def test_resume_on_another_number_of_processes(shared, one_process):
+  """Steps 1 to 4 on 1 x 8 devices, 5 to 8 on 4 x 2, 9 to 12 on 2 x 4."""
+  workdir = shared / "moved"
+  shutil.copytree(one_process, workdir)
+  for processes, last in ((4, 4), (2, 8)):
+    for step in range(last + SAVE_EVERY, STEPS + 1, SAVE_EVERY):
+      shutil.rmtree(workdir / "checkpoints" / str(step))
+    with Group(shared, workdir, processes) as group:
+      assert group.wait() == [0] * processes
+      assert f"resuming from step {last} of {STEPS}" in group.text()
+    same_losses(workdir, one_process)
+  close(parameters(workdir, STEPS), parameters(one_process, STEPS))
 
 
 def kill(process):

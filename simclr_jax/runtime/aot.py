@@ -5,6 +5,7 @@ collectives, the schedule.  Its estimate of the time is a model: the cycles it a
 schedule, over the clock, without the time of collectives that nothing hides (docs/scaling.md says how far to trust it).
 """
 
+import ctypes
 import dataclasses
 import functools
 import importlib.util
@@ -92,6 +93,13 @@ def compile_for(jitted, *arguments):
     used = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT])\w* of", text)
     needed = float(used[1] or used[3]) * 1024 ** " KMGT".index(used[2] or used[4]) if used else None
     raise DoesNotFit(" ".join(text.split())[:300], needed) from None
+
+
+def forget():
+  """Gives the memory of programs compiled before back to the system, gigabytes each, of which malloc would keep most."""
+  jax.clear_caches()
+  if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc, which libtpu is built for
+    trim(0)
 
 
 @functools.lru_cache(1)
