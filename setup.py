@@ -27,7 +27,7 @@ setup(
   packages=[*find_packages(include=["simclr_jax", "simclr_jax.*"]), "simclr_jax.configs"],
   package_dir={"simclr_jax.configs": "configs"},
   package_data={
-    "simclr_jax.runtime": ["*.npz", "FASHION_MNIST_LICENSE"],
+    "simclr_jax.data.sets": ["*.npz", "FASHION_MNIST_LICENSE"],
     "simclr_jax.exporting": ["loaders/*.py"],
   },
   install_requires=requirements(),

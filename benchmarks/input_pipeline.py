@@ -148,7 +148,7 @@ def official_arrays(path, images):
 
 
 def ours(source, transform):
-  from simclr_jax.runtime import data
+  from simclr_jax import data
 
   return endless(data.train_stream(source, transform, batch_size=BATCH, seed=0))
 
@@ -157,8 +157,7 @@ def ours_arrays(source, *, crop):
   """Images as they are; with `crop`, the crops that the step would make are made on this CPU by the same code."""
   import jax
 
-  from simclr_jax import augment_on_device
-  from simclr_jax.runtime import data
+  from simclr_jax import augment_on_device, data
 
   stream = data.train_stream(source, None, batch_size=BATCH * 8, seed=0)
   crops = jax.jit(functools.partial(augment_on_device.random_crops, size=32))
@@ -173,7 +172,7 @@ def ours_arrays(source, *, crop):
 
 
 def resident(source):
-  from simclr_jax.runtime import data
+  from simclr_jax import data
 
   return endless(map(data.draws(source, batch_size=BATCH, seed=0), itertools.count()))
 
@@ -303,8 +302,7 @@ def main():
   if not args.official or not (pathlib.Path(args.official) / "data_util.py").exists():
     parser.error("--official must name the folder tf2/ of a checkout of google-research/simclr")
   os.environ["JAX_PLATFORMS"], os.environ["CUDA_VISIBLE_DEVICES"] = "cpu", ""
-  from simclr_jax import augment
-  from simclr_jax.runtime import data
+  from simclr_jax import augment, data
 
   folder = args.folder or tempfile.mkdtemp()
   builder = prepare(folder, args.images)

@@ -59,7 +59,7 @@ def main():
     aot.prepare()
   except ValueError as error:
     sys.exit(str(error))
-  from simclr_jax import plan
+  from simclr_jax.programs import plan
   from simclr_jax.runtime import checkpoint, config
 
   kept = DOCS / "plans.json"

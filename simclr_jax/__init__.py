@@ -1,8 +1,5 @@
 """SimCLR v1 (arXiv 2002.05709) and v2 (arXiv 2006.10029) pretraining in JAX, from a laptop to a TPU pod."""
 
-import importlib
-import types
-
 __version__ = "0.1.0"
 
 
@@ -13,14 +10,7 @@ def __getattr__(name):
 
     return load_encoder
   if name in ("pretrain", "embed", "probe"):
-    return importlib.import_module(f"simclr_jax.{name}")
-  raise AttributeError(f"module 'simclr_jax' has no attribute {name!r}")
-
-
-class CallableModule(types.ModuleType):
-  """A module of a program; calling it calls the function of its name in api.py: simclr_jax.pretrain(images, ...)."""
-
-  def __call__(self, *args, **kwargs):
     from simclr_jax import api
 
-    return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
+    return getattr(api, name)
+  raise AttributeError(f"module 'simclr_jax' has no attribute {name!r}")

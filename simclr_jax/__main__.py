@@ -169,14 +169,14 @@ def main(argv=None) -> int:
   except Exception as error:
     code, message = getattr(error, "exit_code", 1), str(error)
     if code == 1 and (not _is_ours(error) or os.environ.get("SIMCLR_TRACEBACK")):
-      if type(error).__name__ == "JaxRuntimeError" and "simclr_jax.runtime.cluster" in sys.modules:
-        sys.modules["simclr_jax.runtime.cluster"].await_verdict()
+      if type(error).__name__ == "JaxRuntimeError" and "simclr_jax.runtime.processes" in sys.modules:
+        sys.modules["simclr_jax.runtime.processes"].await_verdict()
       traceback.print_exc()
       message = ""
   if message:
     print(f"simclr: {message}", file=sys.stderr)
-  if "simclr_jax.runtime.cluster" in sys.modules:
-    sys.modules["simclr_jax.runtime.cluster"].leave(code, message)
+  if "simclr_jax.runtime.processes" in sys.modules:
+    sys.modules["simclr_jax.runtime.processes"].leave(code, message)
   return code
 
 
@@ -216,12 +216,12 @@ def _dispatch(flags, overrides) -> int:
   from simclr_jax.runtime import config as config_lib
 
   if flags.command == "recipes":
-    from simclr_jax import recipes
+    from simclr_jax.programs import recipes
 
     recipes.run(flags.name)
     return 0
   if flags.command == "runs":
-    from simclr_jax import runs
+    from simclr_jax.programs import runs
 
     runs.run(flags.folder, flags.output)
     return 0
@@ -235,7 +235,7 @@ def _dispatch(flags, overrides) -> int:
 
     aot.prepare()
     _import_tensorflow()
-    from simclr_jax import plan
+    from simclr_jax.programs import plan
 
     plan.run(
       config, flags.topology, batches=flags.batch_size, num_examples=flags.num_examples,
@@ -252,48 +252,48 @@ def _dispatch(flags, overrides) -> int:
     folder = flags.workdir if "://" in flags.workdir else os.path.abspath(flags.workdir)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")  # XLA's own, on GPUs, know no gs://
-  from simclr_jax.runtime import cluster
+  from simclr_jax.runtime import processes
 
   if "coordinator" in flags:
-    cluster.start(flags.coordinator, flags.num_processes, flags.process_id)
-  if note and not cluster.process_index():
+    processes.start(flags.coordinator, flags.num_processes, flags.process_id)
+  if note and not processes.process_index():
     print(note)
   _import_tensorflow()
   if flags.command in TRAINING:
-    program = importlib.import_module(f"simclr_jax.{flags.command}")
+    program = importlib.import_module(f"simclr_jax.programs.{flags.command}")
     named = {"recipe": flags.config} if flags.command == "pretrain" else {}
     program.run(config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite, **named)
   elif flags.command == "data":
-    from simclr_jax import dataset
+    from simclr_jax.programs import data as dataset
 
     options = {key: value for key, value in vars(flags).items() if key not in ("command", "action")}
     {"inspect": dataset.inspect, "prepare": dataset.prepare, "benchmark": dataset.benchmark}[flags.action](**options)
   elif flags.command == "export":
-    from simclr_jax import exporting
+    from simclr_jax.programs import export
 
     options = {key: value for key, value in vars(flags).items() if key not in ("command", "format")}
-    exporting.run(formats=flags.format or ("orbax",), **options)
+    export.run(formats=flags.format or ("orbax",), **options)
   elif flags.command == "quickstart":
-    from simclr_jax import quickstart
+    from simclr_jax.programs import quickstart
 
     options = {key: getattr(flags, key) for key in ("minutes", "resume", "overwrite")}
     quickstart.run(flags.folder, flags.workdir, **options)
   elif flags.command == "embed":
-    from simclr_jax import features
+    from simclr_jax.programs import embed as features
 
     options = {key: getattr(flags, key) for key in ("data_dir", "images_per_part", "overwrite")}
     features.run(flags.encoder, flags.data, flags.output, **options)
   elif flags.command == "map":
-    from simclr_jax import map as map_program
+    from simclr_jax.programs import map as map_program
 
     options = {key: getattr(flags, key) for key in ("step", "output", "images", "seed")}
     map_program.run(flags.workdir, flags.features, **options, overrides=overrides)
   elif flags.command == "import":
-    from simclr_jax.importing import official
+    from simclr_jax.programs import import_official
 
-    official.run(flags.source, flags.output, ema=flags.ema, overwrite=flags.overwrite)
+    import_official.run(flags.source, flags.output, ema=flags.ema, overwrite=flags.overwrite)
   else:
-    from simclr_jax import knn, probe
+    from simclr_jax.programs import knn, probe
 
     program = {"knn": knn, "probe": probe}[flags.command]
     program.run(flags.workdir, step=flags.step, overrides=overrides)

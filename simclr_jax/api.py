@@ -1,7 +1,6 @@
 """SimCLR from a notebook: arrays in, arrays and plain trees out.
 
-`simclr_jax.pretrain(...)`, `simclr_jax.embed(...)` and `simclr_jax.probe(...)` are these functions; the modules of the
-same names hold the programs of the command line, and calling such a module calls the function here.
+`simclr_jax.pretrain(...)`, `simclr_jax.embed(...)` and `simclr_jax.probe(...)` are these functions.
 """
 
 import pathlib
@@ -11,10 +10,10 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from simclr_jax import embed as embed_lib
 from simclr_jax import exporting
-from simclr_jax import pretrain as program
-from simclr_jax import probe as linear
+from simclr_jax.evaluation import embed as embed_lib
+from simclr_jax.evaluation import linear
+from simclr_jax.programs import pretrain as program
 from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime import config as config_lib
 

@@ -6,9 +6,6 @@ numerics of the official code (google-research/simclr, tf2/data_util.py) unless 
 Images have channels last and values in [0, 1]; like the official encoders' input, they are not normalised further.
 """
 
-import functools
-import math
-
 import numpy as np
 import tensorflow as tf
 
@@ -33,7 +30,7 @@ def two_views(
   blur_prob=0.5,
   color_order="random",
   resize="bicubic",
-  extra=(),
+  extra=None,
   one_sided=False,
 ):
   """Two independent views of one image: crop, resize, flip, colour distortion, blur, in this order.
@@ -49,10 +46,9 @@ def two_views(
     flip: whether views are mirrored left-right with probability 1/2.
     color_jitter_prob, grayscale_prob, blur_prob: probabilities of the three, drawn for each view.
     resize: see `resize_image`.
-    extra: names of EXTRA with probabilities, such as (("sobel", 0.1), ("solarize", 0.2)), drawn for each view in
-      this order between colour distortion and blur: the other transformations of arXiv:2002.05709, Figure 4 and B.2.
-    one_sided: the views share crop and flip, and the second has nothing else: the compositions of Figure 5, where
-      `extra` names the transformations of the first.
+    extra: a function (view, seed) -> view that is applied between color distortion and blur, or None; see
+      augment_extra.py.
+    one_sided: the views share crop and flip, and the second has nothing else: the compositions of Figure 5.
   Returns:
     [2, size, size, 3] float32 in [0, 1].
   Raises:
@@ -62,7 +58,7 @@ def two_views(
   for view_seed in tf.unstack(tf.random.split(seed, 2)):
     crop_seed, color_seed, blur_seed = tf.unstack(tf.random.split(view_seed, 3))
     if one_sided and views:
-      views.append(_clip(crops[0]))
+      views.append(clip(crops[0]))
       break
     crops.append(_crop_and_flip(image, crop_seed, size, crop_sampler, crop_area, flip, resize))
     view = color_distort(
@@ -74,8 +70,8 @@ def two_views(
       grayscale_prob=grayscale_prob,
       order=color_order,
     )
-    view = _clip(view)  # here and not before the jitter, which in the official code sees the bicubic overshoot
-    view = apply_extra(view, tf.random.experimental.stateless_fold_in(view_seed, 3), extra) if extra else view
+    view = clip(view)  # here and not before the jitter, which in the official code sees the bicubic overshoot
+    view = extra(view, tf.random.experimental.stateless_fold_in(view_seed, 3)) if extra else view
     views.append(random_blur(view, blur_seed, prob=blur_prob) if blur else view)
   return tf.stack(views)
 
@@ -110,7 +106,7 @@ def one_view(image, seed, *, size, crop_sampler="official", crop_area=(0.08, 1.0
 
   Arguments as in `two_views`.  Returns [size, size, 3] float32 in [0, 1].  Raises ValueError.
   """
-  return _clip(_crop_and_flip(image, seed, size, crop_sampler, crop_area, flip, resize))
+  return clip(_crop_and_flip(image, seed, size, crop_sampler, crop_area, flip, resize))
 
 
 def center_crop(image, *, size, proportion=0.875, resize="bicubic"):
@@ -132,7 +128,7 @@ def center_crop(image, *, size, proportion=0.875, resize="bicubic"):
   image = _check_image(image)
   shape = tf.shape(image)
   y, x, h, w = center_box(shape[0], shape[1], proportion=proportion)
-  return _clip(resize_image(image[y : y + h, x : x + w], size, kind=resize))
+  return clip(resize_image(image[y : y + h, x : x + w], size, kind=resize))
 
 
 def center_box(height, width, *, proportion=0.875):
@@ -176,7 +172,7 @@ def sample_box(height, width, seed, *, crop_sampler="official", crop_area=(0.08,
   Raises:
     ValueError: unknown sampler, or not 0 < lowest <= highest <= 1.
   """
-  _check_choice("crop_sampler", crop_sampler, ("official", "torchvision"))
+  check_choice("crop_sampler", crop_sampler, ("official", "torchvision"))
   low, high = crop_area
   if not 0 < low <= high <= 1:
     raise ValueError(f"crop_area={crop_area!r}: expected 0 < lowest <= highest <= 1, for example (0.08, 1.0)")
@@ -232,7 +228,7 @@ def resize_image(image, size, *, kind="bicubic"):
 
 
 def _resize(image, size, kind):
-  _check_choice("resize", kind, ("bicubic", "bicubic_tf1", "bilinear"))
+  check_choice("resize", kind, ("bicubic", "bicubic_tf1", "bilinear"))
   if not isinstance(size, int) or size < 1:
     raise ValueError(f"size={size!r}: expected a positive integer, the side of the result in pixels")
   if kind == "bilinear":
@@ -260,8 +256,8 @@ def color_distort(image, seed, *, strength, brightness="v2", jitter_prob=0.8, gr
   Raises:
     ValueError: an option is out of range.
   """
-  _check_choice("brightness", brightness, ("v2", "v1"))
-  _check_choice("color_order", order, ("random", "fixed"))
+  check_choice("brightness", brightness, ("v2", "v1"))
+  check_choice("color_order", order, ("random", "fixed"))
   jitter, gray, factors, drawn = sample_color(
     seed, strength=strength, jitter_prob=jitter_prob, grayscale_prob=grayscale_prob
   )
@@ -281,7 +277,7 @@ def color_jitter(image, factors, order, *, brightness="v2"):
     lambda x: tf.image.adjust_hue(x, factors[3]),
   )
   for position in range(4):
-    image = tf.switch_case(order[position], [lambda op=op, x=image: _clip(op(x)) for op in ops])
+    image = tf.switch_case(order[position], [lambda op=op, x=image: clip(op(x)) for op in ops])
   return image
 
 
@@ -298,8 +294,8 @@ def sample_color(seed, *, strength, jitter_prob=0.8, grayscale_prob=0.2):
     raise ValueError(
       f"color_strength={strength!r}: expected 0 to {MAX_STRENGTH}; above, contrast factors could be negative"
     )
-  _check_probability("color_jitter_prob", jitter_prob)
-  _check_probability("grayscale_prob", grayscale_prob)
+  check_probability("color_jitter_prob", jitter_prob)
+  check_probability("grayscale_prob", grayscale_prob)
   uniform = tf.random.stateless_uniform([10], seed)
   symmetric = 2 * uniform[2:6] - 1
   factors = [1.0, 1.0, 1.0, 0.0] + strength * symmetric * [0.8, 0.8, 0.8, 0.2]
@@ -325,16 +321,16 @@ def random_blur(image, seed, *, prob=0.5):
   Raises:
     ValueError: prob, or the shape of image, is out of range.
   """
-  height = _check_static(image)[0]
+  height = check_static(image)[0]
   apply, sigma = sample_blur(seed, prob=prob)
   if height < 20:
     return image
-  return tf.cond(apply, lambda: _clip(gaussian_blur(image, kernel_size=height // 10, sigma=sigma)), lambda: image)
+  return tf.cond(apply, lambda: clip(gaussian_blur(image, kernel_size=height // 10, sigma=sigma)), lambda: image)
 
 
 def sample_blur(seed, *, prob=0.5):
   """What one call of `random_blur` draws: (whether, sigma), a boolean and a float32 scalar."""
-  _check_probability("blur_prob", prob)
+  check_probability("blur_prob", prob)
   uniform = tf.random.stateless_uniform([2], seed)
   low, high = SIGMA_RANGE
   return uniform[0] < prob, low + (high - low) * uniform[1]
@@ -352,7 +348,7 @@ def gaussian_blur(image, *, kernel_size, sigma):
   Raises:
     ValueError: kernel_size, or the shape of image, is out of range.
   """
-  height, width, channels = _check_static(image)
+  height, width, channels = check_static(image)
   if kernel_size < 1:
     raise ValueError(f"kernel_size={kernel_size!r}: expected at least 1, for example a tenth of the image's side")
   radius = kernel_size // 2
@@ -412,7 +408,7 @@ def _crop_and_flip(image, seed, size, crop_sampler, crop_area, flip, resize, fin
   return tf.cond(sample_flip(flip_seed), lambda: tf.reverse(view, [1]), lambda: view) if flip else view
 
 
-def _clip(image):
+def clip(image):
   return tf.clip_by_value(image, 0.0, 1.0)
 
 
@@ -425,210 +421,17 @@ def _check_image(image):
   return tf.ensure_shape(image, [None, None, 3])
 
 
-def _check_static(image):
+def check_static(image):
   if len(image.shape) not in (3, 4) or None in tuple(image.shape[-3:]):
     raise ValueError(f"image of shape {image.shape}: expected [h, w, c] or [n, h, w, c] with h, w and c known")
   return tuple(image.shape[-3:])
 
 
-def _check_probability(name, value):
+def check_probability(name, value):
   if not 0 <= value <= 1:
     raise ValueError(f"{name}={value!r}: expected a probability, 0 to 1")
 
 
-def _check_choice(name, value, choices):
+def check_choice(name, value, choices):
   if value not in choices:
     raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
-
-
-def sobel(image, seed=None):
-  """Edges: the length of the Sobel gradient of each channel, over 4 (a step from 0 to 1), clipped; [h, w, 3] to the same."""
-  gradient = tf.image.sobel_edges(tf.convert_to_tensor(image)[None])[0]
-  return _clip(tf.sqrt(tf.reduce_sum(gradient**2, -1)) / 4)
-
-
-def solarize(image, seed=None):
-  """Inverts the pixels of at least 1/2."""
-  return tf.where(image < 0.5, image, 1 - image)
-
-
-def equalize(image, seed=None):
-  """A flat histogram in each channel, at 256 levels, as Pillow's ImageOps.equalize."""
-  levels = tf.cast(tf.round(image * 255), tf.int32)
-
-  def channel(x):
-    counts = tf.math.bincount(tf.reshape(x, [-1]), minlength=256, maxlength=256)
-    last = tf.reduce_max(tf.where(counts > 0, tf.range(256), -1))
-    step = (tf.reduce_sum(counts) - counts[last]) // 255
-    table = (step // 2 + tf.cumsum(counts, exclusive=True)) // tf.maximum(step, 1)
-    return tf.where(step > 0, tf.gather(tf.minimum(table, 255), x), x)
-
-  return tf.cast(tf.stack([channel(x) for x in tf.unstack(levels, axis=-1)], -1), tf.float32) / 255
-
-
-def motion_blur(image, seed):
-  """The mean along a line through each pixel, a tenth of the height long, of an angle uniform in [0, pi); zero padding."""
-  height, _, channels = _check_static(image)
-  radius = max(1, height // 20)
-  angle = math.pi * tf.random.stateless_uniform([], seed)
-  along = tf.range(-radius, radius + 1, dtype=tf.float32)
-  place = tf.cast(tf.round(tf.stack([along * tf.sin(angle), along * tf.cos(angle)], 1)), tf.int32) + radius
-  size = 2 * radius + 1
-  kernel = tf.scatter_nd(place, tf.fill([size], 1 / size), [size, size])
-  kernel = tf.tile(kernel[:, :, None, None], [1, 1, channels, 1])
-  return tf.nn.depthwise_conv2d(image[None], kernel, [1, 1, 1, 1], "SAME")[0]
-
-
-def cutout(image, seed):
-  """A grey square of half the height about a random pixel, cut off at the border (arXiv:1708.04552)."""
-  height, width, _ = _check_static(image)
-  centre = tf.random.stateless_uniform([2], seed) * [height, width]
-  y, x = tf.range(height, dtype=tf.float32) + 0.5, tf.range(width, dtype=tf.float32) + 0.5
-  inside = (tf.abs(y - centre[0]) < height / 4)[:, None] & (tf.abs(x - centre[1]) < height / 4)[None]
-  return tf.where(inside[..., None], 0.5, image)
-
-
-def rotate(image, seed):
-  """A turn by 90, 180 or 270 degrees; the image is square."""
-  return tf.image.rot90(image, tf.random.stateless_uniform([], seed, 1, 4, tf.int32))
-
-
-def noise(image, seed):
-  """Gaussian noise, independent for pixels and channels, of a standard deviation uniform in [0, 0.2]; clipped."""
-  strength, values = tf.unstack(tf.random.split(seed, 2))
-  scale = tf.random.stateless_uniform([], strength, 0, 0.2)
-  return _clip(image + scale * tf.random.stateless_normal(tf.shape(image), values))
-
-
-def crop(image, seed):
-  """A further random crop, resized to what it was; the image is square."""
-  return _clip(random_crop(image, seed, size=_check_static(image)[0]))
-
-
-def color(image, seed):
-  """`color_distort` of strength 1."""
-  return _clip(color_distort(image, seed, strength=1.0))
-
-
-def blur(image, seed):
-  """`random_blur`, always."""
-  return random_blur(image, seed, prob=1.0)
-
-
-# The policy for ImageNet of arXiv:1805.09501, Table 9: pairs of (operation, probability, magnitude 0 to 9 or None).
-AUTOAUGMENT = (
-  (("posterize", 0.4, 8), ("turn", 0.6, 9)),
-  (("solarize_from", 0.6, 5), ("autocontrast", 0.6, None)),
-  (("equalize", 0.8, None), ("equalize", 0.6, None)),
-  (("posterize", 0.6, 7), ("posterize", 0.6, 6)),
-  (("equalize", 0.4, None), ("solarize_from", 0.2, 4)),
-  (("equalize", 0.4, None), ("turn", 0.8, 8)),
-  (("solarize_from", 0.6, 3), ("equalize", 0.6, None)),
-  (("posterize", 0.8, 5), ("equalize", 1.0, None)),
-  (("turn", 0.2, 3), ("solarize_from", 0.6, 8)),
-  (("equalize", 0.6, None), ("posterize", 0.4, 6)),
-  (("turn", 0.8, 8), ("saturate", 0.4, 0)),
-  (("turn", 0.4, 9), ("equalize", 0.6, None)),
-  (("equalize", 0.0, None), ("equalize", 0.8, None)),
-  (("invert", 0.6, None), ("equalize", 1.0, None)),
-  (("saturate", 0.6, 4), ("contrast", 1.0, 8)),
-  (("turn", 0.8, 8), ("saturate", 1.0, 2)),
-  (("saturate", 0.8, 8), ("solarize_from", 0.8, 7)),
-  (("sharpen", 0.4, 7), ("invert", 0.6, None)),
-  (("shear", 0.6, 5), ("equalize", 1.0, None)),
-  (("saturate", 0.4, 0), ("equalize", 0.6, None)),
-  (("equalize", 0.4, None), ("solarize_from", 0.2, 4)),
-  (("solarize_from", 0.6, 5), ("autocontrast", 0.6, None)),
-  (("invert", 0.6, None), ("equalize", 1.0, None)),
-  (("saturate", 0.6, 4), ("contrast", 1.0, 8)),
-  (("equalize", 0.8, None), ("equalize", 0.6, None)),
-)
-
-
-def autoaugment(image, seed):
-  """One of the 25 pairs of operations of AutoAugment's policy for ImageNet, with magnitudes in ten steps.
-
-  The operations are Pillow's, on 256 levels; those with a direction take either with probability 1/2.
-  """
-  choice, drawn, signs = tf.unstack(tf.random.split(seed, 3))
-  drawn, signs = tf.random.stateless_uniform([2], drawn), tf.random.stateless_uniform([2], signs)
-  levels = tf.round(tf.convert_to_tensor(image) * 255)
-
-  def pair(operations, x):
-    for i, (name, prob, magnitude) in enumerate(operations):
-      apply = functools.partial(autoaugment_op, name, x, magnitude, tf.where(signs[i] < 0.5, -1.0, 1.0))
-      x = tf.cond(drawn[i] < prob, apply, lambda x=x: x)
-    return x
-
-  number = tf.random.stateless_uniform([], choice, 0, len(AUTOAUGMENT), tf.int32)
-  levels = tf.switch_case(number, [functools.partial(pair, operations, levels) for operations in AUTOAUGMENT])
-  return tf.ensure_shape(levels, image.shape) / 255
-
-
-def autoaugment_op(name, levels, magnitude, sign):
-  """One operation of AUTOAUGMENT: levels [h, w, 3] float32, whole numbers from 0 to 255, to the same; sign is -1 or 1."""
-  step = (magnitude or 0) / 9
-  height, width, _ = _check_static(levels)
-
-  def blend(other, factor):  # Pillow's enhancers: 1 leaves the image, 0 gives the other, above 1 goes away from it
-    return tf.floor(tf.clip_by_value(other + factor * (levels - other), 0.0, 255.0))
-
-  def move(a, b, c, d, centre):  # the pixel at centre + [a b; c d] (p - centre), nothing interpolated, black beyond
-    u, v = centre
-    transform = [a, b, u - a * u - b * v, c, d, v - c * u - d * v, 0.0, 0.0]
-    return tf.raw_ops.ImageProjectiveTransformV3(
-      images=levels[None], transforms=tf.stack([tf.stack([tf.cast(x, tf.float32) for x in transform])]),
-      output_shape=[height, width], fill_value=0.0, interpolation="NEAREST",
-    )[0]  # fmt: skip
-
-  if name == "posterize":
-    keep = float(2 ** round(4 * step))
-    return tf.floor(levels / keep) * keep
-  if name == "solarize_from":
-    return tf.where(levels < 255 - 255 * step, levels, 255 - levels)
-  if name == "invert":
-    return 255 - levels
-  if name == "equalize":
-    return equalize(levels / 255) * 255
-  if name == "autocontrast":
-    low, high = (f(levels, (0, 1), keepdims=True) for f in (tf.reduce_min, tf.reduce_max))
-    return tf.where(high > low, tf.floor((levels - low) * (255 / tf.maximum(high - low, 1)) + 1e-3), levels)
-  if name in ("saturate", "contrast"):
-    luma = tf.floor(tf.tensordot(levels, [0.299, 0.587, 0.114], 1) + 0.5)[..., None]
-    return blend(luma if name == "saturate" else tf.floor(tf.reduce_mean(luma) + 0.5), 1 + sign * 0.9 * step)
-  if name == "sharpen":
-    kernel = tf.tile(tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32)[..., None, None] / 13, [1, 1, 3, 1])
-    inner = tf.floor(tf.nn.depthwise_conv2d(levels[None], kernel, [1, 1, 1, 1], "VALID")[0] + 0.5)
-    border = tf.pad(tf.ones([height - 2, width - 2, 1], tf.bool), [[1, 1], [1, 1], [0, 0]])
-    return blend(tf.where(border, tf.pad(inner, [[1, 1], [1, 1], [0, 0]]), levels), 1 + sign * 0.9 * step)
-  if name == "turn":
-    angle = sign * math.radians(30 * step)
-    cos, sin = tf.cos(angle), tf.sin(angle)
-    return move(cos, -sin, sin, cos, ((width - 1) / 2, (height - 1) / 2))
-  if name == "shear":
-    return move(1.0, sign * 0.3 * step, 0.0, 1.0, (-0.5, -0.5))
-  raise ValueError(f"name={name!r}: not an operation of AUTOAUGMENT")
-
-
-# What `extra` of `two_views` may name.  Each maps [h, w, 3] float32 in [0, 1] and a seed to the same.
-EXTRA = {
-  op.__name__: op
-  for op in (sobel, solarize, equalize, motion_blur, cutout, rotate, noise, crop, color, blur, autoaugment)
-}
-
-
-def apply_extra(image, seed, extra):
-  """Each of `extra`, ((name, probability), ...), with its probability, in this order; see `two_views`.
-
-  Raises:
-    ValueError: a name that is not in EXTRA, or no probability.
-  """
-  shape = image.shape
-  for i, (name, prob) in enumerate(extra):
-    _check_choice("extra", name, tuple(EXTRA))
-    _check_probability(f"extra {name}", prob)
-    drawn, own = tf.unstack(tf.random.split(tf.random.experimental.stateless_fold_in(seed, i), 2))
-    apply = tf.random.stateless_uniform([], drawn) < prob
-    image = tf.cond(apply, lambda x=image, op=EXTRA[name], s=own: op(x, s), lambda x=image: x)
-    image = tf.ensure_shape(image, shape)
-  return image

@@ -41,7 +41,7 @@ def child(workdir, events, port, processes, index, raise_at, hang_at):
   import numpy as np
 
   from simclr_jax.model import TrainState
-  from simclr_jax.runtime import checkpoint, cluster, loop
+  from simclr_jax.runtime import checkpoint, loop, processes
   from simclr_jax.runtime import mesh as mesh_lib
 
   print("start", file=out)
@@ -83,7 +83,7 @@ def child(workdir, events, port, processes, index, raise_at, hang_at):
   code, message = 0, ""
   try:
     if processes > 1:
-      cluster.start(f"localhost:{port}", processes, index)
+      processes.start(f"localhost:{port}", processes, index)
     task = loop.Task(
       init=init,
       step=step,
@@ -104,8 +104,8 @@ def child(workdir, events, port, processes, index, raise_at, hang_at):
     code, message = getattr(error, "exit_code", 1), str(error)
     print(message, file=log)
     if type(error).__name__ == "JaxRuntimeError":
-      cluster.await_verdict()
-  cluster.leave(code, message)
+      processes.await_verdict()
+  processes.leave(code, message)
   sys.exit(code)
 
 

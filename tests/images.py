@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from simclr_jax.runtime import data
+from simclr_jax import data
 
 
 def folder(path, count=300, seed=0) -> dict:

@@ -6,7 +6,8 @@ import scipy.ndimage
 import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
-from simclr_jax import augment, pretrain
+from simclr_jax import augment_extra
+from simclr_jax.programs import pretrain
 from simclr_jax.runtime import config as config_lib
 
 IMAGE = np.random.default_rng(0).random((24, 24, 3)).astype(np.float32) ** 2
@@ -15,18 +16,18 @@ SEED = (1, 2)
 
 def test_sobel():
   expected = [np.hypot(*(scipy.ndimage.sobel(IMAGE[..., c], axis, mode="mirror") for axis in (0, 1))) for c in range(3)]
-  np.testing.assert_allclose(augment.sobel(IMAGE), np.clip(np.stack(expected, -1) / 4, 0, 1), atol=1e-5)
+  np.testing.assert_allclose(augment_extra.sobel(IMAGE), np.clip(np.stack(expected, -1) / 4, 0, 1), atol=1e-5)
 
 
 def test_solarize():
-  np.testing.assert_allclose(augment.solarize(np.float32([[[0.2, 0.5, 0.9]]])), [[[0.2, 0.5, 0.1]]], atol=1e-7)
+  np.testing.assert_allclose(augment_extra.solarize(np.float32([[[0.2, 0.5, 0.9]]])), [[[0.2, 0.5, 0.1]]], atol=1e-7)
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.1, 0.0])
 def test_equalize_is_pillows(spread):
   levels = np.uint8(np.round(255 * (0.3 + spread * 0.6 * IMAGE)))
   expected = np.asarray(ImageOps.equalize(Image.fromarray(levels)))
-  np.testing.assert_array_equal(np.round(255 * augment.equalize(levels / np.float32(255)).numpy()), expected)
+  np.testing.assert_array_equal(np.round(255 * augment_extra.equalize(levels / np.float32(255)).numpy()), expected)
 
 
 def test_motion_blur_is_the_mean_along_a_line():
@@ -34,7 +35,7 @@ def test_motion_blur_is_the_mean_along_a_line():
   dot[30, 30] = 1
   angles = set()
   for k in range(8):
-    line = augment.motion_blur(dot, (0, k)).numpy()
+    line = augment_extra.motion_blur(dot, (0, k)).numpy()
     assert line.sum() == pytest.approx(3, rel=1e-5) and line.max() < 0.35  # 7 pixels, two of which may round to one
     at = np.argwhere(line[..., 0] > 0)
     covariance = np.linalg.eigvalsh(np.cov(at.T))
@@ -46,7 +47,7 @@ def test_motion_blur_is_the_mean_along_a_line():
 def test_cutout_is_a_square_of_half_the_side():
   sizes = set()
   for k in range(30):
-    out = augment.cutout(np.zeros((24, 24, 3), np.float32), (0, k)).numpy()
+    out = augment_extra.cutout(np.zeros((24, 24, 3), np.float32), (0, k)).numpy()
     rows, columns = (out[..., 0] == 0.5).any(1).sum(), (out[..., 0] == 0.5).any(0).sum()
     assert (out == 0.5).sum() == 3 * rows * columns and 6 <= rows <= 12 and 6 <= columns <= 12
     sizes.add((rows, columns))
@@ -54,14 +55,14 @@ def test_cutout_is_a_square_of_half_the_side():
 
 
 def test_rotate():
-  turned = {k: augment.rotate(IMAGE, (0, k)).numpy() for k in range(12)}
+  turned = {k: augment_extra.rotate(IMAGE, (0, k)).numpy() for k in range(12)}
   found = {[np.array_equal(x, np.rot90(IMAGE, k)) for k in range(4)].index(True) for x in turned.values()}
   assert found == {1, 2, 3}
 
 
 def test_noise():
   grey = np.full((64, 64, 3), 0.5, np.float32)
-  spreads = [np.std(augment.noise(grey, (0, k))) for k in range(40)]
+  spreads = [np.std(augment_extra.noise(grey, (0, k))) for k in range(40)]
   assert min(spreads) < 0.03 and 0.16 < max(spreads) < 0.205 and np.mean(spreads) == pytest.approx(0.1, abs=0.03)
 
 
@@ -82,13 +83,13 @@ def pillow(name, image, magnitude, sign):
   return image.transform((side, side), Image.Transform.AFFINE, (1, sign * 0.3 * step, 0, 0, 1, 0))
 
 
-@pytest.mark.parametrize("name", sorted({op[0] for pair in augment.AUTOAUGMENT for op in pair}))
+@pytest.mark.parametrize("name", sorted({op[0] for pair in augment_extra.AUTOAUGMENT for op in pair}))
 def test_autoaugment_is_pillows(name):
   smooth = scipy.ndimage.gaussian_filter(IMAGE, (1, 1, 0))
   levels = np.uint8(np.round(10 + 235 * (smooth - smooth.min()) / np.ptp(smooth)))
-  for magnitude in {op[2] for pair in augment.AUTOAUGMENT for op in pair if op[0] == name}:
+  for magnitude in {op[2] for pair in augment_extra.AUTOAUGMENT for op in pair if op[0] == name}:
     for sign in (-1, 1):
-      ours = np.asarray(augment.autoaugment_op(name, np.float32(levels), magnitude, float(sign)))
+      ours = np.asarray(augment_extra.autoaugment_op(name, np.float32(levels), magnitude, float(sign)))
       theirs = np.asarray(pillow(name, Image.fromarray(levels), magnitude, sign), np.float32)
       assert ((ours == np.round(ours)) & (ours >= 0) & (ours <= 255)).all()
       # One level of rounding; a turned pixel half-way between two may take the other.
@@ -98,7 +99,7 @@ def test_autoaugment_is_pillows(name):
 
 def test_autoaugment_draws_all_its_pairs():
   levels = np.round(255 * IMAGE) / np.float32(255)
-  views = [augment.autoaugment(levels, (0, k)).numpy() for k in range(40)]
+  views = [augment_extra.autoaugment(levels, (0, k)).numpy() for k in range(40)]
   assert len({view.tobytes() for view in views}) > 15 and all(view.shape == IMAGE.shape for view in views)
   assert any(np.allclose(view, levels, atol=1e-6) for view in views)  # some pairs may do nothing
 
@@ -106,37 +107,41 @@ def test_autoaugment_draws_all_its_pairs():
 def test_one_sided_views_share_their_crop():
   """Figure 5: transformations on one branch alone."""
   image = np.random.default_rng(1).random((40, 32, 3)).astype(np.float32)
-  plain = augment.two_views(image, SEED, size=24, color_strength=0.0, blur=False)
+  plain = augment_extra.two_views(image, SEED, size=24, color_strength=0.0, blur=False)
   options = dict(size=24, color_strength=0.0, blur=False, one_sided=True)
-  np.testing.assert_array_equal(augment.two_views(image, SEED, **options), np.stack([plain[0]] * 2))
+  np.testing.assert_array_equal(augment_extra.two_views(image, SEED, **options), np.stack([plain[0]] * 2))
   for name in ("crop", "color", "blur", "solarize"):
-    first, second = augment.two_views(image, SEED, **options, extra=((name, 1.0),)).numpy()
+    first, second = augment_extra.two_views(image, SEED, **options, extra=((name, 1.0),)).numpy()
     np.testing.assert_array_equal(second, plain[0])
     assert np.abs(first - second).max() > 0.02
-  cropped = [augment.two_views(image, (0, k), **options, extra=(("crop", 1.0), ("sobel", 1.0)))[0] for k in range(4)]
+  cropped = [
+    augment_extra.two_views(image, (0, k), **options, extra=(("crop", 1.0), ("sobel", 1.0)))[0] for k in range(4)
+  ]
   assert len({x.numpy().tobytes() for x in cropped}) == 4
 
 
 def test_they_take_their_place_in_the_views():
   """Given probability 0 nothing changes, given 1 they act on every view; in tf.data as eagerly; mistakes are one line."""
   options = {"size": 16, "color_strength": 0.0, "blur": False}
-  plain = augment.two_views(IMAGE, SEED, **options)
-  every = tuple((name, 1.0) for name in augment.EXTRA)
-  np.testing.assert_array_equal(augment.two_views(IMAGE, SEED, **options, extra=[(n, 0.0) for n, _ in every]), plain)
-  solarized = augment.two_views(IMAGE, SEED, **options, extra=(("solarize", 1.0),))
-  np.testing.assert_array_equal(solarized, np.stack([augment.solarize(view) for view in plain]))
-  data = tf.data.Dataset.from_tensors(IMAGE).map(lambda x: augment.two_views(x, SEED, **options, extra=every))
-  in_graph, eager = next(iter(data)), augment.two_views(IMAGE, SEED, **options, extra=every)
+  plain = augment_extra.two_views(IMAGE, SEED, **options)
+  every = tuple((name, 1.0) for name in augment_extra.EXTRA)
+  np.testing.assert_array_equal(
+    augment_extra.two_views(IMAGE, SEED, **options, extra=[(n, 0.0) for n, _ in every]), plain
+  )
+  solarized = augment_extra.two_views(IMAGE, SEED, **options, extra=(("solarize", 1.0),))
+  np.testing.assert_array_equal(solarized, np.stack([augment_extra.solarize(view) for view in plain]))
+  data = tf.data.Dataset.from_tensors(IMAGE).map(lambda x: augment_extra.two_views(x, SEED, **options, extra=every))
+  in_graph, eager = next(iter(data)), augment_extra.two_views(IMAGE, SEED, **options, extra=every)
   assert in_graph.shape == (2, 16, 16, 3)
   np.testing.assert_allclose(in_graph, eager, atol=1e-5)
-  half = [augment.two_views(IMAGE, (0, k), **options, extra=(("rotate", 0.5),)) for k in range(20)]
-  without = [augment.two_views(IMAGE, (0, k), **options) for k in range(20)]
+  half = [augment_extra.two_views(IMAGE, (0, k), **options, extra=(("rotate", 0.5),)) for k in range(20)]
+  without = [augment_extra.two_views(IMAGE, (0, k), **options) for k in range(20)]
   share = np.mean([np.array_equal(a, b) for x, y in zip(half, without, strict=True) for a, b in zip(x, y, strict=True)])
   assert 0.25 < share < 0.75
   with pytest.raises(ValueError, match="extra='sobell': expected one of 'sobel'"):
-    augment.two_views(IMAGE, SEED, **options, extra=(("sobell", 0.5),))
+    augment_extra.two_views(IMAGE, SEED, **options, extra=(("sobell", 0.5),))
   with pytest.raises(ValueError, match="extra sobel=2: expected a probability"):
-    augment.two_views(IMAGE, SEED, **options, extra=(("sobel", 2),))
+    augment_extra.two_views(IMAGE, SEED, **options, extra=(("sobel", 2),))
 
 
 def test_the_device_says_that_it_has_none_of_them():

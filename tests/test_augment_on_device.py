@@ -14,10 +14,11 @@ import pytest
 import tensorflow as tf
 import tiny
 
-from simclr_jax import augment, pretrain
+from simclr_jax import augment, data
 from simclr_jax import augment_on_device as device
+from simclr_jax.programs import pretrain
 from simclr_jax.runtime import config as config_lib
-from simclr_jax.runtime import data, loop
+from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 
 N = 20_000

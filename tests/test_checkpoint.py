@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from simclr_jax import model, pretrain
+from simclr_jax import model
+from simclr_jax.programs import pretrain
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 

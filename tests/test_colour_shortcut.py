@@ -2,7 +2,7 @@
 
 import pytest
 
-from simclr_jax import pretrain
+from simclr_jax.programs import pretrain
 from simclr_jax.runtime import config as config_lib
 
 

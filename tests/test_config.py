@@ -4,7 +4,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from simclr_jax import contrast, optimizer, pretrain
+from simclr_jax import contrast, optimizer
+from simclr_jax.programs import pretrain
 from simclr_jax.runtime import config as config_lib
 
 

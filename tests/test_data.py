@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_jax.runtime import data
+from simclr_jax import data
 
 GOLDEN_ORDER = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
 GOLDEN_SEEDS = [[595752380, 956087953], [1575980063, -1969343710]]

@@ -13,8 +13,9 @@ from PIL import Image
 from test_data import assert_same, crop_like, encoded, gradient, numbered, png, save, take
 
 from simclr_jax import __main__ as cli
-from simclr_jax import augment, dataset
-from simclr_jax.runtime import data, shards
+from simclr_jax import augment, data
+from simclr_jax.data import shards
+from simclr_jax.programs import data as dataset
 
 N = 30
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from simclr_jax import diagnostics, model, pretrain
+from simclr_jax import diagnostics, model
+from simclr_jax.programs import pretrain
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib

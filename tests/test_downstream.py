@@ -6,9 +6,9 @@ import xml.etree.ElementTree
 import pytest
 import tiny
 
-from simclr_jax import downstream
+from simclr_jax import report
+from simclr_jax.programs import downstream
 from simclr_jax.runtime import config as config_lib
-from simclr_jax.runtime import report
 
 
 def test_finished_parts_are_kept_and_unfinished_ones_go_on(tmp_path):

@@ -24,9 +24,10 @@ from flax import traverse_util
 
 import simclr_jax
 from simclr_jax import __main__ as command
-from simclr_jax import exporting, model, pretrain
+from simclr_jax import exporting, model
 from simclr_jax.encoder import resnet
 from simclr_jax.exporting import torch_names
+from simclr_jax.programs import export, pretrain
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime import config as config_lib
@@ -187,7 +188,7 @@ def test_values(exported, tmp_path, capsys, monkeypatch):
   """Every format that needs no torch, of every kind of encoder."""
   monkeypatch.setattr(exporting, "prove", prove_here)
   formats = available(*HERE)
-  exporting.run(output=tmp_path / "out", encoder=exported, formats=[",".join(formats)], head=True)
+  export.run(output=tmp_path / "out", encoder=exported, formats=[",".join(formats)], head=True)
   found = differences(capsys.readouterr().out)
   assert found.keys() == set(formats) and all(value <= 1e-5 for value in found.values()), found
   _, variables, card = simclr_jax.load_encoder(exported)
@@ -209,7 +210,7 @@ def test_values(exported, tmp_path, capsys, monkeypatch):
 
 def test_folders_open_without_this_package(small, tmp_path, capsys):
   formats = available(*HERE)
-  exporting.run(output=tmp_path, encoder=small, formats=formats)
+  export.run(output=tmp_path, encoder=small, formats=formats)
   found = differences(capsys.readouterr().out)
   assert found.keys() == set(formats) and all(value <= 1e-5 for value in found.values()), found
   for path in tmp_path.glob("*/*.py"):
@@ -221,7 +222,7 @@ def test_folders_open_without_this_package(small, tmp_path, capsys):
 @pytest.mark.skipif(not has(TORCH_PYTHON, "torch", "torchvision", "timm", "transformers"), reason="no torch")
 @pytest.mark.skipif(not has(sys.executable, "safetensors"), reason="no safetensors")
 def test_torch_formats(exported, tmp_path, capsys):
-  exporting.run(output=tmp_path, encoder=exported, formats=THERE, head=True, python=TORCH_PYTHON)
+  export.run(output=tmp_path, encoder=exported, formats=THERE, head=True, python=TORCH_PYTHON)
   found = differences(capsys.readouterr().out)
   assert found.keys() == set(THERE) and all(value <= 1e-5 for value in found.values()), found
   for name in THERE:
@@ -234,10 +235,10 @@ def test_full_size(name, tmp_path, capsys):
   """The table of docs/export.md: run with -s, and SIMCLR_TORCH_PYTHON for the torch formats."""
   encoder = save(tmp_path / "encoder", *FULL[name])
   formats = available(*HERE)
-  exporting.run(output=tmp_path / "out", encoder=encoder, formats=formats)
+  export.run(output=tmp_path / "out", encoder=encoder, formats=formats)
   if has(TORCH_PYTHON, "torch", "torchvision", "timm", "transformers"):
     formats += THERE
-    exporting.run(output=tmp_path / "out", encoder=encoder, formats=THERE, python=TORCH_PYTHON)
+    export.run(output=tmp_path / "out", encoder=encoder, formats=THERE, python=TORCH_PYTHON)
   text = capsys.readouterr().out
   with capsys.disabled():
     print(f"\n{name}\n" + "\n".join(line for line in text.split("\n") if "largest" in line))
@@ -310,7 +311,7 @@ def test_cards_of_version_1_are_read(small, tmp_path):
 
   checkpoint.save_export(tmp_path / "old", fill)
   jax.tree.map(np.testing.assert_array_equal, simclr_jax.load_encoder(tmp_path / "old")[1], variables)
-  exporting.run(output=tmp_path / "new", encoder=tmp_path / "old", formats=["stablehlo"])
+  export.run(output=tmp_path / "new", encoder=tmp_path / "old", formats=["stablehlo"])
   assert json.loads((tmp_path / "new/card.json").read_text())["schema_version"] == 2
   checkpoint.save_export(tmp_path / "future", lambda folder: fill(folder, {**old, "card_version": 3}))
   with pytest.raises(ValueError, match="schema_version 3, this package reads 1 to 2"):
@@ -375,7 +376,7 @@ def test_an_h_that_differs_is_refused(small, tmp_path, monkeypatch):
 
   monkeypatch.setattr(stablehlo, "write", dishonest)
   with pytest.raises(ValueError, match=r"stablehlo: what was written is not this encoder.* more than 1e-05 and than"):
-    exporting.run(output=tmp_path / "out", encoder=small, formats=["stablehlo"])
+    export.run(output=tmp_path / "out", encoder=small, formats=["stablehlo"])
   assert not (tmp_path / "out").exists()
 
 
@@ -384,7 +385,7 @@ def test_what_cannot_be_verified_says_so(small, tmp_path, capsys, monkeypatch):
   bare = tmp_path / "bare"
   bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')  # no site-packages: not even numpy
   bare.chmod(0o755)
-  exporting.run(output=tmp_path / "out", encoder=small, formats=["stablehlo"], python=str(bare))
+  export.run(output=tmp_path / "out", encoder=small, formats=["stablehlo"], python=str(bare))
   line = capsys.readouterr().out.strip()
   assert line == (
     f"stablehlo: not verified: numpy is not installed; to verify: pip install jax, then python {tmp_path}/out/verify.py"
@@ -399,13 +400,13 @@ def test_a_loader_that_fails_is_one_line(small, tmp_path):
   with pytest.raises(
     ValueError, match="^stablehlo: load.py fails in .*broken, so nothing is kept: ImportError: this jax"
   ):
-    exporting.run(output=tmp_path / "out", encoder=small, formats=["stablehlo"], python=str(broken))
+    export.run(output=tmp_path / "out", encoder=small, formats=["stablehlo"], python=str(broken))
   assert not (tmp_path / "out").exists()
 
 
 def test_damaged_safetensors(small, tmp_path):
   pytest.importorskip("safetensors")
-  exporting.run(output=tmp_path / "out", encoder=small, formats=["safetensors"])
+  export.run(output=tmp_path / "out", encoder=small, formats=["safetensors"])
   file = tmp_path / "out/model.safetensors"
   file.write_bytes(file.read_bytes()[:-100])
   with pytest.raises(ValueError, match="model.safetensors is damaged: its SHA-256"):
@@ -424,6 +425,6 @@ def test_large_onnx_models_keep_their_weights_in_a_file_of_their_own(small, tmp_
   from simclr_jax.exporting import onnx_graph
 
   monkeypatch.setattr(onnx_graph, "PROTOBUF_LIMIT", 1000)
-  exporting.run(output=tmp_path / "out", encoder=small, formats=["onnx"])
+  export.run(output=tmp_path / "out", encoder=small, formats=["onnx"])
   assert differences(capsys.readouterr().out)["onnx"] <= 1e-5
   assert (tmp_path / "out/model.weights").stat().st_size > 1000 * 10

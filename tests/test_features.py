@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tiny
 
-from simclr_jax import augment, features, load_encoder
-from simclr_jax.runtime import data
+from simclr_jax import augment, data, load_encoder
+from simclr_jax.programs import embed as features
 
 
 @pytest.fixture(scope="module")

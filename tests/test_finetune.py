@@ -10,9 +10,10 @@ import pytest
 import tiny
 
 from simclr_jax import __main__ as cli
-from simclr_jax import exporting, finetune, model, optimizer, pretrain
+from simclr_jax import data, exporting, model, optimizer
+from simclr_jax.programs import finetune, pretrain, trained
 from simclr_jax.runtime import config as config_lib
-from simclr_jax.runtime import data, loop
+from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 
 
@@ -173,7 +174,7 @@ def test_the_program(start, tmp_path, capsys):
   assert 0 <= result["scores"]["accuracy"] <= result["scores"]["top_5"] <= 1
   assert "with 47 labels" in capsys.readouterr().out
   for folder in (tmp_path / "run", tmp_path / "run/encoder"):
-    opened = finetune.open_start(folder)
+    opened = trained.open_start(folder)
     assert set(opened.variables) == {"encoder", "projector", "classifier"} and opened.projector["layers"] == 2
     jax.tree.map(
       np.testing.assert_array_equal,

@@ -8,9 +8,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from simclr_jax import features
-from simclr_jax import map as map_lib
-from simclr_jax.runtime import scatter
+from simclr_jax.programs import embed as features
+from simclr_jax.programs import map as map_lib
+from simclr_jax.report import scatter
 
 rng = np.random.default_rng(0)
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
-from simclr_jax import contrast, pretrain
+from simclr_jax import contrast
+from simclr_jax.programs import pretrain
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 

@@ -12,7 +12,7 @@ import xml.etree.ElementTree
 import pytest
 
 from simclr_jax import __main__ as cli
-from simclr_jax import plan, recipes
+from simclr_jax.programs import plan, recipes
 from simclr_jax.runtime import aot
 from simclr_jax.runtime import config as config_lib
 

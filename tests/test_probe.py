@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from simclr_jax import diagnostics, knn, probe
+from simclr_jax import diagnostics
+from simclr_jax.evaluation import knn, linear
 from simclr_jax.runtime import mesh as mesh_lib
 
 
@@ -31,7 +32,7 @@ def float64_regression(x, y, classes, l2, steps=20000):
 
 def test_lbfgs_finds_the_optimum():
   x, y = blobs(300, 6, 4, 1.0)
-  classifier = probe.logistic_regression(x, y, num_classes=4, l2s=(1e-2,))
+  classifier = linear.logistic_regression(x, y, num_classes=4, l2s=(1e-2,))
   want = float64_regression(x.astype(np.float64), y, 4, 1e-2)
   got = x @ classifier["kernel"] + classifier["bias"]
   # Logits are unique up to a constant per example, which the penalty on the kernel pins only for the kernel.
@@ -54,9 +55,9 @@ def test_lbfgs_agrees_with_scikit_learn_and_on_a_mesh_with_itself():
 
     wanted = loss(theirs.coef_.T, theirs.intercept_)
     for mesh in (None, mesh_lib.make_mesh()):
-      ours = probe.logistic_regression(x, y, num_classes=5, l2s=(l2,), mesh=mesh)
+      ours = linear.logistic_regression(x, y, num_classes=5, l2s=(l2,), mesh=mesh)
       assert loss(ours["kernel"], ours["bias"]) == pytest.approx(wanted, rel=1e-4)
-      assert probe.accuracy(ours, test_x, test_y) == pytest.approx(theirs.score(test_x, test_y), abs=1e-3)
+      assert linear.accuracy(ours, test_x, test_y) == pytest.approx(theirs.score(test_x, test_y), abs=1e-3)
 
 
 def test_one_against_the_rest_is_as_many_regressions_of_two_classes():
@@ -66,7 +67,7 @@ def test_one_against_the_rest_is_as_many_regressions_of_two_classes():
   x = (x - x.mean(0)) / np.sqrt(x.var(0).mean())
   labels = np.eye(3, dtype=int)[y]
   labels[::7, 1] = -1
-  ours = probe.logistic_regression(x, labels, num_classes=3, l2s=(1e-2,))
+  ours = linear.logistic_regression(x, labels, num_classes=3, l2s=(1e-2,))
   for c in range(3):
     judged = labels[:, c] >= 0
     # Our loss is a mean over all 300, whether they are judged or not.
@@ -75,14 +76,14 @@ def test_one_against_the_rest_is_as_many_regressions_of_two_classes():
 
 
 def test_the_45_penalties_of_the_paper():
-  assert len(probe.L2_GRID_45) == 45
-  assert probe.L2_GRID_45[0] == pytest.approx(1e-6) and probe.L2_GRID_45[-1] == pytest.approx(1e5)
+  assert len(linear.L2_GRID_45) == 45
+  assert linear.L2_GRID_45[0] == pytest.approx(1e-6) and linear.L2_GRID_45[-1] == pytest.approx(1e5)
   x, y = blobs(200, 4, 3, 1.5)
   held_out = np.arange(200) % 4 == 0
-  chosen = probe.logistic_regression(x, y, num_classes=3, l2s=probe.L2_GRID_45, held_out=held_out)
+  chosen = linear.logistic_regression(x, y, num_classes=3, l2s=linear.L2_GRID_45, held_out=held_out)
   scores = [  # from the strongest penalty to the weakest, which is how ties are broken
-    probe.accuracy(
-      probe.logistic_regression(x[~held_out], y[~held_out], num_classes=3, l2s=(l2,)), x[held_out], y[held_out]
+    linear.accuracy(
+      linear.logistic_regression(x[~held_out], y[~held_out], num_classes=3, l2s=(l2,)), x[held_out], y[held_out]
     )
     for l2 in (1e5, 1e2, chosen["l2"])
   ]
@@ -96,18 +97,18 @@ def test_average_precision_worked_by_hand():
   """
   logits = np.array([6.0, 5, 4, 3, 2, 1])
   y = np.array([1, 0, 1, 0, 0, 1])
-  assert probe.average_precision(logits, y) == pytest.approx(8 / 11)
+  assert linear.average_precision(logits, y) == pytest.approx(8 / 11)
   shuffled = np.array([3, 0, 5, 2, 4, 1])
-  assert probe.average_precision(logits[shuffled], y[shuffled]) == pytest.approx(8 / 11)
+  assert linear.average_precision(logits[shuffled], y[shuffled]) == pytest.approx(8 / 11)
   # A difficult image between them changes nothing; a perfect ranking is 1; the only hit in last place is 1 / n.
-  assert probe.average_precision(np.append(logits, 5.5), np.append(y, -1)) == pytest.approx(8 / 11)
-  assert probe.average_precision(np.array([2.0, 1, 0]), np.array([1, 1, 0])) == pytest.approx(1)
-  assert probe.average_precision(np.arange(10.0), (np.arange(10) == 0).astype(int)) == pytest.approx(0.1)
+  assert linear.average_precision(np.append(logits, 5.5), np.append(y, -1)) == pytest.approx(8 / 11)
+  assert linear.average_precision(np.array([2.0, 1, 0]), np.array([1, 1, 0])) == pytest.approx(1)
+  assert linear.average_precision(np.arange(10.0), (np.arange(10) == 0).astype(int)) == pytest.approx(0.1)
   # Ten hits, the first and the last nine of 20: recall exactly 0.1 is reached at precision 1.
   y = np.array([1] + [0] * 10 + [1] * 9)
   later = max((k + 1) / (k + 11) for k in range(1, 10))
-  assert probe.average_precision(-np.arange(20.0), y) == pytest.approx((2 + 9 * later) / 11)
-  both = probe.mean_average_precision(np.stack([logits, -logits], 1), np.stack([np.array([1, 0, 1, 0, 0, 1])] * 2, 1))
+  assert linear.average_precision(-np.arange(20.0), y) == pytest.approx((2 + 9 * later) / 11)
+  both = linear.mean_average_precision(np.stack([logits, -logits], 1), np.stack([np.array([1, 0, 1, 0, 0, 1])] * 2, 1))
   backwards = (4 * 1 + 7 * 0.5) / 11  # ranked + - - + - +: precisions 1, 2/4, 3/6
   assert both == pytest.approx((8 / 11 + backwards) / 2)
 
@@ -116,31 +117,31 @@ def test_mean_per_class_worked_by_hand():
   """Three of class 0, all right; one of class 1, wrong: 3/4 of the images, half of the classes."""
   logits = np.array([[2.0, 1, 0], [2, 1, 0], [2, 1, 0], [2, 1, 0]])
   y = np.array([0, 0, 0, 1])
-  assert probe.top_1(logits, y) == 0.75
-  assert probe.mean_per_class(logits, y) == 0.5
+  assert linear.top_1(logits, y) == 0.75
+  assert linear.mean_per_class(logits, y) == 0.5
 
 
 def test_penalty_is_chosen_on_held_out_examples():
   """With 200 dimensions of noise and 120 examples a strong penalty generalises best, and is what is picked."""
   x, y = blobs(120, 4, 2, 1.5)
   x = np.concatenate([x, np.random.default_rng(5).standard_normal((120, 200)).astype(np.float32)], 1)
-  classifier = probe.logistic_regression(x, y, num_classes=2, folds=5)
+  classifier = linear.logistic_regression(x, y, num_classes=2, folds=5)
   assert classifier["l2"] >= 1e-2
 
 
 def test_held_out_parts_are_disjoint_balanced_and_cover_all():
   y = np.repeat(np.arange(5), 20)
-  parts = probe.held_out_parts(y, 5, np.random.default_rng(0))
+  parts = linear.held_out_parts(y, 5, np.random.default_rng(0))
   assert (parts.sum(0) == 1).all()
   assert all((np.bincount(y[part]) == 4).all() for part in parts)
-  assert np.bincount(y[probe.held_out_parts(y, 1, np.random.default_rng(0))[0]]).tolist() == [2] * 5
+  assert np.bincount(y[linear.held_out_parts(y, 1, np.random.default_rng(0))[0]]).tolist() == [2] * 5
 
 
 def test_few_labels_is_balanced_and_seeded():
   y = np.repeat(np.arange(5), 20)
-  chosen = probe.few_labels(y, 3, np.random.default_rng(1))
+  chosen = linear.few_labels(y, 3, np.random.default_rng(1))
   assert np.bincount(y[chosen]).tolist() == [3] * 5 and len(set(chosen)) == 15
-  np.testing.assert_array_equal(chosen, probe.few_labels(y, 3, np.random.default_rng(1)))
+  np.testing.assert_array_equal(chosen, linear.few_labels(y, 3, np.random.default_rng(1)))
 
 
 def test_knn_against_a_double_loop():

@@ -18,8 +18,9 @@ import tiny
 
 import simclr_jax
 from simclr_jax import __main__ as cli
-from simclr_jax import embed, exporting, knn, model, pretrain, probe, runs
-from simclr_jax import map as map_lib
+from simclr_jax import exporting, model
+from simclr_jax.programs import export, knn, pretrain, probe, runs, trained
+from simclr_jax.programs import map as map_lib
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -93,7 +94,7 @@ def test_probe_by_lbfgs_agrees_with_the_run(finished):
 def test_probe_by_sgd_trains_the_classifier_and_nothing_else(finished):
   workdir, _ = finished
   overrides = ["--config.probe.method=sgd", "--config.probe.train_epochs=20.0", "--config.probe.batch_size=32"]
-  opened = embed.Run(workdir, overrides=overrides)
+  opened = trained.TrainedRun(workdir, overrides=overrides)
   task = probe.make_task(opened, opened.train_source)
   state = task.init(jax.random.key(0))
   before = jax.device_get(state)
@@ -112,7 +113,7 @@ def test_probe_by_sgd_trains_the_classifier_and_nothing_else(finished):
 def test_export_loads_with_nothing_but_the_folder(finished, tmp_path, capsys):
   workdir, result = finished
   out = tmp_path / "encoder"
-  exporting.run(workdir, out)
+  export.run(workdir, out)
   code = capsys.readouterr().out
   assert "load_encoder" in code
   images = np.random.default_rng(0).random((5, 16, 16, 3), np.float32)
@@ -128,7 +129,7 @@ def test_export_loads_with_nothing_but_the_folder(finished, tmp_path, capsys):
   names = " ".join(jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(variables))
   assert "projector" not in names and "classifier" not in names
   with pytest.raises(ValueError, match="is not empty: add --overwrite"):
-    exporting.run(workdir, tmp_path / "moved")
+    export.run(workdir, tmp_path / "moved")
 
 
 def test_the_printed_snippet_runs(finished):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from simclr_jax import __main__ as cli
-from simclr_jax import quickstart
-from simclr_jax.quickstart import Network
+from simclr_jax.programs import quickstart
+from simclr_jax.programs.quickstart import Network
 from simclr_jax.runtime import config as config_lib
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_jax.runtime import report
+from simclr_jax import report
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 rng = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from simclr_jax import __main__ as cli
-from simclr_jax import recipes, runs
+from simclr_jax.programs import recipes, runs
 from simclr_jax.runtime import config as config_lib
 
 

@@ -263,7 +263,7 @@ def test_one_that_hangs_or_raises_ends_them_all(shared, what, expected):
     "import sys, importlib.abc\n"
     "class Late(importlib.abc.MetaPathFinder):\n"
     "  def find_spec(self, name, path, target=None):\n"
-    "    if name == 'simclr_jax.pretrain':\n"
+    "    if name == 'simclr_jax.programs.pretrain':\n"
     "      sys.meta_path.remove(self)\n"
     f"      exec({HANG.format(process=1, what=what)!r}, {{}})\n"
     "sys.meta_path.insert(0, Late())\n"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from simclr_jax.runtime import textures
+from simclr_jax.data.sets import textures
 
 
 @pytest.fixture(scope="module")

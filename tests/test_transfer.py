@@ -9,7 +9,8 @@ import scipy.stats
 import tiny
 from test_distill import teacher  # noqa: F401  an exported encoder
 
-from simclr_jax import probe, transfer
+from simclr_jax.evaluation import linear
+from simclr_jax.programs import transfer
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
@@ -75,10 +76,10 @@ def test_linear_rows(tmp_path, teacher, capsys):  # noqa: F811
   row = next(row for row in saved if row["name"] == "held_out")
   assert set(row["scores"]) == {"linear SimCLR", "linear random"} and 0 < row["p"]["linear random"] <= 1
   # The score is that of a classifier with the penalty that was chosen, on the same features.
-  encoder = transfer.Encoder(transfer.finetune.open_start(teacher[0]), c, mesh_lib.make_mesh())
+  encoder = transfer.Encoder(transfer.trained.open_start(teacher[0]), c, mesh_lib.make_mesh())
   h, y = encoder.features(tiny.source()), tiny.source().labels
-  chosen = probe.logistic_regression(h, y, num_classes=10, l2s=(row["chosen"]["linear SimCLR"],))
-  assert probe.accuracy(chosen, h, y) == pytest.approx(row["scores"]["linear SimCLR"], abs=0.011)
+  chosen = linear.logistic_regression(h, y, num_classes=10, l2s=(row["chosen"]["linear SimCLR"],))
+  assert linear.accuracy(chosen, h, y) == pytest.approx(row["scores"]["linear SimCLR"], abs=0.011)
   text = transfer.table([{**row, "name": "cifar10"}])
   assert "95.3" in text and "90.6" in text
   with pytest.raises(ValueError, match="rows.split.metric='top1': expected one of top_1"):

@@ -4,10 +4,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from simclr_jax import exporting
+from simclr_jax import data, exporting
 from simclr_jax.encoder import resnet
 from simclr_jax.runtime import config as config_lib
-from simclr_jax.runtime import data
 
 BATCH = 16
 

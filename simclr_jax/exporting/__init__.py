@@ -9,22 +9,18 @@ the folder its name, and anyone can do it again.
 import contextlib
 import dataclasses
 import datetime
-import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import pathlib
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -33,7 +29,6 @@ import simclr_jax
 from simclr_jax.encoder import resnet
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint
-from simclr_jax.runtime import config as config_lib
 
 # Format -> (the module below exporting/, an optional package that writes it, the packages that read it).
 FORMATS = {
@@ -164,109 +159,7 @@ def write(path, variables, config, *, scores: dict, step: int, heads=None, overw
   return checkpoint.save_export(path, fill, overwrite=overwrite)
 
 
-def run(
-  workdir=None,
-  output=None,
-  *,
-  encoder=None,
-  formats=("orbax",),
-  head: bool = False,
-  step: int | None = None,
-  licence: str = "",
-  python: str = "",
-  overwrite: bool = False,
-) -> list:
-  """The program `simclr export`: the encoder of a run, or of an exported folder, in one or several formats.
-
-  Args:
-    workdir: folder of a run; or
-    encoder: a folder that `simclr export`, `simclr import` or a finished run wrote.
-    output: one format goes to this folder itself, several to a folder each below it.
-    formats: keys of FORMATS, or "all".
-    head: take the projection head along.
-    step: checkpoint of the run, by default the newest.
-    licence: of the weights, for the card.
-    python: the interpreter that verifies, where the libraries of the formats are; by default this one.
-    overwrite: replace exports that are there.
-  Returns:
-    the folders.
-  Raises:
-    ValueError: an unknown format, no such run or folder, no head, a folder that is not empty, a package that is missing,
-      or an export whose h differs.
-  """
-  formats = _checked(formats)
-  several = len(formats) > 1
-  targets = {name: checkpoint.absolute(output) / name if several else checkpoint.absolute(output) for name in formats}
-  for name, path in targets.items():
-    checkpoint.check_vacant(path, overwrite=overwrite)
-    if FORMATS[name][1] and not importlib.util.find_spec(FORMATS[name][1]):
-      raise ValueError(f"--format={name} needs {FORMATS[name][1]}: pip install 'simclr_jax[export]'")
-  variables, projector, config, facts = _of_folder(encoder) if encoder else _of_run(workdir, step, head)
-  facts |= {"licence": licence} if licence else {}
-  if encoder and step is not None:
-    raise ValueError(f"--step={step}: a folder holds one encoder; it belongs to --workdir")
-  if head and not projector:
-    raise ValueError(f"{encoder or workdir} has no projection head: leave --head out")
-  variables, projector = (jax.tree.map(np.asarray, tree) for tree in (variables, projector if head else None))
-  example = None
-  for name, path in targets.items():
-    card = make_card(variables, config, format=name, **facts)
-    card |= {"projector": dict(config.projector)} if head else {}
-    export = Export(name, variables, card, projector)
-    example = example or make_example(export)
-    _write_one(path, export, example, python or sys.executable, overwrite)
-  if "orbax" in targets:
-    print(f"\nencoder of step {facts['step']}: {targets['orbax']}\n\n{snippet(targets['orbax'], config.augment.size)}")
-  return list(targets.values())
-
-
-def _checked(formats) -> list:
-  formats = [name for text in formats for name in text.split(",") if name]
-  formats = list(FORMATS) if formats == ["all"] else list(dict.fromkeys(formats))
-  for name in formats:
-    if name not in FORMATS:
-      near = difflib.get_close_matches(name, FORMATS, n=1)
-      hint = f"did you mean {near[0]}? Known are" if near else "expected"
-      raise ValueError(f"--format={name}: {hint} {', '.join(FORMATS)}, or all")
-  if not formats:
-    raise ValueError(f"--format is empty: expected {', '.join(FORMATS)}, or all")
-  return formats
-
-
-def _of_run(workdir, step, head):
-  """(f's variables, g's where `head` asks for it and it exists, config, what the card says) of a run's checkpoint."""
-  config = config_lib.from_json(checkpoint.read_config(workdir))
-  made_by = config_lib.program(config)
-  if made_by != "pretrain":
-    raise ValueError(
-      f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={checkpoint.absolute(workdir) / 'encoder'}"
-    )
-  like = jax.eval_shape(resnet(**config.encoder).init, jax.random.key(0), _images(config.augment.size))
-  step, variables = checkpoint.read_run_encoder(workdir, like, step)
-  projector = None
-  if head:
-    _, state = checkpoint.read_run_state(workdir, step)
-    trees = {"params": state["params"], "batch_stats": state["batch_stats"]}
-    projector = {name: tree.get("projector", {}) for name, tree in trees.items()}
-    projector = projector if projector["params"] else None
-  scores_file = checkpoint.absolute(workdir) / "scores.json"
-  scores = json.loads(scores_file.read_text()) if scores_file.exists() else {}
-  scores = scores.get("scores", {}) if scores.get("step") == step else {}
-  return variables, projector, config, {"scores": scores, "step": step}
-
-
-def _of_folder(path):
-  """The same of an exported folder."""
-  _, variables, card = load_encoder(path)
-  config = ml_collections.ConfigDict(card["pretraining"])
-  if card.get("format") == "safetensors":
-    projector = _read_safetensors(path).get("projector")
-  else:
-    projector = checkpoint.read_tree(checkpoint.absolute(path) / "projector")
-  return variables, projector, config, {key: card[key] for key in ("scores", "step", "licence") if key in card}
-
-
-def _write_one(path, export: Export, example: dict, python: str, overwrite: bool):
+def write_format(path, export: Export, example: dict, python: str, overwrite: bool):
   """One format: files, proof, card, and a line that says what was found."""
   module = importlib.import_module(f"simclr_jax.exporting.{FORMATS[export.format][0]}")
   lines = []
@@ -361,7 +254,7 @@ def load_encoder(path):
   if kind == "orbax":
     variables = checkpoint.read_encoder(path, like)
   elif kind == "safetensors":
-    variables = _read_safetensors(path).get("encoder", {})
+    variables = read_safetensors(path).get("encoder", {})
     checkpoint.compare(variables, like, path)
   else:
     raise ValueError(f"{path} is an export to {kind}: its load.py opens it; load_encoder reads orbax and safetensors")
@@ -370,7 +263,7 @@ def load_encoder(path):
   return apply, variables, card
 
 
-def _read_safetensors(path) -> dict:
+def read_safetensors(path) -> dict:
   from simclr_jax.exporting import safetensors_file
 
   return safetensors_file.read(checkpoint.absolute(path) / safetensors_file.WEIGHTS)

@@ -13,11 +13,9 @@ import re
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import traverse_util
 
-from simclr_jax import exporting
 from simclr_jax.encoder import DEPTHS, resnet
 
 _LEAVES = {
@@ -87,7 +85,7 @@ def load(path, *, ema: bool = False):
   wanted_classifier = {("kernel",): (None, (width, classes)), ("bias",): (None, (classes,))} if classes else {}
   problems += _differences(found["classifier"], wanted_classifier)
   if problems:
-    raise ValueError(f"{path}: does not fit a {_title(encoder_config)}, the nearest network: " + "; ".join(problems))
+    raise ValueError(f"{path}: does not fit a {title(encoder_config)}, the nearest network: " + "; ".join(problems))
 
   def fill(part, wanted):
     flat = {target: np.asarray(read(found[part][key][0]), np.float32) for key, (target, _) in wanted.items()}
@@ -113,32 +111,6 @@ def load(path, *, ema: bool = False):
     classifier if classes else None,
     info,
   )
-
-
-def run(source, output, *, ema: bool = False, overwrite: bool = False) -> pathlib.Path:
-  """The program `simclr import`: an official checkpoint into a folder that `load_encoder` opens.
-
-  Raises:
-    ValueError: as `load`, or the folder is not empty.
-  """
-  encoder, projector, classifier, info = load(source, ema=ema)
-  config = ml_collections.ConfigDict(
-    {
-      "source": {key: info[key] for key in ("source", "format", "step", "num_classes")} | {"ema": ema},
-      "encoder": info["encoder"],
-      "augment": {"size": info["size"], "resize": info["resize"]},
-      "evaluate": {"crop": info["crop"]},
-    }
-  )
-  if projector:
-    config.projector = info["projector"]
-  heads = {name: tree for name, tree in (("projector", projector), ("classifier", classifier)) if tree}
-  step = info["step"] or 0
-  path = exporting.write(output, encoder, config, scores={}, step=step, heads=heads, overwrite=overwrite)
-  print(f"{info['format']} {source}: {_title(info['encoder'])}, {', '.join(heads) or 'no head'}")
-  print(f"it was trained on images resized by {info['resize']!r}; card.json says so\n")
-  print(f"encoder: {path}\n\n{exporting.snippet(path, info['size'])}")
-  return path
 
 
 def _open(path):
@@ -294,6 +266,6 @@ def _some(names) -> str:
   return ", ".join(map(str, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _title(config) -> str:
+def title(config) -> str:
   extra = " with selective kernels" * (config["sk_ratio"] > 0) + " with squeeze-excite" * (config["se_ratio"] > 0)
   return f"ResNet-{config['depth']} {config['width']}x{extra}, {config['stem']} stem"

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from simclr_jax.runtime import cluster
+from simclr_jax.runtime import processes
 
 SCHEMA_VERSION = 2  # of card.json, docs/card.schema.json; version 1 called the key card_version
 
@@ -42,7 +42,7 @@ def claim_workdir(workdir, *, resume: bool, overwrite: bool) -> epath.Path:
   """
   if resume and overwrite:
     raise ValueError("--resume and --overwrite contradict each other: give one of them")
-  cluster.on_first(lambda: _claim(workdir, resume or overwrite, overwrite))
+  processes.on_first(lambda: _claim(workdir, resume or overwrite, overwrite))
   return absolute(workdir)
 
 
@@ -142,7 +142,7 @@ class Checkpoints:
 
   def __init__(self, workdir, *, keep: int = 3):
     self._folder = folder(workdir)
-    self._newest = cluster.on_first(lambda: _newest_complete(workdir))
+    self._newest = processes.on_first(lambda: _newest_complete(workdir))
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
     )
@@ -170,7 +170,7 @@ class Checkpoints:
     try:
       self._manager.save(step, args=args, force=True)
       self._manager.wait_until_finished()
-      cluster.on_first(lambda: _seal(self._folder / str(step)))
+      processes.on_first(lambda: _seal(self._folder / str(step)))
       self._newest = step
     except Exception as error:  # Orbax raises many types here, with many-line messages
       logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # or each array that failed prints a traceback of its own
@@ -377,7 +377,7 @@ def _by_this_process():
   """A checkpointer that waits for no other process."""
   me = jax.process_index()
   alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"p{me}")
-  return ocp.StandardCheckpointer(**({"multiprocessing_options": alone} if cluster.several() else {}))
+  return ocp.StandardCheckpointer(**({"multiprocessing_options": alone} if processes.several() else {}))
 
 
 def read_card(path) -> dict:

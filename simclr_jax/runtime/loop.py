@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax.runtime import checkpoint, cluster
+from simclr_jax.runtime import checkpoint, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 
@@ -94,20 +94,20 @@ class _Signals:
     self.received = None
     self._old = {}
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGINT,) if cluster.several() else (signal.SIGINT, signal.SIGTERM):
+      for number in (signal.SIGINT,) if processes.several() else (signal.SIGINT, signal.SIGTERM):
         self._old[number] = signal.signal(number, self._note)
     return self
 
   def _note(self, number, frame):
     signal.signal(number, self._old[number])
-    if cluster.several():
+    if processes.several():
       os.kill(os.getpid(), signal.SIGTERM)
     else:
       self.received = number
 
   def stop_after(self, step: int) -> bool:
     """Whether the run stops after this step; called after every step."""
-    if cluster.preempted(step):
+    if processes.preempted(step):
       self.received = signal.SIGTERM
     return bool(self.received)
 
@@ -277,7 +277,7 @@ def run(
     if first_time:
       with clock.phase("compile"):
         step_fn = step_fn.lower(state, batch).compile()
-        cluster.meet("compiled")
+        processes.meet("compiled")
     with clock.phase("step"):
       state, metrics = step_fn(state, batch)
       window.append(metrics)

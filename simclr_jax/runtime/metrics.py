@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from simclr_jax.runtime import cluster
+from simclr_jax.runtime import processes
 
 
 class Clock:
@@ -27,12 +27,12 @@ class Clock:
   @contextlib.contextmanager
   def phase(self, name: str):
     start = time.monotonic()
-    cluster.moving(name)
+    processes.moving(name)
     try:
       yield
     finally:
       self.seconds[name] += time.monotonic() - start
-      cluster.moving("between")
+      processes.moving("between")
 
   def goodput(self) -> float:
     """The share of the time since the start in which training steps were made or waited for."""

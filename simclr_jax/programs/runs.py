@@ -6,9 +6,9 @@ import json
 import os
 import pathlib
 
+from simclr_jax import report
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import metrics as metrics_lib
-from simclr_jax.runtime import report
 
 INSIDE_A_RUN = ("checkpoints", "encoder", "map")  # folders that are not searched
 NUMBERS = {  # column: (key, factor)

@@ -13,8 +13,9 @@ import time
 import numpy as np
 from etils import epath
 
-from simclr_jax import augment
-from simclr_jax.runtime import aot, data, shards
+from simclr_jax import augment, data
+from simclr_jax.data import shards
+from simclr_jax.runtime import aot
 from simclr_jax.runtime.metrics import duration
 
 FLOPS = 49.2e9  # of one ResNet-50 step on the two 224-pixel views of an image, forward and backward

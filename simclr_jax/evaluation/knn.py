@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import embed
-
 CHUNK = 1024  # queries at a time, which bounds memory at CHUNK x bank similarities
 
 
@@ -47,25 +45,3 @@ def predict(bank, bank_labels, queries, *, k: int = 20, temperature: float = 0.1
 def accuracy(bank, bank_labels, queries, labels, **keywords) -> float:
   """Share of queries that `predict` gets right."""
   return float(np.mean(predict(bank, bank_labels, queries, **keywords) == labels))
-
-
-def run(workdir, *, step: int | None = None, overrides=()) -> float:
-  """The program `simclr knn`: prints and returns the accuracy of the h of a run on its test images."""
-  opened = embed.Run(workdir, step=step, overrides=overrides)
-  test = opened.test_source()
-  (bank, bank_labels), (queries, labels) = opened.h(embed.bank(opened.train_source, opened.config)), opened.h(test)
-  c = opened.config.evaluate
-  value = accuracy(
-    bank,
-    bank_labels,
-    queries,
-    labels,
-    k=c.knn_k,
-    temperature=c.knn_temperature,
-    num_classes=opened.train_source.num_classes,
-  )
-  print(
-    f"kNN (k={c.knn_k}) on h of step {opened.step}: {100 * value:.2f} %  "
-    f"({len(labels):,} test images of {opened.config.data.test}, bank of {len(bank_labels):,})"
-  )
-  return value

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from simclr_jax import embed, finetune, probe
+from simclr_jax import data, report
 from simclr_jax.encoder import resnet
-from simclr_jax.runtime import checkpoint, data, report
+from simclr_jax.evaluation import embed, linear
+from simclr_jax.programs import finetune, trained
+from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
@@ -83,10 +85,10 @@ def permutation_test(a, b, *, weight=None, samples: int = 100_000, seed: int = 0
 class Encoder:
   """An encoder to transfer: `features(split)` -> h float32 [n, d], centre-cropped as the row's config says."""
 
-  def __init__(self, start: finetune.Start, config, mesh, *, trained: bool = True):
+  def __init__(self, start: trained.Start, config, mesh, *, untrained: bool = False):
     self.start, self._config, self._mesh = start, config, mesh
     net = resnet(**start.encoder)
-    if trained:
+    if not untrained:
       self._variables = start.variables["encoder"]
     else:
       size = config.augment.size
@@ -111,7 +113,7 @@ def splits(row, data_dir):
       f"{row.train} has {train.num_classes} classes, {row.test} {test.num_classes}: name two splits of a set"
     )
   if not row.validation:
-    held_out = probe.held_out_parts(train.targets, 1, np.random.default_rng(HELD_OUT_SEED))[0]
+    held_out = linear.held_out_parts(train.targets, 1, np.random.default_rng(HELD_OUT_SEED))[0]
     return train, held_out, test
   more = open_split(row.validation, data_dir)
   joined = Split(
@@ -120,19 +122,21 @@ def splits(row, data_dir):
   return joined, np.arange(len(joined.source)) >= len(train.source), test
 
 
-def linear(encoder: Encoder, train: Split, held_out, test: Split, metric: str, *, l2s=probe.L2_GRID_45, mesh=None):
+def linear_evaluation(
+  encoder: Encoder, train: Split, held_out, test: Split, metric: str, *, l2s=linear.L2_GRID_45, mesh=None
+):
   """(score, logits [n, classes] of the test images, l2)."""
-  classifier = probe.logistic_regression(
+  classifier = linear.logistic_regression(
     encoder.features(train.source),
     train.targets,
     num_classes=train.num_classes,
     l2s=l2s,
     held_out=held_out,
-    score=probe.METRICS[metric],
+    score=linear.METRICS[metric],
     mesh=mesh,
   )
-  logits = probe.logits(classifier, encoder.features(test.source))
-  return probe.METRICS[metric](logits, test.targets), logits, classifier["l2"]
+  logits = linear.logits(classifier, encoder.features(test.source))
+  return linear.METRICS[metric](logits, test.targets), logits, classifier["l2"]
 
 
 def fine_tune(config, start, train: Split, held_out, test: Split, metric: str, workdir, *, mesh):
@@ -141,7 +145,7 @@ def fine_tune(config, start, train: Split, held_out, test: Split, metric: str, w
   Weight decay is divided by the learning rate, as the paper divides it.  `start=None` trains new weights, for as long
   and with the grid of `config.from_scratch`.
   """
-  g, score = config.finetune, probe.METRICS[metric]
+  g, score = config.finetune, linear.METRICS[metric]
   tuned = g if start else config.from_scratch
 
   def trained(source, tested, lr, decay, name):
@@ -211,13 +215,13 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   """
   mesh = mesh_lib.make_mesh()
   for name, row in config.rows.items():
-    if row.get("metric") not in probe.METRICS:
-      raise ValueError(f"config.rows.{name}.metric={row.get('metric')!r}: expected one of {', '.join(probe.METRICS)}")
-  start = finetune.open_start(config.start)
+    if row.get("metric") not in linear.METRICS:
+      raise ValueError(f"config.rows.{name}.metric={row.get('metric')!r}: expected one of {', '.join(linear.METRICS)}")
+  start = trained.open_start(config.start)
   encoders = {"SimCLR": Encoder(start, config, mesh)}
   if config.supervised:
-    encoders["supervised"] = Encoder(finetune.open_start(config.supervised), config, mesh)
-  encoders["random"] = Encoder(start, config, mesh, trained=False)
+    encoders["supervised"] = Encoder(trained.open_start(config.supervised), config, mesh)
+  encoders["random"] = Encoder(start, config, mesh, untrained=True)
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
   checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
   done = workdir / "transfer.json"
@@ -231,7 +235,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     for method, (label, encoder) in itertools.product(config.methods, encoders.items()):
       key = f"{method} {label}"
       if method == "linear":
-        result = linear(encoder, train, held_out, test, row.metric, mesh=mesh)
+        result = linear_evaluation(encoder, train, held_out, test, row.metric, mesh=mesh)
       else:
         begin = encoder.start if label != "random" else None
         tuning = ml_collections.ConfigDict({**config.to_dict(), "encoder": dict(start.encoder)})

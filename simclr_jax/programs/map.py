@@ -19,8 +19,11 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from simclr_jax import embed, features, knn
-from simclr_jax.runtime import data, report, scatter
+from simclr_jax import data, report
+from simclr_jax.evaluation import embed, knn
+from simclr_jax.programs import embed as features
+from simclr_jax.programs import trained
+from simclr_jax.report import scatter
 
 NEIGHBOURS = 15
 SAMPLE = 1024  # of the points that all repel at one step
@@ -274,7 +277,7 @@ def run(workdir=None, table=None, *, step=None, output=None, images: int = 10_00
   if bool(workdir) == bool(table):
     raise ValueError("give one of --workdir=RUN and --features=FILE")
   if workdir:
-    opened = embed.Run(workdir, step=step, overrides=overrides)
+    opened = trained.TrainedRun(workdir, step=step, overrides=overrides)
     spec = opened.config.data.test or opened.config.data.train
     source = data.open_source(spec, data_dir=opened.config.data.data_dir or None)
     chosen = np.sort(data.permutation(seed, 0, len(source))[:images])

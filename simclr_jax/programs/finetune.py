@@ -5,7 +5,6 @@ SimCLR fine-tunes from h, SimCLRv2 from the first layer of the projection head, 
 baseline.  Training sees crops and flips, BatchNorm ranges over the global batch.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -17,48 +16,16 @@ import numpy as np
 import optax
 from etils import epath
 
-from simclr_jax import augment, embed, exporting, optimizer
+from simclr_jax import augment, data, exporting, optimizer
 from simclr_jax import model as model_lib
 from simclr_jax.encoder import resnet
+from simclr_jax.evaluation import embed
 from simclr_jax.model import TrainState
+from simclr_jax.programs import trained
 from simclr_jax.projector import Projector
-from simclr_jax.runtime import checkpoint, data, loop
+from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-  """Trained networks: what `resnet` and `Projector` take, and variables {"params", "batch_stats"} (numpy) by name:
-  "encoder", and where they are known "projector" and "classifier"; `config` is that of their training."""
-
-  encoder: dict
-  projector: dict
-  variables: dict
-  config: ml_collections.ConfigDict
-
-
-def open_start(path) -> Start:
-  """The networks of a run's newest checkpoint, or of a folder that `simclr export` or `simclr import` wrote.
-
-  Raises:
-    ValueError: neither.
-  """
-  path = epath.Path(path)
-  if (path / "card.json").exists():
-    _, encoder, card = exporting.load_encoder(path)
-    config = ml_collections.ConfigDict(card["pretraining"])
-    heads = {name: checkpoint.read_tree(path / name) for name in ("projector", "classifier")}
-    architecture = {key: value for key, value in card["architecture"].items() if key != "name"}
-    variables = {"encoder": encoder, **{name: tree for name, tree in heads.items() if tree}}
-    return Start(architecture, dict(config.get("projector", {})), variables, config)
-  config = ml_collections.ConfigDict(json.loads(checkpoint.read_config(path)))
-  _, state = checkpoint.read_run_state(path)
-  variables = {
-    name: {"params": params, "batch_stats": state["batch_stats"].get(name, {})}
-    for name, params in state["params"].items()
-  }
-  return Start(dict(config.encoder), dict(config.get("projector", {})), variables, config)
 
 
 def resolve(config):
@@ -67,7 +34,7 @@ def resolve(config):
   Raises:
     ValueError: no such start, or no projection head for the tap.
   """
-  start = open_start(config.start) if config.start else None
+  start = trained.open_start(config.start) if config.start else None
   if start:
     config = ml_collections.ConfigDict(config.to_dict())
     config.encoder, config.projector = start.encoder, start.projector

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from simclr_jax.runtime import scatter
+from simclr_jax.report import scatter
 
 # --------------------------------------------------------------------------------------------------- pictures
 

@@ -12,8 +12,9 @@ import json
 import ml_collections
 import numpy as np
 
-from simclr_jax import distill, finetune, pretrain, transfer
-from simclr_jax.runtime import checkpoint, report
+from simclr_jax import report
+from simclr_jax.programs import distill, finetune, pretrain, transfer
+from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime import config as config_lib
 
 

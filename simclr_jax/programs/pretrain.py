@@ -9,7 +9,6 @@ import inspect
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 
@@ -19,24 +18,24 @@ import numpy as np
 import optax
 from etils import epath
 
-import simclr_jax
 from simclr_jax import (
   accumulate,
   augment,
+  augment_extra,
   augment_on_device,
   contrast,
+  data,
   diagnostics,
-  embed,
   exporting,
-  knn,
-  memory,
   optimizer,
-  probe,
+  report,
 )
-from simclr_jax import map as map_lib
 from simclr_jax import model as model_lib
+from simclr_jax.evaluation import embed, knn, linear
+from simclr_jax.methods import memory
 from simclr_jax.model import TrainState
-from simclr_jax.runtime import checkpoint, cluster, data, loop, report
+from simclr_jax.programs import map as map_lib
+from simclr_jax.runtime import checkpoint, loop, processes
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -173,7 +172,7 @@ def augmentation(config):
   if not isinstance(canvas, int) or canvas < 1:
     raise ValueError(f"augment.canvas={canvas!r}: expected the side of the canvas in pixels")
   if where == "host":
-    return functools.partial(augment.two_views, **options), lambda batch: batch["views"], canvas
+    return functools.partial(augment_extra.two_views, **options), lambda batch: batch["views"], canvas
   for name in ("extra", "one_sided"):
     if options.pop(name, ()):
       raise ValueError(f"augment.where={where!r}: augment.{name} is done by the host, with augment.where=host")
@@ -337,8 +336,8 @@ class Evaluation:
     return {
       "representation": name,
       "knn": self.knn(train_x, test_x),
-      "linear": probe.linear_evaluation(train_x, y, test_x, test_y, num_classes=self.num_classes),
-      "linear_10": probe.few_label_evaluation(train_x, y, test_x, test_y, num_classes=self.num_classes),
+      "linear": linear.linear_evaluation(train_x, y, test_x, test_y, num_classes=self.num_classes),
+      "linear_10": linear.few_label_evaluation(train_x, y, test_x, test_y, num_classes=self.num_classes),
     }
 
 
@@ -383,7 +382,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
   config_json = config_lib.to_json(config)
   first = jax.tree.map(
-    lambda x: cluster.gather(x)[:16] if isinstance(x, jax.Array) else x[:16], next(iter(task.stream(0)))
+    lambda x: processes.gather(x)[:16] if isinstance(x, jax.Array) else x[:16], next(iter(task.stream(0)))
   )
   views = np.asarray(jax.jit(augmentation(config)[1])(first))
   if not jax.process_index():
@@ -556,6 +555,3 @@ def _farewell(config, workdir, result, views, clock, changes) -> dict:
     print(f"  {path}  {what}")
   print(f"  {workdir / 'report.html'}  the page to look at\n\nLoad the encoder:\n\n{snippet}", flush=True)
   return page
-
-
-sys.modules[__name__].__class__ = simclr_jax.CallableModule  # what a notebook calls: api.py

@@ -1,19 +1,13 @@
 """Features of a whole data set: every image once, centre-cropped, in order."""
 
 import functools
-import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-import simclr_jax
-from simclr_jax import augment
-from simclr_jax.encoder import resnet
-from simclr_jax.runtime import checkpoint, cluster, data
-from simclr_jax.runtime import config as config_lib
+from simclr_jax import augment, data
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime import processes
 
 CACHE_BYTES = 1 << 30  # evaluation images kept in memory between evaluations, at most
 
@@ -68,7 +62,7 @@ class EvalSet:
     for batch in self.batches():
       x = batch["image"][:, : side * block, : side * block]
       x = x.reshape(len(x), side, block, side, block, 3).mean((2, 4)).reshape(len(x), -1)
-      parts.append(cluster.gather_rows(x)[cluster.gather_rows(batch["mask"])])
+      parts.append(processes.gather_rows(x)[processes.gather_rows(batch["mask"])])
     x = np.concatenate(parts)
     red = x[:, ::3]
     grey = np.array_equal(red, x[:, 1::3]) and np.array_equal(red, x[:, 2::3])
@@ -88,7 +82,7 @@ class EvalSet:
       if self._seen is None:
         for _ in self.batches():
           pass
-      parts = [(cluster.gather_rows(rows), cluster.gather_rows(mask)) for rows, mask in self._seen]
+      parts = [(processes.gather_rows(rows), processes.gather_rows(mask)) for rows, mask in self._seen]
       self._rows = np.concatenate([rows[mask] for rows, mask in parts]).T
     return self._rows
 
@@ -131,62 +125,11 @@ def embed(fn, variables, eval_set: EvalSet, mesh):
   outputs = []
   for batch in eval_set.batches():
     out = fn(variables, mesh_lib.global_batch(mesh, batch["image"]))
-    keep = np.flatnonzero(cluster.gather_rows(batch["mask"]))
-    outputs.append(jax.tree.map(lambda x, keep=keep: cluster.gather(x)[keep], out))
+    keep = np.flatnonzero(processes.gather_rows(batch["mask"]))
+    outputs.append(jax.tree.map(lambda x, keep=keep: processes.gather(x)[keep], out))
   return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
 
 def bank(source, config):
   """The training images that evaluation uses: all, or `config.evaluate.train_examples` of them."""
   return data.Subset(source, config.evaluate.train_examples, config.seed) if config.evaluate.train_examples else source
-
-
-class Run:
-  """A finished (or interrupted) pretraining run, opened for evaluation: its config, its encoder, its data.
-
-  Raises:
-    ValueError: no run or no such checkpoint in the folder, or an override that does not fit.
-  """
-
-  def __init__(self, workdir, *, step: int | None = None, overrides=()):
-    self.workdir = epath.Path(workdir)
-    self.config = config_lib.override(config_lib.from_json(checkpoint.read_config(workdir)), overrides)
-    made_by = config_lib.program(self.config)
-    if made_by != "pretrain":
-      raise ValueError(
-        f"--workdir={workdir} is a run of simclr {made_by}: its encoder is in {self.workdir / 'encoder'}; score that "
-        "with simclr transfer"
-      )
-    self.mesh = mesh_lib.make_mesh()
-    self.encoder = resnet(**self.config.encoder)
-    size = self.config.augment.size
-    like = jax.eval_shape(self.encoder.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    self.step, self.variables = checkpoint.read_run_encoder(workdir, like, step)
-    self.train_source = data.open_source(self.config.data.train, data_dir=self.config.data.data_dir or None)
-    self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
-
-  def test_source(self):
-    """Labelled test images.
-
-    Raises:
-      ValueError: the run has none.
-    """
-    spec = self.config.data.test
-    if not spec or not self.train_source.num_classes:
-      raise ValueError(
-        f"data.train={self.config.data.train}, data.test={spec or 'none'}: evaluation needs labels in both; "
-        "name labelled sets with --config.data.train=... --config.data.test=..."
-      )
-    return data.open_source(spec, data_dir=self.config.data.data_dir or None)
-
-  def h(self, source):
-    """(h float32 [n, d], labels int32 [n]) of all readable images of a source, BatchNorm in inference mode."""
-    images = eval_set(source, self.config, self.mesh)
-    return self.encode(images), images.labels()
-
-  def encode(self, images: EvalSet):
-    """h float32 [n, d] of the readable images of a set."""
-    return embed(self._encode, self.variables, images, self.mesh)
-
-
-sys.modules[__name__].__class__ = simclr_jax.CallableModule  # what a notebook calls: api.py

@@ -14,8 +14,9 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from simclr_jax import embed, finetune
 from simclr_jax import model as model_lib
+from simclr_jax.evaluation import embed
+from simclr_jax.programs import finetune, trained
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
@@ -58,7 +59,7 @@ class Teacher:
   """
 
   def __init__(self, path: str):
-    opened = finetune.open_start(path)
+    opened = trained.open_start(path)
     if "classifier" not in opened.variables:
       raise ValueError(
         f"config.teacher={path}: holds no classifier; name a run of simclr finetune, or what it exported"

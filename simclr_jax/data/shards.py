@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from simclr_jax.runtime.data import (
+from simclr_jax.data import (
   IMAGE_SUFFIXES,
   BadImage,
   Source,

@@ -1,25 +1,15 @@
 """Linear evaluation: how well does a linear classifier on the frozen h do?
 
-Two protocols.  `logistic_regression`: full-batch multinomial regression by L-BFGS on features computed once, its L2
-chosen on held-out training examples (v1 paper, App. B.8; `METRICS` are the scores of its data sets).  `task`: the paper's ImageNet protocol, SGD-Nesterov on
-crop+flip views, no warm-up, no weight decay, BatchNorm in inference mode (v1 paper, App. B.6).
+`logistic_regression` is a full-batch multinomial regression by L-BFGS on features computed once; its L2 is chosen on
+held-out training examples (v1 paper, App. B.8; `METRICS` are the scores of its data sets).
 """
 
-import functools
-import sys
-
-import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import scipy.optimize
 
-import simclr_jax
-from simclr_jax import augment, embed, optimizer
-from simclr_jax.runtime import checkpoint, data, loop
 from simclr_jax.runtime import mesh as mesh_lib
 
 L2_GRID = tuple(float(x) for x in np.logspace(-6, 0, 7))  # on features of unit variance, with the loss a mean
@@ -189,122 +179,3 @@ def few_label_evaluation(
     classifier = logistic_regression(x[chosen], y[chosen], num_classes=num_classes, folds=FOLDS, seed=seed)
     scores.append(accuracy(classifier, test_x, test_y))
   return float(np.mean(scores))
-
-
-@flax.struct.dataclass
-class ProbeState:
-  """A linear classifier in training on a frozen encoder."""
-
-  step: jax.Array
-  params: dict
-  opt_state: tuple
-  frozen: dict  # the encoder's variables, handed on untouched
-
-
-def train_step(state: ProbeState, batch, *, encoder, classifier, tx, schedule):
-  """One update of the classifier; the encoder runs in inference mode, BatchNorm included."""
-  h = jax.lax.stop_gradient(encoder.apply(state.frozen, batch["views"], train=False))
-  labels = batch["label"]
-
-  def objective(params):
-    logits = classifier.apply({"params": params}, h)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
-
-  (loss, logits), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  metrics = {
-    "loss": loss,
-    "train_accuracy": jnp.mean(logits.argmax(1) == labels),
-    "learning_rate": schedule(state.step),
-  }
-  params = optax.apply_updates(state.params, updates)
-  return ProbeState(state.step + 1, params, opt_state, state.frozen), metrics
-
-
-def make_task(opened: embed.Run, source) -> loop.Task:
-  """SGD-Nesterov, momentum 0.9, base_lr * batch / 256 with cosine decay and no warm-up, crop+flip (App. B.6)."""
-  c = opened.config
-  if c.probe.batch_size > len(source):
-    raise ValueError(f"probe.batch_size={c.probe.batch_size} exceeds the {len(source)} training images: lower it")
-  rule = ml_collections.ConfigDict(
-    dict(
-      batch_size=c.probe.batch_size,
-      train_epochs=c.probe.train_epochs,
-      train_steps=0,
-      optimizer=dict(
-        name="sgd", base_lr=c.probe.base_lr, lr_scaling="linear", warmup_epochs=0.0, momentum=0.9, weight_decay=0.0
-      ),
-    )
-  )
-  tx, schedule = optimizer.create(rule, len(source))
-  classifier = nn.Dense(source.num_classes, kernel_init=nn.initializers.normal(0.01))
-  crop = {key: c.augment[key] for key in ("size", "crop_sampler", "crop_area") if key in c.augment}
-
-  def init(key):
-    frozen = jax.tree.map(jnp.asarray, opened.variables)
-    width = jax.eval_shape(functools.partial(opened.encoder.apply, train=False), frozen, _image(c.augment.size)).shape[
-      1
-    ]
-    params = classifier.init(key, jnp.zeros((1, width)))["params"]
-    return ProbeState(jnp.zeros((), jnp.int32), params, tx.init(params), frozen)
-
-  return loop.Task(
-    init=init,
-    step=functools.partial(train_step, encoder=opened.encoder, classifier=classifier, tx=tx, schedule=schedule),
-    stream=lambda start: data.train_stream(
-      source,
-      functools.partial(augment.one_view, **crop),
-      batch_size=c.probe.batch_size,
-      seed=c.seed,
-      start_step=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      max_bad_fraction=c.data.max_bad_fraction,
-    ),
-    evaluators={},
-    total_steps=optimizer.train_steps(rule, len(source)),
-    batch_size=c.probe.batch_size,
-    num_examples=len(source),
-    exports=lambda state: {"params": state.params},
-  )
-
-
-def _image(size):
-  return jnp.zeros((1, size, size, 3))
-
-
-def run(workdir, *, step: int | None = None, overrides=()) -> float:
-  """The program `simclr probe`: prints and returns the test accuracy of linear evaluation by `config.probe.method`."""
-  opened = embed.Run(workdir, step=step, overrides=overrides)
-  c, source, test = opened.config, opened.train_source, opened.test_source()
-  test_h, test_y = opened.h(test)
-  if c.probe.method != "sgd":
-    h, y = opened.h(embed.bank(source, c))
-    l2s = L2_GRID_45 if c.probe.method == "lbfgs_45" else L2_GRID
-    classifier = logistic_regression(h, y, num_classes=source.num_classes, l2s=l2s, mesh=opened.mesh)
-    how = f"L-BFGS, l2 {classifier['l2']:.0e} chosen on held-out training images"
-  else:
-    mesh_lib.check_divisible(c.probe.batch_size, opened.mesh, "probe.batch_size")
-    # One folder a setting, so that a probe with other settings never goes on from this one's classifier.
-    folder = f"step{opened.step}-{c.probe.train_epochs:g}ep-b{c.probe.batch_size}-lr{c.probe.base_lr:g}"
-    state, _ = loop.run(
-      make_task(opened, source),
-      mesh=opened.mesh,
-      workdir=checkpoint.claim_workdir(str(opened.workdir / "probe" / folder), resume=True, overwrite=False),
-      config_json=checkpoint.read_config(workdir),
-      seed=c.seed,
-      log_every=c.log.every_steps,
-      checkpoint_every=0,
-      keep=1,
-    )
-    classifier = jax.device_get(state.params)
-    how = f"SGD-Nesterov, {c.probe.train_epochs:g} epochs"
-  value = accuracy(classifier, test_h, test_y)
-  print(
-    f"linear evaluation ({how}) on h of step {opened.step}: {100 * value:.2f} %  "
-    f"({len(test_y):,} test images of {c.data.test})"
-  )
-  return value
-
-
-sys.modules[__name__].__class__ = simclr_jax.CallableModule  # what a notebook calls: api.py

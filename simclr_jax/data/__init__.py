@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from etils import epath
 
-from simclr_jax.runtime import textures
+from simclr_jax.data.sets import textures
 
 logger = logging.getLogger(__name__)
 
@@ -687,7 +687,7 @@ def _texture_split(split: str, size: int) -> ArraySource:
 
 
 def _embedded_fashion(split: str) -> ArraySource:
-  file = pathlib.Path(__file__).with_name("fashion_mnist_12k.npz")
+  file = pathlib.Path(__file__).parent / "sets" / "fashion_mnist_12k.npz"
   with np.load(file, allow_pickle=False) as arrays:
     images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
   return ArraySource(images, labels, class_names=FASHION_CLASSES, title=f"fashion:{split}")
@@ -747,7 +747,7 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
     "tfds": functools.partial(TfdsSource, data_dir=data_dir),
   }
   if rest and kind in ("tfrecord", "array_record", "webdataset", "parquet"):
-    from simclr_jax.runtime import shards
+    from simclr_jax.data import shards
 
     return shards.FORMATS[kind](rest)
   if not rest or kind not in openers:

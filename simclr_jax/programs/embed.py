@@ -17,9 +17,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax import embed, exporting, finetune
+from simclr_jax import data, exporting
 from simclr_jax.encoder import resnet
-from simclr_jax.runtime import checkpoint, cluster, data
+from simclr_jax.evaluation import embed
+from simclr_jax.programs import trained
+from simclr_jax.runtime import checkpoint, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.metrics import duration
 
@@ -66,7 +68,7 @@ def run(
     raise ValueError(f"--output={output} exists: add --overwrite or name another file")
   if not any((epath.Path(encoder) / name).exists() for name in ("card.json", "config.json")):
     raise ValueError(f"--encoder={encoder}: neither a run (config.json) nor an export (card.json)")
-  start = finetune.open_start(encoder)
+  start = trained.open_start(encoder)
   source = data.open_source(spec, data_dir=data_dir)
   mesh = mesh_lib.make_mesh(jax.local_devices())
   work = _Work(start, source, mesh)
@@ -76,7 +78,7 @@ def run(
     "encoder": str(encoder), "weights": exporting.checksum(start.variables["encoder"]), "data": spec, "images": len(source),
     "images_per_part": images_per_part,
   }  # fmt: skip
-  cluster.on_first(lambda: _claim(folder, settings))
+  processes.on_first(lambda: _claim(folder, settings))
   began, mine = time.monotonic(), [k for k in range(count) if k % jax.process_count() == jax.process_index()]
   todo = [k for k in mine if not (folder / f"part-{k:05}.npz").exists()]
   if len(todo) < len(mine):
@@ -86,8 +88,8 @@ def run(
     _save(folder / f"part-{k:05}.npz", rows)
     left = (time.monotonic() - began) / done * (len(todo) - done)
     print(f"part {k + 1:,} of {count:,}, {len(rows['h']):,} images, {duration(left)} left", flush=True)
-  cluster.meet("parts")
-  cluster.on_first(lambda: _join(output, folder, count, settings))
+  processes.meet("parts")
+  processes.on_first(lambda: _join(output, folder, count, settings))
   return output
 
 
@@ -102,7 +104,7 @@ def _claim(folder, settings):
 class _Work:
   """The encoder on this process's devices."""
 
-  def __init__(self, start: finetune.Start, source, mesh):
+  def __init__(self, start: trained.Start, source, mesh):
     self._source, self._mesh, self._variables = source, mesh, start.variables["encoder"]
     self._transform = embed.crop_of(start.config)
     self._apply = jax.jit(functools.partial(resnet(**start.encoder).apply, train=False))

@@ -1,0 +1,122 @@
+"""`simclr export`: the encoder of a run, or of an exported folder, in one or several formats."""
+
+import difflib
+import importlib.util
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from simclr_jax import exporting
+from simclr_jax.encoder import resnet
+from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import config as config_lib
+
+
+def run(
+  workdir=None,
+  output=None,
+  *,
+  encoder=None,
+  formats=("orbax",),
+  head: bool = False,
+  step: int | None = None,
+  licence: str = "",
+  python: str = "",
+  overwrite: bool = False,
+) -> list:
+  """The program `simclr export`: the encoder of a run, or of an exported folder, in one or several formats.
+
+  Args:
+    workdir: folder of a run; or
+    encoder: a folder that `simclr export`, `simclr import` or a finished run wrote.
+    output: one format goes to this folder itself, several to a folder each below it.
+    formats: keys of exporting.FORMATS, or "all".
+    head: take the projection head along.
+    step: checkpoint of the run, by default the newest.
+    licence: of the weights, for the card.
+    python: the interpreter that verifies, where the libraries of the formats are; by default this one.
+    overwrite: replace exports that are there.
+  Returns:
+    the folders.
+  Raises:
+    ValueError: an unknown format, no such run or folder, no head, a folder that is not empty, a package that is missing,
+      or an export whose h differs.
+  """
+  formats = _checked(formats)
+  several = len(formats) > 1
+  targets = {name: checkpoint.absolute(output) / name if several else checkpoint.absolute(output) for name in formats}
+  for name, path in targets.items():
+    checkpoint.check_vacant(path, overwrite=overwrite)
+    if exporting.FORMATS[name][1] and not importlib.util.find_spec(exporting.FORMATS[name][1]):
+      raise ValueError(f"--format={name} needs {exporting.FORMATS[name][1]}: pip install 'simclr_jax[export]'")
+  variables, projector, config, facts = _of_folder(encoder) if encoder else _of_run(workdir, step, head)
+  facts |= {"licence": licence} if licence else {}
+  if encoder and step is not None:
+    raise ValueError(f"--step={step}: a folder holds one encoder; it belongs to --workdir")
+  if head and not projector:
+    raise ValueError(f"{encoder or workdir} has no projection head: leave --head out")
+  variables, projector = (jax.tree.map(np.asarray, tree) for tree in (variables, projector if head else None))
+  example = None
+  for name, path in targets.items():
+    card = exporting.make_card(variables, config, format=name, **facts)
+    card |= {"projector": dict(config.projector)} if head else {}
+    export = exporting.Export(name, variables, card, projector)
+    example = example or exporting.make_example(export)
+    exporting.write_format(path, export, example, python or sys.executable, overwrite)
+  if "orbax" in targets:
+    print(
+      f"\nencoder of step {facts['step']}: {targets['orbax']}\n\n{exporting.snippet(targets['orbax'], config.augment.size)}"
+    )
+  return list(targets.values())
+
+
+def _checked(formats) -> list:
+  formats = [name for text in formats for name in text.split(",") if name]
+  formats = list(exporting.FORMATS) if formats == ["all"] else list(dict.fromkeys(formats))
+  for name in formats:
+    if name not in exporting.FORMATS:
+      near = difflib.get_close_matches(name, exporting.FORMATS, n=1)
+      hint = f"did you mean {near[0]}? Known are" if near else "expected"
+      raise ValueError(f"--format={name}: {hint} {', '.join(exporting.FORMATS)}, or all")
+  if not formats:
+    raise ValueError(f"--format is empty: expected {', '.join(exporting.FORMATS)}, or all")
+  return formats
+
+
+def _of_run(workdir, step, head):
+  """(f's variables, g's where `head` asks for it and it exists, config, what the card says) of a run's checkpoint."""
+  config = config_lib.from_json(checkpoint.read_config(workdir))
+  made_by = config_lib.program(config)
+  if made_by != "pretrain":
+    raise ValueError(
+      f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={checkpoint.absolute(workdir) / 'encoder'}"
+    )
+  like = jax.eval_shape(
+    resnet(**config.encoder).init, jax.random.key(0), jnp.zeros((1, config.augment.size, config.augment.size, 3))
+  )
+  step, variables = checkpoint.read_run_encoder(workdir, like, step)
+  projector = None
+  if head:
+    _, state = checkpoint.read_run_state(workdir, step)
+    trees = {"params": state["params"], "batch_stats": state["batch_stats"]}
+    projector = {name: tree.get("projector", {}) for name, tree in trees.items()}
+    projector = projector if projector["params"] else None
+  scores_file = checkpoint.absolute(workdir) / "scores.json"
+  scores = json.loads(scores_file.read_text()) if scores_file.exists() else {}
+  scores = scores.get("scores", {}) if scores.get("step") == step else {}
+  return variables, projector, config, {"scores": scores, "step": step}
+
+
+def _of_folder(path):
+  """The same of an exported folder."""
+  _, variables, card = exporting.load_encoder(path)
+  config = ml_collections.ConfigDict(card["pretraining"])
+  if card.get("format") == "safetensors":
+    projector = exporting.read_safetensors(path).get("projector")
+  else:
+    projector = checkpoint.read_tree(checkpoint.absolute(path) / "projector")
+  return variables, projector, config, {key: card[key] for key in ("scores", "step", "licence") if key in card}

@@ -1,0 +1,34 @@
+"""`simclr import`: an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it."""
+
+import pathlib
+
+import ml_collections
+
+from simclr_jax import exporting
+from simclr_jax.importing import official
+
+
+def run(source, output, *, ema: bool = False, overwrite: bool = False) -> pathlib.Path:
+  """The program `simclr import`: an official checkpoint into a folder that `load_encoder` opens.
+
+  Raises:
+    ValueError: as `load`, or the folder is not empty.
+  """
+  encoder, projector, classifier, info = official.load(source, ema=ema)
+  config = ml_collections.ConfigDict(
+    {
+      "source": {key: info[key] for key in ("source", "format", "step", "num_classes")} | {"ema": ema},
+      "encoder": info["encoder"],
+      "augment": {"size": info["size"], "resize": info["resize"]},
+      "evaluate": {"crop": info["crop"]},
+    }
+  )
+  if projector:
+    config.projector = info["projector"]
+  heads = {name: tree for name, tree in (("projector", projector), ("classifier", classifier)) if tree}
+  step = info["step"] or 0
+  path = exporting.write(output, encoder, config, scores={}, step=step, heads=heads, overwrite=overwrite)
+  print(f"{info['format']} {source}: {official.title(info['encoder'])}, {', '.join(heads) or 'no head'}")
+  print(f"it was trained on images resized by {info['resize']!r}; card.json says so\n")
+  print(f"encoder: {path}\n\n{exporting.snippet(path, info['size'])}")
+  return path

@@ -1,0 +1,99 @@
+"""Opening what was trained: the networks of a run or of an exported folder, and a pretraining run with its data."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from etils import epath
+
+from simclr_jax import data, exporting
+from simclr_jax.encoder import resnet
+from simclr_jax.evaluation import embed
+from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import mesh as mesh_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """Trained networks: what `resnet` and `Projector` take, and variables {"params", "batch_stats"} (numpy) by name:
+  "encoder", and where they are known "projector" and "classifier"; `config` is that of their training."""
+
+  encoder: dict
+  projector: dict
+  variables: dict
+  config: ml_collections.ConfigDict
+
+
+def open_start(path) -> Start:
+  """The networks of a run's newest checkpoint, or of a folder that `simclr export` or `simclr import` wrote.
+
+  Raises:
+    ValueError: neither.
+  """
+  path = epath.Path(path)
+  if (path / "card.json").exists():
+    _, encoder, card = exporting.load_encoder(path)
+    config = ml_collections.ConfigDict(card["pretraining"])
+    heads = {name: checkpoint.read_tree(path / name) for name in ("projector", "classifier")}
+    architecture = {key: value for key, value in card["architecture"].items() if key != "name"}
+    variables = {"encoder": encoder, **{name: tree for name, tree in heads.items() if tree}}
+    return Start(architecture, dict(config.get("projector", {})), variables, config)
+  config = ml_collections.ConfigDict(json.loads(checkpoint.read_config(path)))
+  _, state = checkpoint.read_run_state(path)
+  variables = {
+    name: {"params": params, "batch_stats": state["batch_stats"].get(name, {})}
+    for name, params in state["params"].items()
+  }
+  return Start(dict(config.encoder), dict(config.get("projector", {})), variables, config)
+
+
+class TrainedRun:
+  """A finished (or interrupted) pretraining run, opened for evaluation: its config, its encoder, its data.
+
+  Raises:
+    ValueError: no run or no such checkpoint in the folder, or an override that does not fit.
+  """
+
+  def __init__(self, workdir, *, step: int | None = None, overrides=()):
+    self.workdir = epath.Path(workdir)
+    self.config = config_lib.override(config_lib.from_json(checkpoint.read_config(workdir)), overrides)
+    made_by = config_lib.program(self.config)
+    if made_by != "pretrain":
+      raise ValueError(
+        f"--workdir={workdir} is a run of simclr {made_by}: its encoder is in {self.workdir / 'encoder'}; score that "
+        "with simclr transfer"
+      )
+    self.mesh = mesh_lib.make_mesh()
+    self.encoder = resnet(**self.config.encoder)
+    size = self.config.augment.size
+    like = jax.eval_shape(self.encoder.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    self.step, self.variables = checkpoint.read_run_encoder(workdir, like, step)
+    self.train_source = data.open_source(self.config.data.train, data_dir=self.config.data.data_dir or None)
+    self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
+
+  def test_source(self):
+    """Labelled test images.
+
+    Raises:
+      ValueError: the run has none.
+    """
+    spec = self.config.data.test
+    if not spec or not self.train_source.num_classes:
+      raise ValueError(
+        f"data.train={self.config.data.train}, data.test={spec or 'none'}: evaluation needs labels in both; "
+        "name labelled sets with --config.data.train=... --config.data.test=..."
+      )
+    return data.open_source(spec, data_dir=self.config.data.data_dir or None)
+
+  def h(self, source):
+    """(h float32 [n, d], labels int32 [n]) of all readable images of a source, BatchNorm in inference mode."""
+    images = embed.eval_set(source, self.config, self.mesh)
+    return self.encode(images), images.labels()
+
+  def encode(self, images: embed.EvalSet):
+    """h float32 [n, d] of the readable images of a set."""
+    return embed.embed(self._encode, self.variables, images, self.mesh)
