@@ -1,10 +1,11 @@
 """One large batch from microbatches, exactly: the contrastive loss still sees every negative of the global batch.
 
-Embed all microbatches, take the loss and dL/dz once over the whole batch, then encode each microbatch again and
-backpropagate its share of dL/dz (GradCache, arXiv 2101.06983).  Memory: the activations of one microbatch.
+A network is a function (variables, batch, train) -> (outputs, batch_stats).  `in_parts` makes one that encodes the batch
+a microbatch at a time and keeps only the outputs; differentiated, it encodes each microbatch again and backpropagates its
+part of the gradient (GradCache, arXiv 2101.06983).  Memory: the activations of one microbatch.
 
 What BatchNorm ranges over is a choice:
-  "microbatch"  each microbatch normalises by its own statistics.  Exact for that function, at one extra forward pass;
+  "microbatch"  each microbatch normalizes by its own statistics.  Exact for that function, at one extra forward pass;
                 it is not the function of the unsplit step.  Keep microbatches at some hundred images.
   "exact"       statistics of the whole batch, in forward and backward, equal to the unsplit step.  The statistics of a
                 layer depend on those of the layers before it, so they are found by repeated passes, one for every
@@ -13,12 +14,13 @@ What BatchNorm ranges over is a choice:
                 networks.
 """
 
-import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 BATCH_NORM = ("microbatch", "exact")
+MOMENTS = "batch_moments"  # the collection in which a BatchNorm leaves `mean` and `square` of what it was given
 
 
 def split(x, parts: int, devices: int):
@@ -35,109 +37,81 @@ def join(x, devices: int):
   return x.reshape(devices * parts * rows, *x.shape[3:])
 
 
-def value_and_grad(forward, loss, params, batch_stats, parts, *, devices: int, batch_norm: str):
-  """Loss and gradients of a batch that is given in parts.
+def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum: float, moments=None):
+  """A network that encodes `parts` microbatches one after the other and remembers nothing but their outputs.
 
   Args:
-    forward: (params, batch_stats, part, train) -> ((z [m, 2, d], side), updated batch_stats).  `side` is a dict of
-      scalars that add up over the parts; its `online_loss` is added to the loss.  train=False normalises by the given
-      batch_stats.  Linen modules called BatchNorm inside it are what "exact" finds.
-    loss: (z [n, 2, d]) -> (scalar, metrics).
-    parts: pytree of [k, m, ...] arrays as `split` makes them, n = k m.
+    network: ({"params", "batch_stats"}, batch, train) -> (outputs, updated batch_stats); outputs is a tree of [n, ...]
+      arrays.  train=False normalizes by the given batch_stats.
+    devices: over which the batch is split.
     batch_norm: "microbatch" or "exact".
+    momentum: of the moving statistics.
+    moments: for "exact", (variables, batch) -> tree like batch_stats with `mean` and `square` in place of `mean` and
+      `var`: the moments of what each BatchNorm is given in inference mode, from the collection MOMENTS.
 
   Returns:
-    ((metrics, updated batch_stats), gradients of loss + online_loss by params).
+    The same function; batch is a tree of [n, ...] arrays, n a multiple of parts * devices.
 
   Raises:
     ValueError: unknown batch_norm.
   """
   if batch_norm not in BATCH_NORM:
     raise ValueError(f"batch_norm={batch_norm!r}: expected one of {', '.join(BATCH_NORM)}")
-  exact = batch_norm == "exact"
-  used = _whole_batch_statistics(forward, params, batch_stats, parts) if exact else batch_stats
 
-  def encode(params, used, part):
-    return forward(params, used, part, not exact)
+  def apply(variables, batch, train=True):
+    batch = jax.tree.map(lambda x: split(x, parts, devices), batch)
+    before, exact = variables["batch_stats"], train and batch_norm == "exact"
+    if exact:
+      variables = {**variables, "batch_stats": _whole_batch_statistics(moments, variables, batch)}
 
-  def embed(_, part):
-    (z, side), updated = encode(params, used, part)
-    return None, (z, side, updated)
+    @jax.checkpoint  # the backward pass encodes the part again
+    def encode(variables, part):
+      return network(variables, part, train and not exact)
 
-  _, (z, side, updated) = jax.lax.scan(embed, None, parts)
-  (contrastive, metrics), dz = jax.value_and_grad(loss, has_aux=True)(join(z, devices))
-  dz = split(dz, len(z), devices)
+    _, (outputs, updated) = jax.lax.scan(lambda _, part: (None, encode(variables, part)), None, batch)
+    if exact:
+      updated = jax.tree.map(
+        lambda old, new: momentum * old + (1 - momentum) * new, before, jax.lax.stop_gradient(variables["batch_stats"])
+      )
+    else:
+      updated = _merge(updated, momentum) if train else before
+    return jax.tree.map(lambda x: join(x, devices), outputs), updated
 
-  def backward(gradients, x):
-    part, dz = x
-
-    def scalar_and_z(params, used):
-      (z, side), _ = encode(params, used, part)
-      return z, side["online_loss"]
-
-    _, pull = jax.vjp(scalar_and_z, params, used)
-    return jax.tree.map(jnp.add, gradients, pull((dz, jnp.ones(())))), None
-
-  start = jax.tree.map(jnp.zeros_like, (params, used))
-  (gradients, by_statistics), _ = jax.lax.scan(backward, start, (parts, dz))
-  if exact:
-    gradients = jax.tree.map(jnp.add, gradients, _through_statistics(forward, params, used, parts, by_statistics))
-    updated = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, batch_stats, used)  # as BatchNorm moves them
-  else:
-    updated = _merge(updated)
-  return ({"loss": contrastive, **metrics, **jax.tree.map(jnp.sum, side)}, updated), gradients
+  return apply
 
 
-def _merge(updated):
+def _merge(updated, momentum):
   """Moving statistics [k, ...] after one update by each of k microbatches -> after one update by the whole batch.
 
   The mean of the means is exact; to the mean of the variances the variance of the means is added, which in moving
-  averages that took one step of 0.1 stands a hundredfold too small.
+  averages that took one step of 1 - momentum stands too small by the square of that step.
   """
   flat = flax.traverse_util.flatten_dict(updated)
   out = {}
   for path, values in flat.items():
     out[path] = jnp.mean(values, 0)
     if path[-1] == "var":
-      out[path] += 0.1 * jnp.var(flat[(*path[:-1], "mean")], axis=0) / 0.01
+      out[path] += jnp.var(flat[(*path[:-1], "mean")], axis=0) / (1 - momentum)
   return flax.traverse_util.unflatten_dict(out)
 
 
-def _moments(forward, params, statistics, part):
-  """{path: (mean, mean of squares)} of what each BatchNorm is given when all normalise by `statistics`."""
-  seen = {}
+def _statistics(moments, params, statistics, batch):
+  """Statistics of the whole batch at every BatchNorm if all normalize by `statistics`; same tree as batch_stats."""
 
-  def record(call, args, kwargs, context):
-    module = context.module
-    if context.method_name == "__call__" and type(module).__name__ == "BatchNorm":
-      x = args[0].astype(jnp.float32)
-      axes = tuple(range(x.ndim - 1))
-      seen[module.path] = (jnp.mean(x, axes), jnp.mean(jnp.square(x), axes))
-    return call(*args, **kwargs)
+  def one(part):
+    return moments({"params": params, "batch_stats": statistics}, part)
 
-  with nn.intercept_methods(record):
-    forward(params, statistics, part, False)
-  return seen
-
-
-def _statistics(forward, params, statistics, parts):
-  """Statistics of the whole batch at every BatchNorm if all normalise by `statistics`; same tree as batch_stats."""
-
-  def add(total, part):
-    return jax.tree.map(jnp.add, total, _moments(forward, params, statistics, part)), None
-
-  first = jax.tree.map(lambda x: x[0], parts)
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: _moments(forward, params, statistics, first))
-  )
-  total, _ = jax.lax.scan(add, zeros, parts)
-  k = jax.tree.leaves(parts)[0].shape[0]
-  flat = {}
-  for path, (mean, square) in total.items():
-    mean, square = mean / k, square / k
-    flat[(*path, "mean")] = mean
-    flat[(*path, "var")] = jnp.maximum(square - jnp.square(mean), 0)
-  return flax.traverse_util.unflatten_dict(flat)
+  first = jax.tree.map(lambda x: x[0], batch)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+  total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), zeros, batch)
+  k = jax.tree.leaves(batch)[0].shape[0]
+  flat, out = flax.traverse_util.flatten_dict(total), {}
+  for *module, name in flat:
+    if name == "mean":
+      mean, square = flat[(*module, "mean")] / k, flat[(*module, "square")] / k
+      out[(*module, "mean")] = mean
+      out[(*module, "var")] = jnp.maximum(square - jnp.square(mean), 0)
+  return flax.traverse_util.unflatten_dict(out)
 
 
 def _settle(step, start):
@@ -156,16 +130,32 @@ def _settle(step, start):
   return jax.lax.while_loop(unfinished, again, (start, step(start), 1))[1]
 
 
-def _whole_batch_statistics(forward, params, batch_stats, parts):
-  """The statistics that reproduce themselves; a layer's are right once those of all layers before it are."""
-  return _settle(lambda s: _statistics(forward, params, s, parts), batch_stats)
+def _whole_batch_statistics(moments, variables, batch):
+  """The statistics s that reproduce themselves, s = T(params, s), as a differentiable function of the parameters.
 
-
-def _through_statistics(forward, params, statistics, parts, by_statistics):
-  """The part of the gradient that reaches params through the statistics.
-
-  With s = T(params, s) and l = dL/ds directly, the whole adjoint is a = l + (dT/ds)' a, found as the statistics are.
+  A layer's are right once those of all layers before it are.  For the gradient, with l = dL/ds, the whole adjoint is
+  a = l + (dT/ds)' a, found as the statistics are.
   """
-  _, pull = jax.vjp(lambda p, s: _statistics(forward, p, s, parts), params, statistics)
-  adjoint = _settle(lambda a: jax.tree.map(jnp.add, by_statistics, pull(a)[1]), by_statistics)
-  return pull(adjoint)[0]
+
+  @jax.custom_vjp
+  def settled(params, start, batch):
+    return _settle(lambda s: _statistics(moments, params, s, batch), start)
+
+  def forward(params, start, batch):
+    found = settled(params, start, batch)
+    return found, (params, found, batch)
+
+  def backward(residuals, by_statistics):
+    params, found, batch = residuals
+    _, pull = jax.vjp(lambda p, s: _statistics(moments, p, s, batch), params, found)
+    adjoint = _settle(lambda a: jax.tree.map(jnp.add, by_statistics, pull(a)[1]), by_statistics)
+    zeros = jax.tree.map(jnp.zeros_like, found)
+    return pull(adjoint)[0], zeros, jax.tree.map(_no_gradient, batch)
+
+  settled.defvjp(forward, backward)
+  return settled(variables["params"], variables["batch_stats"], batch)
+
+
+def _no_gradient(x):
+  """The cotangent of an input that is not differentiated: zeros, of dtype float0 for integers."""
+  return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)

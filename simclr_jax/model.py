@@ -1,6 +1,7 @@
 """SimCLR = encoder f + projection head g, with a linear classifier that watches h without touching it."""
 
 import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -18,6 +19,15 @@ class TrainState:
   params: dict
   batch_stats: dict  # BatchNorm running means and variances, f32
   opt_state: tuple
+  extra: Any = flax.struct.field(default_factory=dict)  # what the method remembers: see methods/
+
+
+class Outputs(NamedTuple):
+  """Of SimCLR, for both views of n images, all float32."""
+
+  h: jax.Array  # [n, 2, d]
+  z: jax.Array  # [n, 2, out_dim]
+  logits: jax.Array | None  # [n, 2, num_classes] of the online classifier; None without labels
 
 
 class SimCLR(nn.Module):
@@ -42,7 +52,7 @@ class SimCLR(nn.Module):
       self.classifier = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01))
 
   def __call__(self, views, train: bool = False):
-    """Returns (h [n, 2, d], z [n, 2, out_dim], logits [n, 2, num_classes] or None), all float32.
+    """views [n, 2, height, width, 3] -> Outputs.
 
     The two views of an image stay neighbours all the way: folding [n, 2, ...] to [2n, ...] is a reshape, which
     moves nothing between devices, whereas concatenating all first views with all second ones would move images.
@@ -51,7 +61,7 @@ class SimCLR(nn.Module):
     h = self.encoder(views.reshape(n * two, *views.shape[2:]), train=train)
     z = self.projector(h, train=train)
     logits = self.classifier(jax.lax.stop_gradient(h)).reshape(n, two, -1) if self.num_classes else None
-    return h.reshape(n, two, -1), z.reshape(n, two, -1), logits
+    return Outputs(h.reshape(n, two, -1), z.reshape(n, two, -1), logits)
 
 
 class Classifier(nn.Module):
@@ -89,7 +99,7 @@ def part(tree: TrainState, name: str) -> dict:
 
 
 def keep_encoder(state: TrainState) -> dict:
-  """What pretraining is for: the variables of f, with g and the classifier thrown away."""
+  """What pretraining is for: the variables of f; g and the classifier are discarded."""
   return part(state, "encoder")
 
 

@@ -96,7 +96,12 @@ def child(workdir, events, port, processes, index, raise_at, hang_at):
     )
     mesh = mesh_lib.make_mesh()
     state, _ = loop.run(
-      task, mesh=mesh, workdir=workdir, config_json="{}", seed=0, log_every=1, checkpoint_every=SAVE_EVERY, keep=KEEP
+      task,
+      loop.LoopConfig(log_every=1, checkpoint_every=SAVE_EVERY, keep=KEEP),
+      mesh=mesh,
+      workdir=workdir,
+      config_json="{}",
+      seed=0,
     )
     leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(jax.device_get(state))]
     print("state", hashlib.sha256(b"".join(leaves)).hexdigest(), file=out)

@@ -146,8 +146,8 @@ def test_they_take_their_place_in_the_views():
 
 def test_the_device_says_that_it_has_none_of_them():
   for recipe in ("v1:1x", "v1:1x-broader", "ablations:autoaugment", "ablations:compose-crop-color"):
-    pretrain._check_augmentation(config_lib.load(recipe))
+    pretrain.view_pipeline(config_lib.load(recipe)).check()
   with pytest.raises(ValueError, match="augment.extra is done by the host"):
-    pretrain.augmentation(config_lib.load("v1:1x-broader", ["--config.augment.where=device"]))
+    pretrain.view_pipeline(config_lib.load("v1:1x-broader", ["--config.augment.where=device"]))
   with pytest.raises(ValueError, match="augment.one_sided is done by the host"):
-    pretrain.augmentation(config_lib.load("v1:1x", ["--config.augment.one_sided=True"]))
+    pretrain.view_pipeline(config_lib.load("v1:1x", ["--config.augment.one_sided=True"]))

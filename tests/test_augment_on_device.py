@@ -284,9 +284,9 @@ def test_resident_equals_device_crop():
     config, mesh = tiny.config(**{"augment.where": where}), mesh_lib.make_mesh()
     batch = mesh_lib.global_batch(mesh, next(pretrain.make_task(config, tiny.source(), mesh=mesh).stream(2)))
     assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(batch))
-    views.append(np.asarray(jax.jit(pretrain.augmentation(config)[1])(batch)))
-    labels = tiny.source().labels[batch["index"]]
-    np.testing.assert_array_equal(batch["label"], labels)
+    views.append(np.asarray(jax.jit(pretrain.view_pipeline(config).device)(batch)))
+    labels = tiny.source().labels[batch.index]
+    np.testing.assert_array_equal(batch.label, labels)
   np.testing.assert_array_equal(*views)
 
 
@@ -316,5 +316,5 @@ def test_microbatches_see_the_same_views():
 def test_impossible_places_are_named(change, named):
   config = config_lib.load("configs/v1.py", [f"--config.augment.{change}"])
   with pytest.raises(ValueError) as error:
-    pretrain.augmentation(config)
+    pretrain.view_pipeline(config)
   assert named in str(error.value) and "expected" in str(error.value)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from simclr_jax import contrast, optimizer
+from simclr_jax.methods import simclr
 from simclr_jax.programs import pretrain
 from simclr_jax.runtime import config as config_lib
 
@@ -25,7 +26,7 @@ def test_an_option_that_the_recipe_leaves_at_its_default():
   values = ["--config.augment.color_order=fixed", "--config.augment.extra=(('sobel', 0.1),)", "--config.batch_size=64"]
   c = config_lib.load("smoke", values)
   assert c.augment.color_order == "fixed" and c.augment.extra == (("sobel", 0.1),) and c.batch_size == 64
-  pretrain._check_augmentation(c)
+  pretrain.view_pipeline(c).check()
   with pytest.raises(TypeError, match="unexpected keyword argument 'colour_order'"):
     pretrain._check_augmentation(config_lib.load("smoke", ["--config.augment.colour_order=fixed"]))
 
@@ -96,7 +97,7 @@ def test_every_ablation_of_the_paper_is_a_recipe():
   assert len(ablations.TOP_1) == 65
   for row in ablations.TOP_1:
     c = config_lib.load(f"configs/ablations.py:{row}")
-    pretrain.loss_function(c, None)
+    simclr.loss_function(c, None)
     batch, epochs = (4096, 100) if not row.startswith("batch") else map(int, row.replace("ep", "").split("-")[1:3])
     assert (c.batch_size, c.train_epochs) == (batch, epochs)
     images = 1_281_167
@@ -154,14 +155,14 @@ def test_unknown_variants(recipe, message):
 def test_losses_by_name():
   z = np.random.default_rng(0).standard_normal((4, 2, 8)).astype(np.float32)
   c = config_lib.load("configs/ablations.py:loss-margin_triplet_semi_hard")
-  ours, _ = pretrain.loss_function(c, None)(z)
+  ours, _ = simclr.loss_function(c, None)(z)
   assert float(ours) == pytest.approx(float(contrast.margin_triplet(z, margin=0.8, semi_hard=True)[0]))
-  assert pretrain.chance_loss(c) is None
+  assert simclr.chance_loss(c) is None
   for loss, message in (
     ({"name": "ntxent"}, "config.loss.name='ntxent': expected one of nt_xent, decoupled"),
     ({"temprature": 0.1}, "config.loss.temprature: no such option; nt_xent takes temperature"),
     ({}, "config.loss.temperature is missing; nt_xent takes temperature"),
   ):
     with pytest.raises(ValueError) as error:
-      pretrain.loss_function(ml_collections.ConfigDict({"loss": loss}), None)
+      simclr.loss_function(ml_collections.ConfigDict({"loss": loss}), None)
     assert message in one_line(error)

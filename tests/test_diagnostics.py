@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from simclr_jax import diagnostics, model
-from simclr_jax.programs import pretrain
+from simclr_jax.programs import pretrain, scores
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -48,17 +48,15 @@ def test_verdict_of_a_run(changes, collapsed, tmp_path, capsys):
   """Sixty steps on one device; the absurd ones have a learning rate of a thousand."""
   config = tiny.config(**{"train_steps": 60, "batch_size": 32, "log.every_steps": 20, **changes})
   mesh, source = mesh_lib.make_mesh(jax.devices()[:1]), tiny.source(256)
-  evaluation = pretrain.Evaluation(config, model.create(config, source.num_classes), source, source, mesh)
+  evaluation = scores.PretrainEvaluation(config, model.create(config, source.num_classes), source, source, mesh)
   task = pretrain.make_task(config, source, mesh=mesh, evaluators={"h": loop.Evaluator(evaluation.quick, 30)})
   loop.run(
     task,
+    loop.LoopConfig(log_every=20),
     mesh=mesh,
     workdir=tmp_path,
     config_json="{}",
     seed=0,
-    log_every=20,
-    checkpoint_every=0,
-    keep=1,
   )
   rows = [row for row in metrics_lib.read(tmp_path) if "verdict" in row]
   assert [row["step"] for row in rows] == [30, 60]

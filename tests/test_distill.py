@@ -69,17 +69,15 @@ def test_the_teacher_and_its_cache(teacher, tmp_path):
   cache = distill._logits(c, opened, source, mesh)
   task = distill.make_task(c, None, source, chosen=np.arange(10), cache=cache, **make)
   batch = next(iter(task.stream(0)))
-  assert (batch["label"] == -1).all()  # alpha is 1: not even those that were chosen
-  images = np.stack([augment.center_crop(source.read(i), size=16, proportion=1.0) for i in batch["index"]])
+  assert (batch.label == -1).all()  # alpha is 1: not even those that were chosen
+  images = np.stack([augment.center_crop(source.read(i), size=16, proportion=1.0) for i in batch.index])
   h, _, _ = exporting.load_encoder(folder)
   classifier = state.params["classifier"]
-  np.testing.assert_allclose(
-    batch["teacher"], h(images) @ classifier["kernel"] + classifier["bias"], rtol=1e-4, atol=1e-4
-  )
+  np.testing.assert_allclose(batch.teacher, h(images) @ classifier["kernel"] + classifier["bias"], rtol=1e-4, atol=1e-4)
   c = config(folder, "unused", cache=True, alpha=0.5)
   task = distill.make_task(c, None, source, chosen=np.arange(10), cache=cache, **make)
   batch = next(iter(task.stream(0)))
-  np.testing.assert_array_equal(batch["label"], np.where(batch["index"] < 10, source.labels[batch["index"]], -1))
+  np.testing.assert_array_equal(batch.label, np.where(batch.index < 10, source.labels[batch.index], -1))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from simclr_jax import __main__ as cli
-from simclr_jax import data, exporting, model, optimizer
+from simclr_jax import data, exporting, methods, model, optimizer
 from simclr_jax.programs import finetune, pretrain, trained
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import loop
@@ -36,7 +36,7 @@ def start(tmp_path_factory):
   """An exported encoder with its head, whose BatchNorms are not the initial ones."""
   config = tiny.config()
   net, (tx, _) = model.create(config), optimizer.create(config, 96)
-  init = functools.partial(pretrain.init_state, model=net, tx=tx, image_size=16)
+  init = functools.partial(pretrain.init_state, model=net, method=methods.create(config, None), tx=tx, image_size=16)
   state = filled(jax.eval_shape(init, jax.random.key(0)))
   folder = tmp_path_factory.mktemp("start") / "encoder"
   heads = {"projector": model.part(state, "projector")}
@@ -129,11 +129,11 @@ def test_head_only_is_the_gradient_by_hand(start):
   after, metrics = step(task, mesh, state)
   batch = next(iter(task.stream(0)))
   apply, _, _ = exporting.load_encoder(start[0])
-  h = np.asarray(apply(batch["views"]), np.float64)
+  h = np.asarray(apply(batch.pixels), np.float64)
   kernel, bias = (np.asarray(state.params["classifier"][name], np.float64) for name in ("kernel", "bias"))
   logits = h @ kernel + bias
   p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-  y = np.eye(10)[batch["label"]]
+  y = np.eye(10)[batch.label]
   np.testing.assert_allclose(metrics["loss"], -np.mean(np.log(p[y > 0])), rtol=1e-5)
   expected = kernel - 0.5 * (h.T @ (p - y) / 16 + 0.1 * kernel)
   np.testing.assert_allclose(after.params["classifier"]["kernel"], expected, rtol=1e-4, atol=1e-6)

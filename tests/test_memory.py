@@ -1,5 +1,7 @@
 """The memory bank: its loss against a float64 loop, and what a step keeps, on a network of two layers."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,13 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
-from simclr_jax import contrast, model, optimizer
+from simclr_jax import contrast, methods, model, optimizer, train_step
 from simclr_jax.methods import memory
 from simclr_jax.programs import pretrain
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import config as config_lib
-from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.views import Batch
 
 
 def by_hand(z, bank, temperature):
@@ -52,47 +54,39 @@ class Toy(nn.Module):
 def test_a_step_averages_and_remembers():
   net = model.SimCLR(Toy(), Projector(2, 4), num_classes=3)
   tx = optimizer.sgd_nesterov(0.1)
-
-  def plain(state, batch, *, loss, views):
-    return pretrain.train_step(state, batch, model=net, tx=tx, schedule=lambda step: 0.1, loss=loss, views=views)
-
-  def init(key):
-    return pretrain.init_state(key, model=net, tx=tx, image_size=32)
-
-  task = memory.remember(
-    loop.Task(init, plain, None, {}, 0, 8, 8, None),
-    net,
-    size=24,
-    decay=0.9,
-    loss={"temperature": 0.5},
-    views=lambda b: b["pixels"],
-  )
-  state = task.init(jax.random.key(0))
-  rng = np.random.default_rng(0)
-  step, kept = jax.jit(task.step), []
+  method = memory.Memory(size=24, decay=0.9, loss_options={"temperature": 0.5})
+  state = pretrain.init_state(jax.random.key(0), model=net, method=method, tx=tx, image_size=32)
+  views, network = train_step.whole(net, lambda batch: batch.pixels)
+  options = dict(views=views, network=network, method=method, tx=tx, schedule=lambda step: 0.1)
+  step, kept = jax.jit(functools.partial(train_step.train_step, **options)), []
+  rng, index = np.random.default_rng(0), jnp.arange(8)
   for k in range(3):
-    batch = {"pixels": jnp.float32(rng.random((8, 2, 32, 32, 3))), "label": jnp.arange(8) % 3}
-    (_, z, _), _ = net.apply(state.average, batch["pixels"], train=True, mutable=["batch_stats"])
+    pixels = jnp.float32(rng.random((8, 2, 32, 32, 3)))
+    batch = Batch(pixels=pixels, label=index % 3, index=index, seed=None)
+    (_, z, _), _ = net.apply(state.extra["average"], pixels, train=True, mutable=["batch_stats"])
     z = np.asarray(z).reshape(16, 4)
     kept.insert(0, z / np.linalg.norm(z, axis=1, keepdims=True))
-    (_, own, _), _ = net.apply(
-      {"params": state.params, "batch_stats": state.batch_stats}, batch["pixels"], train=True, mutable=["batch_stats"]
-    )
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    (_, own, _), _ = net.apply(variables, pixels, train=True, mutable=["batch_stats"])
     before = state
     state, metrics = step(state, batch)
     banked = min(16 * k, 24)
     assert float(metrics["remembered"]) == banked
     assert float(metrics["loss"]) == pytest.approx(
-      by_hand(np.float64(own), np.float64(before.bank[:banked]), 0.5), rel=1e-4
+      by_hand(np.float64(own), np.float64(before.extra["bank"][:banked]), 0.5), rel=1e-4
     )
-    np.testing.assert_allclose(state.bank[: 16 * (k + 1)], np.concatenate(kept)[:24], atol=1e-5)
+    np.testing.assert_allclose(state.extra["bank"][: 16 * (k + 1)], np.concatenate(kept)[:24], atol=1e-5)
     jax.tree.map(
       lambda a, b, w: np.testing.assert_allclose(a, 0.9 * b + 0.1 * w, atol=1e-6),
-      state.average["params"], before.average["params"], state.params,
+      state.extra["average"]["params"], before.extra["average"]["params"], state.params,
     )  # fmt: skip
   assert int(state.step) == 3
-  with pytest.raises(ValueError, match="memory.decay=1.0"):
-    memory.remember(task, net, size=24, decay=1.0, loss={}, views=None)
+
+
+def test_impossible_values_are_named():
+  values = ["--config.method=memory", "--config.memory.size=24", "--config.memory.decay=1.0"]
+  with pytest.raises(ValueError, match="memory.decay"):
+    methods.create(config_lib.override(tiny.config(), values), None)
 
 
 def test_a_recipe_may_name_the_loss():
@@ -100,11 +94,6 @@ def test_a_recipe_may_name_the_loss():
   values = ["--config.loss.name=nt_xent", "--config.memory.size=64", "--config.memory.decay=0.9"]
   config = config_lib.override(tiny.config(), values)
   task = pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh(jax.devices()[:1]))
-  size, batch = config.augment.size, config.batch_size
-  batch = {
-    "views": jnp.zeros((batch, 2, size, size, 3)),
-    "label": jnp.zeros(batch, int),
-    "seed": jnp.zeros((batch, 2), int),
-  }
   state = jax.eval_shape(task.init, jax.random.key(0))
+  batch = pretrain.view_pipeline(config).spec(config.batch_size)
   assert "remembered" in jax.eval_shape(task.step, state, batch)[1]

@@ -11,9 +11,11 @@ import pytest
 import tiny
 
 from simclr_jax import contrast
+from simclr_jax.methods import simclr
 from simclr_jax.programs import pretrain
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.views import Batch
 
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
@@ -25,7 +27,8 @@ def batch_of(config, n=BATCH):
   rng = np.random.default_rng(0)
   size = config.augment.size
   views = rng.random((n, 2, size, size, 3), np.float32)
-  return {"views": views, "label": np.arange(n, dtype=np.int32) % 10, "index": np.arange(n, dtype=np.int32)}
+  index = np.arange(n, dtype=np.int32)
+  return Batch(pixels=views, label=index % 10, index=index, seed=np.zeros((n, 2), np.int32))
 
 
 @functools.lru_cache
@@ -89,9 +92,9 @@ def stack_views_wrongly(task):
   """All first views, then all second ones: right numbers, but the compiler gathers the images on every device."""
 
   def step(state, batch):
-    views = jnp.swapaxes(batch["views"], 0, 1)
+    views = jnp.swapaxes(batch.pixels, 0, 1)
     views = views.reshape(-1, 2, *views.shape[2:])
-    return task.step(state, {**batch, "views": views})
+    return task.step(state, batch.replace(pixels=views))
 
   return loop.Task(**{**vars(task), "step": step})
 
@@ -116,8 +119,8 @@ def test_chance_loss(reduction, factor):
   config = tiny.config(**{"loss.reduction": reduction})
   z = np.random.default_rng(0).standard_normal((tiny.BATCH, 2, 64)).astype(np.float32)
   loss, _ = contrast.nt_xent(z, 1000.0, reduction=reduction)
-  np.testing.assert_allclose(loss, pretrain.chance_loss(config), rtol=1e-3)
-  np.testing.assert_allclose(pretrain.chance_loss(config), factor * np.log(2 * tiny.BATCH - 1), rtol=1e-6)
+  np.testing.assert_allclose(loss, simclr.chance_loss(config), rtol=1e-3)
+  np.testing.assert_allclose(simclr.chance_loss(config), factor * np.log(2 * tiny.BATCH - 1), rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Every program end to end on a tiny network, and the command line as a user meets it."""
 
+import dataclasses
 import html.parser
 import json
 import os
@@ -188,18 +189,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, mo
 
   def stream(start):
     for step, batch in enumerate(task.stream(start), start + 1):
-      yield {**batch, "views": batch["views"] * np.nan} if step == 4 else batch
+      yield batch.replace(pixels=batch.pixels * np.nan) if step == 4 else batch
 
   with pytest.raises(loop.Diverged, match="loss became nan within steps 4 to 4; step 2 is saved"):
     loop.run(
       loop.Task(**{**vars(task), "stream": stream}),
+      loop.LoopConfig(log_every=1, checkpoint_every=2, keep=3),
       mesh=mesh_lib.make_mesh(),
       workdir=tmp_path,
       config_json=config_lib.to_json(config),
       seed=0,
-      log_every=1,
-      checkpoint_every=2,
-      keep=3,
     )
   assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2"]
 
@@ -209,7 +208,7 @@ def poisoned(task, numbers):
 
   def stream(start):
     for number, batch in enumerate(task.stream(start), start):
-      yield {**batch, "views": batch["views"] * np.nan} if number in numbers else batch
+      yield batch.replace(pixels=batch.pixels * np.nan) if number in numbers else batch
 
   return loop.Task(**{**vars(task), "stream": stream})
 
@@ -219,12 +218,11 @@ def test_a_run_goes_back_and_past_the_batches_it_fell_over(tmp_path, capsys):
   """With `rollback` it ends as one that never saw the batches since its last checkpoint; also when it is resumed."""
   config = tiny.config(**{"train_steps": 8, "checkpoint.every_steps": 2})
   task = pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh())
-  options = dict(
-    mesh=mesh_lib.make_mesh(), config_json=config_lib.to_json(config), seed=0, log_every=2, checkpoint_every=2, keep=9
-  )
-  twice = dict(**options, rollback=loop.Rollback(times=2))
+  options = dict(mesh=mesh_lib.make_mesh(), config_json=config_lib.to_json(config), seed=0)
+  never = loop.LoopConfig(log_every=2, checkpoint_every=2, keep=9)
+  twice = dataclasses.replace(never, rollback=loop.Rollback(times=2))
   # Batches 2 and 3, after step 2, are gone past; then batch 6 is in the update after step 4, at place 4 + 2.
-  state, _ = loop.run(poisoned(task, {3, 6}), workdir=tmp_path / "back", **twice)
+  state, _ = loop.run(poisoned(task, {3, 6}), twice, workdir=tmp_path / "back", **options)
   said = capsys.readouterr().out
   assert "within steps 3 to 4; step 2 is saved" in said and "going back to step 2 and past its next 2 batches" in said
   assert json.loads((tmp_path / "back/skipped.json").read_text()) == [[2, 2], [4, 2]]
@@ -234,7 +232,7 @@ def test_a_run_goes_back_and_past_the_batches_it_fell_over(tmp_path, capsys):
     for step in range(start, 8):
       yield next(iter(task.stream(kept[step])))
 
-  expected, _ = loop.run(loop.Task(**{**vars(task), "stream": without}), workdir=tmp_path / "without", **options)
+  expected, _ = loop.run(loop.Task(**{**vars(task), "stream": without}), never, workdir=tmp_path / "without", **options)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(expected))
   rows = [json.loads(line)["step"] for line in (tmp_path / "back/metrics.jsonl").read_text().splitlines()]
   assert rows == [2, 4, 6, 8]
@@ -242,10 +240,10 @@ def test_a_run_goes_back_and_past_the_batches_it_fell_over(tmp_path, capsys):
   shutil.copytree(tmp_path / "back", tmp_path / "again")
   for step in (4, 6, 8):
     shutil.rmtree(tmp_path / f"again/checkpoints/{step}")
-  resumed, _ = loop.run(poisoned(task, {3, 6}), workdir=tmp_path / "again", **twice)
+  resumed, _ = loop.run(poisoned(task, {3, 6}), twice, workdir=tmp_path / "again", **options)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(expected))
   with pytest.raises(loop.Diverged, match="step 8 is saved|step 6 is saved|step 4 is saved"):
-    loop.run(poisoned(task, {3, 6, 8}), workdir=tmp_path / "thrice", **twice)
+    loop.run(poisoned(task, {3, 6, 8}), twice, workdir=tmp_path / "thrice", **options)
 
 
 @pytest.mark.slow
@@ -258,12 +256,11 @@ def test_a_leap_of_the_loss_counts_as_divergence(tmp_path):
 
   task = pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh())
   task = loop.Task(**{**vars(task), "step": step, "total_steps": 140})
-  options = dict(
-    mesh=mesh_lib.make_mesh(), config_json=config_lib.to_json(config), seed=0, log_every=10, checkpoint_every=0, keep=1
-  )
-  loop.run(task, workdir=tmp_path / "off", **options)
+  options = dict(mesh=mesh_lib.make_mesh(), config_json=config_lib.to_json(config), seed=0)
+  loop.run(task, loop.LoopConfig(log_every=10), workdir=tmp_path / "off", **options)
   with pytest.raises(loop.Diverged, match="became 3.* within steps 131 to 140, 6 standard deviations above"):
-    loop.run(task, workdir=tmp_path / "on", rollback=loop.Rollback(spike=6.0), **options)
+    wary = loop.LoopConfig(log_every=10, rollback=loop.Rollback(spike=6.0))
+    loop.run(task, wary, workdir=tmp_path / "on", **options)
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------

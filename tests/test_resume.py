@@ -14,7 +14,7 @@ import hashlib, json, os, signal, sys
 sys.path.insert(0, {tests!r})
 import tiny
 import jax
-from simclr_jax import pretrain
+from simclr_jax.programs import pretrain
 from simclr_jax.runtime import config, loop, mesh
 
 workdir, kill_at = sys.argv[1], int(sys.argv[2])
@@ -25,13 +25,13 @@ def stream(start):
   for step, batch in enumerate(original.stream(start), start + 1):
     if step == kill_at:
       os.kill(os.getpid(), signal.SIGKILL)
-    digest = hashlib.sha256(b"".join(batch[k].tobytes() for k in sorted(batch))).hexdigest()
+    digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(batch))).hexdigest()
     print("batch", step, digest, flush=True)
     yield batch
 
 task = loop.Task(**{{**vars(original), "stream": stream}})
-state, _ = loop.run(task, mesh=mesh.make_mesh(), workdir=workdir, config_json=config.to_json(c), seed=c.seed,
-                    log_every=5, checkpoint_every=10, keep=3)
+state, _ = loop.run(task, loop.LoopConfig(log_every=5, checkpoint_every=10, keep=3), mesh=mesh.make_mesh(), workdir=workdir,
+                    config_json=config.to_json(c), seed=c.seed)
 for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(state)):
   print("leaf", jax.tree_util.keystr(path), hashlib.sha256(leaf.tobytes()).hexdigest())
 """

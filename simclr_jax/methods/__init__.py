@@ -1,0 +1,52 @@
+"""Self-supervised methods: what a paper adds to the training step, one short file each.
+
+A new method is a file with a `create` and a line in METHODS; step, loop, checkpoint and export stay as they are.
+"""
+
+from typing import Any, Protocol
+
+from simclr_jax.methods import memory, simclr
+
+Extra = Any  # a tree of arrays, part of the training state: {} for SimCLR; a target network, a queue, a memory bank
+
+
+class Method(Protocol):
+  """What `train_step` needs to know.
+
+  Attributes:
+    chance_loss: the loss of embeddings that know nothing, or None where no formula is known.
+  """
+
+  chance_loss: float | None
+
+  def init(self, variables, outputs) -> Extra:
+    """The extra state at step 0; `variables` are the network's, `outputs` the shapes of its model.Outputs."""
+
+  def loss(self, outputs, extra: Extra, network, batch):
+    """The loss of the global batch, a pure function.
+
+    Args:
+      outputs: model.Outputs of the trained network, h and z [n, 2, d].
+      network: variables -> (model.Outputs, batch_stats) of the same views by another network, such as a moving average.
+      batch: views.Batch.
+
+    Returns:
+      (float32 scalar, metrics, updates): `updates` is what `after` needs.
+    """
+
+  def after(self, variables, extra: Extra, updates) -> Extra:
+    """The extra state after the update that led to `variables`: moving averages, an enqueued batch."""
+
+
+METHODS = {"simclr": simclr.create, "memory": memory.create}  # (config, mesh) -> Method
+
+
+def create(config, mesh) -> Method:
+  """The method of a config.
+
+  Raises:
+    ValueError: no such method, or an option that it refuses.
+  """
+  if config.method not in METHODS:
+    raise ValueError(f"config.method={config.method!r}: expected one of {', '.join(METHODS)}")
+  return METHODS[config.method](config, mesh)

@@ -7,69 +7,65 @@ As in MoCo (arXiv 1911.05722), but for the negatives alone: positives come from 
 import dataclasses
 import functools
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from simclr_jax import contrast
-from simclr_jax.model import TrainState
-from simclr_jax.runtime import loop
+from simclr_jax.methods import simclr
 
 
-@flax.struct.dataclass
-class MemoryState(TrainState):
-  """A training state, and what it remembers."""
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """A methods.Method.  Its extra state is dict(average, bank, banked):
 
-  average: dict  # {"params", "batch_stats"} of the moving-average network
-  bank: jax.Array  # float32 [size, d]: normalised z of the last size / 2n batches, the newest first
+  average: {"params", "batch_stats"} of the moving-average network.
+  bank: float32 [size, d], normalized z of the last size / 2n batches, the newest first.
+  banked: int32, how many of the rows are filled.
 
-
-def train_step(state: MemoryState, batch, *, plain, model, decay: float, loss: dict, views):
-  """One update by `plain` with the bank's negatives; then the averages move, and their z of this batch are kept.
-
-  Args:
-    plain: (state, batch, loss=..., views=...) -> (state, metrics), pretrain.train_step with all else bound.
+  Attributes:
+    size: projections that are remembered.
     decay: average <- decay * average + (1 - decay) * weights; BatchNorm of the averaged network sees the batch.
-    loss: what contrast.nt_xent takes.
-    views: batch -> [n, 2, h, w, 3], as in pretrain.train_step; both networks see the same.
+    loss_options: what contrast.nt_xent takes.
   """
-  batch = {**batch, "views": views(batch)}
-  (_, z, _), seen = model.apply(state.average, batch["views"], train=True, mutable=["batch_stats"])
-  z = z.reshape(-1, z.shape[-1])
-  if loss.get("normalize", True):
-    z = contrast.l2_normalize(z)
-  banked = jnp.minimum(state.step * len(z), len(state.bank))
-  known = functools.partial(contrast.nt_xent, **loss, bank=state.bank, banked=banked)
-  before = TrainState(state.step, state.params, state.batch_stats, state.opt_state)
-  weights, metrics = plain(before, batch, loss=known, views=lambda batch: batch["views"])
-  average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, state.average["params"], weights.params)
-  bank = jnp.concatenate([z, state.bank])[: len(state.bank)]
-  return MemoryState(
-    weights.step,
-    weights.params,
-    weights.batch_stats,
-    weights.opt_state,
-    {"params": average, "batch_stats": seen["batch_stats"]},
-    bank,
-  ), metrics | {"remembered": banked.astype(jnp.float32)}
+
+  size: int
+  decay: float
+  loss_options: dict
+  chance_loss: float | None = None
+
+  def init(self, variables, outputs):
+    bank = jnp.zeros((self.size, outputs.z.shape[-1]))
+    return {"average": variables, "bank": bank, "banked": jnp.zeros((), jnp.int32)}
+
+  def loss(self, outputs, extra, network, batch):
+    remembered, batch_stats = network(extra["average"])
+    z = jax.lax.stop_gradient(remembered.z.reshape(-1, remembered.z.shape[-1]))
+    if self.loss_options.get("normalize", True):
+      z = contrast.l2_normalize(z)
+    negatives = {"bank": extra["bank"], "banked": extra["banked"]}
+    loss, metrics = contrast.nt_xent(outputs.z, **self.loss_options, **negatives)
+    metrics |= {"remembered": extra["banked"].astype(jnp.float32)}
+    return loss, metrics, {"z": z, "batch_stats": batch_stats}
+
+  def after(self, variables, extra, updates):
+    move = functools.partial(jax.tree.map, lambda a, w: self.decay * a + (1 - self.decay) * w)
+    average = {
+      "params": move(extra["average"]["params"], variables["params"]), "batch_stats": updates["batch_stats"]
+    }  # fmt: skip
+    bank = jnp.concatenate([updates["z"], extra["bank"]])[: self.size]
+    banked = jnp.minimum(extra["banked"] + len(updates["z"]), self.size)
+    return {"average": average, "bank": bank, "banked": banked}
 
 
-def remember(task: loop.Task, model, *, size: int, decay: float, loss: dict, views) -> loop.Task:
-  """A pretraining task with a memory of `size` projections.
+def create(config, mesh) -> Memory:
+  """The method of `config.memory`.
 
   Raises:
-    ValueError: size or decay is out of range.
+    ValueError: size or decay is out of range, or the loss is not NT-Xent.
   """
+  size, decay = config.memory.size, config.memory.decay
   if size < 1 or not 0 <= decay < 1:
     raise ValueError(f"memory.size={size}, memory.decay={decay}: expected at least 1, and at least 0 and below 1")
-
-  def init(key):
-    state = task.init(key)
-    average = {"params": state.params, "batch_stats": state.batch_stats}
-    views = jnp.zeros((1, 2, 32, 32, 3))
-    z = jax.eval_shape(functools.partial(model.apply, train=False), average, views)[1]
-    bank = jnp.zeros((size, z.shape[-1]))
-    return MemoryState(state.step, state.params, state.batch_stats, state.opt_state, average, bank)
-
-  step = functools.partial(train_step, plain=task.step, model=model, decay=decay, loss=loss, views=views)
-  return dataclasses.replace(task, init=init, step=step)
+  if config.loss.name != "nt_xent":
+    raise ValueError(f"config.loss.name={config.loss.name!r}: the memory bank is for nt_xent")
+  return Memory(size, decay, simclr.loss_options(config), simclr.chance_loss(config))

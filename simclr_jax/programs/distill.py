@@ -7,26 +7,17 @@ fine-tunes (finetune.py); its loss is equation 2, or 3 with labels.
 import dataclasses
 import functools
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
 
-from simclr_jax import model as model_lib
 from simclr_jax.evaluation import embed
 from simclr_jax.programs import finetune, trained
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
-
-
-@flax.struct.dataclass
-class DistillState(model_lib.TrainState):
-  """A student in training and the teacher's variables, handed on untouched (empty where its logits are cached)."""
-
-  teacher: dict
 
 
 def distillation(logits, teacher_logits, temperature: float):
@@ -41,12 +32,12 @@ def distillation(logits, teacher_logits, temperature: float):
 def loss(logits, batch, *, temperature: float, alpha: float):
   """(1 - alpha) * cross-entropy of the labelled images + alpha * distillation of all (equation 3; 2 for alpha = 1).
 
-  Each term is a mean over its images of the batch.  `batch` has `teacher` [n, classes] logits, and `label` [n], -1 where
-  the student may not know it.
+  Each term is a mean over its images of the batch.  The label of an image is -1 where the
+  student may not know it.
   """
   supervised, metrics = finetune.cross_entropy(logits, batch)
-  distilled = distillation(logits, batch["teacher"], temperature)
-  agreement = jnp.mean(logits.argmax(1) == batch["teacher"].argmax(1))
+  distilled = distillation(logits, batch.teacher, temperature)
+  agreement = jnp.mean(logits.argmax(1) == batch.teacher.argmax(1))
   value = (1 - alpha) * supervised + alpha * distilled
   return value, {**metrics, "supervised_loss": supervised, "distillation_loss": distilled, "agreement": agreement}
 
@@ -76,7 +67,7 @@ class Teacher:
     self.apply = functools.partial(finetune.create(config, self.num_classes).apply, train=False)
 
 
-class Twin:
+class AbstractTeacher:
   """The teacher of a plan that names none: a network such as the student, of which only the shapes are known."""
 
   def __init__(self, config, num_classes: int):
@@ -91,7 +82,7 @@ def make_task(config, start, source, *, mesh, loss, teacher, evaluators=None, ch
   """The fine-tuning task with a teacher in it.
 
   Args:
-    teacher: a Teacher or a Twin.
+    teacher: a Teacher or an AbstractTeacher.
     chosen: indices of the images whose labels count.
     cache: its logits [N, classes] of all images, where config.cache.
   """
@@ -99,39 +90,28 @@ def make_task(config, start, source, *, mesh, loss, teacher, evaluators=None, ch
   labelled = np.zeros(len(source), bool)
   labelled[np.asarray(chosen, int)] = config.alpha < 1
 
-  def init(key):
-    state = task.init(key)
-    variables = {} if config.cache else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), teacher.variables)
-    return DistillState(state.step, state.params, state.batch_stats, state.opt_state, variables)
-
-  def warm_start(state):
-    state = task.warm_start(state)
-    if config.cache:
-      return state
-    variables = jax.tree.map(jnp.array, teacher.variables)
-    return state.replace(teacher=jax.device_put(variables, mesh_lib.replicated(mesh)))
-
-  def step(state, batch):
-    if not config.cache:
-      batch = {**batch, "teacher": jax.lax.stop_gradient(teacher.apply(state.teacher, batch["views"]))}
+  def step(state, batch, *variables):
+    for frozen in variables:  # none where the logits are cached
+      batch = batch.replace(teacher=jax.lax.stop_gradient(teacher.apply(frozen, batch.pixels)))
     return task.step(state, batch)
 
   def stream(first):
     for batch in task.stream(first):
-      batch = {**batch, "label": np.where(labelled[batch["index"]], batch["label"], -1)}
-      yield {**batch, "teacher": cache[batch["index"]]} if config.cache else batch
+      batch = batch.replace(label=np.where(labelled[batch.index], batch.label, -1))
+      yield batch.replace(teacher=cache[batch.index]) if config.cache else batch
 
-  return dataclasses.replace(task, init=init, warm_start=warm_start, step=step, stream=stream)
+  constants = () if config.cache else (teacher.variables,)
+  return dataclasses.replace(task, step=step, stream=stream, constants=constants)
 
 
 def abstract_step(config, mesh, source):
   """As finetune.abstract_step, with a teacher like the student where config.teacher is not there yet."""
   named = epath.Path(config.teacher).exists()
-  teacher = Teacher(config.teacher) if named else Twin(finetune.resolve(config)[0], source.num_classes)
+  teacher = Teacher(config.teacher) if named else AbstractTeacher(finetune.resolve(config)[0], source.num_classes)
   student_loss = functools.partial(loss, temperature=config.temperature, alpha=config.alpha)
   make = functools.partial(make_task, teacher=teacher, loss=student_loss)
-  logits = {"teacher": jax.ShapeDtypeStruct((config.batch_size, source.num_classes), np.float32)}
-  return finetune.abstract_step(config, mesh, source, make, **(logits if config.cache else {}))
+  logits = jax.ShapeDtypeStruct((config.batch_size, source.num_classes), np.float32)
+  return finetune.abstract_step(config, mesh, source, make, logits if config.cache else None)
 
 
 def _logits(config, teacher, source, mesh):

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from simclr_jax import augment, data, exporting, optimizer
+from simclr_jax import augment, data, exporting, optimizer, views
 from simclr_jax import model as model_lib
 from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed
@@ -26,6 +26,8 @@ from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
+
+ADVICE = "lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
 
 
 def resolve(config):
@@ -76,9 +78,9 @@ def optimizer_of(config, num_examples: int):
 
 
 def cross_entropy(logits, batch):
-  """Mean over the examples with a label (batch["label"] >= 0), and their accuracy."""
-  known = batch["label"] >= 0
-  label, count = jnp.maximum(batch["label"], 0), jnp.maximum(known.sum(), 1)
+  """Mean over the examples with a label (batch.label >= 0), and their accuracy."""
+  known = batch.label >= 0
+  label, count = jnp.maximum(batch.label, 0), jnp.maximum(known.sum(), 1)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
   right = jnp.sum(known * (logits.argmax(1) == label)) / count
   return jnp.sum(known * losses) / count, {"train_accuracy": right}
@@ -88,14 +90,14 @@ def train_step(state: TrainState, batch, *, model, tx, schedule, tune_after: int
   """One update of everything that is not frozen.
 
   Args:
-    batch: `views` float32 [n, h, w, 3], `label` int32 [n].
+    batch: views.Batch with pixels float32 [n, h, w, 3], one view of each image.
     weight_decay: on the classifier's kernel, which LARS leaves alone.
     loss: (logits [n, classes], batch) -> (scalar, metrics).
   """
 
   def objective(params):
     variables = {"params": params, "batch_stats": state.batch_stats}
-    logits, updated = model.apply(variables, batch["views"], train=True, tune_after=tune_after, mutable=["batch_stats"])
+    logits, updated = model.apply(variables, batch.pixels, train=True, tune_after=tune_after, mutable=["batch_stats"])
     value, metrics = loss(logits, batch)
     return value + optimizer.classifier_l2(params["classifier"], weight_decay), (value, metrics, updated["batch_stats"])
 
@@ -169,15 +171,17 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
       weight_decay=config.optimizer.weight_decay if config.optimizer.name == "lars" else 0.0,
       loss=loss,
     ),
-    stream=lambda first: data.train_stream(
-      source,
-      view(config),
-      batch_size=config.batch_size,
-      seed=config.seed,
-      start_step=first,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      max_bad_fraction=config.data.max_bad_fraction,
+    stream=lambda first: views.batches(
+      data.train_stream(
+        source,
+        view(config),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=first,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        max_bad_fraction=config.data.max_bad_fraction,
+      )
     ),
     evaluators=evaluators or {},
     total_steps=optimizer.train_steps(config, len(source)),
@@ -185,19 +189,21 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
     num_examples=len(source),
     exports=model_lib.keep_encoder,
     warm_start=warm_start,
+    advice=ADVICE,
   )
 
 
-def abstract_step(config, mesh, source, make=make_task, **more):
-  """As pretrain.abstract_step; without a start, of the network that the recipe names.  `more` is added to the batch."""
+def abstract_step(config, mesh, source, make=make_task, teacher=None):
+  """As pretrain.abstract_step; without a start, of the network that the recipe names.  `teacher` is that of the batch."""
   config, start = resolve(config)
   b, size = config.batch_size, config.augment.size
   number = jax.ShapeDtypeStruct((b,), np.int32)
-  batch = {"views": jax.ShapeDtypeStruct((b, size, size, 3), np.float32), "label": number, "index": number, **more}
+  pixels, seed = jax.ShapeDtypeStruct((b, size, size, 3), np.float32), jax.ShapeDtypeStruct((b, 2), np.int32)
+  batch = views.Batch(pixels=pixels, label=number, index=number, seed=seed, teacher=teacher)
   return loop.abstract_step(make(config, start, source, mesh=mesh), mesh, batch)
 
 
-class Evaluation:
+class ClassifierEvaluation:
   """Top-1 and top-5 of a state on the test images, centre-cropped, BatchNorm in inference mode."""
 
   def __init__(self, config, num_classes, test_source, mesh):
@@ -224,22 +230,17 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
     dict(state, scores, workdir, config).
   """
   every = config_lib.every(config.evaluate, len(source), config.batch_size)
-  evaluation = Evaluation(config, source.num_classes, test_source, mesh)
+  evaluation = ClassifierEvaluation(config, source.num_classes, test_source, mesh)
   task = make(config, start, source, mesh=mesh, loss=loss, evaluators={"test": loop.Evaluator(evaluation.run, every)})
   if not jax.process_index():
     checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
   state, clock = loop.run(
     task,
+    loop.LoopConfig.from_config(config, len(source)),
     mesh=mesh,
     workdir=workdir,
     config_json=config_lib.to_json(config),
     seed=config.seed,
-    log_every=config.log.every_steps,
-    checkpoint_every=config_lib.every(config.checkpoint, len(source), config.batch_size),
-    keep=config.checkpoint.keep,
-    rollback=loop.Rollback(**config.get("rollback", {})),
-    wandb=config.log.get("wandb", ""),
-    profile_steps=config.log.get("profile_steps", 0),
   )
   scores = evaluation.run(state)
   step = int(state.step)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from simclr_jax import augment, data, optimizer
+from simclr_jax import augment, data, optimizer, views
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import trained
 from simclr_jax.runtime import checkpoint, loop
@@ -23,18 +23,17 @@ from simclr_jax.runtime import mesh as mesh_lib
 
 @flax.struct.dataclass
 class ProbeState:
-  """A linear classifier in training on a frozen encoder."""
+  """A linear classifier in training."""
 
   step: jax.Array
   params: dict
   opt_state: tuple
-  frozen: dict  # the encoder's variables, handed on untouched
 
 
-def train_step(state: ProbeState, batch, *, encoder, classifier, tx, schedule):
-  """One update of the classifier; the encoder runs in inference mode, BatchNorm included."""
-  h = jax.lax.stop_gradient(encoder.apply(state.frozen, batch["views"], train=False))
-  labels = batch["label"]
+def train_step(state: ProbeState, batch, frozen, *, encoder, classifier, tx, schedule):
+  """One update of the classifier; the encoder, with its variables `frozen`, runs in inference mode, BatchNorm included."""
+  h = jax.lax.stop_gradient(encoder.apply(frozen, batch.pixels, train=False))
+  labels = batch.label
 
   def objective(params):
     logits = classifier.apply({"params": params}, h)
@@ -48,7 +47,7 @@ def train_step(state: ProbeState, batch, *, encoder, classifier, tx, schedule):
     "learning_rate": schedule(state.step),
   }
   params = optax.apply_updates(state.params, updates)
-  return ProbeState(state.step + 1, params, opt_state, state.frozen), metrics
+  return ProbeState(state.step + 1, params, opt_state), metrics
 
 
 def make_task(opened: trained.TrainedRun, source) -> loop.Task:
@@ -71,26 +70,28 @@ def make_task(opened: trained.TrainedRun, source) -> loop.Task:
   crop = {key: c.augment[key] for key in ("size", "crop_sampler", "crop_area") if key in c.augment}
 
   def init(key):
-    frozen = jax.tree.map(jnp.asarray, opened.variables)
-    width = jax.eval_shape(functools.partial(opened.encoder.apply, train=False), frozen, _image(c.augment.size)).shape[
-      1
-    ]
+    width = jax.eval_shape(
+      functools.partial(opened.encoder.apply, train=False), opened.variables, _image(c.augment.size)
+    ).shape[1]
     params = classifier.init(key, jnp.zeros((1, width)))["params"]
-    return ProbeState(jnp.zeros((), jnp.int32), params, tx.init(params), frozen)
+    return ProbeState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
   return loop.Task(
     init=init,
     step=functools.partial(train_step, encoder=opened.encoder, classifier=classifier, tx=tx, schedule=schedule),
-    stream=lambda start: data.train_stream(
-      source,
-      functools.partial(augment.one_view, **crop),
-      batch_size=c.probe.batch_size,
-      seed=c.seed,
-      start_step=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      max_bad_fraction=c.data.max_bad_fraction,
+    stream=lambda start: views.batches(
+      data.train_stream(
+        source,
+        functools.partial(augment.one_view, **crop),
+        batch_size=c.probe.batch_size,
+        seed=c.seed,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        max_bad_fraction=c.data.max_bad_fraction,
+      )
     ),
+    constants=(opened.variables,),
     evaluators={},
     total_steps=optimizer.train_steps(rule, len(source)),
     batch_size=c.probe.batch_size,
@@ -119,13 +120,11 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
     folder = f"step{opened.step}-{c.probe.train_epochs:g}ep-b{c.probe.batch_size}-lr{c.probe.base_lr:g}"
     state, _ = loop.run(
       make_task(opened, source),
+      loop.LoopConfig(log_every=c.log.every_steps),
       mesh=opened.mesh,
       workdir=checkpoint.claim_workdir(str(opened.workdir / "probe" / folder), resume=True, overwrite=False),
       config_json=checkpoint.read_config(workdir),
       seed=c.seed,
-      log_every=c.log.every_steps,
-      checkpoint_every=0,
-      keep=1,
     )
     classifier = jax.device_get(state.params)
     how = f"SGD-Nesterov, {c.probe.train_epochs:g} epochs"

@@ -162,7 +162,7 @@ def fine_tune(config, start, train: Split, held_out, test: Split, metric: str, w
     c = config_lib.check(c)
     folder = checkpoint.claim_workdir(str(workdir / name), resume=True, overwrite=False)
     state = finetune.train(c, start, source, tested, folder, mesh=mesh)["state"]
-    return finetune.Evaluation(c, train.num_classes, tested, mesh).logits(state)[0]
+    return finetune.ClassifierEvaluation(c, train.num_classes, tested, mesh).logits(state)[0]
 
   if train.targets.ndim > 1:
     raise ValueError(

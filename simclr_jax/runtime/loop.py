@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from simclr_jax.runtime import checkpoint, processes
+from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 
@@ -40,7 +41,7 @@ class Task:
   """Everything the loop needs to know about a program."""
 
   init: Callable[[jax.Array], State]  # PRNG key -> state at step 0
-  step: Callable[[State, Batch], tuple[State, dict]]  # one update; jitted here, state donated
+  step: Callable[..., tuple[State, dict]]  # (state, batch, *constants): one update; jitted here, state donated
   stream: Callable[[int], Iterator[Batch]]  # start step -> this process's numpy batches
   evaluators: Mapping[str, Evaluator]
   total_steps: int
@@ -49,6 +50,10 @@ class Task:
   exports: Callable[[State], dict]  # state -> variables kept as the checkpoint item `encoder`
   zero1: bool = False  # whether state.opt_state is split over the devices
   warm_start: Callable[[State], State] = lambda state: state  # puts given weights into the state at step 0, not jitted
+  constants: tuple = ()  # trees of arrays that every step reads and none changes, such as a teacher; in no checkpoint
+  show: Mapping[str, str] = dataclasses.field(default_factory=dict)  # metric -> what the progress line calls it
+  log_with_every_row: Mapping[str, float] = dataclasses.field(default_factory=dict)  # such as the loss at chance
+  advice: str = ""  # for a run that diverges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,196 +139,267 @@ def compile_step(task: Task, mesh, like):
 
 def abstract_step(task: Task, mesh, batch):
   """(jitted update, its arguments): `batch` is shapes and dtypes of the global batch; nothing is allocated."""
-  split = mesh_lib.batch_sharding(mesh)
+  split, whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
+  constants = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), task.constants)
   state = abstract_state(task, mesh)
-  return compile_step(task, mesh, state), (state, batch)
+  return compile_step(task, mesh, state), (state, batch, *constants)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+  """How often the loop does what; intervals are in steps.
+
+  Attributes:
+    checkpoint_every: 0 saves at the end only.
+    keep: newest checkpoints that are kept.
+    wandb: see metrics.Writer.
+    profile_steps: so many steps, from the tenth on, are traced by JAX's profiler into workdir/profile.
+  """
+
+  log_every: int
+  checkpoint_every: int = 0
+  keep: int = 1
+  rollback: Rollback = Rollback()
+  wandb: str = ""
+  profile_steps: int = 0
+
+  @classmethod
+  def from_config(cls, config, num_examples: int) -> "LoopConfig":
+    """From the sections `log`, `checkpoint` and `rollback` of a config."""
+    return cls(
+      log_every=config.log.every_steps,
+      checkpoint_every=config_lib.every(config.checkpoint, num_examples, config.batch_size),
+      keep=config.checkpoint.keep,
+      rollback=Rollback(config.rollback.times, config.rollback.spike),
+      wandb=config.log.wandb,
+      profile_steps=config.log.profile_steps,
+    )
 
 
 def run(
-  task: Task,
-  *,
-  mesh,
-  workdir,
-  config_json: str,
-  seed: int,
-  log_every: int,
-  checkpoint_every: int,
-  keep: int,
-  rollback: Rollback = Rollback(),  # noqa: B008
-  constants: Mapping = {},
-  wandb: str = "",
-  profile_steps: int = 0,
+  task: Task, config: LoopConfig, *, mesh, workdir, config_json: str, seed: int
 ) -> tuple[State, metrics_lib.Clock]:
   """Trains to `task.total_steps`, from the newest checkpoint in workdir if there is one.
-
-  Args:
-    log_every, checkpoint_every: in steps; checkpoint_every=0 saves at the end only.
-    constants: numbers that are written with every row, such as the loss at chance.
-    wandb: see metrics.Writer.
-    profile_steps: so many steps, from the tenth on, are traced by JAX's profiler into workdir/profile.
 
   Returns:
     (final state, seconds per phase).
 
   Raises:
-    Diverged: the loss became nan or infinite, or leapt, once too often for `rollback`; nothing of it is ever saved.
+    Diverged: the loss became nan or infinite, or leapt, once too often for `config.rollback`; nothing of it is saved.
     Interrupted: SIGINT or SIGTERM; the state was saved first.
     OSError: a checkpoint could not be written; names the one that is good.
   """
-  clock = metrics_lib.Clock()
-  checkpoints = checkpoint.Checkpoints(workdir, keep=keep)
-  with clock.phase("start"):
-    like = abstract_state(task, mesh)
-    first, state = checkpoints.restore_newest(like)
-    if state is None:
-      placed = jax.tree.map(lambda x: x.sharding, like)
-      state = task.warm_start(jax.jit(task.init, out_shardings=placed)(jax.random.key(seed)))
-  writer = metrics_lib.Writer(workdir, resume_step=first, wandb=wandb)
-  progress = metrics_lib.Progress(task.total_steps, task.num_examples / task.batch_size)
-  if first:
-    progress.note(f"resuming from step {first} of {task.total_steps}")
-  step_fn = compile_step(task, mesh, like)
-  window, in_flight, usual = [], collections.deque(), collections.deque(maxlen=128)
-  skipped = _Skipped(workdir)
-  last_logged, tracing = first, False
-  stream = opened_at = None  # the batches, and the step whose state they follow
-  mark = dict(clock.seconds)
+  return Loop(task, config, mesh=mesh, workdir=workdir, config_json=config_json, seed=seed).run()
 
-  def log(step):
-    """Fetches the window's metrics (this waits for the device), writes their mean, and checks they are finite."""
-    nonlocal window, last_logged, mark
-    if not window:
-      return
-    with clock.phase("step"):
-      rows = jax.device_get(window)
-    window = []
-    row = {key: float(np.mean([r[key] for r in rows])) for key in rows[0]}
-    for r in rows:
-      limit = np.mean(usual) + rollback.spike * np.std(usual) if rollback.spike and len(usual) == 128 else np.inf
-      if not (np.isfinite(r["loss"]) and r["loss"] <= limit):
-        good = checkpoints.latest_step()
-        kept = f"step {good} is saved" if good is not None else "nothing was saved yet"
-        raise Diverged(
-          f"the loss became {r['loss']:.6g} within steps {last_logged + 1} to {step}"
-          + (f", {rollback.spike:g} standard deviations above the last 128" if np.isfinite(r["loss"]) else "")
-          + f"; {kept}; lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
-        )
-      usual.append(r["loss"])
-    spent = {k: v - mark.get(k, 0.0) for k, v in clock.seconds.items()}
-    mark = dict(clock.seconds)
-    busy = sum(spent.get(k, 0.0) for k in ("data", "step"))
-    if busy:
-      row["images_per_second"] = (step - last_logged) * task.batch_size / busy
-      row["data_wait"] = spent.get("data", 0.0) / busy
-    row["epoch"] = step * task.batch_size / task.num_examples
-    row["goodput"] = clock.goodput()
-    row["seconds"] = writer.seconds_before + time.monotonic() - clock.started
-    row.update(constants)
-    writer.scalars(step, row)
-    progress.update(step, row, eta(step))
-    last_logged = step
 
-  def eta(step):
-    done = step - first
-    working = sum(clock.seconds[k] for k in ("data", "step", "evaluate", "save"))
-    return (task.total_steps - step) * working / done if done else 0.0
+class Loop:
+  """One run of `run`, phase by phase.
 
-  def save(step):
-    log(step)
-    with clock.phase("save"):
-      checkpoints.save(step, state, task.exports(state), config_json)
+  Attributes:
+    step: number of the update that is being made, or was made last.
+    state: after `step` updates.
+    window: metrics on the devices that have not been fetched yet, one entry a step.
+  """
 
-  def open_stream(after):
-    """The batches that follow the state of step `after`."""
-    nonlocal stream, opened_at
-    stream, opened_at = task.stream(skipped.position(after)), after
+  def __init__(self, task: Task, config: LoopConfig, *, mesh, workdir, config_json: str, seed: int):
+    self.task, self.config, self.mesh, self.workdir = task, config, mesh, epath.Path(workdir)
+    self.config_json = config_json
+    self.clock = metrics_lib.Clock()
+    self.checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep)
+    self.like = abstract_state(task, mesh)
+    self.skipped = _Skipped(workdir)
+    self.window, self.in_flight = [], collections.deque()
+    self.recent_losses = collections.deque(maxlen=128)
+    self.tracing = False
+    self.restore(seed)
+    self.writer = metrics_lib.Writer(workdir, resume_step=self.first, wandb=config.wandb)
+    self.progress = metrics_lib.Progress(task.total_steps, task.num_examples / task.batch_size, show=task.show)
+    self.last_logged, self.mark = self.first, dict(self.clock.seconds)
 
-  def go_back(error):
-    """Puts the newest checkpoint in the place of the state and the batches since behind; returns its step."""
-    nonlocal state, window, last_logged
-    good = checkpoints.latest_step()
-    if good is None or skipped.times >= rollback.times:
+  def run(self) -> tuple[State, metrics_lib.Clock]:
+    if self.first:
+      self.progress.note(f"resuming from step {self.first} of {self.task.total_steps}")
+    with _Signals() as self.signals:
+      self.open_stream(self.first)
+      while self.step < self.task.total_steps:
+        self.step += 1
+        try:
+          stop = self.one_step()
+        except Diverged as error:
+          self.roll_back(error)
+          continue
+        if stop and self.step < self.task.total_steps:
+          self.interrupted()
+    self.trace(False)
+    self.close()
+    return self.state, self.clock
+
+  def one_step(self) -> bool:
+    """One update and what is due after it; returns whether a signal asks the run to stop."""
+    self.trace_when_due()
+    batch = self.next_batch()
+    self.update(batch)
+    last = self.step == self.task.total_steps
+    if last or self.step % self.config.log_every == 0:
+      self.log()
+    stop = self.signals.stop_after(self.step)
+    self.evaluate(stop)
+    stop = stop or bool(self.signals.received)  # it may have come while evaluating
+    if last or stop or (self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0):
+      self.save()
+    return stop
+
+  # ---- start, and start again ----------------------------------------------------------------------------------
+
+  def restore(self, seed: int):
+    """The newest checkpoint's state, or a new one; constants and the compiled update follow from it."""
+    with self.clock.phase("start"):
+      self.first, self.state = self.checkpoints.restore_newest(self.like)
+      if self.state is None:
+        placed = jax.tree.map(lambda x: x.sharding, self.like)
+        self.state = self.task.warm_start(jax.jit(self.task.init, out_shardings=placed)(jax.random.key(seed)))
+      self.constants = jax.device_put(self.task.constants, mesh_lib.replicated(self.mesh))
+    self.step = self.first
+    self.compiled = None
+
+  def open_stream(self, after: int):
+    """Opens the batches that follow the state of step `after`."""
+    self.stream, self.opened_at = self.task.stream(self.skipped.position(after)), after
+
+  def roll_back(self, error: "Diverged"):
+    """Restores the latest checkpoint and skips the batches that followed it; raises `error` if that is used up."""
+    good = self.checkpoints.latest_step()
+    if good is None or self.skipped.times >= self.config.rollback.times:
       raise error
-    state = None  # its memory is needed
-    good, state = checkpoints.restore_newest(like)
-    skipped.add(good, step - good)
-    progress.note(f"{error}; going back to step {good} and past its next {step - good} batches")
-    window, last_logged = [], good
-    in_flight.clear()
-    usual.clear()
-    writer.rewind(good)
-    open_stream(good)
-    return good
+    self.state = None  # its memory is needed
+    good, self.state = self.checkpoints.restore_newest(self.like)
+    self.skipped.add(good, self.step - good)
+    self.progress.note(f"{error}; going back to step {good} and past its next {self.step - good} batches")
+    self.window, self.last_logged = [], good
+    self.in_flight.clear()
+    self.recent_losses.clear()
+    self.writer.rewind(good)
+    self.step = good
+    self.open_stream(good)
 
-  def trace(wanted):
-    """Starts or ends the profiler's trace, if it is not as wanted."""
-    nonlocal tracing
-    if wanted != tracing:
-      jax.block_until_ready(state)
-      jax.profiler.start_trace(str(workdir / "profile")) if wanted else jax.profiler.stop_trace()
-      tracing = wanted
+  # ---- one step ------------------------------------------------------------------------------------------------
 
-  def update():
-    """One step of training; returns whether it is the last for now."""
-    nonlocal state, step_fn
-    if profile_steps:
-      trace(first + 10 <= step < first + 10 + profile_steps)
-    if step - 1 in skipped and step - 1 != opened_at:
-      open_stream(step - 1)
-    with clock.phase("data"):
-      batch = mesh_lib.global_batch(mesh, next(stream))
-    first_time = not isinstance(step_fn, jax.stages.Compiled)
+  def next_batch(self) -> Batch:
+    before = self.step - 1
+    if before in self.skipped and before != self.opened_at:
+      self.open_stream(before)
+    with self.clock.phase("data"):
+      return mesh_lib.global_batch(self.mesh, next(self.stream))
+
+  def update(self, batch: Batch):
+    first_time = self.compiled is None
     if first_time:
-      with clock.phase("compile"):
-        step_fn = step_fn.lower(state, batch).compile()
+      with self.clock.phase("compile"):
+        step = compile_step(self.task, self.mesh, self.like)
+        self.compiled = step.lower(self.state, batch, *self.constants).compile()
         processes.meet("compiled")
-    with clock.phase("step"):
-      state, metrics = step_fn(state, batch)
-      window.append(metrics)
-      in_flight.append(metrics)
-      if first_time or len(in_flight) > 2:  # two steps ahead of the device at most: bounds memory
-        jax.block_until_ready(in_flight.popleft())
-    if step % log_every == 0 or step == task.total_steps:
-      log(step)
-    row, stop = {}, signals.stop_after(step)
-    for evaluator in task.evaluators.values():
-      if step == task.total_steps or (evaluator.every and step % evaluator.every == 0 and not stop):
-        log(step)
-        with clock.phase("evaluate"):
-          row.update(evaluator.run(state))
-    if row:
-      writer.scalars(step, row)
-      for text in (value for value in row.values() if isinstance(value, str)):
-        progress.note(text)
-      progress.update(step, row, eta(step))
-    stop = stop or bool(signals.received)  # it may have come while evaluating
-    if step == task.total_steps or (checkpoint_every and step % checkpoint_every == 0) or stop:
-      save(step)
-    return stop and step < task.total_steps
+    with self.clock.phase("step"):
+      self.state, metrics = self.compiled(self.state, batch, *self.constants)
+      self.window.append(metrics)
+      self.in_flight.append(metrics)
+      if first_time or len(self.in_flight) > 2:  # two steps ahead of the device at most: bounds memory
+        jax.block_until_ready(self.in_flight.popleft())
 
-  with _Signals() as signals:
-    step = first
-    open_stream(first)
-    while step < task.total_steps:
-      step += 1
-      try:
-        stop = update()
-      except Diverged as error:
-        step = go_back(error)
-        continue
-      if stop:
-        writer.close()
-        checkpoints.close()
-        name = signal.Signals(signals.received).name
-        raise Interrupted(
-          f"{name}: stopped after step {step} and saved it; go on with --resume",
-          130 if signals.received == signal.SIGINT else 42,
-        )
-  trace(False)
-  writer.close()
-  checkpoints.close()
-  return state, clock
+  def log(self):
+    """Fetches the window's metrics (this waits for the device), checks their losses and writes their mean."""
+    if not self.window:
+      return
+    with self.clock.phase("step"):
+      rows = jax.device_get(self.window)
+    self.window = []
+    for row in rows:
+      self.check_loss(row["loss"])
+    mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    row = {**mean, **self.speed(), **self.task.log_with_every_row}
+    self.writer.scalars(self.step, row)
+    self.progress.update(self.step, row, self.seconds_left())
+    self.last_logged = self.step
+
+  def check_loss(self, loss):
+    """Raises Diverged unless the loss is finite and, where `rollback.spike` is set, near the last 128."""
+    recent, spike = self.recent_losses, self.config.rollback.spike
+    limit = np.mean(recent) + spike * np.std(recent) if spike and len(recent) == recent.maxlen else np.inf
+    if np.isfinite(loss) and loss <= limit:
+      recent.append(loss)
+      return
+    good = self.checkpoints.latest_step()
+    kept = f"step {good} is saved" if good is not None else "nothing was saved yet"
+    leapt = f", {spike:g} standard deviations above the last {recent.maxlen}" if np.isfinite(loss) else ""
+    advice = f"; {self.task.advice}" if self.task.advice else ""
+    raise Diverged(
+      f"the loss became {loss:.6g} within steps {self.last_logged + 1} to {self.step}{leapt}; {kept}{advice}"
+    )
+
+  def speed(self) -> dict:
+    """Rates since the last row was logged, and totals."""
+    seconds, task, row = self.clock.seconds, self.task, {}
+    spent = {key: value - self.mark.get(key, 0.0) for key, value in seconds.items()}
+    self.mark = dict(seconds)
+    busy = sum(spent.get(key, 0.0) for key in ("data", "step"))
+    if busy:
+      row["images_per_second"] = (self.step - self.last_logged) * task.batch_size / busy
+      row["data_wait"] = spent.get("data", 0.0) / busy
+    row["epoch"] = self.step * task.batch_size / task.num_examples
+    row["goodput"] = self.clock.goodput()
+    row["seconds"] = self.writer.seconds_before + time.monotonic() - self.clock.started
+    return row
+
+  def seconds_left(self) -> float:
+    done = self.step - self.first
+    working = sum(self.clock.seconds[key] for key in ("data", "step", "evaluate", "save"))
+    return (self.task.total_steps - self.step) * working / done if done else 0.0
+
+  # ---- now and then --------------------------------------------------------------------------------------------
+
+  def evaluate(self, stopping: bool):
+    """Runs the evaluators that are due: all of them after the last step, none if the run is about to stop."""
+    row, last = {}, self.step == self.task.total_steps
+    for evaluator in self.task.evaluators.values():
+      if last or (evaluator.every and self.step % evaluator.every == 0 and not stopping):
+        self.log()
+        with self.clock.phase("evaluate"):
+          row.update(evaluator.run(self.state))
+    if row:
+      self.writer.scalars(self.step, row)
+      for text in (value for value in row.values() if isinstance(value, str)):
+        self.progress.note(text)
+      self.progress.update(self.step, row, self.seconds_left())
+
+  def save(self):
+    self.log()
+    with self.clock.phase("save"):
+      self.checkpoints.save(self.step, self.state, self.task.exports(self.state), self.config_json)
+
+  def trace_when_due(self):
+    begin = self.first + 10
+    if self.config.profile_steps:
+      self.trace(begin <= self.step < begin + self.config.profile_steps)
+
+  def trace(self, wanted: bool):
+    """Starts or ends the profiler's trace, if it is not as wanted."""
+    if wanted != self.tracing:
+      jax.block_until_ready(self.state)
+      jax.profiler.start_trace(str(self.workdir / "profile")) if wanted else jax.profiler.stop_trace()
+      self.tracing = wanted
+
+  def interrupted(self):
+    """Ends the run after a signal; the state was saved."""
+    self.close()
+    name = signal.Signals(self.signals.received).name
+    raise Interrupted(
+      f"{name}: stopped after step {self.step} and saved it; go on with --resume",
+      130 if self.signals.received == signal.SIGINT else 42,
+    )
+
+  def close(self):
+    self.writer.close()
+    self.checkpoints.close()
 
 
 class _Skipped:

@@ -1,0 +1,66 @@
+"""SimCLR (arXiv 2002.05709): a contrastive loss on the two views of every image, and nothing to remember."""
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable
+
+from simclr_jax import contrast
+
+
+@dataclasses.dataclass(frozen=True)
+class SimCLR:
+  """A methods.Method; `contrastive` is (z [n, 2, d]) -> (scalar, metrics)."""
+
+  contrastive: Callable
+  chance_loss: float | None = None
+
+  def init(self, variables, outputs):
+    return {}
+
+  def loss(self, outputs, extra, network, batch):
+    loss, metrics = self.contrastive(outputs.z)
+    return loss, metrics, {}
+
+  def after(self, variables, extra, updates):
+    return {}
+
+
+def create(config, mesh) -> SimCLR:
+  """SimCLR with the loss of a config: NT-Xent unless `config.loss.name` says otherwise."""
+  return SimCLR(loss_function(config, mesh), chance_loss(config))
+
+
+def loss_function(config, mesh):
+  """(z [n, 2, d]) -> (loss, metrics): one of contrast.LOSSES.
+
+  Raises:
+    ValueError: no such loss, an option that it does not take, or a value that it refuses.
+  """
+  options = loss_options(config)
+  name = config.loss.name
+  choices = [choice for choice in contrast.LOSSES if choice != "supervised"]  # which takes labels too
+  if name not in choices:
+    raise ValueError(f"config.loss.name={name!r}: expected one of {', '.join(choices)}")
+  accepted = {k: p for k, p in inspect.signature(contrast.LOSSES[name]).parameters.items() if k not in ("z", "mesh")}
+  unknown = [key for key in options if key not in accepted]
+  missing = [key for key, p in accepted.items() if p.default is p.empty and key not in options]
+  if unknown or missing:
+    mistake = f"{unknown[0]}: no such option" if unknown else f"{missing[0]} is missing"
+    raise ValueError(f"config.loss.{mistake}; {name} takes {', '.join(accepted)}")
+  mesh = {"mesh": mesh} if name == "nt_xent" else {}
+  return functools.partial(contrast.LOSSES[name], **mesh, **options)
+
+
+def loss_options(config) -> dict:
+  """What the section `loss` gives the loss function: all of it that is set but its name."""
+  section = dataclasses.asdict(config.loss)
+  return {key: value for key, value in section.items() if key != "name" and value is not None}
+
+
+def chance_loss(config) -> float | None:
+  """NT-Xent of embeddings that know nothing: ln(2n - 1), twice that for the official sum; None for other losses."""
+  if config.loss.name != "nt_xent":
+    return None
+  return contrast.REDUCTIONS[config.loss.reduction or "mean"] * math.log(2 * config.batch_size - 1)

@@ -1,0 +1,148 @@
+"""What the encoder of a pretraining run is worth: kNN, collapse diagnostics and linear evaluation, and a table of them."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+
+from simclr_jax import diagnostics, exporting
+from simclr_jax import model as model_lib
+from simclr_jax.data import permutation
+from simclr_jax.evaluation import embed, knn, linear
+from simclr_jax.programs import map as map_lib
+from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime import metrics as metrics_lib
+
+ON_THE_MAP = 2000  # images of the page's map, at most
+
+
+@functools.lru_cache
+def _representations(model):
+  """Jitted (variables, images [m, h, w, 3]) -> {"h", "z"}, BatchNorm in inference mode."""
+
+  @jax.jit
+  def apply(variables, images):
+    outputs = model.apply(variables, images[:, None], train=False)
+    return {"h": outputs.h[:, 0], "z": outputs.z[:, 0]}
+
+  return apply
+
+
+def _variables(state):
+  return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+class PretrainEvaluation:
+  """kNN, collapse diagnostics and linear evaluation of a state, on the labeled train and test images."""
+
+  def __init__(self, config, model, train_source, test_source, mesh):
+    self._apply, self._mesh, self._config = _representations(model), mesh, config
+    self.num_classes = train_source.num_classes
+    make = functools.partial(embed.eval_set, config=config, mesh=mesh)
+    bank = embed.bank(train_source, config)
+    self.train, self.test = make(bank), make(test_source)
+    native = min(test_source.read(0).shape[:2])  # raw pixels compete at their own size where that is small
+    self.raw = [
+      make(part, size=native, crop=1.0) if native <= 64 else made
+      for part, made in ((bank, self.train), (test_source, self.test))
+    ]
+
+  def embed(self, state):
+    """({"h", "z"} of the training images, the same of the test images), numpy."""
+    return tuple(embed.embed(self._apply, _variables(state), part, self._mesh) for part in (self.train, self.test))
+
+  def knn(self, train_x, test_x) -> float:
+    c = self._config.evaluate
+    return knn.accuracy(
+      train_x,
+      self.train.labels(),
+      test_x,
+      self.test.labels(),
+      k=c.knn_k,
+      temperature=c.knn_temperature,
+      num_classes=self.num_classes,
+    )
+
+  def quick(self, state) -> dict:
+    """What the loop shows now and then."""
+    scores = {}
+    if self.num_classes:
+      train, test = self.embed(state)
+      scores["knn"] = self.knn(train["h"], test["h"])
+    else:
+      test = embed.embed(self._apply, _variables(state), self.test, self._mesh)
+    numbers = diagnostics.summary(test["h"], test["z"])
+    collapsed, verdict = diagnostics.verdict(numbers)
+    return {**scores, **numbers, "collapsed": float(collapsed), "verdict": verdict}
+
+  def scores(self, name: str, train_x, test_x) -> dict:
+    """One row of the table: kNN, linear evaluation with all labels, and with 10 labels a class."""
+    y, test_y = self.train.labels(), self.test.labels()
+    return {
+      "representation": name,
+      "knn": self.knn(train_x, test_x),
+      "linear": linear.linear_evaluation(train_x, y, test_x, test_y, num_classes=self.num_classes),
+      "linear_10": linear.few_label_evaluation(train_x, y, test_x, test_y, num_classes=self.num_classes),
+    }
+
+
+def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
+  """Scores, neighbours and confusion at the end of a run; the encoder is exported here."""
+  train, test = evaluation.embed(state)
+  numbers = diagnostics.summary(test["h"], test["z"])
+  collapsed, verdict = diagnostics.verdict(numbers)
+  out = {"verdict": verdict, "collapsed": collapsed, "scores": [], "confusion": None}
+  labels = test_labels = None
+  if evaluation.num_classes:
+    labels, test_labels = evaluation.train.labels(), evaluation.test.labels()
+    untrained = jax.jit(task.init, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(config.seed))
+    before = evaluation.embed(untrained)
+    chance = 1 / evaluation.num_classes
+    out["scores"] = [
+      evaluation.scores("raw pixels", *(part.pixels() for part in evaluation.raw)),
+      evaluation.scores("untrained encoder", before[0]["h"], before[1]["h"]),
+      evaluation.scores("SimCLR z", train["z"], test["z"]),
+      evaluation.scores("SimCLR h", train["h"], test["h"]),
+      {"representation": "chance", "knn": chance, "linear": chance, "linear_10": chance},
+    ]
+    predicted = knn.predict(
+      train["h"],
+      labels,
+      test["h"],
+      k=config.evaluate.knn_k,
+      temperature=config.evaluate.knn_temperature,
+      num_classes=evaluation.num_classes,
+    )
+    out["confusion"] = np.zeros((evaluation.num_classes,) * 2, int)
+    np.add.at(out["confusion"], (test_labels, predicted), 1)
+    out["class_names"] = list(evaluation.test.source.class_names)
+  queries = np.random.default_rng(config.seed).permutation(len(test["h"]))[:8]
+  _, nearest = knn.nearest(train["h"], test["h"][queries], k=8)
+  if not config.data.test:
+    nearest = nearest[:, 1:]  # the query itself
+  neighbours = np.stack([evaluation.train.images(row) for row in nearest])
+  same = labels[nearest] == test_labels[queries][:, None] if labels is not None else None
+  out["neighbours"] = (evaluation.test.images(queries), neighbours, same)
+  scores = {row["representation"]: {k: v for k, v in row.items() if k != "representation"} for row in out["scores"]}
+  step = out["step"] = int(state.step)
+  if not jax.process_index():
+    kept = model_lib.keep_encoder(state)
+    numbers |= {"collapsed": collapsed, "verdict": verdict}
+    checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
+    out["map"] = _map(evaluation.test, test["h"], config.seed)
+    metrics_lib.projector(workdir, test["h"][:ON_THE_MAP], None if labels is None else test_labels[:ON_THE_MAP])
+    exporting.write(workdir / "encoder", kept, config, scores=scores, step=step, overwrite=True)
+  return out
+
+
+def _map(images: embed.EvalSet, h, seed: int) -> dict | None:
+  """What the page shows of h [n, d] in the plane."""
+  if len(h) < 4:
+    return None
+  rows = np.sort(permutation(seed, 0, len(h))[:ON_THE_MAP])
+  source, index = images.source, images.rows()[rows]
+  names = [source.name(int(i)) for i in index]
+  labels = images.labels()[rows] if source.num_classes else None
+  return map_lib.chart(h[rows], map_lib.thumbnails(source, index), names, labels, source.class_names, seed=seed)

@@ -1,0 +1,107 @@
+"""Algorithm 1 of SimCLR (arXiv 2002.05709), one update: augment, encode, project, contrast, update.
+
+`train_step` is all of it.  What differs between methods is a `Method` (methods/); what differs between machines is
+handed in: `views` and `network` are the plain functions, or those that encode a large batch in microbatches.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from simclr_jax import accumulate, optimizer
+from simclr_jax.encoder import BN_MOMENTUM
+from simclr_jax.model import TrainState
+from simclr_jax.views import Batch
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  *,
+  views: Callable,
+  network: Callable,
+  method,
+  tx,
+  schedule,
+  weight_decay: float = 0.0,
+):
+  """One update.
+
+  Args:
+    views: Batch -> float32 [n, 2, h, w, 3] in [0, 1], t(x) and t'(x) of n images x; n is the global batch size.
+    network: ({"params", "batch_stats"}, views) -> (model.Outputs, updated batch_stats).
+    method: a methods.Method, which has the loss.
+    tx, schedule: what optimizer.create returns.
+    weight_decay: on the online classifier's kernel, which LARS leaves alone.
+
+  Returns:
+    (next state, metrics as float32 scalars).
+
+  BatchNorm statistics and negatives range over the global batch, whatever the number of devices.
+  """
+  x = views(batch)
+
+  def objective(params):
+    outputs, batch_stats = network({"params": params, "batch_stats": state.batch_stats}, x)
+    loss, metrics, updates = method.loss(outputs, state.extra, functools.partial(network, views=x), batch)
+    online_loss, online_metrics = online_classifier(outputs.logits, batch.label)
+    return loss + online_loss, ({"loss": loss, **metrics, **online_metrics}, batch_stats, updates)
+
+  (_, (metrics, batch_stats, updates)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+  if "classifier" in grads and weight_decay:
+    decay = jax.grad(optimizer.classifier_l2)(state.params["classifier"], weight_decay)
+    grads = {**grads, "classifier": jax.tree.map(jnp.add, grads["classifier"], decay)}
+  steps, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, steps)
+  extra = method.after({"params": params, "batch_stats": batch_stats}, state.extra, updates)
+  metrics |= {"learning_rate": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
+  return TrainState(state.step + 1, params, batch_stats, opt_state, extra), metrics
+
+
+def online_classifier(logits, label):
+  """(loss, metrics) of the linear classifier that watches h without touching it.
+
+  Args:
+    logits: [n, 2, classes] of both views, or None without labels.
+    label: int32 [n], -1 where there is none: such images do not count.
+  """
+  if logits is None:
+    return jnp.zeros(()), {"online_loss": jnp.zeros(())}
+  y = jnp.maximum(label, 0)[:, None]  # both views of an image have its label
+  known = label >= 0
+  weight = known[:, None] / (2 * jnp.maximum(known.sum(), 1))
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.broadcast_to(y, logits.shape[:2]))
+  loss = jnp.sum(weight * losses)
+  return loss, {"online_loss": loss, "online_accuracy": jnp.sum(weight * (logits.argmax(-1) == y))}
+
+
+def whole(model, device: Callable):
+  """(views, network) of `train_step` for a batch that is encoded at once; `device` as in views.ViewPipeline."""
+
+  def network(variables, views, train=True):
+    outputs, updated = model.apply(variables, views, train=train, mutable=["batch_stats"])
+    return outputs, updated.get("batch_stats", {})
+
+  return device, network
+
+
+def in_microbatches(model, device: Callable, *, microbatches: int, devices: int, batch_norm: str):
+  """The same for a batch that is encoded in parts, its views made a part at a time: see accumulate.py."""
+  _, encode = whole(model, device)
+
+  def moments(variables, batch):
+    _, seen = model.apply(variables, device(batch), train=False, mutable=[accumulate.MOMENTS])
+    return seen[accumulate.MOMENTS]
+
+  network = accumulate.in_parts(
+    lambda variables, batch, train: encode(variables, device(batch), train),
+    parts=microbatches,
+    devices=devices,
+    batch_norm=batch_norm,
+    momentum=BN_MOMENTUM,
+    moments=moments,
+  )
+  return (lambda batch: batch), lambda variables, views, train=True: network(variables, views, train)

@@ -1,0 +1,144 @@
+"""Which half of the family T runs where: the host's half, the device's half, and the batch that they agree on.
+
+`pipeline` is the only place that knows whether pixels travel as float views, as uint8 crops or as whole images.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+
+from simclr_jax import augment_on_device
+
+WHERE = ("host", "device", "device_crop", "resident")
+CROP = ("size", "crop_sampler", "crop_area", "flip", "resize")
+HOST_ONLY = ("extra", "one_sided")
+
+
+@flax.struct.dataclass
+class Batch:
+  """One global batch of n images, split over the devices along the first axis.
+
+  Attributes:
+    pixels: what the host's half of a ViewPipeline made: views, float32 or uint8 [n, 2, size, size, 3]; or dict(image
+      uint8 [n, h, w, 3], extent int32 [n, 2]), images in the top left corners of canvases and their heights and widths.
+    label: int32 [n], -1 where there is none.
+    index: int32 [n], numbers of the images in the data set.
+    seed: int32 [n, 2], of the augmentations of each image.
+    teacher: float32 [n, classes], logits of a teacher, in distillation from cached logits; else None.
+  """
+
+  pixels: Any
+  label: Any
+  index: Any
+  seed: Any
+  teacher: Any = None
+
+
+def batches(rows):
+  """Batches from the dicts of a stream of data: `views`, `label`, `index`, `seed`."""
+  return (Batch(pixels=row["views"], label=row["label"], index=row["index"], seed=row["seed"]) for row in rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewPipeline:
+  """The augmentation in two halves.
+
+  Attributes:
+    host: (image uint8 [h, w, 3], seed [2]) -> tensor, a TensorFlow function; None where images stay as they are.
+    device: Batch -> float32 [n, 2, size, size, 3] in [0, 1], part of the compiled step.
+    spec: n -> Batch of shapes and dtypes, all that compiling a step needs.
+    canvas: side of the square on which images travel where `host` is None.
+    resident: whether the images live on the devices from the start.
+  """
+
+  host: Callable | None
+  device: Callable
+  spec: Callable
+  canvas: int
+  resident: bool
+
+  def check(self):
+    """Tries both halves on an image of 8 pixels, so that impossible values fail before a run begins.
+
+    Raises:
+      ValueError: an option is out of range.
+    """
+    image = np.zeros((8, 8, 3), np.uint8)
+    pixels = {"image": image[None], "extent": np.full((1, 2), 8, np.int32)}
+    if self.host:
+      pixels = np.asarray(self.host(image, (0, 0)))[None]
+    one = np.zeros(1, np.int32)
+    jax.eval_shape(self.device, Batch(pixels=pixels, label=one, index=one, seed=np.zeros((1, 2), np.int32)))
+
+
+def pipeline(*, where: str = "host", canvas: int = 512, precision: str = "highest", **options) -> ViewPipeline:
+  """The pipeline of `config.augment`.
+
+  where="host"         the host does everything: float32 views.
+  where="device"       the host crops and flips: uint8 views; the step distorts colors and blurs.
+  where="device_crop"  the host decodes: uint8 images on canvases; the step does everything else.
+  where="resident"     the images live on the devices; the host sends their numbers.
+
+  Args:
+    precision: of the device's products: "default" for a network that computes in bfloat16, which sees no difference.
+    options: of `augment_extra.two_views`, or of augment_on_device.py.
+
+  Raises:
+    ValueError: unknown `where`, impossible `canvas`, or an option of the host in a pipeline without it.
+  """
+  if where not in WHERE:
+    raise ValueError(f"augment.where={where!r}: expected one of {', '.join(WHERE)}")
+  if not isinstance(canvas, int) or canvas < 1:
+    raise ValueError(f"augment.canvas={canvas!r}: expected the side of the canvas in pixels")
+  if where == "host":
+    return ViewPipeline(_host("two_views", options), _pixels, _spec(_views(options["size"], np.float32)), canvas, False)
+  for name in HOST_ONLY:
+    if options.pop(name, ()):
+      raise ValueError(f"augment.where={where!r}: augment.{name} is done by the host, with augment.where=host")
+  crop = {key: options.pop(key) for key in CROP if key in options}
+  options["precision"] = precision
+  if where == "device":
+    color_and_blur = functools.partial(augment_on_device.color_and_blur, **options)
+    device = lambda batch: color_and_blur(batch.pixels, batch.seed)  # noqa: E731
+    return ViewPipeline(_host("two_crops", crop), device, _spec(_views(crop["size"], np.uint8)), canvas, False)
+  two_views = functools.partial(augment_on_device.two_views, **crop, **options)
+  device = lambda batch: two_views(batch.pixels["image"], batch.pixels["extent"], batch.seed)  # noqa: E731
+  images = {"image": ((canvas, canvas, 3), np.uint8), "extent": ((2,), np.int32)}
+  return ViewPipeline(None, device, _spec(images), canvas, where == "resident")
+
+
+def _host(name, options):
+  """A function of augment_extra.py or augment.py, which need TensorFlow, imported when it is first called."""
+
+  def half(image, seed):
+    from simclr_jax import augment, augment_extra
+
+    function = augment_extra.two_views if name == "two_views" else augment.two_crops
+    return function(image, seed, **options)
+
+  return half
+
+
+def _pixels(batch):
+  return batch.pixels
+
+
+def _views(size, dtype):
+  return (2, size, size, 3), dtype
+
+
+def _spec(pixels):
+  """n -> Batch of ShapeDtypeStructs; `pixels` is (shape of one image's, dtype), or a dict of them."""
+
+  def spec(n: int) -> Batch:
+    shape = lambda row: jax.ShapeDtypeStruct((n, *row[0]), row[1])  # noqa: E731
+    made = {name: shape(row) for name, row in pixels.items()} if isinstance(pixels, dict) else shape(pixels)
+    number = shape(((), np.int32))
+    return Batch(pixels=made, label=number, index=number, seed=shape(((2,), np.int32)))
+
+  return spec
