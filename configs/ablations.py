@@ -73,50 +73,28 @@ def get_config(arg="temperature-0.1"):
   projector = dict(kind="none") if head[0] == "none" else dict(kind=head[0], out_dim=int(head[1]))
   return ml_collections.ConfigDict(
     dict(
-      seed=0,
-      data=dict(
-        train="tfds:imagenet2012:train", test="tfds:imagenet2012:validation", data_dir="", max_bad_fraction=0.001
-      ),
+      data=dict(train="tfds:imagenet2012:train", test="tfds:imagenet2012:validation"),
       batch_size=int(batch_size),
-      microbatches=1,
-      microbatch_norm="microbatch",
-      zero1=False,
       train_epochs=float(epochs.removesuffix("ep")),
-      train_steps=0,
       augment=dict(
         where="host" if extra else "device",
-        canvas=512,
         size=224,
         color_strength=float(values[0]) if what == "color" else float(not extra),
         blur=what != "color" and not extra,
         flip=what != "no_flip",
-        crop_sampler="official",
         brightness="v1",
-        crop_area=(0.08, 1.0),
-        **(dict(extra=tuple((name, 1.0) for name in extra), one_sided=composed) if extra else {}),
+        extra=tuple((name, 1.0) for name in extra),
+        one_sided=composed,
       ),
-      encoder=dict(depth=50, width=1.0, stem="imagenet", sk_ratio=0.0, se_ratio=0.0, dtype="bfloat16"),
+      encoder=dict(depth=50, dtype="bfloat16"),
       projector=projector | (dict(layers=2) if projector["kind"] == "nonlinear" else {}),
       loss=loss,
       optimizer=dict(
-        name="lars",
-        base_lr=0.075 if scaling == "sqrt" else 0.3,
-        lr_scaling=scaling,
-        warmup_epochs=10.0,
-        momentum=0.9,
-        weight_decay=1e-6,
+        base_lr=0.075 if scaling == "sqrt" else 0.3, lr_scaling=scaling, warmup_epochs=10.0, weight_decay=1e-6
       ),
-      evaluate=dict(
-        crop=0.875,
-        batch_size=1024,
-        train_examples=50000,
-        every_steps=0,
-        every_epochs=0.0,
-        knn_k=200,
-        knn_temperature=0.1,
-      ),
-      checkpoint=dict(every_steps=0, every_epochs=1.0, keep=5),
+      evaluate=dict(batch_size=1024, train_examples=50000),
+      checkpoint=dict(every_epochs=1.0, keep=5),
       log=dict(every_steps=100),
-      probe=dict(method="sgd", train_epochs=90.0, batch_size=4096, base_lr=0.1),
+      probe=dict(method="sgd", batch_size=4096),
     )
   )

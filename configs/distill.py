@@ -31,21 +31,14 @@ def get_config(arg="r50_1x_sk0"):
   return ml_collections.ConfigDict(
     dict(
       program="distill",
-      seed=0,
       teacher="NAME_IT",
       temperature=0.1 if how == "self" else 1.0,
       alpha=0.5 if share else 1.0,  # below 1: the rest of the loss is cross-entropy on the share of labels below
-      cache=False,  # True: the teacher sees every image once, centre-cropped, before training
-      start="",
-      tap=0,
-      tune_after=-1,
       data=dict(
         train="fashion:train" if small else subset if targets == "only" else "tfds:imagenet2012:train",
         test="fashion:test" if small else "tfds:imagenet2012:validation",
-        data_dir="",
-        max_bad_fraction=0.001,
       ),
-      labels=dict(fraction={"1pct": 0.01, "10pct": 0.1}[share] if targets == "labels" else 1.0, list="", seed=0),
+      labels=dict(fraction={"1pct": 0.01, "10pct": 0.1}[share] if targets == "labels" else 1.0),
       batch_size=128 if small else 4096,
       train_epochs=0.0 if small else 400.0,
       train_steps=300 if small else 0,
@@ -55,20 +48,16 @@ def get_config(arg="r50_1x_sk0"):
         width=0.125 if small else float(width[:-1]),
         stem="cifar" if small else "imagenet",
         sk_ratio={"sk0": 0.0, "sk1": 0.0625}[sk],
-        se_ratio=0.0,
         dtype="float32" if small else "bfloat16",
       ),
-      projector=dict(kind="none"),
       optimizer=dict(
         name="adamw" if small else "lars",
         base_lr=4e-3 if small else 0.1,
         lr_scaling="none" if small else "sqrt",
         warmup_epochs=0.0 if small else 20.0,
-        momentum=0.9,
         weight_decay=1e-4,
       ),
-      evaluate=dict(crop=1.0 if small else 0.875, batch_size=500, every_steps=0, every_epochs=0.0),
-      checkpoint=dict(every_steps=0, every_epochs=0.0 if small else 1.0, keep=2),
-      log=dict(every_steps=20),
+      evaluate=dict(crop=1.0 if small else 0.875),
+      checkpoint=dict(every_epochs=0.0 if small else 1.0),
     )
   )

@@ -51,17 +51,12 @@ def get_config(arg="v2_10pct"):
   return ml_collections.ConfigDict(
     dict(
       program="finetune",
-      seed=0,
-      start="",  # a run, or a folder of simclr export or simclr import; empty: from scratch
       tap=tap,  # layer of the projection head that is classified: 0 is h
-      tune_after=-1,  # 0: the stem is frozen; 1 to 4: also the groups up to there
       data=dict(
         train="fashion:train" if small else train,
         test="fashion:test" if small else "tfds:imagenet2012:validation",
-        data_dir="",
-        max_bad_fraction=0.001,
       ),
-      labels=dict(fraction=0.01 if small else 1.0, list="", seed=0),
+      labels=dict(fraction=0.01 if small else 1.0),
       batch_size=batch_size,
       train_epochs=epochs,
       train_steps=300 if small else 0,
@@ -71,16 +66,10 @@ def get_config(arg="v2_10pct"):
         depth=18 if small else 50,
         width=0.25 if small else 4.0 if "4x" in options else 1.0,
         stem="cifar" if small else "imagenet",
-        sk_ratio=0.0,
-        se_ratio=0.0,
         dtype="float32" if small else "bfloat16",
       ),
-      projector=dict(kind="none"),
-      optimizer=dict(
-        name=name, base_lr=base_lr, lr_scaling=lr_scaling, warmup_epochs=0.0, momentum=0.9, weight_decay=weight_decay
-      ),
-      evaluate=dict(crop=1.0 if small else 0.875, batch_size=500, every_steps=0, every_epochs=0.0),
-      checkpoint=dict(every_steps=0, every_epochs=0.0 if small else 5.0, keep=2),
-      log=dict(every_steps=20),
+      optimizer=dict(name=name, base_lr=base_lr, lr_scaling=lr_scaling, weight_decay=weight_decay),
+      evaluate=dict(crop=1.0 if small else 0.875),
+      checkpoint=dict(every_epochs=0.0 if small else 5.0),
     )
   )

@@ -16,32 +16,15 @@ import ml_collections
 def get_config():
   return ml_collections.ConfigDict(
     dict(
-      seed=0,
-      data=dict(train="fashion:train", test="fashion:test", data_dir="", max_bad_fraction=0.001),
+      data=dict(train="fashion:train", test="fashion:test"),
       batch_size=128,
-      microbatches=1,
-      microbatch_norm="microbatch",
-      zero1=False,
       train_epochs=16.0,
-      train_steps=0,  # 0: by epochs
-      augment=dict(
-        where="host",
-        size=20,
-        color_strength=0.8,
-        blur=False,
-        crop_sampler="official",
-        brightness="v2",
-        crop_area=(0.4, 1.0),
-      ),
-      encoder=dict(depth=18, width=0.25, stem="cifar", sk_ratio=0.0, se_ratio=0.0, dtype="float32"),
-      projector=dict(kind="nonlinear", layers=2, out_dim=64),
+      augment=dict(size=20, color_strength=0.8, blur=False, crop_area=(0.4, 1.0)),
+      encoder=dict(depth=18, width=0.25, stem="cifar"),
+      projector=dict(layers=2, out_dim=64),
       loss=dict(temperature=0.2, normalize=True, reduction="mean", precision="highest"),
-      optimizer=dict(name="adamw", base_lr=4e-3, lr_scaling="none", warmup_epochs=1.0, momentum=0.9, weight_decay=1e-4),
-      evaluate=dict(
-        crop=1.0, batch_size=500, train_examples=0, every_steps=0, every_epochs=5.0, knn_k=20, knn_temperature=0.1
-      ),
-      checkpoint=dict(every_steps=0, every_epochs=5.0, keep=2),
-      log=dict(every_steps=20),
-      probe=dict(method="lbfgs", train_epochs=90.0, batch_size=256, base_lr=0.1),
+      optimizer=dict(name="adamw", base_lr=4e-3, lr_scaling="none", warmup_epochs=1.0, weight_decay=1e-4),
+      evaluate=dict(crop=1.0, every_epochs=5.0, knn_k=20),
+      checkpoint=dict(every_epochs=5.0),
     )
   )

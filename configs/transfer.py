@@ -48,15 +48,11 @@ def get_config(arg=""):
   return ml_collections.ConfigDict(
     dict(
       program="transfer",
-      seed=0,
       start="NAME_IT",  # a run, or a folder of simclr export or simclr import
-      supervised="",  # the same, trained with labels
       methods=("linear",) if arg in ("linear", "small") else ("linear", "finetune"),
       rows=rows,
-      data_dir="",
-      samples=100_000,  # of the permutation test
       augment=dict(size=20 if small else 224, crop_area=(0.4, 1.0) if small else (0.08, 1.0)),
-      evaluate=dict(crop=1.0, batch_size=500),  # shorter side to 224, then its centre
+      evaluate=dict(crop=1.0),  # shorter side to 224, then its centre
       finetune=dict(
         recipe="finetune.py:small" if small else "finetune.py:supervised",
         train_steps=300 if small else 20000,

@@ -18,52 +18,18 @@ def get_config(arg="1x"):
   broader = (("sobel", 0.1), ("equalize", 0.1), ("solarize", 0.1), ("motion_blur", 0.1))
   return ml_collections.ConfigDict(
     dict(
-      seed=0,
-      data=dict(
-        train="tfds:imagenet2012:train", test="tfds:imagenet2012:validation", data_dir="", max_bad_fraction=0.001
-      ),
+      data=dict(train="tfds:imagenet2012:train", test="tfds:imagenet2012:validation"),
       batch_size=4096,
-      microbatches=1,
-      microbatch_norm="microbatch",
-      zero1=False,
       train_epochs={"": 1000.0, "100ep": 100.0, "broader": 1000.0}[epochs],
-      train_steps=0,
-      augment=dict(
-        where="host" if epochs == "broader" else "device",
-        canvas=512,
-        size=224,
-        color_strength=1.0,
-        blur=True,
-        crop_sampler="official",
-        brightness="v1",
-        crop_area=(0.08, 1.0),
-        **({"extra": broader} if epochs == "broader" else {}),
-      ),
-      encoder=dict(
-        depth=50,
-        width={"1x": 1.0, "2x": 2.0, "4x": 4.0}[width],
-        stem="imagenet",
-        sk_ratio=0.0,
-        se_ratio=0.0,
-        dtype="bfloat16",
-      ),
-      projector=dict(kind="nonlinear", layers=2, out_dim=128),
+      augment=dict(size=224, brightness="v1", **(dict(extra=broader) if epochs == "broader" else dict(where="device"))),
+      encoder=dict(depth=50, width={"1x": 1.0, "2x": 2.0, "4x": 4.0}[width], dtype="bfloat16"),
+      projector=dict(layers=2),
       # The official code sums the losses of both directions; LARS hides the factor 2 everywhere but in BatchNorm.
       loss=dict(temperature=0.1, normalize=True, reduction="official_sum", precision="highest"),
-      optimizer=dict(
-        name="lars", base_lr=0.3, lr_scaling="linear", warmup_epochs=10.0, momentum=0.9, weight_decay=1e-6
-      ),
-      evaluate=dict(
-        crop=0.875,
-        batch_size=1024,
-        train_examples=50000,
-        every_steps=0,
-        every_epochs=0.0,
-        knn_k=200,
-        knn_temperature=0.1,
-      ),
-      checkpoint=dict(every_steps=0, every_epochs=1.0, keep=5),
+      optimizer=dict(base_lr=0.3, warmup_epochs=10.0, weight_decay=1e-6),
+      evaluate=dict(batch_size=1024, train_examples=50000),
+      checkpoint=dict(every_epochs=1.0, keep=5),
       log=dict(every_steps=100),
-      probe=dict(method="sgd", train_epochs=90.0, batch_size=4096, base_lr=0.1),
+      probe=dict(method="sgd", batch_size=4096),
     )
   )

@@ -18,49 +18,19 @@ def get_config(arg="r50_1x_sk0"):
   depth, width, sk = network.split("_")
   return ml_collections.ConfigDict(
     dict(
-      seed=0,
-      data=dict(
-        train="tfds:imagenet2012:train", test="tfds:imagenet2012:validation", data_dir="", max_bad_fraction=0.001
-      ),
+      data=dict(train="tfds:imagenet2012:train", test="tfds:imagenet2012:validation"),
       batch_size=4096,
-      microbatches=1,
-      microbatch_norm="microbatch",
-      zero1=False,
       train_epochs=800.0,
-      train_steps=0,
-      augment=dict(
-        where="device",
-        canvas=512,
-        size=224,
-        color_strength=1.0,
-        blur=True,
-        crop_sampler="official",
-        brightness="v2",
-        crop_area=(0.08, 1.0),
-      ),
+      augment=dict(where="device", size=224),
       encoder=dict(
-        depth=int(depth[1:]),
-        width=float(width[:-1]),
-        stem="imagenet",
-        sk_ratio={"sk0": 0.0, "sk1": 0.0625}[sk],
-        se_ratio=0.0,
-        dtype="bfloat16",
+        depth=int(depth[1:]), width=float(width[:-1]), sk_ratio={"sk0": 0.0, "sk1": 0.0625}[sk], dtype="bfloat16"
       ),
-      projector=dict(kind="nonlinear", layers=3, out_dim=128),
       **({"memory": dict(size=65536, decay=0.999)} if memory == "memory" else {}),
       loss=dict(temperature=0.1, normalize=True, reduction="official_sum", precision="highest"),
-      optimizer=dict(name="lars", base_lr=0.1, lr_scaling="sqrt", warmup_epochs=40.0, momentum=0.9, weight_decay=1e-4),
-      evaluate=dict(
-        crop=0.875,
-        batch_size=1024,
-        train_examples=50000,
-        every_steps=0,
-        every_epochs=0.0,
-        knn_k=200,
-        knn_temperature=0.1,
-      ),
-      checkpoint=dict(every_steps=0, every_epochs=1.0, keep=5),
+      optimizer=dict(base_lr=0.1, lr_scaling="sqrt", warmup_epochs=40.0, weight_decay=1e-4),
+      evaluate=dict(batch_size=1024, train_examples=50000),
+      checkpoint=dict(every_epochs=1.0, keep=5),
       log=dict(every_steps=100),
-      probe=dict(method="sgd", train_epochs=90.0, batch_size=4096, base_lr=0.1),
+      probe=dict(method="sgd", batch_size=4096),
     )
   )

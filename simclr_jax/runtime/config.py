@@ -1,20 +1,330 @@
-"""Configs: find a recipe, apply --config.key=value, check every value, and turn durations into steps.
+"""Configs: frozen dataclasses that know type, default, range and meaning of every key, filled from recipes and flags.
 
 A config holds rules (`base_lr`, `lr_scaling`, `train_epochs`); the arithmetic is done by the code that uses them, so
 changing the batch size on the command line changes the learning rate with it.
 """
 
 import ast
+import dataclasses
 import difflib
+import functools
+import importlib.util
 import json
 import math
+import numbers
 import pathlib
+import shutil
+import textwrap
+import types
+import typing
 
-import ml_collections
-from absl import flags
-from ml_collections import config_flags
+from simclr_jax.runtime.errors import UserError
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+REQUIRED = dataclasses.MISSING
+
+
+# ---- keys and sections -----------------------------------------------------------------------------------------------
+
+frozen = functools.partial(dataclasses.dataclass, frozen=True, kw_only=True)  # decorates every section
+
+
+def key(
+  default, meaning: str, *, at_least=None, above=None, at_most=None, below=None, choices=(), needed="", option=True
+):
+  """A key of a section.
+
+  Args:
+    default: its value where none is given, or REQUIRED.
+    meaning: one line for the reader of `--help`.
+    at_least, above, at_most, below: limits of the number, or of every number of a tuple.
+    choices: the possible values, or those of a tuple's elements.
+    needed: what has to be given: the value may not be empty.
+    option: whether `options` passes it on.
+  """
+  limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+  about = {"meaning": meaning, **limits, "choices": choices, "needed": needed, "option": option}
+  return dataclasses.field(default=default, metadata=about)
+
+
+def section(kind, /, **defaults):
+  """A nested section; the defaults of its own keys may be others here."""
+  return dataclasses.field(default_factory=functools.partial(kind, **defaults))
+
+
+@frozen()
+class Section:
+  """Base of all sections and configs: values are converted to the type of their key and checked, whoever makes one.
+
+  `**section` unpacks what `options` returns, so that functions that know nothing of configs can take one.
+  """
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+    self.check()
+
+  def check(self):
+    """Raises UserError if values do not go together; keys in its words are relative to this section."""
+
+  def keys(self):
+    fields = dataclasses.fields(self)
+    return [f.name for f in fields if f.metadata.get("option", True) and getattr(self, f.name) is not None]
+
+  def __getitem__(self, name):
+    return getattr(self, name)
+
+
+class _Text(str):
+  """A value as it was typed, which its key's type has yet to parse."""
+
+  __repr__ = str.__str__
+
+
+def _checked(field, value):
+  if _section_of(field.type) or _is_table(field.type):
+    return value
+  try:
+    converted = _convert(value, field.type)
+  except (SyntaxError, TypeError, ValueError):
+    raise UserError(f"{field.name}={value!r}: expected {expected(field)}") from None
+  m = field.metadata
+  every = converted if isinstance(converted, tuple) else () if converted is None else (converted,)
+  possible = all(
+    (m["at_least"] is None or v >= m["at_least"])
+    and (m["above"] is None or v > m["above"])
+    and (m["at_most"] is None or v <= m["at_most"])
+    and (m["below"] is None or v < m["below"])
+    and (not m["choices"] or v in m["choices"])
+    for v in every
+  )
+  if not possible or m["needed"] and not converted:
+    raise UserError(f"{field.name}={value!r}: expected {expected(field)}")
+  return converted
+
+
+def _convert(value, kind):
+  """`value` as the type `kind` of a key.
+
+  Raises:
+    SyntaxError, TypeError, ValueError: it is not of that type.
+  """
+  kind, optional = _without_none(kind)
+  if optional and (value is None or (isinstance(value, _Text) and value == "None")):
+    return None
+  if typing.get_origin(kind) is tuple:
+    kinds = typing.get_args(kind)
+    value = _literal(value) if isinstance(value, _Text) else value
+    value = tuple(value) if isinstance(value, list | tuple) else (value,)
+    kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+    return tuple(_convert(v, k) for v, k in zip(value, kinds, strict=True))
+  if isinstance(value, _Text):
+    words = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+    value = words.get(value.lower(), value) if kind is bool else kind(value)
+  abstract = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+  if not isinstance(value, abstract) or (isinstance(value, bool) and kind is not bool):
+    raise TypeError
+  value = kind(value)
+  if kind is float and not math.isfinite(value):
+    raise ValueError
+  return value
+
+
+def _literal(text):
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    return str(text)
+
+
+def _without_none(kind):
+  """(the type, whether None is possible too)."""
+  if not isinstance(kind, types.UnionType):
+    return kind, False
+  (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+  return kind, True
+
+
+def _section_of(kind):
+  """The class of a key that is a section, else None."""
+  kind, _ = _without_none(kind)
+  return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _is_table(kind) -> bool:
+  """Whether a key holds {name: section}, or a dict that nobody checks."""
+  return typing.get_origin(kind) is dict
+
+
+def _default_section(field):
+  """The section that stands where none is given, or None."""
+  return None if field.default_factory is REQUIRED else field.default_factory()
+
+
+# ---- from dicts and back ---------------------------------------------------------------------------------------------
+
+
+def build(kind, values: dict):
+  """A config of the class `kind` from nested dicts, such as a recipe gives or JSON holds; what is not given is default.
+
+  Raises:
+    UserError: unknown or missing key, value of the wrong type or out of range; one line, with the path of the key.
+  """
+  return _build(kind, values, "", kind, None)
+
+
+def _build(kind, values, path, root, default):
+  fields = {field.name: field for field in dataclasses.fields(kind)}
+  made = {name: getattr(default, name) for name in fields} if default is not None else {}
+  for name, value in values.items():
+    if name not in fields:
+      raise _unknown(root, f"{path}{name}", value)
+    made[name] = _part(fields[name], value, f"{path}{name}", root)
+  for name, field in fields.items():
+    if name not in made and field.default is REQUIRED and field.default_factory is REQUIRED:
+      if not _section_of(field.type):
+        raise UserError(f"config.{path}{name} is missing: expected {expected(field)}")
+      made[name] = _part(field, {}, f"{path}{name}", root)  # names the key in it that is missing
+  try:
+    return kind(**made)
+  except UserError as error:
+    raise UserError(f"config.{path}{error}") from None
+
+
+def _part(field, value, path, root):
+  kind, table = _section_of(field.type), _is_table(field.type)
+  value = to_dict(value) if isinstance(value, Section) else value
+  if isinstance(value, _Text) and (kind or table):
+    value = _literal(value)
+  if not (kind or table):
+    if isinstance(value, dict):
+      raise _unknown(root, path, value)
+    return value
+  if value is None and _without_none(field.type)[1]:
+    return None
+  if not isinstance(value, dict):
+    raise UserError(f"config.{path}={value!r}: this is a section; give its keys, as --config.{path}.KEY=VALUE")
+  if table:
+    row = _section_of(typing.get_args(field.type)[1])
+    return {k: _build(row, v, f"{path}.{k}.", root, None) for k, v in value.items()} if row else value
+  return _build(kind, value, f"{path}.", root, _default_section(field))
+
+
+def _unknown(root, path, value=None) -> UserError:
+  """The error about a key that does not exist, with the nearest that does, wherever it is."""
+  while isinstance(value, dict) and value:
+    name, value = next(iter(value.items()))
+    path = f"{path}.{name}"
+  known = [row.key for row in describe(root)]
+  leaf = path.rpartition(".")[2]
+  near = [one for one in known if one.rpartition(".")[2] == leaf] or difflib.get_close_matches(path, known, n=1)
+  if not near:
+    leaves = {one.rpartition(".")[2]: one for one in known}
+    near = [leaves[one] for one in difflib.get_close_matches(leaf, leaves, n=1)]
+  hint = f"did you mean config.{near[0]}?" if near else "--help of the program lists every key"
+  return UserError(f"config.{path}: no such key; {hint}")
+
+
+def to_dict(config) -> dict:
+  """A config or section as nested dicts, every key included; tuples stay tuples."""
+  if isinstance(config, Section):
+    return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+  return {name: to_dict(value) for name, value in config.items()} if isinstance(config, dict) else config
+
+
+def options(part: Section) -> dict:
+  """The keys of a section that are keyword arguments of the function it is for; without those that are None."""
+  return dict(part)
+
+
+def replace(config, changes: dict):
+  """A checked copy with the values of `changes`, {dotted key: value}; a section may be given whole, as dict or Section.
+
+  Raises:
+    UserError: as for `build`.
+  """
+  return build(type(config), merge(to_dict(config), changes, type(config)))
+
+
+def merge(values: dict, changes: dict, kind) -> dict:
+  """Nested dicts of a config of class `kind` with the values of `changes`, {dotted key: value}, in them.
+
+  Raises:
+    UserError: a key leads through what is no section.
+  """
+  for dotted, value in changes.items():
+    *sections, leaf = dotted.split(".")
+    place = values
+    for name in sections:
+      if place.get(name) is None:
+        place[name] = {}
+      place = place[name]
+      if not isinstance(place, dict):
+        raise _unknown(kind, dotted)
+    place[leaf] = value
+  return values
+
+
+def override(config, overrides):
+  """A checked copy with `--config.key=value` strings applied.
+
+  Raises:
+    UserError: as for `build`.
+  """
+  return replace(config, parse(overrides))
+
+
+def parse(overrides) -> dict:
+  """{dotted key: value} of `--config.key=value` strings, for `replace`; the type of the key says what the value is."""
+  changes = {}
+  for text in overrides:
+    name, equals, value = text.removeprefix("--config.").partition("=")
+    if not equals:
+      raise UserError(f"{text}: expected --config.{name}=VALUE")
+    changes[name] = _Text(value)
+  return changes
+
+
+def flatten(config, prefix="") -> dict:
+  """{dotted key: value} of a config, or of nested dicts."""
+  out = {}
+  for name, value in (to_dict(config) if isinstance(config, Section) else config).items():
+    if isinstance(value, dict):
+      out.update(flatten(value, f"{prefix}{name}."))
+    else:
+      out[f"{prefix}{name}"] = value
+  return out
+
+
+def to_json(config) -> str:
+  """Every resolved value, as JSON."""
+  return json.dumps(to_dict(config), indent=2, sort_keys=True)
+
+
+def difference(before, now) -> list[tuple]:
+  """[(key, value before, value now)] of two configs; a tuple and a list with the same entries are equal."""
+  a, b = (flatten(json.loads(to_json(c))) for c in (before, now))
+  return [(name, a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+
+
+def check_same(kept, now):
+  """Raises UserError, in one line, if a run is to be resumed with another config than the one `kept` with it."""
+  changed = difference(kept, now)
+  if changed:
+    name, before, value = changed[0]
+    raise UserError(
+      f"--resume: config.{name} is {before!r} in the run and {value!r} now; use the run's value, or another --workdir"
+    )
+
+
+def every(part, num_examples: int, batch_size: int) -> int:
+  """Interval in steps of a section with `every_steps` and `every_epochs`, of which one may be set; 0 = never."""
+  if part.every_epochs:
+    return max(1, round(part.every_epochs * num_examples / batch_size))
+  return part.every_steps
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
 def recipe_folder() -> pathlib.Path:
@@ -27,7 +337,7 @@ def find_recipe(name: str) -> str:
   """`smoke`, `smoke.py`, `configs/smoke.py` or a path to a file (all with an optional `:argument`) -> `path[:argument]`.
 
   Raises:
-    ValueError: no such file; names the nearest recipe.
+    UserError: no such file; names the nearest recipe.
   """
   path, colon, argument = name.partition(":")
   candidates = [pathlib.Path(path), recipe_folder() / pathlib.Path(path).name]
@@ -38,283 +348,99 @@ def find_recipe(name: str) -> str:
   known = sorted(p.stem for p in recipe_folder().glob("[!_]*.py"))
   near = difflib.get_close_matches(pathlib.Path(path).stem, known, n=1)
   hint = f"did you mean {near[0]!r}?" if near else f"known recipes: {', '.join(known)}"
-  raise ValueError(f"--config={name}: no such recipe; {hint}")
+  raise UserError(f"--config={name}: no such recipe; {hint}")
 
 
-def load(recipe: str, overrides=()) -> ml_collections.FrozenConfigDict:
-  """The config of a recipe with overrides such as `--config.batch_size=512` applied, checked and frozen.
-
-  Raises:
-    ValueError: unknown recipe or key, value of the wrong type, impossible value; always one line.
-  """
-  argv = ["simclr", f"--config={find_recipe(recipe)}"]
-  values = flags.FlagValues()
-  holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-  try:
-    values(argv)
-  except Exception as error:  # whatever a recipe raises; absl puts a traceback before its words
-    text = str(error).strip() if isinstance(error, flags.Error) else f"{type(error).__name__}: {error}"
-    kind, _, words = text.splitlines()[-1].strip().partition(": ")
-    words = (
-      words if kind == "ValueError" else f"the recipe has no variant {recipe.partition(':')[2]!r} ({kind}: {words})"
-    )
-    raise ValueError(f"--config={recipe}: {words}") from None
-  return override(holder.value, overrides)
-
-
-def override(config, overrides) -> ml_collections.FrozenConfigDict:
-  """A checked copy of a config with `--config.key=value` strings applied.
+def read_recipe(name: str) -> dict:
+  """The nested dicts of what a recipe's `get_config`, called with the argument after the colon, returns.
 
   Raises:
-    ValueError: as for `load`.
+    UserError: no such recipe or variant, or an error in the file.
   """
-  known = flatten(config)
-  open_sections = tuple(key for key in SCHEMAS.get(program(config), ()) if key.endswith("."))
-  argv, changed = ["simclr"], ml_collections.ConfigDict(config).copy_and_resolve_references().unlock()
-  for text in overrides:
-    key, equals, value = text.removeprefix("--config.").partition("=")
-    if key not in (*known, *_OPTIONAL) and not key.startswith(open_sections):
-      raise ValueError(f"{text}: no such key; {_nearest(key, known)}")
-    if not equals:
-      raise ValueError(f"{text}: expected --config.{key}=VALUE")
-    if key in known:
-      argv.append(text)
-    else:  # an option that the recipe leaves at its default; the function that takes it checks it
-      *sections, leaf = key.split(".")
-      place = changed
-      for name in sections:
-        if name not in place:
-          place[name] = ml_collections.ConfigDict()
-        place = place[name]
-        if not hasattr(place, "items"):
-          raise ValueError(f"{text}: no such key; {_nearest(key, known)}")
-      place[leaf] = _literal(value)
-  values = flags.FlagValues()
-  holder = config_flags.DEFINE_config_dict("config", changed.lock(), flag_values=values, sys_argv=argv)
+  path, colon, argument = find_recipe(name).partition(":")
+  spec = importlib.util.spec_from_file_location(f"recipe_{pathlib.Path(path).stem}", path)
+  module = importlib.util.module_from_spec(spec)
   try:
-    values(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise ValueError(" ".join(str(error).split())) from None
-  return check(holder.value)
+    spec.loader.exec_module(module)
+    config = module.get_config(*[argument] if colon else [])
+  except Exception as error:  # whatever a recipe raises
+    words = " ".join(str(error).split())
+    if not isinstance(error, ValueError):
+      what = f"the recipe has no variant {argument!r}" if hasattr(module, "get_config") else "the recipe does not run"
+      words = f"{what} ({type(error).__name__}: {words})"
+    raise UserError(f"--config={name}: {words}") from None
+  return config.to_dict()
 
 
-def _literal(text: str):
-  try:
-    return ast.literal_eval(text)
-  except (SyntaxError, ValueError):
-    return text
+# ---- for the reader --------------------------------------------------------------------------------------------------
 
 
-def _nearest(key: str, known) -> str:
-  near = difflib.get_close_matches(key, known, n=1)
-  return f"did you mean config.{near[0]}?" if near else "the resolved config that a run prints shows every key"
+class Row(typing.NamedTuple):
+  """What `--help` and the page say of a key."""
+
+  key: str
+  type: str
+  default: str
+  meaning: str
 
 
-def from_json(text: str) -> ml_collections.ConfigDict:
-  """The config of a finished run; resuming and exporting read this, never the recipe again."""
-  return ml_collections.FrozenConfigDict(json.loads(text))
-
-
-def to_json(config) -> str:
-  """Every resolved value, as JSON."""
-  return json.dumps(config.to_dict(), indent=2, sort_keys=True)
-
-
-# What a value may be, by key. A key of a recipe that is not here is refused, so a misspelt one cannot become a silent
-# default. Keys that end in `.` open a section that goes to a science function as keyword arguments, which that function
-# checks; its keys may be left out.
-_POSITIVE = (lambda v: v > 0, "a number above 0")
-_NOT_NEGATIVE = (lambda v: v >= 0, "a number of at least 0")
-_SHARE = (lambda v: 0 <= v <= 1, "a share between 0 and 1")
-_ANY = (lambda v: True, "")
-SCHEMA = {
-  "seed": _NOT_NEGATIVE,
-  "data.train": (bool, "a data set such as fashion:train or folder:/my/images"),
-  "data.test": _ANY,
-  "data.data_dir": _ANY,
-  "data.max_bad_fraction": _SHARE,
-  "batch_size": _POSITIVE,
-  "microbatches": _POSITIVE,
-  "microbatch_norm": (lambda v: v in ("microbatch", "exact"), "microbatch or exact"),
-  "zero1": (lambda v: isinstance(v, bool), "True (each device keeps a share of the optimizer state) or False"),
-  "train_epochs": _NOT_NEGATIVE,
-  "train_steps": _NOT_NEGATIVE,
-  "augment.": _ANY,
-  "encoder.": _ANY,
-  "projector.": _ANY,
-  "memory.": _ANY,
-  "loss.": _ANY,
-  "loss.temperature": _POSITIVE,
-  "loss.reduction": (lambda v: v in ("mean", "official_sum"), "mean or official_sum"),
-  "loss.precision": (lambda v: v in ("highest", "high", "default"), "highest, high or default"),
-  "optimizer.name": _ANY,
-  "optimizer.base_lr": _POSITIVE,
-  "optimizer.lr_scaling": _ANY,
-  "optimizer.warmup_epochs": _NOT_NEGATIVE,
-  "optimizer.momentum": (lambda v: 0 <= v < 1, "a number of at least 0 and below 1"),
-  "optimizer.weight_decay": _NOT_NEGATIVE,
-  "evaluate.crop": (lambda v: 0 < v <= 1, "a share above 0 and at most 1"),
-  "evaluate.batch_size": _POSITIVE,
-  "evaluate.train_examples": _NOT_NEGATIVE,
-  "evaluate.every_steps": _NOT_NEGATIVE,
-  "evaluate.every_epochs": _NOT_NEGATIVE,
-  "evaluate.knn_k": _POSITIVE,
-  "evaluate.knn_temperature": _POSITIVE,
-  "checkpoint.every_steps": _NOT_NEGATIVE,
-  "checkpoint.every_epochs": _NOT_NEGATIVE,
-  "checkpoint.keep": _POSITIVE,
-  "log.every_steps": _POSITIVE,
-  "log.wandb": (lambda v: isinstance(v, str), "a project of Weights & Biases, or '' for none"),
-  "log.profile_steps": _NOT_NEGATIVE,
-  "rollback.": _ANY,
-  "probe.method": (lambda v: v in ("lbfgs", "lbfgs_45", "sgd"), "lbfgs, lbfgs_45 or sgd"),
-  "probe.train_epochs": _POSITIVE,
-  "probe.batch_size": _POSITIVE,
-  "probe.base_lr": _POSITIVE,
-}
-
-
-_EVERY_TRAINING = (
-  "seed",
-  "data.",
-  "batch_size",
-  "train_",
-  "augment.",
-  "encoder.",
-  "optimizer.",
-  "evaluate.crop",
-  "evaluate.batch_size",
-  "evaluate.every",
-  "checkpoint.",
-  "log.",
-  "rollback.",
-)
-_SHARED = {key: rule for key, rule in SCHEMA.items() if key.startswith(_EVERY_TRAINING)}
-_START = {
-  "program": _ANY,
-  "start": _ANY,  # folder of a run, or an exported or imported encoder; empty: from scratch
-  "tune_after": (lambda v: -1 <= v <= 4, "-1 (all is trained), 0 (frozen stem) or 1 to 4 (groups frozen up to it)"),
-  "tap": _NOT_NEGATIVE,
-  "projector.": _ANY,
-  "labels.fraction": (lambda v: 0 < v <= 1, "a share above 0 and at most 1"),
-  "labels.list": _ANY,
-  "labels.seed": _NOT_NEGATIVE,
-}
-SCHEMAS = {
-  "pretrain": SCHEMA,
-  "finetune": {**_SHARED, **_START},
-  "distill": {
-    **_SHARED,
-    **_START,
-    "teacher": (bool, "the folder of a run of simclr finetune"),
-    "temperature": _POSITIVE,
-    "alpha": (lambda v: 0 < v <= 1, "a share above 0 and at most 1, 1 for no labels"),
-    "cache": _ANY,
-  },
-  "downstream": {
-    "program": _ANY,
-    "seeds": (bool, "at least one seed, such as (0,)"),
-    "pretrain": _ANY,
-    "pretrain_epochs": _POSITIVE,
-    "finetune": _ANY,
-    "shares": (lambda v: v and all(0 < share <= 1 for share in v), "shares of the labels, such as (0.01, 0.1)"),
-    "distill": _ANY,
-    "distill_share": (lambda v: 0 < v <= 1, "one of the shares"),
-    "transfer": _ANY,
-  },
-  "transfer": {
-    "program": _ANY,
-    "seed": _NOT_NEGATIVE,
-    "start": (bool, "the folder of a run, or an exported or imported encoder"),
-    "supervised": _ANY,
-    "methods": (lambda v: v and set(v) <= {"linear", "finetune"}, "linear, finetune or both"),
-    "rows.": _ANY,
-    "data_dir": _ANY,
-    "samples": _POSITIVE,
-    "augment.": _ANY,
-    "evaluate.crop": SCHEMA["evaluate.crop"],
-    "evaluate.batch_size": _POSITIVE,
-    "finetune.recipe": _ANY,
-    "finetune.batch_size": _POSITIVE,
-    **{
-      f"{section}.{key}": rule
-      for section in ("finetune", "from_scratch")
-      for key, rule in (
-        ("train_steps", _POSITIVE),
-        ("base_lrs", (bool, "at least one learning rate")),
-        ("weight_decays", (bool, "at least one weight decay, such as 0.0")),
-      )
-    },
-  },
-}
-
-
-def program(config) -> str:
-  """The command that a recipe is for."""
-  return config.get("program", "pretrain")
-
-
-_OPTIONAL = ("log.wandb", "log.profile_steps")  # off where a recipe does not name them
-
-
-def check(config):
-  """The config, frozen, if every key is known and every value possible; else ValueError on one line."""
-  flat = flatten(config)
-  if program(config) not in SCHEMAS:
-    raise ValueError(f"config.program={config.program!r}: expected one of {', '.join(SCHEMAS)}")
-  schema = SCHEMAS[program(config)]
-  sections = tuple(key for key in schema if key.endswith("."))
-  for key, value in flat.items():
-    if isinstance(value, float) and not math.isfinite(value):
-      raise ValueError(f"config.{key}={value}: expected a finite number")
-    rule = schema.get(key) or (_ANY if key.startswith(sections) else None)
-    if rule is None:
-      raise ValueError(f"config.{key}: no such key; {_nearest(key, schema)}")
-    possible, expected = rule
-    if not possible(value):
-      raise ValueError(f"config.{key}={value!r}: expected {expected}")
-  recipe = {"pretrain": "smoke.py"}.get(program(config), f"{program(config)}.py")
-  missing = [key for key in schema if not key.startswith(sections) and key not in flat and key not in _OPTIONAL]
-  if missing:
-    raise ValueError(f"config.{missing[0]} is missing from the recipe; configs/{recipe} shows every key")
-  if "train_steps" in flat and not config.train_epochs and not config.train_steps:
-    raise ValueError("config.train_epochs=0 and config.train_steps=0: set one of them")
-  return ml_collections.FrozenConfigDict(config)
-
-
-def flatten(config, prefix="") -> dict:
-  """{dotted key: value} of a nested config."""
-  out = {}
-  for key, value in config.items():
-    if hasattr(value, "items"):
-      out.update(flatten(value, f"{prefix}{key}."))
+def describe(kind, prefix="", default=None) -> list[Row]:
+  """Every key of a config's class, in order; `default` is the section that stands where none is given, if there is one."""
+  rows = []
+  for field in dataclasses.fields(kind):
+    name = f"{prefix}{field.name}"
+    if part := _section_of(field.type):
+      rows += describe(part, f"{name}.", _default_section(field))
+    elif _is_table(field.type):
+      row = typing.get_args(field.type)[1]
+      rows += describe(row, f"{name}.NAME.") if _section_of(row) else []
     else:
-      out[f"{prefix}{key}"] = value
-  return out
+      value = getattr(default, field.name, field.default)
+      range_of = ", ".join(map(str, field.metadata["choices"])) or _limits(field.metadata).replace("of ", "")
+      meaning = field.metadata["meaning"] + (f" ({range_of})" if range_of else "")
+      shown = "required" if value is REQUIRED else str(value) if value != "" else "''"
+      rows.append(Row(name, _type_name(field.type), shown, meaning))
+  return rows
 
 
-def every(section, num_examples: int, batch_size: int) -> int:
-  """Interval in steps of a section with `every_steps` and `every_epochs`, of which one may be set; 0 = never."""
-  if section.every_steps and section.every_epochs:
-    raise ValueError(
-      f"every_steps={section.every_steps} and every_epochs={section.every_epochs}: set one and leave the other 0"
-    )
-  if section.every_epochs:
-    return max(1, round(section.every_epochs * num_examples / batch_size))
-  return section.every_steps
+def help_text(kind) -> str:
+  """Every key of a config's class with type, default and meaning, as wide as the terminal."""
+  rows = [row._replace(key=f"--config.{row.key}") for row in describe(kind)]
+  columns = [max(len(row[i]) for row in rows) for i in range(2)] + [max(len(row.default) for row in rows)]
+  indent = " " * (sum(columns) + 8)
+  width = max(shutil.get_terminal_size((140, 24)).columns, len(indent) + 40)
+  lines = []
+  for row in rows:
+    first = "  " + "  ".join(cell.ljust(w) for cell, w in zip(row[:3], columns, strict=True)) + "  "
+    lines += textwrap.wrap(row.meaning, width, initial_indent=first, subsequent_indent=indent, drop_whitespace=True)
+  return "keys of the config\n" + "\n".join(lines)
 
 
-def difference(before, now) -> list[tuple]:
-  """[(key, value before, value now)] of two configs; a tuple and a list with the same entries are equal."""
-  a, b = (flatten(json.loads(to_json(c))) for c in (before, now))
-  return [(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+def expected(field) -> str:
+  """What a key may be, for the end of an error."""
+  m, (kind, optional) = field.metadata, _without_none(field.type)
+  if m["needed"]:
+    return m["needed"]
+  if m["choices"]:
+    what = f"one of {', '.join(map(str, m['choices']))}"
+  elif typing.get_origin(kind) is tuple:
+    example = f" such as {field.default!r}" if field.default else ""
+    what = f"a tuple{example} of {_type_name(kind)} {_limits(m)}".rstrip()
+  else:
+    what = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[kind]
+    what = f"{what} {_limits(m)}".rstrip()
+  return f"{what} or None" if optional else what
 
 
-def check_same(kept, now):
-  """Raises ValueError, in one line, if a run is to be resumed with another config than the one `kept` with it."""
-  changed = difference(kept, now)
-  if changed:
-    key, before, value = changed[0]
-    raise ValueError(
-      f"--resume: config.{key} is {before!r} in the run and {value!r} now; use the run's value, or another --workdir"
-    )
+def _limits(m) -> str:
+  words = {"at_least": "of at least", "above": "above", "at_most": "at most", "below": "below"}
+  return " and ".join(f"{word} {m[name]}" for name, word in words.items() if m[name] is not None)
+
+
+def _type_name(kind) -> str:
+  kind, optional = _without_none(kind)
+  if typing.get_origin(kind) is tuple:
+    name = "(" + ", ".join("..." if one is ... else _type_name(one) for one in typing.get_args(kind)) + ")"
+  else:
+    name = kind.__name__
+  return f"{name} or None" if optional else name

@@ -1,0 +1,528 @@
+"""The configs of all programs: every key with its type, default, range and meaning.
+
+    python -m simclr_jax.programs.config > docs/config.md
+
+Importing this costs nothing: no JAX and no TensorFlow.  Where a section goes to a science function as keyword arguments,
+defaults and choices are those of that function; tests/test_config.py compares them.
+"""
+
+import json
+
+from simclr_jax.runtime.config import (
+  REQUIRED,
+  Section,
+  build,
+  check_same,
+  describe,
+  difference,
+  every,
+  find_recipe,
+  flatten,
+  frozen,
+  help_text,
+  key,
+  merge,
+  options,
+  override,
+  parse,
+  read_recipe,
+  recipe_folder,
+  replace,
+  section,
+  to_dict,
+  to_json,
+)
+from simclr_jax.runtime.errors import UserError
+
+__all__ = [
+  "build",
+  "check_same",
+  "difference",
+  "every",
+  "find_recipe",
+  "flatten",
+  "from_dict",
+  "from_json",
+  "help_text",
+  "load",
+  "options",
+  "override",
+  "program",
+  "recipe_folder",
+  "replace",
+  "to_dict",
+  "to_json",
+]
+
+
+# ---- sections, which programs share ----------------------------------------------------------------------------------
+
+
+@frozen()
+class Data(Section):
+  train: str = key(
+    REQUIRED, "training images, such as folder:/my/images or tfds:cifar10:train",
+    needed="a data set such as fashion:train",
+  )  # fmt: skip
+  test: str = key("", "labeled images that are scored; empty: none")
+  data_dir: str = key("", "where prepared TensorFlow Datasets are; empty: their own default")
+  max_bad_fraction: float = key(
+    0.001, "fraction of unreadable images above which a run stops", at_least=0, at_most=1
+  )  # fmt: skip
+
+
+@frozen()
+class Crop(Section):
+  """The geometric half of the augmentation: arguments of augment.one_view."""
+
+  size: int = key(REQUIRED, "side of the views, in pixels", at_least=1)
+  crop_sampler: str = key("official", "how boxes are drawn", choices=("official", "torchvision"))
+  crop_area: tuple[float, float] = key(
+    (0.08, 1.0), "smallest and largest area of a crop over that of the image", above=0, at_most=1
+  )
+  flip: bool = key(True, "mirror views left-right with probability 1/2")
+  resize: str = key("bicubic", "interpolation of crops", choices=("bicubic", "bicubic_tf1", "bilinear"))
+
+  def check(self):
+    if self.crop_area[0] > self.crop_area[1]:
+      raise UserError(f"crop_area={self.crop_area}: expected the smallest first, such as (0.08, 1.0)")
+
+
+@frozen()
+class Augment(Crop):
+  """The augmentation family: arguments of augment_extra.two_views, and which half of it runs where."""
+
+  where: str = key(
+    "host", "what the host does: everything; crops, and the device colors and blur (device); only decoding (device_crop); "
+    "nothing, images live on the devices (resident)", choices=("host", "device", "device_crop", "resident"), option=False,
+  )  # fmt: skip
+  canvas: int = key(
+    512, "side of the canvas on which device_crop and resident images lie, in pixels", at_least=1, option=False
+  )
+  color_strength: float = key(1.0, "strength of the color distortion; 0: none, nor grayscale", at_least=0, at_most=1.25)
+  blur: bool = key(True, "Gaussian blur with probability blur_prob")
+  brightness: str = key("v2", "brightness jitter: multiplies (v2) or adds (v1)", choices=("v2", "v1"))
+  color_jitter_prob: float = key(0.8, "probability of color jitter", at_least=0, at_most=1)
+  grayscale_prob: float = key(0.2, "probability of grayscale", at_least=0, at_most=1)
+  blur_prob: float = key(0.5, "probability of blur", at_least=0, at_most=1)
+  color_order: str = key("random", "order of the four color operations", choices=("random", "fixed"))
+  extra: tuple[tuple[str, float], ...] = key(
+    (), "further operators with probabilities, such as (('sobel', 0.1),): names of augment_extra.EXTRA"
+  )
+  one_sided: bool = key(False, "views share crop and flip, and all else is applied to the first alone (v1, Figure 5)")
+
+
+@frozen()
+class TuneAugment(Augment):
+  """Crops and flips, unless colors are asked for."""
+
+  where: str = key("host", "as in pretraining", choices=("host",), option=False)
+  resize: str | None = key(
+    None, "interpolation of crops; None: as the start was trained", choices=("bicubic", "bicubic_tf1", "bilinear")
+  )
+  color_strength: float | None = key(
+    None, "strength of the color distortion; None: crops and flips alone", at_least=0, at_most=1.25
+  )
+
+
+@frozen()
+class Encoder(Section):
+  """Arguments of encoder.resnet."""
+
+  depth: int = key(REQUIRED, "of the ResNet", choices=(18, 34, 50, 101, 152, 200))
+  width: float = key(1.0, "multiplies the channels of every convolution", at_least=1 / 64)
+  stem: str = key(
+    "imagenet", "7x7 of stride 2 and a max-pool (imagenet), or 3x3 (cifar)", choices=("imagenet", "cifar")
+  )
+  sk_ratio: float = key(0.0, "selective kernels with that reduction, such as 0.0625; 0: none", at_least=0, at_most=1)
+  se_ratio: float = key(0.0, "squeeze-excite with that reduction; 0: none", at_least=0, at_most=1)
+  dtype: str = key("float32", "of the activations", choices=("float32", "bfloat16"))
+  remat: str = key("none", "what the backward pass computes again: none, block or group, or four of these with commas")
+  pool_padding: str = key("official", "of the stem's max-pool", choices=("official", "torch"))
+  arrangement: str = key(
+    "plain", "the network as the paper draws it, or the same numbers arranged for a TPU", choices=("plain", "packed"),
+    option=False,
+  )  # fmt: skip
+
+  def check(self):
+    parts = self.remat.split(",")
+    if len(parts) not in (1, 4) or not set(parts) <= {"none", "block", "group"}:
+      raise UserError(f"remat={self.remat!r}: expected none, block or group, or four of them with commas")
+
+
+@frozen()
+class Projector(Section):
+  """Arguments of projector.Projector."""
+
+  kind: str = key("nonlinear", "of the projection head", choices=("none", "linear", "nonlinear"))
+  layers: int = key(3, "of the nonlinear head: 2 in SimCLR v1, 3 in v2", at_least=1)
+  out_dim: int = key(128, "dimension of z", at_least=1)
+
+
+@frozen()
+class Loss(Section):
+  """Arguments of the function `name` of contrast.LOSSES, which has its own defaults; None is not passed on."""
+
+  name: str = key(
+    "nt_xent", "of the contrastive loss", option=False,
+    choices=("nt_xent", "decoupled", "debiased", "cauchy", "nt_logistic", "nt_logistic_semi_hard", "margin_triplet",
+             "margin_triplet_semi_hard"),
+  )  # fmt: skip
+  temperature: float | None = key(None, "of the softmax", above=0)
+  normalize: bool | None = key(None, "whether similarities are cosines")
+  reduction: str | None = key(
+    None, "mean over all views, or the official code's sum of both directions", choices=("mean", "official_sum")
+  )
+  precision: str | None = key(None, "of the similarity products", choices=("highest", "high", "default"))
+  tile: int | None = key(None, "most images along the side of a tile of nt_xent", at_least=1)
+  class_prior: float | None = key(None, "debiased: how often a negative shares the class", at_least=0, below=1)
+  margin: float | None = key(None, "of the triplet losses", at_least=0)
+  semi_hard: bool | None = key(None, "nt_logistic, margin_triplet: only the nearest of the harder negatives")
+
+
+@frozen()
+class Memory(Section):
+  """SimCLRv2's memory: arguments of methods/memory.py."""
+
+  size: int = key(65536, "of the memory bank, in projections (method=memory)", at_least=1)
+  decay: float = key(0.999, "of the moving average of the weights (method=memory)", at_least=0, below=1)
+
+
+@frozen()
+class Optimizer(Section):
+  name: str = key("lars", "of the update rule", choices=("lars", "sgd", "adam", "adamw"))
+  base_lr: float = key(REQUIRED, "learning rate before scaling with the batch", above=0)
+  lr_scaling: str = key(
+    "linear", "peak = base_lr * batch / 256 (linear), base_lr * sqrt(batch) (sqrt) or base_lr (none)",
+    choices=("linear", "sqrt", "none"),
+  )  # fmt: skip
+  warmup_epochs: float = key(0.0, "of linear warm-up, before cosine decay to 0", at_least=0)
+  momentum: float = key(0.9, "or b1 of Adam", at_least=0, below=1)
+  weight_decay: float = key(0.0, "on what the rule decays: no BatchNorm, and for LARS no bias", at_least=0)
+
+
+@frozen()
+class Every(Section):
+  every_steps: int = key(0, "interval in steps; 0: see every_epochs", at_least=0)
+  every_epochs: float = key(0.0, "interval in epochs; 0 both: only at the end", at_least=0)
+
+  def check(self):
+    if self.every_steps and self.every_epochs:
+      both = f"every_steps={self.every_steps} and every_epochs={self.every_epochs}"
+      raise UserError(f"{both}: set one and leave the other 0")
+
+
+@frozen()
+class CenterCrop(Section):
+  crop: float = key(0.875, "center crop of evaluation, over the shorter side", above=0, at_most=1)
+  batch_size: int = key(500, "images that evaluation encodes at once", at_least=1)
+
+
+@frozen()
+class Evaluate(CenterCrop, Every):
+  """Evaluation between and after training."""
+
+
+@frozen()
+class EvaluateFeatures(Evaluate):
+  train_examples: int = key(0, "training images that evaluation uses; 0: all", at_least=0)
+  knn_k: int = key(200, "neighbors of kNN", at_least=1)
+  knn_temperature: float = key(0.1, "of the votes of kNN", above=0)
+
+
+@frozen()
+class Checkpoint(Every):
+  keep: int = key(2, "checkpoints that stay", at_least=1)
+
+
+@frozen()
+class Log(Section):
+  every_steps: int = key(20, "interval in steps", at_least=1)
+  wandb: str = key("", "project of Weights & Biases that gets the numbers too; empty: none")
+  profile_steps: int = key(0, "steps in a trace of the profiler; 0: none", at_least=0)
+
+
+@frozen()
+class Rollback(Section):
+  """What to do when training diverges."""
+
+  times: int = key(0, "how often a run may return to its newest checkpoint and skip the batches since", at_least=0)
+  spike: float = key(
+    0.0, "standard deviations above the mean of the last 128 losses that count as divergence; 0: none", at_least=0
+  )
+
+
+@frozen()
+class Probe(Section):
+  """Linear evaluation by `simclr probe`."""
+
+  method: str = key(
+    "lbfgs", "regression with 8 (lbfgs) or the paper's 45 penalties (lbfgs_45), or the paper's SGD on crops and flips",
+    choices=("lbfgs", "lbfgs_45", "sgd"),
+  )  # fmt: skip
+  train_epochs: float = key(90.0, "of SGD", above=0)
+  batch_size: int = key(256, "of SGD", at_least=1)
+  base_lr: float = key(0.1, "of SGD, times batch_size / 256", above=0)
+
+
+@frozen()
+class Labels(Section):
+  """Which labels a program may use."""
+
+  fraction: float = key(1.0, "class-balanced fraction of the labels", above=0, at_most=1)
+  list: str = key("", "file with the names of the labeled images instead")
+  seed: int = key(0, "of the draw", at_least=0)
+
+
+# ---- programs --------------------------------------------------------------------------------------------------------
+
+
+@frozen()
+class Training(Section):
+  """What every program that trains an encoder has."""
+
+  seed: int = key(0, "of weights, order and augmentation", at_least=0)
+  data: Data
+  batch_size: int = key(REQUIRED, "global batch, in images", at_least=1)
+  train_epochs: float = key(0.0, "epochs; 0: see train_steps", at_least=0)
+  train_steps: int = key(0, "updates; above 0, in place of train_epochs", at_least=0)
+  encoder: Encoder
+  optimizer: Optimizer
+  checkpoint: Checkpoint = section(Checkpoint)
+  log: Log = section(Log)
+  rollback: Rollback = section(Rollback)
+
+  def check(self):
+    if not self.train_epochs and not self.train_steps:
+      raise UserError("train_epochs=0 and config.train_steps=0: set one of them")
+
+
+@frozen()
+class Pretrain(Training):
+  """`simclr pretrain`."""
+
+  program: str = key("pretrain", "that the recipe is for", choices=("pretrain",))
+  method: str = key("simclr", "what is learned from views; a section memory means memory", choices=("simclr", "memory"))
+  microbatches: int = key(1, "parts that the batch is computed in, with all its negatives", at_least=1)
+  microbatch_norm: str = key(
+    "microbatch", "what BatchNorm ranges over: a microbatch, or the whole batch", choices=("microbatch", "exact")
+  )
+  zero1: bool = key(False, "split the state of the optimizer over the devices")
+  augment: Augment
+  projector: Projector = section(Projector)
+  memory: Memory | None = None
+  loss: Loss = section(Loss)
+  evaluate: EvaluateFeatures = section(EvaluateFeatures)
+  probe: Probe = section(Probe)
+
+  def check(self):
+    super().check()
+    if self.memory:
+      object.__setattr__(self, "method", "memory")
+    elif self.method == "memory":
+      object.__setattr__(self, "memory", Memory())
+
+
+@frozen()
+class Finetune(Training):
+  """`simclr finetune`."""
+
+  program: str = key("finetune", "that the recipe is for", choices=("finetune",))
+  start: str = key("", "a run, or a folder of simclr export or import; empty: from scratch")
+  tap: int = key(0, "layer of the projection head that is classified; 0: h", at_least=0)
+  tune_after: int = key(-1, "what is frozen: nothing (-1), the stem (0), also groups 1 to 4", at_least=-1, at_most=4)
+  labels: Labels = section(Labels)
+  augment: TuneAugment
+  projector: Projector = section(Projector, kind="none")
+  evaluate: Evaluate = section(Evaluate)
+
+  def check(self):
+    super().check()
+    if self.augment.color_strength is None:
+      plain = TuneAugment(size=self.augment.size)
+      for name in set(plain.keys()) - set(Crop(size=1).keys()):
+        if self.augment[name] != plain[name]:
+          raise UserError(f"augment.{name}={self.augment[name]}: needs config.augment.color_strength")
+
+
+@frozen()
+class Distill(Finetune):
+  """`simclr distill`."""
+
+  program: str = key("distill", "that the recipe is for", choices=("distill",))
+  teacher: str = key(
+    REQUIRED, "a run of simclr finetune, or what it exported", needed="the folder of a run of simclr finetune"
+  )
+  temperature: float = key(1.0, "of both softmaxes", above=0)
+  alpha: float = key(1.0, "weight of the teacher; the rest is cross-entropy on the labels", above=0, at_most=1)
+  cache: bool = key(False, "the teacher sees every image once, center-cropped, before training")
+
+
+@frozen()
+class Downstream(Section):
+  """`simclr downstream`."""
+
+  program: str = key("downstream", "that the recipe is for", choices=("downstream",))
+  seeds: tuple[int, ...] = key(REQUIRED, "one round each", at_least=0, needed="at least one seed, such as (0,)")
+  pretrain: str = key(REQUIRED, "recipe of pretraining")
+  pretrain_epochs: float = key(REQUIRED, "of pretraining", above=0)
+  finetune: str = key(REQUIRED, "recipe of fine-tuning, and of training from scratch")
+  shares: tuple[float, ...] = key(
+    REQUIRED, "fractions of the labels", above=0, at_most=1, needed="fractions of the labels, such as (0.01, 0.1)"
+  )
+  distill: str = key(REQUIRED, "recipe of distillation")
+  distill_share: float = key(REQUIRED, "of the labels that the teacher had: one of shares", above=0, at_most=1)
+  transfer: str = key(REQUIRED, "recipe of transfer")
+
+
+@frozen()
+class TransferRow(Section):
+  """One data set to transfer to."""
+
+  train: str = key(REQUIRED, "training images", needed="a data set such as textures:train")
+  validation: str = key("", "validation images; empty: a tenth of train")
+  test: str = key(REQUIRED, "test images", needed="a data set such as textures:test")
+  metric: str = key(
+    "top_1",
+    "that is scored and that settings are chosen by",
+    choices=("top_1", "mean_per_class", "mean_average_precision"),
+  )
+
+
+@frozen()
+class Grid(Section):
+  """What fine-tuning tries."""
+
+  train_steps: int = key(REQUIRED, "updates of each run", at_least=1)
+  base_lrs: tuple[float, ...] = key(REQUIRED, "learning rates", above=0, needed="at least one learning rate")
+  weight_decays: tuple[float, ...] = key(
+    REQUIRED,
+    "weight decays, before division by the rate",
+    at_least=0,
+    needed="at least one weight decay, such as (0.0,)",
+  )
+
+
+@frozen()
+class TuneGrid(Grid):
+  recipe: str = key(REQUIRED, "recipe that gives everything else")
+  batch_size: int = key(REQUIRED, "of fine-tuning", at_least=1)
+
+
+@frozen()
+class Transfer(Section):
+  """`simclr transfer`."""
+
+  program: str = key("transfer", "that the recipe is for", choices=("transfer",))
+  seed: int = key(0, "of training", at_least=0)
+  start: str = key(
+    REQUIRED, "a run, or a folder of simclr export or import", needed="the folder of a run or an encoder"
+  )
+  supervised: str = key("", "the same, trained with labels; empty: left out")
+  methods: tuple[str, ...] = key(
+    ("linear", "finetune"), "how encoders are scored", choices=("linear", "finetune"), needed="linear, finetune or both"
+  )
+  rows: dict[str, TransferRow]
+  data_dir: str = key("", "where prepared TensorFlow Datasets are; empty: their own default")
+  samples: int = key(100_000, "of the permutation test", at_least=1)
+  augment: TuneAugment
+  evaluate: CenterCrop = section(CenterCrop)
+  finetune: TuneGrid
+  from_scratch: Grid
+
+
+@frozen()
+class ImportAugment(Section):
+  size: int = key(REQUIRED, "side of the images, in pixels", at_least=1)
+  resize: str = key("bicubic", "interpolation", choices=("bicubic", "bicubic_tf1", "bilinear"))
+
+
+@frozen()
+class Import(Section):
+  """What `simclr import` knows of the training of an official checkpoint; it has no recipe."""
+
+  program: str = key("import", "that wrote the encoder", choices=("import",))
+  source: dict[str, object]
+  encoder: Encoder
+  projector: Projector = section(Projector, kind="none")
+  augment: ImportAugment
+  evaluate: CenterCrop = section(CenterCrop)
+
+
+PROGRAMS = {
+  "pretrain": Pretrain,
+  "finetune": Finetune,
+  "distill": Distill,
+  "transfer": Transfer,
+  "downstream": Downstream,
+  "import": Import,
+}
+
+
+def load(recipe: str, overrides=()):
+  """The config of a recipe with overrides such as `--config.batch_size=512` applied.
+
+  Raises:
+    UserError: unknown recipe or key, value of the wrong type, impossible value; always one line.
+  """
+  values = read_recipe(recipe)
+  return from_dict(merge(values, parse(overrides), class_of(values)))
+
+
+def from_dict(values: dict):
+  """The config that nested dicts describe: a recipe's, a run's, or what a card says of the training of its encoder.
+
+  Raises:
+    UserError: as for `load`.
+  """
+  return build(class_of(values), values)
+
+
+def class_of(values: dict):
+  """The class of the config that nested dicts describe; recipes and older runs of pretraining do not name the program.
+
+  Raises:
+    UserError: no such program.
+  """
+  made_by = values.get("program", "import" if "source" in values else "pretrain")
+  if made_by not in PROGRAMS:
+    raise UserError(f"config.program={made_by!r}: expected one of {', '.join(PROGRAMS)}")
+  return PROGRAMS[made_by]
+
+
+def from_json(text: str):
+  """The config of a finished run; resuming and exporting read this, never the recipe again.
+
+  Raises:
+    UserError: as for `load`.
+  """
+  return from_dict(json.loads(text))
+
+
+def program(config) -> str:
+  """The command that a config is for."""
+  return config.program
+
+
+def page() -> str:
+  """docs/config.md."""
+  out = [HEADER]
+  for name, kind in PROGRAMS.items():
+    if name == "import":
+      continue
+    out.append(f"\n## simclr {name}\n\n| key | type | default | meaning |\n|---|---|---|---|")
+    out += [
+      "| " + " | ".join((f"`{row.key}`", row.type, f"`{row.default}`", row.meaning)) + " |" for row in describe(kind)
+    ]
+  return "\n".join(out) + "\n"
+
+
+HEADER = """# Every key of every config
+
+This page is written by `python -m simclr_jax.programs.config > docs/config.md`, from the text that `simclr PROGRAM --help`
+prints.  A recipe states what it chooses; everything else is the default below.  Any key changes on the command line, as
+`--config.encoder.width=2`.  `required` means that a recipe has to give it.
+"""
+
+if __name__ == "__main__":
+  print(page(), end="")

@@ -1,0 +1,24 @@
+"""Mistakes of the user, which the command prints on one line, as against failures, whose traceback it shows."""
+
+import contextlib
+
+
+class UserError(ValueError):
+  """A mistake in a flag, a config or the data: one line with the value, what was expected and what to do."""
+
+
+@contextlib.contextmanager
+def of_the_user():
+  """A ValueError of one line that is raised within, or in a function decorated with this, becomes a UserError.
+
+  It is for the part of a program that tries whether a config is possible: the science functions, which can be lifted out
+  of this package and raise plain ValueErrors, are called there with the values of the config.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except ValueError as error:
+    if "\n" in str(error):
+      raise
+    raise UserError(str(error)) from error
