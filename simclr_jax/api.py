@@ -13,9 +13,9 @@ import numpy as np
 from simclr_jax import exporting
 from simclr_jax.evaluation import embed as embed_lib
 from simclr_jax.evaluation import linear
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain as program
 from simclr_jax.runtime import checkpoint
-from simclr_jax.runtime import config as config_lib
 
 
 class Encoder(NamedTuple):

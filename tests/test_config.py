@@ -6,8 +6,8 @@ import pytest
 
 from simclr_jax import contrast, optimizer
 from simclr_jax.methods import simclr
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain
-from simclr_jax.runtime import config as config_lib
 
 
 def one_line(error):

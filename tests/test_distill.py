@@ -8,8 +8,8 @@ import tiny
 from test_finetune import filled
 
 from simclr_jax import augment, exporting, model
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
 

@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from simclr_jax import report
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import downstream
-from simclr_jax.runtime import config as config_lib
 
 
 def test_finished_parts_are_kept_and_unfinished_ones_go_on(tmp_path):

@@ -27,10 +27,10 @@ from simclr_jax import __main__ as command
 from simclr_jax import exporting, model
 from simclr_jax.encoder import resnet
 from simclr_jax.exporting import torch_names
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import export, pretrain
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -11,8 +11,8 @@ import tiny
 
 from simclr_jax import __main__ as cli
 from simclr_jax import data, exporting, methods, model, optimizer
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, pretrain, trained
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 

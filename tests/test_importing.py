@@ -12,8 +12,8 @@ import simclr_jax
 from simclr_jax import __main__ as cli
 from simclr_jax.encoder import resnet
 from simclr_jax.importing import official
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune
-from simclr_jax.runtime import config as config_lib
 
 TF1 = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}
 

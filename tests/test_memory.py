@@ -11,9 +11,9 @@ import tiny
 
 from simclr_jax import contrast, methods, model, optimizer, train_step
 from simclr_jax.methods import memory
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain
 from simclr_jax.projector import Projector
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.views import Batch
 

@@ -10,8 +10,8 @@ import tiny
 from test_distill import teacher  # noqa: F401  an exported encoder
 
 from simclr_jax.evaluation import linear
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import transfer
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
 

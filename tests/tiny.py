@@ -6,7 +6,7 @@ import numpy as np
 
 from simclr_jax import data, exporting
 from simclr_jax.encoder import resnet
-from simclr_jax.runtime import config as config_lib
+from simclr_jax.programs import config as config_lib
 
 BATCH = 16
 

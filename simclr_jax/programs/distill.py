@@ -14,9 +14,9 @@ import numpy as np
 from etils import epath
 
 from simclr_jax.evaluation import embed
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, trained
 from simclr_jax.runtime import checkpoint, loop
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
 

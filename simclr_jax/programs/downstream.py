@@ -13,9 +13,9 @@ import ml_collections
 import numpy as np
 
 from simclr_jax import report
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain, transfer
 from simclr_jax.runtime import checkpoint
-from simclr_jax.runtime import config as config_lib
 
 
 def part(run, config, folder) -> dict:

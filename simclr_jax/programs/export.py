@@ -12,8 +12,8 @@ import numpy as np
 
 from simclr_jax import exporting
 from simclr_jax.encoder import resnet
+from simclr_jax.programs import config as config_lib
 from simclr_jax.runtime import checkpoint
-from simclr_jax.runtime import config as config_lib
 
 
 def run(

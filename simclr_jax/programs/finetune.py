@@ -21,10 +21,10 @@ from simclr_jax import model as model_lib
 from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed
 from simclr_jax.model import TrainState
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import trained
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, loop
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
 ADVICE = "lower optimizer.base_lr or lengthen optimizer.warmup_epochs"

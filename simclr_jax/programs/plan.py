@@ -11,9 +11,9 @@ import ml_collections
 
 from simclr_jax import contrast, data, optimizer, report
 from simclr_jax import model as model_lib
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain
 from simclr_jax.runtime import aot, checkpoint, metrics
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
 PROGRAMS = {"pretrain": pretrain, "finetune": finetune, "distill": distill}

@@ -15,9 +15,9 @@ from etils import epath
 from simclr_jax import data, exporting, methods, optimizer, report, train_step, views
 from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import scores
 from simclr_jax.runtime import checkpoint, loop, processes
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 

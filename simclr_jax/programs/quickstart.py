@@ -16,11 +16,11 @@ import numpy as np
 from etils import epath
 
 from simclr_jax import data, report
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import embed as features
 from simclr_jax.programs import map as map_lib
 from simclr_jax.programs import pretrain
 from simclr_jax.runtime import checkpoint, loop
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.metrics import duration
 

@@ -12,8 +12,8 @@ from etils import epath
 from simclr_jax import data, exporting
 from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed
+from simclr_jax.programs import config as config_lib
 from simclr_jax.runtime import checkpoint
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
 

@@ -18,9 +18,9 @@ import numpy as np
 from simclr_jax import data, report
 from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed, linear
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, trained
 from simclr_jax.runtime import checkpoint
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
 ROWS = "food101 cifar10 cifar100 birdsnap sun397 cars aircraft voc2007 dtd pets caltech101 flowers".split()
