@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from simclr_jax import diagnostics, model
+from simclr_jax import diagnostics
 from simclr_jax.programs import pretrain, scores
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -48,7 +48,7 @@ def test_verdict_of_a_run(changes, collapsed, tmp_path, capsys):
   """Sixty steps on one device; the absurd ones have a learning rate of a thousand."""
   config = tiny.config(**{"train_steps": 60, "batch_size": 32, "log.every_steps": 20, **changes})
   mesh, source = mesh_lib.make_mesh(jax.devices()[:1]), tiny.source(256)
-  evaluation = scores.PretrainEvaluation(config, model.create(config, source.num_classes), source, source, mesh)
+  evaluation = scores.PretrainEvaluation(config, source, source, mesh)
   task = pretrain.make_task(config, source, mesh=mesh, evaluators={"h": loop.Evaluator(evaluation.quick, 30)})
   loop.run(
     task,

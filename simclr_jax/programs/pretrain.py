@@ -134,54 +134,40 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   """
   began = time.monotonic()
   mesh = mesh_lib.make_mesh()
-  mesh_lib.check_divisible(config.batch_size, mesh)
-  if config.batch_size % (config.microbatches * mesh.size):
-    raise ValueError(
-      f"microbatches={config.microbatches}: batch_size={config.batch_size} on {mesh.size} devices has "
-      f"{config.batch_size // mesh.size} images a device, which is no multiple"
-    )
-  if resume and (checkpoint.folder(workdir)).exists():
+  _check_batch(config, mesh)
+  if resume and checkpoint.folder(workdir).exists():
     config = _same_config(config, workdir)
-  train_source = data.open_source(config.data.train, data_dir=config.data.data_dir or None)
-  test_source = data.open_source(config.data.test or config.data.train, data_dir=config.data.data_dir or None)
-  if config.data.test and test_source.num_classes != train_source.num_classes:
-    raise ValueError(
-      f"data.train={config.data.train} has {train_source.num_classes} classes and data.test={config.data.test} "
-      f"{test_source.num_classes}: name two splits of one data set, or set data.test=''"
-    )
-  model = model_lib.create(config, train_source.num_classes)
-  evaluation = scores.PretrainEvaluation(config, model, train_source, test_source, mesh)
+  train_source, test_source = _open_data(config)
+  evaluation = scores.PretrainEvaluation(config, train_source, test_source, mesh)
   every = config_lib.every(config.evaluate, len(train_source), config.batch_size)
-  evaluators = {"knn": loop.Evaluator(evaluation.quick, every)}
   name = f"unreadable_{jax.process_index()}.txt" if jax.process_count() > 1 else "unreadable.txt"
-  bad_file = str(epath.Path(workdir) / name)
-  task = make_task(config, train_source, mesh=mesh, evaluators=evaluators, bad_file=bad_file)
-  loop_config = loop.LoopConfig.from_config(config, len(train_source))
+  task = make_task(
+    config,
+    train_source,
+    mesh=mesh,
+    evaluators={"knn": loop.Evaluator(evaluation.quick, every)},
+    bad_file=str(epath.Path(workdir) / name),
+  )
   pipeline = view_pipeline(config)
   pipeline.check()
   abstract = jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
 
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
-  config_json = config_lib.to_json(config)
-  first = jax.tree.map(
-    lambda x: processes.gather(x)[:16] if isinstance(x, jax.Array) else x[:16], next(iter(task.stream(0)))
-  )
-  pairs = np.asarray(jax.jit(pipeline.device)(first))
+  pairs = _first_views(task, pipeline)
+  changes = config_lib.difference(config_lib.load(recipe), config) if recipe else None
   if not jax.process_index():
-    checkpoint.write_text(workdir / "config.json", config_json)
-    changes = config_lib.difference(config_lib.load(recipe), config) if recipe else None
-    about = {
-      "program": "pretrain",
-      "recipe": recipe,
-      "changes": changes,
-      "total_steps": task.total_steps,
-      "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
-    }
-    checkpoint.write_text(workdir / "run.json", json.dumps(about, indent=2))
+    _write_about(workdir, config, task, mesh, recipe, changes)
     report.view_pairs_png(workdir / "views.png", pairs)
-  _greet(config, config_json, workdir, mesh, train_source, abstract, task)
+    _greet(config, workdir, mesh, train_source, abstract, task)
 
-  state, clock = loop.run(task, loop_config, mesh=mesh, workdir=workdir, config_json=config_json, seed=config.seed)
+  state, clock = loop.run(
+    task,
+    loop.LoopConfig.from_config(config, len(train_source)),
+    mesh=mesh,
+    workdir=workdir,
+    config_json=config_lib.to_json(config),
+    seed=config.seed,
+  )
   clock.seconds["start"] += clock.started - began
   clock.started = began
   with clock.phase("evaluate"):
@@ -191,6 +177,47 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   return {"state": state, "scores": result["scores"], "workdir": workdir, "page": page}
 
 
+def _check_batch(config, mesh):
+  mesh_lib.check_divisible(config.batch_size, mesh)
+  if config.batch_size % (config.microbatches * mesh.size):
+    raise ValueError(
+      f"microbatches={config.microbatches}: batch_size={config.batch_size} on {mesh.size} devices has "
+      f"{config.batch_size // mesh.size} images a device, which is no multiple"
+    )
+
+
+def _open_data(config):
+  """(training, test) images; without data.test the training images are both."""
+  train, test = config.data.train, config.data.test or config.data.train
+  train_source, test_source = (data.open_source(spec, data_dir=config.data.data_dir or None) for spec in (train, test))
+  if test_source.num_classes != train_source.num_classes:
+    raise ValueError(
+      f"data.train={train} has {train_source.num_classes} classes and data.test={test} "
+      f"{test_source.num_classes}: name two splits of one data set, or set data.test=''"
+    )
+  return train_source, test_source
+
+
+def _first_views(task, pipeline):
+  """float32 [16, 2, size, size, 3] or fewer: the first view pairs of the first batch."""
+  batch = next(iter(task.stream(0)))
+  few = jax.tree.map(lambda x: processes.gather(x)[:16] if isinstance(x, jax.Array) else x[:16], batch)
+  return np.asarray(jax.jit(pipeline.device)(few))
+
+
+def _write_about(workdir, config, task, mesh, recipe, changes):
+  """config.json, and run.json for `simclr runs`."""
+  checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
+  about = {
+    "program": "pretrain",
+    "recipe": recipe,
+    "changes": changes,
+    "total_steps": task.total_steps,
+    "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+  }
+  checkpoint.write_text(workdir / "run.json", json.dumps(about, indent=2))
+
+
 def _same_config(config, workdir):
   """Resuming goes on with the config that the run began with; a different one is refused."""
   kept = config_lib.from_json(checkpoint.read_config(workdir))
@@ -198,12 +225,10 @@ def _same_config(config, workdir):
   return kept
 
 
-def _greet(config, config_json, workdir, mesh, source, abstract, task):
-  if jax.process_index():
-    return
+def _greet(config, workdir, mesh, source, abstract, task):
   parts = {name: model_lib.count(tree) for name, tree in abstract.params.items()}
   device = mesh.devices.flat[0]
-  print(config_json)
+  print(config_lib.to_json(config))
   print(f"images      {len(source):,} from {config.data.train}, {source.num_classes or 'no'} classes")
   print("parameters  " + ", ".join(f"{name} {count:,}" for name, count in parts.items()))
   print(

@@ -37,7 +37,8 @@ def _variables(state):
 class PretrainEvaluation:
   """kNN, collapse diagnostics and linear evaluation of a state, on the labeled train and test images."""
 
-  def __init__(self, config, model, train_source, test_source, mesh):
+  def __init__(self, config, train_source, test_source, mesh):
+    model = model_lib.create(config, train_source.num_classes)
     self._apply, self._mesh, self._config = _representations(model), mesh, config
     self.num_classes = train_source.num_classes
     make = functools.partial(embed.eval_set, config=config, mesh=mesh)
