@@ -7,8 +7,8 @@ import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
 from simclr_jax import augment_extra
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain
-from simclr_jax.runtime import config as config_lib
 
 IMAGE = np.random.default_rng(0).random((24, 24, 3)).astype(np.float32) ** 2
 SEED = (1, 2)

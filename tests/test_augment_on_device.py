@@ -16,8 +16,8 @@ import tiny
 
 from simclr_jax import augment, data
 from simclr_jax import augment_on_device as device
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain
-from simclr_jax.runtime import config as config_lib
 
 
 @pytest.mark.slow

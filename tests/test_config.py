@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from simclr_jax import contrast, optimizer
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain
-from simclr_jax.runtime import config as config_lib
 
 
 def one_line(error):

@@ -19,7 +19,7 @@ import tiny
 from PIL import Image
 
 from simclr_jax import __main__ as cli
-from simclr_jax.runtime import config as config_lib
+from simclr_jax.programs import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

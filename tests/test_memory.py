@@ -9,9 +9,9 @@ import tiny
 
 from simclr_jax import contrast, model, optimizer
 from simclr_jax.methods import memory
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain
 from simclr_jax.projector import Projector
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 

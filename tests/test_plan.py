@@ -12,9 +12,9 @@ import xml.etree.ElementTree
 import pytest
 
 from simclr_jax import __main__ as cli
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import plan, recipes
 from simclr_jax.runtime import aot
-from simclr_jax.runtime import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 GIB = aot.GIB

@@ -19,9 +19,9 @@ import tiny
 import simclr_jax
 from simclr_jax import __main__ as cli
 from simclr_jax import exporting, model
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import export, knn, pretrain, probe, runs, trained
 from simclr_jax.programs import map as map_lib
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from simclr_jax import __main__ as cli
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import quickstart
 from simclr_jax.programs.quickstart import Network
-from simclr_jax.runtime import config as config_lib
 
 
 def test_networks_fit_the_images():

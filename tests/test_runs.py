@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from simclr_jax import __main__ as cli
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import recipes, runs
-from simclr_jax.runtime import config as config_lib
 
 
 def make(folder, *, steps=4, complete=True, **changes):

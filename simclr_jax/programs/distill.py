@@ -10,15 +10,14 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
 
 from simclr_jax import model as model_lib
 from simclr_jax.evaluation import embed
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, trained
 from simclr_jax.runtime import checkpoint, loop
-from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
 
@@ -64,16 +63,13 @@ class Teacher:
       raise ValueError(
         f"config.teacher={path}: holds no classifier; name a run of simclr finetune, or what it exported"
       )
-    config = ml_collections.ConfigDict(
-      dict(encoder=opened.encoder, projector=opened.projector, tap=opened.config.get("tap", 0))
-    )
     self.num_classes = opened.variables["classifier"]["params"]["bias"].shape[0]
-    names = ("encoder", "classifier") + ("projector",) * bool(config.tap)
+    names = ("encoder", "classifier") + ("projector",) * bool(opened.tap)
     self.variables = {
       collection: {name: opened.variables[name][collection] for name in names if opened.variables[name].get(collection)}
       for collection in ("params", "batch_stats")
     }
-    self.apply = functools.partial(finetune.create(config, self.num_classes).apply, train=False)
+    self.apply = functools.partial(finetune.create(opened, self.num_classes).apply, train=False)
 
 
 class Twin:

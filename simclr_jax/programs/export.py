@@ -7,13 +7,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from simclr_jax import exporting
 from simclr_jax.encoder import resnet
+from simclr_jax.programs import config as config_lib
 from simclr_jax.runtime import checkpoint
-from simclr_jax.runtime import config as config_lib
 
 
 def run(
@@ -114,7 +113,7 @@ def _of_run(workdir, step, head):
 def _of_folder(path):
   """The same of an exported folder."""
   _, variables, card = exporting.load_encoder(path)
-  config = ml_collections.ConfigDict(card["pretraining"])
+  config = config_lib.from_dict(card["pretraining"])
   if card.get("format") == "safetensors":
     projector = exporting.read_safetensors(path).get("projector")
   else:

@@ -34,9 +34,9 @@ from simclr_jax import model as model_lib
 from simclr_jax.evaluation import embed, knn, linear
 from simclr_jax.methods import memory
 from simclr_jax.model import TrainState
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import map as map_lib
-from simclr_jax.runtime import checkpoint, loop, processes
-from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime import checkpoint, errors, loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 
@@ -116,17 +116,13 @@ def train_step(
 
 
 def loss_function(config, mesh):
-  """(z [n, 2, d]) -> (loss, metrics): one of contrast.LOSSES, NT-Xent unless `config.loss.name` says otherwise.
+  """(z [n, 2, d]) -> (loss, metrics): the one of contrast.LOSSES that `config.loss.name` says.
 
   Raises:
-    ValueError: no such loss, an option that it does not take, or a value that it refuses.
+    ValueError: an option that the loss does not take, or needs.
   """
-  options = dict(config.loss)
-  name = options.pop("name", "nt_xent")
-  choices = [choice for choice in contrast.LOSSES if choice != "supervised"]  # which takes labels too
-  if name not in choices:
-    raise ValueError(f"config.loss.name={name!r}: expected one of {', '.join(choices)}")
-  if config.get("memory") and name != "nt_xent":
+  name, options = config.loss.name, config_lib.options(config.loss)
+  if config.memory and name != "nt_xent":
     raise ValueError(f"config.loss.name={name!r}: the memory bank is for nt_xent")
   accepted = {k: p for k, p in inspect.signature(contrast.LOSSES[name]).parameters.items() if k not in ("z", "mesh")}
   unknown = [key for key in options if key not in accepted]
@@ -140,13 +136,12 @@ def loss_function(config, mesh):
 
 def chance_loss(config) -> float | None:
   """NT-Xent of embeddings that know nothing: ln(2n - 1), twice that for the official sum; None for other losses."""
-  if config.loss.get("name", "nt_xent") != "nt_xent":
+  if config.loss.name != "nt_xent":
     return None
-  return contrast.REDUCTIONS[config.loss.get("reduction", "mean")] * math.log(2 * config.batch_size - 1)
+  return contrast.REDUCTIONS[config.loss.reduction or "mean"] * math.log(2 * config.batch_size - 1)
 
 
 ON_THE_MAP = 2000  # images of the page's map, at most
-WHERE = ("host", "device", "device_crop", "resident")
 CROP = ("size", "crop_sampler", "crop_area", "flip", "resize")
 
 
@@ -165,18 +160,14 @@ def augmentation(config):
   Raises:
     ValueError: an option is out of range.
   """
-  options = dict(config.augment)
-  where, canvas = options.pop("where", "host"), options.pop("canvas", 512)
-  if where not in WHERE:
-    raise ValueError(f"augment.where={where!r}: expected one of {', '.join(WHERE)}")
-  if not isinstance(canvas, int) or canvas < 1:
-    raise ValueError(f"augment.canvas={canvas!r}: expected the side of the canvas in pixels")
+  options = config_lib.options(config.augment)
+  where, canvas = config.augment.where, config.augment.canvas
   if where == "host":
     return functools.partial(augment_extra.two_views, **options), lambda batch: batch["views"], canvas
   for name in ("extra", "one_sided"):
     if options.pop(name, ()):
       raise ValueError(f"augment.where={where!r}: augment.{name} is done by the host, with augment.where=host")
-  crop = {key: options.pop(key) for key in CROP if key in options}
+  crop = {key: options.pop(key) for key in CROP}
   # A network that computes in bfloat16 sees no difference; one in float32 is fed float32.
   options["precision"] = "default" if config.encoder.dtype == "bfloat16" else "highest"
   if where == "device":
@@ -186,6 +177,7 @@ def augmentation(config):
   return None, lambda batch: device(batch["views"]["image"], batch["views"]["extent"], batch["seed"]), canvas
 
 
+@errors.of_the_user()
 def _check_augmentation(config):
   """Tries both halves on an image of 8 pixels: impossible values fail here, before the workdir is touched."""
   host, device, _ = augmentation(config)
@@ -208,6 +200,7 @@ def _resident(drawn, labels, images, mesh):
     yield {**batch, "views": pick(images, batch["index"])}
 
 
+@errors.of_the_user()
 def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.Task:
   """The config and the training images as the loop wants them; `bad_file` gets the names of unreadable images."""
   model = model_lib.create(config, source.num_classes, tpu=mesh_lib.on_tpu(mesh))
@@ -224,7 +217,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
   images = functools.cache(lambda: data.in_memory(source, canvas=canvas, **bad))
 
   def stream(start):
-    if config.augment.get("where") == "resident":
+    if config.augment.where == "resident":
       return _resident(map(data.draws(source, **order), itertools.count(start)), source.labels, images(), mesh)
     return data.train_stream(source, host, start_step=start, canvas=canvas, **order, **bad)
 
@@ -250,9 +243,8 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
     exports=model_lib.keep_encoder,
     zero1=config.zero1,
   )
-  if "memory" in config:
-    options = {key: value for key, value in config.loss.items() if key != "name"}
-    task = memory.remember(task, model, loss=options, views=device, **config.memory)
+  if config.memory:
+    task = memory.remember(task, model, loss=config_lib.options(config.loss), views=device, **config.memory)
   return task
 
 
@@ -260,7 +252,7 @@ def abstract_step(config, mesh, source):
   """(jitted update, its arguments as shapes with shardings), of a run on `mesh`, which may be devices nobody has."""
   task = make_task(config, source, mesh=mesh)
   b, size = config.batch_size, config.augment.size
-  where, canvas = config.augment.get("where", "host"), config.augment.get("canvas", 512)
+  where, canvas = config.augment.where, config.augment.canvas
   if where in ("host", "device"):
     views = jax.ShapeDtypeStruct((b, 2, size, size, 3), np.float32 if where == "host" else np.uint8)
   else:
@@ -408,9 +400,9 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
     log_every=config.log.every_steps,
     checkpoint_every=checkpoint_every,
     keep=config.checkpoint.keep,
-    rollback=loop.Rollback(**config.get("rollback", {})),
-    wandb=config.log.get("wandb", ""),
-    profile_steps=config.log.get("profile_steps", 0),
+    rollback=loop.Rollback(**config.rollback),
+    wandb=config.log.wandb,
+    profile_steps=config.log.profile_steps,
     constants={"chance_loss": chance} if (chance := chance_loss(config)) else {},
   )
   clock.seconds["start"] += clock.started - began
@@ -531,7 +523,7 @@ def _farewell(config, workdir, result, views, clock, changes) -> dict:
     summary=summary,
     scores=result["scores"],
     history=metrics_lib.read(workdir),
-    config=config.to_dict(),
+    config=config_lib.to_dict(config),
     files=files,
     snippet=snippet,
     views=views,

@@ -9,7 +9,7 @@ import re
 import shutil
 import textwrap
 
-from simclr_jax.runtime import config as config_lib
+from simclr_jax.programs import config as config_lib
 
 FIELDS = ("Command", "Hardware", "Expected", "Source", "Data")
 SHOWN = {"Hardware": "hardware, time", "Expected": "expected", "Source": "source"}

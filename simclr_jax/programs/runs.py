@@ -7,7 +7,7 @@ import os
 import pathlib
 
 from simclr_jax import report
-from simclr_jax.runtime import config as config_lib
+from simclr_jax.programs import config as config_lib
 from simclr_jax.runtime import metrics as metrics_lib
 
 INSIDE_A_RUN = ("checkpoints", "encoder", "map")  # folders that are not searched
