@@ -171,3 +171,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       f" {100 * result['teacher']:.2f} %; {result['workdir']}"
     )
   return result
+
+
+def main(flags, overrides) -> int:
+  run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+  return 0

@@ -113,3 +113,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   report.accuracy_against_labels_svg(workdir / "downstream.svg", curves)
   print(f"\n{text}\n\n{workdir / 'downstream.txt'}\n{workdir / 'downstream.svg'}  accuracy against labels", flush=True)
   return {"results": results, "workdir": workdir}
+
+
+def main(flags, overrides) -> int:
+  run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+  return 0

@@ -119,3 +119,9 @@ def _of_folder(path):
   else:
     projector = checkpoint.read_tree(checkpoint.absolute(path) / "projector")
   return variables, projector, config, {key: card[key] for key in ("scores", "step", "licence") if key in card}
+
+
+def main(flags, overrides) -> int:
+  options = {name: value for name, value in vars(flags).items() if name not in ("command", "format")}
+  run(formats=flags.format or ("orbax",), **options)
+  return 0

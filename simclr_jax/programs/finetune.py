@@ -304,3 +304,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       f"{config.start or 'scratch'} with {len(source):,} labels; {result['workdir']}"
     )
   return result
+
+
+def main(flags, overrides) -> int:
+  run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+  return 0

@@ -31,3 +31,8 @@ def run(source, output, *, ema: bool = False, overwrite: bool = False) -> pathli
   print(f"it was trained on images resized by {info['resize']!r}; card.json says so\n")
   print(f"encoder: {path}\n\n{exporting.snippet(path, info['size'])}")
   return path
+
+
+def main(flags, overrides) -> int:
+  run(flags.source, flags.output, ema=flags.ema, overwrite=flags.overwrite)
+  return 0

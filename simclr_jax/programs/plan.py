@@ -320,3 +320,11 @@ def draw(path, rows):
     out.append(f'<path d="M{left + 307} {y + 22 * i - 2}v18" stroke="black" stroke-width="2"{dash}/>')
     out.append(f'<text x="{left + 318}" y="{y + 22 * i + 12}">{text}</text>')
   checkpoint.write_text(checkpoint.absolute(path), "".join(out) + "</svg>")
+
+
+def main(flags, overrides) -> int:
+  run(
+    flags.config, flags.topology, batches=flags.batch_size, num_examples=flags.num_examples,
+    num_classes=flags.num_classes, as_json=flags.json, picture=flags.picture,
+  )  # fmt: skip
+  return 0

@@ -132,3 +132,8 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
     f"({len(test_y):,} test images of {c.data.test})"
   )
   return value
+
+
+def main(flags, overrides) -> int:
+  run(flags.workdir, step=flags.step, overrides=overrides)
+  return 0

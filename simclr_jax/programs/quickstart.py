@@ -281,3 +281,8 @@ def _page(workdir, page, root, source, why, chart, found, unreadable, seconds):
       ],
     },
   )
+
+
+def main(flags, overrides) -> int:
+  run(flags.folder, flags.workdir, minutes=flags.minutes, resume=flags.resume, overwrite=flags.overwrite)
+  return 0

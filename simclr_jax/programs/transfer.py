@@ -243,3 +243,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   checkpoint.write_text(workdir / "transfer.txt", text + "\n")
   print(f"\n{text}\n\n{workdir / 'transfer.txt'}", flush=True)
   return {"rows": rows, "workdir": workdir}
+
+
+def main(flags, overrides) -> int:
+  run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+  return 0
