@@ -61,13 +61,12 @@ def step_program():
   """Forward and backward of a ResNet-50 with its head and NT-Xent on bfloat16 views."""
   import jax
   import jax.numpy as jnp
-  import ml_collections
 
   from simclr_jax import contrast
   from simclr_jax import model as model_lib
-  from simclr_jax.runtime import config as config_lib
+  from simclr_jax.programs import config as config_lib
 
-  config = ml_collections.ConfigDict(config_lib.load("configs/v1.py"))
+  config = config_lib.load("configs/v1.py")
   model = model_lib.create(config, 0)
   variables = jax.eval_shape(
     functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 2, SIZE, SIZE, 3))

@@ -59,8 +59,8 @@ def main():
     aot.prepare()
   except ValueError as error:
     sys.exit(str(error))
-  from simclr_jax.programs import plan
-  from simclr_jax.runtime import checkpoint, config
+  from simclr_jax.programs import config, plan
+  from simclr_jax.runtime import checkpoint
 
   kept = DOCS / "plans.json"
 

@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import ml_collections
 import numpy as np
 
 from simclr_jax import exporting
@@ -62,7 +61,7 @@ def pretrain(
   else:
     file = _keep(pathlib.Path(str(folder)).with_name(pathlib.Path(str(folder)).name + ".npz"), images, labels)
     changes = {"data.train": f"npz:{file}", "data.test": f"npz:{file}" if labels is not None else "", **changes}
-  config = config_lib.load(recipe, [f"--config.{key}={value}" for key, value in changes.items()])
+  config = config_lib.replace(config_lib.load(recipe), changes)
   program.run(config, str(workdir), resume=resume, overwrite=overwrite, recipe=recipe)
   return Encoder(*exporting.load_encoder(folder / "encoder"))
 
@@ -92,7 +91,7 @@ def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) 
     ValueError: the folder is no export, or the images are of another kind.
   """
   encoder = Encoder(*(exporting.load_encoder(encoder) if isinstance(encoder, str | pathlib.Path) else encoder))
-  crop = embed_lib.crop_of(ml_collections.ConfigDict(encoder.card["pretraining"]))
+  crop = embed_lib.crop_of(config_lib.from_dict(encoder.card["pretraining"]))
   parts = []
   for start in range(0, len(images), batch_size):
     views = np.stack([crop(image) for image in images[start : start + batch_size]])

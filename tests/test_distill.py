@@ -1,7 +1,6 @@
 """Distillation against equations 2 and 3 by hand, and a whole run of a student that sees no label."""
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 import tiny
@@ -41,9 +40,8 @@ def test_loss_is_equations_2_and_3():
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
   """What fine-tuning exports, with random weights."""
-  c = ml_collections.ConfigDict(config_lib.load("configs/finetune.py:small"))
-  c.update_from_flattened_dict({"augment.size": 16, "encoder.width": 0.0625})
-  task = finetune.make_task(config_lib.check(c), None, tiny.source(), mesh=mesh_lib.make_mesh())
+  c = config_lib.replace(config_lib.load("finetune:small"), {"augment.size": 16, "encoder.width": 0.0625})
+  task = finetune.make_task(c, None, tiny.source(), mesh=mesh_lib.make_mesh())
   state = filled(jax.eval_shape(task.init, jax.random.key(0)))
   folder = tmp_path_factory.mktemp("teacher") / "encoder"
   heads = {"classifier": model.part(state, "classifier")}
@@ -52,11 +50,9 @@ def teacher(tmp_path_factory):
 
 
 def config(teacher, spec, **changes):
-  c = ml_collections.ConfigDict(config_lib.load("configs/distill.py:small"))
   changes = {"teacher": teacher, "data.train": spec, "data.test": spec, "batch_size": 16, "train_steps": 2, **changes}
   changes |= {"augment.size": 16, "encoder.width": 0.0625, "evaluate.batch_size": 32}
-  c.update_from_flattened_dict(changes)
-  return config_lib.check(c)
+  return config_lib.replace(config_lib.load("configs/distill.py:small"), changes)
 
 
 def test_the_teacher_and_its_cache(teacher, tmp_path):

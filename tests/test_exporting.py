@@ -15,7 +15,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 import test_tree
@@ -101,11 +100,8 @@ def save(folder, encoder, size):
   variables = random_encoder(encoder, size)
   h = jax.eval_shape(resnet(**encoder).apply, variables, jnp.zeros((1, size, size, 3)))
   head = random_like(jax.eval_shape(Projector(**HEAD).init, jax.random.key(0), h))
-  config = ml_collections.ConfigDict(
-    dict(
-      encoder=encoder, projector=HEAD, augment=dict(size=size), evaluate=dict(crop=0.875), data=dict(train="npz:mine")
-    )
-  )
+  changes = {"encoder": encoder, "projector": HEAD, "augment.size": size, "data.train": "npz:mine"}
+  config = config_lib.replace(config_lib.load("v1"), changes)
   exporting.write(folder, variables, config, scores={"h": {"knn": 0.5}}, step=3, heads={"projector": head})
   return folder
 
@@ -341,7 +337,7 @@ def test_mistakes_are_one_line(small, tmp_path, capsys, monkeypatch):
   assert "delete it yourself" in refused(source, f"--output={tmp_path / 'theirs'}", "--overwrite", capsys=capsys)
   assert "it belongs to --workdir" in refused(source, output, "--step=3", capsys=capsys)
   assert "does not start" in refused(source, output, "--python=/no/python", capsys=capsys)
-  no_head = ml_collections.ConfigDict(json.loads((small / "card.json").read_text())["pretraining"])
+  no_head = config_lib.from_dict(json.loads((small / "card.json").read_text())["pretraining"])
   exporting.write(tmp_path / "bare", simclr_jax.load_encoder(small)[1], no_head, scores={}, step=0)
   assert "has no projection head: leave --head" in refused(
     f"--encoder={tmp_path / 'bare'}", output, "--head", capsys=capsys

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 import tiny
@@ -45,10 +44,8 @@ def start(tmp_path_factory):
 
 
 def config(**changes):
-  small = ml_collections.ConfigDict(config_lib.load("configs/finetune.py:small"))
   changes = {"batch_size": 16, "train_steps": 2, "augment.size": 16, "evaluate.batch_size": 32, **changes}
-  small.update_from_flattened_dict(changes)
-  return config_lib.check(small)
+  return config_lib.replace(config_lib.load("configs/finetune.py:small"), changes)
 
 
 def task_of(c, devices=1):
@@ -157,7 +154,7 @@ def test_a_list_of_names(tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     Image.new("RGB", (4, 4)).save(tmp_path / name)
   source = data.open_source(f"folder:{tmp_path}")
-  labels = ml_collections.ConfigDict(dict(list=str(tmp_path / "some.txt"), fraction=1.0, seed=0))
+  labels = config_lib.Labels(list=str(tmp_path / "some.txt"))
   (tmp_path / "some.txt").write_text("n02_1.png\nn01_2.png\n")
   assert finetune.choose(source, labels).tolist() == [1, 2]
   (tmp_path / "some.txt").write_text("n02_1.png\nn09_2.png\n")

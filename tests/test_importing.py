@@ -1,7 +1,6 @@
 """Official checkpoints, written here with the official names and shapes, against the official forward passes."""
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -190,13 +189,11 @@ def test_the_program(tmp_path, capsys):
   assert card["preprocessing"]["size"] == 32 and card["preprocessing"]["center_crop"] == 1.0
   assert card["pretraining"]["source"]["format"] == "TF1 bundle" and card["step"] == 250228
   # Fine-tuning goes on from it: its head, its resize.
-  recipe = ml_collections.ConfigDict(config_lib.load("configs/finetune.py:v2_10pct"))
-  recipe.start = str(tmp_path / "out")
-  config, start = finetune.resolve(config_lib.check(recipe))
+  recipe = config_lib.replace(config_lib.load("configs/finetune.py:v2_10pct"), {"start": str(tmp_path / "out")})
+  config, start = finetune.resolve(recipe)
   assert config.augment.resize == "bicubic_tf1" and config.encoder.depth == 18 and config.encoder.stem == "cifar"
   assert config.projector.layers == 3 and start.variables["projector"]["params"]["dense0"]["kernel"].shape == (128, 128)
-  recipe.tap = 4
   with pytest.raises(ValueError, match="config.tap=4: .* has 3 layers in its head"):
-    finetune.resolve(config_lib.check(recipe))
+    finetune.resolve(config_lib.replace(recipe, {"tap": 4}))
   assert cli.main(["import", str(tmp_path / "nothing"), f"--output={tmp_path / 'out2'}"]) == 1
   assert "no checkpoint; give the part before .index" in capsys.readouterr().err

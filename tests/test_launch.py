@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from simclr_jax import __main__ as cli
-from simclr_jax.runtime import config
+from simclr_jax.programs import config
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "launch"

@@ -14,8 +14,8 @@ import hashlib, json, os, signal, sys
 sys.path.insert(0, {tests!r})
 import tiny
 import jax
-from simclr_jax.programs import pretrain
-from simclr_jax.runtime import config, loop, mesh
+from simclr_jax.programs import config, pretrain
+from simclr_jax.runtime import loop, mesh
 
 workdir, kill_at = sys.argv[1], int(sys.argv[2])
 c = tiny.config(**{{"train_steps": 20, "checkpoint.every_steps": 10, "data.train": "fashion:test"}})

@@ -2,7 +2,6 @@
 
 import json
 
-import ml_collections
 import numpy as np
 import pytest
 import scipy.stats
@@ -49,20 +48,18 @@ def rows(tmp_path, **extra):
 
 
 def config(start, rows, **changes):
-  c = ml_collections.ConfigDict(config_lib.load("configs/transfer.py:small").to_dict())
-  c.start, c.rows, c.samples, c.augment.size = start, rows, 200, 16
-  c.update_from_flattened_dict(changes)
-  return config_lib.check(c)
+  changes = {"start": start, "rows": rows, "samples": 200, "augment.size": 16, **changes}
+  return config_lib.replace(config_lib.load("configs/transfer.py:small"), changes)
 
 
 def test_splits(tmp_path):
   c = config("x", rows(tmp_path))
-  train, held_out, test = transfer.splits(c.rows.split, None)
+  train, held_out, test = transfer.splits(c.rows["split"], None)
   assert len(train.source) == 192 and held_out.tolist() == [False] * 96 + [True] * 96 and len(test.targets) == 96
   np.testing.assert_array_equal(train.source.labels, train.targets)
   np.testing.assert_array_equal(train.source.read(100), tiny.source().read(4))
   assert train.source.read_labelled(100)[1] == train.targets[100] and train.source.name(100).endswith(":4")
-  train, held_out, _ = transfer.splits(c.rows.held_out, None)
+  train, held_out, _ = transfer.splits(c.rows["held_out"], None)
   assert len(train.source) == 96 and 5 <= held_out.sum() <= 20
 
 

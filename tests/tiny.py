@@ -1,7 +1,6 @@
 """The smallest real run: a ResNet-18 a sixteenth as wide, on 96 Fashion-MNIST images."""
 
 import jax
-import ml_collections
 import numpy as np
 
 from simclr_jax import data, exporting
@@ -13,8 +12,8 @@ BATCH = 16
 
 def config(**changes):
   """The smoke recipe, shrunk; `changes` are dotted keys, e.g. **{"loss.temperature": 0.5}."""
-  small = ml_collections.ConfigDict(config_lib.load("configs/smoke.py"))
-  small.update_from_flattened_dict(
+  return config_lib.replace(
+    config_lib.load("configs/smoke.py"),
     {
       "batch_size": BATCH,
       "train_epochs": 0.0,
@@ -29,9 +28,8 @@ def config(**changes):
       "checkpoint.every_epochs": 0.0,
       "log.every_steps": 1,
       **changes,
-    }
+    },
   )
-  return config_lib.check(small)
 
 
 def source(count=96, labelled=True):

@@ -101,19 +101,19 @@ def crop_of(config):
     augment.center_crop,
     size=config.augment.size,
     proportion=config.evaluate.crop,
-    resize=config.augment.get("resize", "bicubic"),
+    resize=config.augment.resize or "bicubic",
   )
 
 
-def eval_set(source, config, mesh, *, size=None, crop=None, resize=None) -> EvalSet:
+def eval_set(source, config, mesh, *, size=None, crop=None, resize=None, max_bad_fraction=None) -> EvalSet:
   """The images of a source as `config` evaluates them, or in another way; batches divide over the mesh."""
   return EvalSet(
     source,
     size=size or config.augment.size,
     crop=crop or config.evaluate.crop,
     batch_size=-(-config.evaluate.batch_size // mesh.size) * mesh.size,
-    resize=resize or config.augment.get("resize", "bicubic"),
-    max_bad_fraction=config.get("data", {}).get("max_bad_fraction", 0.001),
+    resize=resize or config.augment.resize or "bicubic",
+    max_bad_fraction=config.data.max_bad_fraction if max_bad_fraction is None else max_bad_fraction,
   )
 
 

@@ -29,6 +29,7 @@ import simclr_jax
 from simclr_jax.encoder import resnet
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import config as config_lib
 
 # Format -> (the module below exporting/, an optional package that writes it, the packages that read it).
 FORMATS = {
@@ -101,8 +102,7 @@ def make_card(
   variables, config, *, scores: dict, step: int, format: str = "orbax", licence: str = "not stated"
 ) -> dict:
   """card.json but for the list of files; docs/card.schema.json says what each entry is."""
-  encoder = dict(config.encoder)
-  module = resnet(**encoder)
+  module = resnet(**config.encoder)
   fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "tpu"}
   shapes = jax.eval_shape(module.apply, variables, _images(config.augment.size))
   card = {
@@ -114,11 +114,11 @@ def make_card(
       "range": "[0, 1], no mean or std is subtracted or divided",
       "size": config.augment.size,
       "center_crop": config.evaluate.crop,
-      "resize": _RESIZES[config.augment.get("resize", "bicubic")],
+      "resize": _RESIZES[config.augment.resize or "bicubic"],
       "layout": "NCHW, RGB" if format in ("torchvision", "timm", "huggingface", "onnx") else "NHWC, RGB",
     },
-    "pretraining": config.to_dict(),
-    "data": config.get("data", {}).get("train", "not stated"),
+    "pretraining": config_lib.to_dict(config),
+    "data": config.data.train if hasattr(config, "data") else "not stated",
     "step": step,
     "scores": scores,
     "versions": {name: importlib.metadata.version(name) for name in _PACKAGES} | {"simclr_jax": simclr_jax.__version__},

@@ -61,11 +61,8 @@ def create(config, mesh) -> Memory:
   """The method of `config.memory`.
 
   Raises:
-    ValueError: size or decay is out of range, or the loss is not NT-Xent.
+    ValueError: the loss is not NT-Xent.
   """
-  size, decay = config.memory.size, config.memory.decay
-  if size < 1 or not 0 <= decay < 1:
-    raise ValueError(f"memory.size={size}, memory.decay={decay}: expected at least 1, and at least 0 and below 1")
   if config.loss.name != "nt_xent":
     raise ValueError(f"config.loss.name={config.loss.name!r}: the memory bank is for nt_xent")
-  return Memory(size, decay, simclr.loss_options(config), simclr.chance_loss(config))
+  return Memory(config.memory.size, config.memory.decay, dict(config.loss), simclr.chance_loss(config))

@@ -33,16 +33,12 @@ def create(config, mesh) -> SimCLR:
 
 
 def loss_function(config, mesh):
-  """(z [n, 2, d]) -> (loss, metrics): one of contrast.LOSSES.
+  """(z [n, 2, d]) -> (loss, metrics): the one of contrast.LOSSES that `config.loss.name` says.
 
   Raises:
-    ValueError: no such loss, an option that it does not take, or a value that it refuses.
+    ValueError: an option that the loss does not take, or needs.
   """
-  options = loss_options(config)
-  name = config.loss.name
-  choices = [choice for choice in contrast.LOSSES if choice != "supervised"]  # which takes labels too
-  if name not in choices:
-    raise ValueError(f"config.loss.name={name!r}: expected one of {', '.join(choices)}")
+  name, options = config.loss.name, dict(config.loss)
   accepted = {k: p for k, p in inspect.signature(contrast.LOSSES[name]).parameters.items() if k not in ("z", "mesh")}
   unknown = [key for key in options if key not in accepted]
   missing = [key for key, p in accepted.items() if p.default is p.empty and key not in options]
@@ -51,12 +47,6 @@ def loss_function(config, mesh):
     raise ValueError(f"config.loss.{mistake}; {name} takes {', '.join(accepted)}")
   mesh = {"mesh": mesh} if name == "nt_xent" else {}
   return functools.partial(contrast.LOSSES[name], **mesh, **options)
-
-
-def loss_options(config) -> dict:
-  """What the section `loss` gives the loss function: all of it that is set but its name."""
-  section = dataclasses.asdict(config.loss)
-  return {key: value for key, value in section.items() if key != "name" and value is not None}
 
 
 def chance_loss(config) -> float | None:

@@ -281,3 +281,9 @@ def advice(rates: dict, size: int) -> str:
       lines.append(f"  {host}, {what:36}{need:>7,.0f} a CPU: {cure}")
   lines.append("a CPU of a TPU host is a hyper-thread: take half of the figure of a core of this machine")
   return "\n".join(lines)
+
+
+def main(flags, overrides) -> int:
+  options = {name: value for name, value in vars(flags).items() if name not in ("command", "action")}
+  {"inspect": inspect, "prepare": prepare, "benchmark": benchmark}[flags.action](**options)
+  return 0

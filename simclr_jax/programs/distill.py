@@ -9,7 +9,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
 
@@ -55,16 +54,13 @@ class Teacher:
       raise ValueError(
         f"config.teacher={path}: holds no classifier; name a run of simclr finetune, or what it exported"
       )
-    config = ml_collections.ConfigDict(
-      dict(encoder=opened.encoder, projector=opened.projector, tap=opened.config.get("tap", 0))
-    )
     self.num_classes = opened.variables["classifier"]["params"]["bias"].shape[0]
-    names = ("encoder", "classifier") + ("projector",) * bool(config.tap)
+    names = ("encoder", "classifier") + ("projector",) * bool(opened.tap)
     self.variables = {
       collection: {name: opened.variables[name][collection] for name in names if opened.variables[name].get(collection)}
       for collection in ("params", "batch_stats")
     }
-    self.apply = functools.partial(finetune.create(config, self.num_classes).apply, train=False)
+    self.apply = functools.partial(finetune.create(opened, self.num_classes).apply, train=False)
 
 
 class AbstractTeacher:
@@ -155,3 +151,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       f" {100 * result['teacher']:.2f} %; {result['workdir']}"
     )
   return result
+
+
+def main(flags, overrides) -> int:
+  run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+  return 0

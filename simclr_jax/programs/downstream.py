@@ -6,10 +6,8 @@ trained from scratch on the teacher's labels; and a linear classifier on the h o
 spreads and draws accuracy against labels (as Figure 1 of arXiv 2006.10029).
 """
 
-import functools
 import json
 
-import ml_collections
 import numpy as np
 
 from simclr_jax import report
@@ -28,11 +26,7 @@ def part(run, config, folder) -> dict:
 
 def changed(recipe: str, changes: dict):
   """A recipe's config with values replaced; sections may be given whole."""
-  config = ml_collections.ConfigDict(config_lib.load(recipe).to_dict())
-  for key, value in changes.items():
-    *sections, leaf = key.split(".")
-    functools.reduce(lambda c, name: c[name], sections, config)[leaf] = value
-  return config_lib.check(config)
+  return config_lib.replace(config_lib.load(recipe), changes)
 
 
 def one_seed(config, seed: int, folder) -> dict:
@@ -46,8 +40,8 @@ def one_seed(config, seed: int, folder) -> dict:
   shared = {
     "seed": seed,
     "labels.seed": seed,
-    "data": recipe.data.to_dict(),
-    "encoder": recipe.encoder.to_dict(),
+    "data": recipe.data,
+    "encoder": recipe.encoder,
     "augment.size": recipe.augment.size,
   }
   for share in config.shares:
@@ -60,7 +54,7 @@ def one_seed(config, seed: int, folder) -> dict:
   student_shared = {key: value for key, value in shared.items() if key != "encoder"}
   student = changed(config.distill, {**student_shared, "teacher": str(teacher)})
   out["student", share] = part(distill.run, student, folder / "student")["accuracy"]
-  alone = changed(config.finetune, {**shared, "encoder": student.encoder.to_dict(), "labels.fraction": share})
+  alone = changed(config.finetune, {**shared, "encoder": student.encoder, "labels.fraction": share})
   out["student from scratch", share] = part(finetune.run, alone, folder / "student_from_scratch")["accuracy"]
   moved = changed(
     config.transfer,
@@ -119,3 +113,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   report.accuracy_against_labels_svg(workdir / "downstream.svg", curves)
   print(f"\n{text}\n\n{workdir / 'downstream.txt'}\n{workdir / 'downstream.svg'}  accuracy against labels", flush=True)
   return {"results": results, "workdir": workdir}
+
+
+def main(flags, overrides) -> int:
+  run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+  return 0

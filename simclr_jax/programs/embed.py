@@ -239,3 +239,9 @@ def load(path) -> Features:
     )
   except Exception as error:  # zipfile.BadZipFile, EOFError, KeyError, pyarrow's own, ...
     raise ValueError(f"--features={path}: not a file of simclr embed ({type(error).__name__}: {error})") from None
+
+
+def main(flags, overrides) -> int:
+  options = {name: getattr(flags, name) for name in ("data_dir", "images_per_part", "overwrite")}
+  run(flags.encoder, flags.data, flags.output, **options)
+  return 0

@@ -7,7 +7,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from simclr_jax import exporting
@@ -114,9 +113,15 @@ def _of_run(workdir, step, head):
 def _of_folder(path):
   """The same of an exported folder."""
   _, variables, card = exporting.load_encoder(path)
-  config = ml_collections.ConfigDict(card["pretraining"])
+  config = config_lib.from_dict(card["pretraining"])
   if card.get("format") == "safetensors":
     projector = exporting.read_safetensors(path).get("projector")
   else:
     projector = checkpoint.read_tree(checkpoint.absolute(path) / "projector")
   return variables, projector, config, {key: card[key] for key in ("scores", "step", "licence") if key in card}
+
+
+def main(flags, overrides) -> int:
+  options = {name: value for name, value in vars(flags).items() if name not in ("command", "format")}
+  run(formats=flags.format or ("orbax",), **options)
+  return 0

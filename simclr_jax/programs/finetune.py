@@ -6,17 +6,17 @@ baseline.  Training sees crops and flips, BatchNorm ranges over the global batch
 """
 
 import functools
+import inspect
 import json
 import os
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from etils import epath
 
-from simclr_jax import augment, data, exporting, optimizer, views
+from simclr_jax import augment, augment_extra, data, exporting, optimizer, views
 from simclr_jax import model as model_lib
 from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed
@@ -24,7 +24,7 @@ from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import trained
 from simclr_jax.projector import Projector
-from simclr_jax.runtime import checkpoint, loop
+from simclr_jax.runtime import checkpoint, errors, loop
 from simclr_jax.runtime import mesh as mesh_lib
 
 ADVICE = "lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
@@ -38,12 +38,10 @@ def resolve(config):
   """
   start = trained.open_start(config.start) if config.start else None
   if start:
-    config = ml_collections.ConfigDict(config.to_dict())
-    config.encoder, config.projector = start.encoder, start.projector
-    if "resize" not in config.augment:  # pixels as the weights know them
-      config.augment.resize = start.config.augment.get("resize", "bicubic")
-    config = config_lib.check(config)
-  layers = {"nonlinear": config.projector.get("layers", 3), "linear": 1}.get(config.projector.get("kind"), 0)
+    resize = config.augment.resize or start.resize  # pixels as the weights know them
+    networks = {"encoder": start.encoder, "projector": start.projector}
+    config = config_lib.replace(config, {**networks, "augment.resize": resize})
+  layers = {"nonlinear": config.projector.layers, "linear": 1, "none": 0}[config.projector.kind]
   if config.tap > layers:
     raise ValueError(f"config.tap={config.tap}: start={config.start or 'nothing'} has {layers} layers in its head")
   if start and config.tap and "projector" not in start.variables:
@@ -52,7 +50,7 @@ def resolve(config):
 
 
 def create(config, num_classes: int, *, tpu: bool = False) -> model_lib.Classifier:
-  """The network of a resolved config; `tpu` as in encoder.resnet."""
+  """The network of a resolved config, or of a trained.Start; `tpu` as in encoder.resnet."""
   projector = Projector(**config.projector) if config.tap else None
   return model_lib.Classifier(
     encoder=resnet(**config.encoder, tpu=tpu), projector=projector, num_classes=num_classes, tap=config.tap
@@ -112,11 +110,15 @@ def train_step(state: TrainState, batch, *, model, tx, schedule, tune_after: int
   ), metrics
 
 
+CROP = inspect.signature(augment.one_view).parameters.keys() - {"image", "seed"}
+
+
 def view(config):
   """(image, seed) -> a training view: crop and flip, or a whole view of pretraining where colours are given."""
-  if "color_strength" in config.augment:  # the supervised baselines of arXiv 2002.05709, Table B.3
-    return lambda image, seed: augment.two_views(image, seed, **config.augment)[0]
-  return functools.partial(augment.one_view, **config.augment)
+  options = config_lib.options(config.augment)
+  if config.augment.color_strength is not None:  # the supervised baselines of arXiv 2002.05709, Table B.3
+    return lambda image, seed: augment_extra.two_views(image, seed, **options)[0]
+  return functools.partial(augment.one_view, **{key: options[key] for key in CROP if key in options})
 
 
 def choose(source, labels) -> np.ndarray:
@@ -139,6 +141,7 @@ def choose(source, labels) -> np.ndarray:
   return np.sort([at[name] for name in wanted])
 
 
+@errors.of_the_user()
 def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=None) -> loop.Task:
   """A resolved config and the labelled images as the loop wants them."""
   if config.batch_size > len(source):
@@ -302,3 +305,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       f"{config.start or 'scratch'} with {len(source):,} labels; {result['workdir']}"
     )
   return result
+
+
+def main(flags, overrides) -> int:
+  run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+  return 0

@@ -2,10 +2,9 @@
 
 import pathlib
 
-import ml_collections
-
 from simclr_jax import exporting
 from simclr_jax.importing import official
+from simclr_jax.programs import config as config_lib
 
 
 def run(source, output, *, ema: bool = False, overwrite: bool = False) -> pathlib.Path:
@@ -15,16 +14,16 @@ def run(source, output, *, ema: bool = False, overwrite: bool = False) -> pathli
     ValueError: as `load`, or the folder is not empty.
   """
   encoder, projector, classifier, info = official.load(source, ema=ema)
-  config = ml_collections.ConfigDict(
+  config = config_lib.from_dict(
     {
+      "program": "import",
       "source": {key: info[key] for key in ("source", "format", "step", "num_classes")} | {"ema": ema},
       "encoder": info["encoder"],
       "augment": {"size": info["size"], "resize": info["resize"]},
       "evaluate": {"crop": info["crop"]},
+      **({"projector": info["projector"]} if projector else {}),
     }
   )
-  if projector:
-    config.projector = info["projector"]
   heads = {name: tree for name, tree in (("projector", projector), ("classifier", classifier)) if tree}
   step = info["step"] or 0
   path = exporting.write(output, encoder, config, scores={}, step=step, heads=heads, overwrite=overwrite)
@@ -32,3 +31,8 @@ def run(source, output, *, ema: bool = False, overwrite: bool = False) -> pathli
   print(f"it was trained on images resized by {info['resize']!r}; card.json says so\n")
   print(f"encoder: {path}\n\n{exporting.snippet(path, info['size'])}")
   return path
+
+
+def main(flags, overrides) -> int:
+  run(flags.source, flags.output, ema=flags.ema, overwrite=flags.overwrite)
+  return 0

@@ -24,3 +24,8 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
     f"({len(labels):,} test images of {opened.config.data.test}, bank of {len(bank_labels):,})"
   )
   return value
+
+
+def main(flags, overrides) -> int:
+  run(flags.workdir, step=flags.step, overrides=overrides)
+  return 0

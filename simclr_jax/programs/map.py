@@ -330,3 +330,9 @@ def tell(names, found: dict, most: int = 5):
   print("outliers    farthest from their neighbours, in times the middle image's distance")
   for i, far in found["outliers"][:most]:
     print(f"            {names[i]} ({far:.2f})")
+
+
+def main(flags, overrides) -> int:
+  options = {name: getattr(flags, name) for name in ("step", "output", "images", "seed")}
+  run(flags.workdir, flags.features, **options, overrides=overrides)
+  return 0

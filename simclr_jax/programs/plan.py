@@ -7,7 +7,6 @@ import json
 import math
 
 import jax
-import ml_collections
 
 from simclr_jax import contrast, data, optimizer, report
 from simclr_jax import model as model_lib
@@ -75,7 +74,7 @@ def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
   row["hosts"] = math.ceil(row["chips"] / chip.per_host)
   row["images_per_second_per_host"] = config.batch_size / row["step_seconds"] / row["hosts"]
   row["host_vcpus"] = chip.host_vcpus
-  per_core = PER_CORE.get(config.augment.get("where", "host")) if config.augment.size == 224 else None
+  per_core = PER_CORE.get(config.augment.where) if config.augment.size == 224 else None
   row["vcpus_needed"] = row["images_per_second_per_host"] / per_core if per_core else None
   return row
 
@@ -85,11 +84,11 @@ def settings(config, mesh) -> dict:
   flat = config_lib.flatten(config)
   chosen = {
     "activations": flat["encoder.dtype"],
-    "remat": flat.get("encoder.remat", "none"),
+    "remat": flat["encoder.remat"],
     "zero1": flat.get("zero1", False),
     "microbatches": flat.get("microbatches", 1),
   }
-  if config_lib.program(config) == "pretrain" and config.loss.get("name", "nt_xent") == "nt_xent":
+  if config_lib.program(config) == "pretrain" and config.loss.name == "nt_xent":
     chosen["nt_xent"] = contrast.choose(config.batch_size, mesh.size, mesh.devices.flat[0].platform)
   return chosen
 
@@ -98,7 +97,7 @@ def model_flops(config, source) -> float:
   """Operations of a step of the whole batch, without what a pod does on top: computing again, zeros in packed kernels."""
   once = {"encoder.remat": "none", "microbatches": 1}
   flat = config_lib.flatten(config)
-  config = _with(config, {key: value for key, value in once.items() if key in flat})
+  config = config_lib.replace(config, {key: value for key, value in once.items() if key in flat})
   step, arguments = PROGRAMS[config_lib.program(config)].abstract_step(
     config, mesh_lib.make_mesh(jax.devices("cpu")[:1]), source
   )
@@ -126,7 +125,7 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
     aot.forget()
     name = _text(changes) or "the recipe as it is"
     try:
-      row = measure(_with(config, changes), topology, num_examples, num_classes)
+      row = measure(config_lib.replace(config, changes), topology, num_examples, num_classes)
     except aot.DoesNotFit as error:
       needed = error.needed or 0.0
       tried[_text(changes)] = None
@@ -142,7 +141,7 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
     return room
 
   flat = config_lib.flatten(config)
-  cures = [c for c in CURES if c.keys() <= flat.keys() | {"encoder.remat"} and any(flat.get(k) != c[k] for k in c)]
+  cures = [c for c in CURES if c.keys() <= flat.keys() and any(flat[k] != c[k] for k in c)]
   for changes in ({}, *cures):
     if changes == {"zero1": True} and (best or needed - hbm > _momentum(config, num_classes)):
       continue  # minutes of compiling for what cannot be enough
@@ -163,13 +162,6 @@ def _momentum(config, num_classes):
   source = data.Unseen(config.batch_size, num_classes)
   _, (state, _) = PROGRAMS[config_lib.program(config)].abstract_step(config, mesh_lib.make_mesh(), source)
   return 4 * model_lib.count(state.params)
-
-
-def _with(config, changes):
-  copy = ml_collections.ConfigDict(config)
-  with copy.unlocked():
-    copy.update_from_flattened_dict(changes)
-  return config_lib.check(copy)
 
 
 def _text(changes):
@@ -275,7 +267,7 @@ def run(config, topologies, *, batches=(), num_examples=0, num_classes=0, as_jso
   for name in topologies:
     _, devices = aot.topology(name)
     for batch in batches or (config.batch_size,):
-      cases.append((name, _with(config, {"batch_size": batch})))
+      cases.append((name, config_lib.replace(config, {"batch_size": batch})))
       mesh_lib.check_divisible(batch, mesh_lib.make_mesh(devices))
   rows = []
   for name, case in cases:
@@ -328,3 +320,11 @@ def draw(path, rows):
     out.append(f'<path d="M{left + 307} {y + 22 * i - 2}v18" stroke="black" stroke-width="2"{dash}/>')
     out.append(f'<text x="{left + 318}" y="{y + 22 * i + 12}">{text}</text>')
   checkpoint.write_text(checkpoint.absolute(path), "".join(out) + "</svg>")
+
+
+def main(flags, overrides) -> int:
+  run(
+    flags.config, flags.topology, batches=flags.batch_size, num_examples=flags.num_examples,
+    num_classes=flags.num_classes, as_json=flags.json, picture=flags.picture,
+  )  # fmt: skip
+  return 0

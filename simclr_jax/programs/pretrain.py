@@ -17,7 +17,7 @@ from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import scores
-from simclr_jax.runtime import checkpoint, loop, processes
+from simclr_jax.runtime import checkpoint, errors, loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 
@@ -44,7 +44,8 @@ def view_pipeline(config) -> views.ViewPipeline:
   """The two halves of `config.augment`."""
   # A network that computes in bfloat16 sees no difference; one in float32 is fed float32.
   precision = "default" if config.encoder.dtype == "bfloat16" else "highest"
-  return views.pipeline(**config_lib.options(config.augment), precision=precision)
+  where, canvas = config.augment.where, config.augment.canvas
+  return views.pipeline(where=where, canvas=canvas, precision=precision, **config_lib.options(config.augment))
 
 
 def _resident(drawn, labels, images, mesh):
@@ -61,6 +62,7 @@ def _resident(drawn, labels, images, mesh):
     yield batch.replace(pixels=pick(images, batch.index))
 
 
+@errors.of_the_user()
 def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.Task:
   """The config and the training images as the loop wants them; `bad_file` gets the names of unreadable images."""
   model = model_lib.create(config, source.num_classes)
@@ -149,7 +151,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
     bad_file=str(epath.Path(workdir) / name),
   )
   pipeline = view_pipeline(config)
-  pipeline.check()
+  with errors.of_the_user():
+    pipeline.check()
   abstract = jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
 
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)

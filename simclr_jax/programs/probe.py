@@ -11,11 +11,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
 from simclr_jax import augment, data, optimizer, views
 from simclr_jax.evaluation import embed, linear
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import trained
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -55,19 +55,16 @@ def make_task(opened: trained.TrainedRun, source) -> loop.Task:
   c = opened.config
   if c.probe.batch_size > len(source):
     raise ValueError(f"probe.batch_size={c.probe.batch_size} exceeds the {len(source)} training images: lower it")
-  rule = ml_collections.ConfigDict(
-    dict(
-      batch_size=c.probe.batch_size,
-      train_epochs=c.probe.train_epochs,
-      train_steps=0,
-      optimizer=dict(
-        name="sgd", base_lr=c.probe.base_lr, lr_scaling="linear", warmup_epochs=0.0, momentum=0.9, weight_decay=0.0
-      ),
-    )
+  rule = config_lib.replace(
+    c,
+    {
+      **{"batch_size": c.probe.batch_size, "train_epochs": c.probe.train_epochs, "train_steps": 0},
+      "optimizer": {"name": "sgd", "base_lr": c.probe.base_lr},
+    },
   )
   tx, schedule = optimizer.create(rule, len(source))
   classifier = nn.Dense(source.num_classes, kernel_init=nn.initializers.normal(0.01))
-  crop = {key: c.augment[key] for key in ("size", "crop_sampler", "crop_area") if key in c.augment}
+  crop = {key: c.augment[key] for key in ("size", "crop_sampler", "crop_area")}
 
   def init(key):
     width = jax.eval_shape(
@@ -134,3 +131,8 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
     f"({len(test_y):,} test images of {c.data.test})"
   )
   return value
+
+
+def main(flags, overrides) -> int:
+  run(flags.workdir, step=flags.step, overrides=overrides)
+  return 0

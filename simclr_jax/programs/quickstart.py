@@ -11,7 +11,6 @@ import os
 import time
 
 import jax
-import ml_collections
 import numpy as np
 from etils import epath
 
@@ -94,9 +93,9 @@ def short_side(source) -> int:
 
 def recipe_for(source, spec: str, network: Network, batch: int, steps: int, on_cpu: bool):
   """configs/folder.py, changed."""
-  config = ml_collections.ConfigDict(config_lib.load(RECIPE).to_dict())
   epochs = steps * batch / len(source)
-  config.update_from_flattened_dict(
+  return config_lib.replace(
+    config_lib.load(RECIPE),
     {
       "data.train": spec,
       "data.max_bad_fraction": 0.2,
@@ -123,11 +122,9 @@ def recipe_for(source, spec: str, network: Network, batch: int, steps: int, on_c
       "checkpoint.every_steps": -(-steps // 8),
       "checkpoint.keep": 1,
       "log.every_steps": max(1, steps // 100),
-    }
+      "augment.where": "host" if on_cpu else "device",
+    },
   )
-  if not on_cpu:
-    config.augment.where = "device"
-  return config_lib.check(config)
 
 
 def seconds_a_step(config, source, mesh) -> float:
@@ -227,7 +224,7 @@ def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, ove
     kept = json.loads(plan.read_text())
     if kept["folder"] != root:
       raise ValueError(f"--workdir={workdir} is a quickstart of {kept['folder']}: name another folder for {root}")
-    config, why = config_lib.check(config_lib.from_json(checkpoint.read_config(workdir))), kept["why"]
+    config, why = config_lib.from_json(checkpoint.read_config(workdir)), kept["why"]
   else:
     config, why = choose(source, spec, mesh, minutes, began)
   for what, value, reason in why:
@@ -284,3 +281,8 @@ def _page(workdir, page, root, source, why, chart, found, unreadable, seconds):
       ],
     },
   )
+
+
+def main(flags, overrides) -> int:
+  run(flags.folder, flags.workdir, minutes=flags.minutes, resume=flags.resume, overwrite=flags.overwrite)
+  return 0

@@ -68,3 +68,8 @@ def run(name: str = ""):
   print(f"{path}\n\n{fields.pop('title')}\n")
   for field, text in fields.items():
     print(textwrap.indent(text, " " * 11).replace(" " * 11, f"{field + ':':11}", 1))
+
+
+def main(flags, overrides) -> int:
+  run(flags.name)
+  return 0

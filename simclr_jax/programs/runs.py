@@ -168,3 +168,8 @@ def _linked(table_html, runs, folder, page):
       target = html.escape(os.path.relpath(path, page.parent))
       table_html = table_html.replace(f">{name}</th>", f'><a href="{target}">{name}</a></th>', 1)
   return table_html
+
+
+def main(flags, overrides) -> int:
+  run(flags.folder, flags.output)
+  return 0

@@ -2,11 +2,9 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from etils import epath
 
 from simclr_jax import data, exporting
@@ -19,13 +17,23 @@ from simclr_jax.runtime import mesh as mesh_lib
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """Trained networks: what `resnet` and `Projector` take, and variables {"params", "batch_stats"} (numpy) by name:
-  "encoder", and where they are known "projector" and "classifier"; `config` is that of their training."""
+  """Trained networks: their sections of a config, and variables {"params", "batch_stats"} (numpy) by name: "encoder", and
+  where they are known "projector" and "classifier"; `config` is that of their training."""
 
-  encoder: dict
-  projector: dict
+  encoder: config_lib.Encoder
+  projector: config_lib.Projector
   variables: dict
-  config: ml_collections.ConfigDict
+  config: config_lib.Section
+
+  @property
+  def resize(self) -> str:
+    """Interpolation of the images that the weights were trained on."""
+    return self.config.augment.resize or "bicubic"
+
+  @property
+  def tap(self) -> int:
+    """The layer of the head that the classifier is on."""
+    return self.config.tap if isinstance(self.config, config_lib.Finetune) else 0
 
 
 def open_start(path) -> Start:
@@ -37,18 +45,18 @@ def open_start(path) -> Start:
   path = epath.Path(path)
   if (path / "card.json").exists():
     _, encoder, card = exporting.load_encoder(path)
-    config = ml_collections.ConfigDict(card["pretraining"])
+    config = config_lib.from_dict(card["pretraining"])
     heads = {name: checkpoint.read_tree(path / name) for name in ("projector", "classifier")}
     architecture = {key: value for key, value in card["architecture"].items() if key != "name"}
     variables = {"encoder": encoder, **{name: tree for name, tree in heads.items() if tree}}
-    return Start(architecture, dict(config.get("projector", {})), variables, config)
-  config = ml_collections.ConfigDict(json.loads(checkpoint.read_config(path)))
+    return Start(config_lib.build(config_lib.Encoder, architecture), config.projector, variables, config)
+  config = config_lib.from_json(checkpoint.read_config(path))
   _, state = checkpoint.read_run_state(path)
   variables = {
     name: {"params": params, "batch_stats": state["batch_stats"].get(name, {})}
     for name, params in state["params"].items()
   }
-  return Start(dict(config.encoder), dict(config.get("projector", {})), variables, config)
+  return Start(config.encoder, config.projector, variables, config)
 
 
 class TrainedRun:

@@ -12,7 +12,6 @@ import json
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from simclr_jax import data, report
@@ -97,8 +96,7 @@ class Encoder:
 
   def features(self, source):
     """Raises ValueError if an image cannot be read: labels and features would not match."""
-    resize = self.start.config.augment.get("resize", "bicubic")
-    images = embed.eval_set(source, self._config, self._mesh, resize=resize)
+    images = embed.eval_set(source, self._config, self._mesh, resize=self.start.resize, max_bad_fraction=0.001)
     h = embed.embed(self._apply, self._variables, images, self._mesh)
     if len(h) != len(source):
       raise ValueError(f"{len(source) - len(h)} of {len(source)} images are unreadable: remove or repair them")
@@ -139,27 +137,24 @@ def linear_evaluation(
   return linear.METRICS[metric](logits, test.targets), logits, classifier["l2"]
 
 
-def fine_tune(config, start, train: Split, held_out, test: Split, metric: str, workdir, *, mesh):
+def fine_tune(config, encoder, start, train: Split, held_out, test: Split, metric: str, workdir, *, mesh):
   """(score, logits, {base_lr, weight_decay}): every point of the grid on the training part, the best on all of it.
 
-  Weight decay is divided by the learning rate, as the paper divides it.  `start=None` trains new weights, for as long
-  and with the grid of `config.from_scratch`.
+  Weight decay is divided by the learning rate, as the paper divides it.  `encoder` is the section of a config that says
+  which network it is; `start=None` trains new weights, for as long and with the grid of `config.from_scratch`.
   """
   g, score = config.finetune, linear.METRICS[metric]
   tuned = g if start else config.from_scratch
 
   def trained(source, tested, lr, decay, name):
-    c = ml_collections.ConfigDict(config_lib.load(g.recipe).to_dict())
-    c.encoder = dict(start.encoder) if start else dict(config.encoder)
-    c.projector, c.tap, c.start = {"kind": "none"}, 0, ""
-    c.batch_size, c.train_steps, c.train_epochs, c.seed = g.batch_size, tuned.train_steps, 0.0, config.seed
-    c.optimizer = dict(
-      name="sgd", base_lr=lr, lr_scaling="none", warmup_epochs=0.0, momentum=0.9, weight_decay=decay / lr
-    )
-    c.augment = dict(config.augment)
-    c.evaluate = dict(crop=config.evaluate.crop, batch_size=config.evaluate.batch_size, every_steps=0, every_epochs=0.0)
-    c.checkpoint, c.log = dict(every_steps=0, every_epochs=0.0, keep=1), dict(every_steps=tuned.train_steps)
-    c = config_lib.check(c)
+    optimizer = dict(name="sgd", base_lr=lr, lr_scaling="none", weight_decay=decay / lr)
+    changes = {
+      **{"encoder": encoder, "projector": {"kind": "none"}, "tap": 0, "start": ""},
+      **{"batch_size": g.batch_size, "train_steps": tuned.train_steps, "train_epochs": 0.0, "seed": config.seed},
+      **{"optimizer": optimizer, "augment": config.augment, "evaluate": config.evaluate},
+      **{"checkpoint": {"keep": 1}, "log": {"every_steps": tuned.train_steps}},
+    }
+    c = config_lib.replace(config_lib.load(g.recipe), changes)
     folder = checkpoint.claim_workdir(str(workdir / name), resume=True, overwrite=False)
     state = finetune.train(c, start, source, tested, folder, mesh=mesh)["state"]
     return finetune.ClassifierEvaluation(c, train.num_classes, tested, mesh).logits(state)[0]
@@ -214,9 +209,6 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     ValueError: a mistake in the config or the data, on one line.
   """
   mesh = mesh_lib.make_mesh()
-  for name, row in config.rows.items():
-    if row.get("metric") not in linear.METRICS:
-      raise ValueError(f"config.rows.{name}.metric={row.get('metric')!r}: expected one of {', '.join(linear.METRICS)}")
   start = trained.open_start(config.start)
   encoders = {"SimCLR": Encoder(start, config, mesh)}
   if config.supervised:
@@ -238,8 +230,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
         result = linear_evaluation(encoder, train, held_out, test, row.metric, mesh=mesh)
       else:
         begin = encoder.start if label != "random" else None
-        tuning = ml_collections.ConfigDict({**config.to_dict(), "encoder": dict(start.encoder)})
-        result = fine_tune(tuning, begin, train, held_out, test, row.metric, workdir / name / label, mesh=mesh)
+        folder = workdir / name / label
+        result = fine_tune(config, start.encoder, begin, train, held_out, test, row.metric, folder, mesh=mesh)
       out["scores"][key], logits[key], out["chosen"][key] = result
       if label != "SimCLR":
         first = logits[f"{method} SimCLR"]
@@ -251,3 +243,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   checkpoint.write_text(workdir / "transfer.txt", text + "\n")
   print(f"\n{text}\n\n{workdir / 'transfer.txt'}", flush=True)
   return {"rows": rows, "workdir": workdir}
+
+
+def main(flags, overrides) -> int:
+  run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite)
+  return 0
