@@ -7,8 +7,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 
-from simclr_jax.encoder import resnet
+from simclr_jax import encoder, encoder_tpu
 from simclr_jax.projector import Projector
+
+ARRANGEMENTS = {"plain": encoder.resnet, "packed": encoder_tpu.resnet}
 
 
 @flax.struct.dataclass
@@ -87,9 +89,20 @@ class Classifier(nn.Module):
     return self.classifier(self.projector(h, train=train, tap=self.tap) if self.tap else h)
 
 
-def create(config, num_classes: int = 0, *, tpu: bool = False) -> SimCLR:
-  """The model of a config: `config.encoder` and `tpu` go to `encoder.resnet`, `config.projector` to `Projector`."""
-  encoder = resnet(**config.encoder, tpu=tpu)
+def make_encoder(arrangement: str = "plain", **arguments) -> nn.Module:
+  """f by `encoder.resnet`'s arguments, as the paper draws it or "packed" for a TPU: same parameters, same numbers.
+
+  Raises:
+    ValueError: another arrangement, or an argument that `resnet` refuses.
+  """
+  if arrangement not in ARRANGEMENTS:
+    raise ValueError(f"encoder arrangement {arrangement!r}: expected one of {', '.join(ARRANGEMENTS)}")
+  return ARRANGEMENTS[arrangement](**arguments)
+
+
+def create(config, num_classes: int = 0) -> SimCLR:
+  """The model of a config: `config.encoder` goes to `make_encoder`, `config.projector` to `Projector`."""
+  encoder = make_encoder(config.encoder.arrangement, **config.encoder)
   return SimCLR(encoder=encoder, projector=Projector(**config.projector), num_classes=num_classes)
 
 

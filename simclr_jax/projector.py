@@ -1,4 +1,4 @@
-"""The projection head g: z = g(h), on which the contrastive loss acts and which is thrown away after pretraining.
+"""The projection head g: z = g(h), on which the contrastive loss acts and which is discarded after pretraining.
 
 SimCLR (arXiv 2002.05709, section 4.2) uses two layers, SimCLRv2 (arXiv 2006.10029, section 2) three and fine-tunes
 from the output of the first.  As in the official code (tf2/model.py) every layer, also the last, is a Dense without
@@ -9,6 +9,17 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 KINDS = ("none", "linear", "nonlinear")
+BN_MOMENTUM = 0.9
+
+
+class BatchNorm(nn.BatchNorm):
+  """Flax's, which in inference mode leaves `mean` and `square` of x in "batch_moments" where that is mutable."""
+
+  def __call__(self, x):
+    if self.use_running_average and self.is_mutable_collection("batch_moments") and not self.is_initializing():
+      self.put_variable("batch_moments", "mean", jnp.mean(x, 0))
+      self.put_variable("batch_moments", "square", jnp.mean(jnp.square(x), 0))
+    return super().__call__(x)
 
 
 class Projector(nn.Module):
@@ -48,6 +59,6 @@ class Projector(nn.Module):
         kernel_init=nn.initializers.normal(0.01),
         name=f"dense{i}",
       )(outputs[-1])
-      z = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, use_bias=not last, name=f"norm{i}")(z)
+      z = BatchNorm(not train, momentum=BN_MOMENTUM, epsilon=1e-5, use_bias=not last, name=f"norm{i}")(z)
       outputs.append(z if last else nn.relu(z))
     return outputs[-1 if tap is None else tap]

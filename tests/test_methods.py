@@ -83,5 +83,5 @@ def test_microbatches_and_whole_batches_agree_on_the_extra_state(one_negative):
 
 
 def test_an_unknown_method_is_one_line():
-  with pytest.raises(ValueError, match="method='nonesuch': expected one of simclr, memory"):
-    tiny.config(method="nonesuch") and methods.create(tiny.config(method="nonesuch"), None)
+  with pytest.raises(ValueError, match="config.method='nonesuch': expected one of simclr, memory"):
+    methods.create(tiny.config(method="nonesuch"), None)

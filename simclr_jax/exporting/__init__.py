@@ -103,7 +103,7 @@ def make_card(
 ) -> dict:
   """card.json but for the list of files; docs/card.schema.json says what each entry is."""
   module = resnet(**config.encoder)
-  fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "tpu"}
+  fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name"}
   shapes = jax.eval_shape(module.apply, variables, _images(config.augment.size))
   card = {
     "format": format,

@@ -302,7 +302,7 @@ class Pretrain(Training):
   """`simclr pretrain`."""
 
   program: str = key("pretrain", "that the recipe is for", choices=("pretrain",))
-  method: str = key("simclr", "what is learned from views; a section memory means memory", choices=("simclr", "memory"))
+  method: str = key("simclr", "what is learned from views, a name in methods.METHODS; a section memory means memory")
   microbatches: int = key(1, "parts that the batch is computed in, with all its negatives", at_least=1)
   microbatch_norm: str = key(
     "microbatch", "what BatchNorm ranges over: a microbatch, or the whole batch", choices=("microbatch", "exact")

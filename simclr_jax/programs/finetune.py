@@ -18,7 +18,6 @@ from etils import epath
 
 from simclr_jax import augment, augment_extra, data, exporting, optimizer, views
 from simclr_jax import model as model_lib
-from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
@@ -49,11 +48,14 @@ def resolve(config):
   return config, start
 
 
-def create(config, num_classes: int, *, tpu: bool = False) -> model_lib.Classifier:
+def create(config, num_classes: int) -> model_lib.Classifier:
   """The network of a resolved config, or of a trained.Start; `tpu` as in encoder.resnet."""
   projector = Projector(**config.projector) if config.tap else None
   return model_lib.Classifier(
-    encoder=resnet(**config.encoder, tpu=tpu), projector=projector, num_classes=num_classes, tap=config.tap
+    encoder=model_lib.make_encoder(config.encoder.arrangement, **config.encoder),
+    projector=projector,
+    num_classes=num_classes,
+    tap=config.tap,
   )
 
 
@@ -146,7 +148,7 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
   """A resolved config and the labelled images as the loop wants them."""
   if config.batch_size > len(source):
     raise ValueError(f"batch_size={config.batch_size} exceeds the {len(source)} training images: lower it")
-  model = create(config, source.num_classes, tpu=mesh_lib.on_tpu(mesh))
+  model = create(config, source.num_classes)
   tx, schedule = optimizer_of(config, len(source))
 
   def init(key):

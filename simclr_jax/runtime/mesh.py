@@ -17,11 +17,6 @@ def make_mesh(devices=None) -> Mesh:
   return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
-def on_tpu(mesh: Mesh) -> bool:
-  """Whether the devices are TPUs, here or in a topology that is compiled for."""
-  return mesh.devices.flat[0].platform == "tpu"
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Axis 0 split over all devices."""
   return NamedSharding(mesh, PartitionSpec("data"))
