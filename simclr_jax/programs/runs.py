@@ -1,10 +1,10 @@
 """`simclr runs DIR`: the runs below a folder, beside each other."""
 
 import dataclasses
-import html
 import json
 import os
 import pathlib
+import urllib.parse
 
 from simclr_jax import report
 from simclr_jax.runtime import config as config_lib
@@ -21,7 +21,7 @@ NUMBERS = {  # column: (key, factor)
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunSummary:
   """What a run's folder tells.
 
   `numbers` are the newest of what was logged, and the scores of h; `total` is 0 where the folder does not say.
@@ -40,7 +40,7 @@ class Run:
   history: list
 
 
-def find(folder) -> list[Run]:
+def find(folder) -> list[RunSummary]:
   """Every run in or below a folder, sorted by name."""
   found = []
   for path, folders, files in os.walk(folder):
@@ -57,7 +57,7 @@ def _json(path) -> dict:
     return {}
 
 
-def open_run(path: pathlib.Path, name: str) -> Run:
+def open_run(path: pathlib.Path, name: str) -> RunSummary:
   """What one run's folder tells; whatever is missing or cut short is left out."""
   config, about, scores = (_json(path / f"{file}.json") for file in ("config", "run", "scores"))
   history = metrics_lib.read(path)
@@ -66,7 +66,7 @@ def open_run(path: pathlib.Path, name: str) -> Run:
     numbers.update({key: value for key, value in row.items() if value is not None})
   of_h = scores.get("scores", {})
   numbers.update(of_h.get("SimCLR h", of_h))
-  return Run(
+  return RunSummary(
     name=name,
     program=config.get("program", "pretrain"),
     recipe=about.get("recipe", ""),
@@ -111,7 +111,7 @@ def table(runs) -> tuple[list[str], list[list[str]]]:
   return head, rows
 
 
-def run(folder, output=None) -> list[Run]:
+def run(folder, output=None) -> list[RunSummary]:
   """The program `simclr runs`: prints the table and the differences of the configs, writes runs.html.
 
   Raises:
@@ -130,21 +130,16 @@ def run(folder, output=None) -> list[Run]:
     print("\n".join(f"{one.name}  {_against(different, i)}" for i, one in enumerate(runs) if i))
   page = pathlib.Path(output or os.path.join(folder, "runs.html"))
   histories = {one.name: one.history for one in runs}
-  report.write_page(
+  report.write_runs(
     page,
     title=f"Runs in {os.path.basename(os.path.abspath(folder))}",
     summary=f"{len(runs):,} runs, {sum(one.complete for one in runs):,} of them complete.",
-    sections=[
-      ("runs", "Runs", _linked(report.grid(head, rows, numeric=(2, *range(4, len(head) - 1))), runs, folder, page)),
-      ("curves", "Curves", report.overlays(histories, ("loss", "contrastive_accuracy", "knn", "rank"))),
-      (
-        "configs",
-        "Where the configs differ",
-        report.grid(["", *(one.name for one in runs)], [[key, *map(_shown, row)] for key, row in different.items()])
-        if different
-        else "",
-      ),
-    ],
+    runs=(head, [[_linked(name, folder, page), *cells] for name, *cells in rows]),
+    numeric=(2, *range(4, len(head) - 1)),
+    histories=histories,
+    keys=("loss", "contrastive_accuracy", "knn", "rank"),
+    differences=different
+    and (["", *(one.name for one in runs)], [[key, *map(_shown, row)] for key, row in different.items()]),
   )
   print(f"\n{page}")
   return runs
@@ -159,12 +154,9 @@ def _shown(value):
   return "–" if value is None else str(value)
 
 
-def _linked(table_html, runs, folder, page):
-  """The names of runs that have a page become links to it."""
-  for one in runs:
-    path = os.path.join(folder, one.name, "report.html")
-    if os.path.exists(path):
-      name = html.escape(one.name)
-      target = html.escape(os.path.relpath(path, page.parent))
-      table_html = table_html.replace(f">{name}</th>", f'><a href="{target}">{name}</a></th>', 1)
-  return table_html
+def _linked(name, folder, page):
+  """The name of a run as a cell of the table: a link to its page, if it has one."""
+  path = os.path.join(folder, name, "report.html")
+  if not os.path.exists(path):
+    return name
+  return report.Link(name, urllib.parse.quote(os.fsencode(os.path.relpath(path, page.parent))))
