@@ -2,7 +2,7 @@
 
 Of the two maps, PCA has distances that mean something everywhere, and the other keeps neighbors together. That one
 minimizes the loss of t-SimCNE (arXiv 2210.09879, eq. 2), NT-Xent with the Cauchy kernel 1 / (1 + d^2) in place of
-exp(cosine / T), over free points instead of the outputs of a network. The partner of an image is not a second view of it
+exp(cosine / T), over free points instead of the outputs of a network. The partners of an image are not its second view
 but its nearest neighbors in h, which makes it a relative of t-SNE (InfoNC-t-SNE, arXiv 2206.01816).
 """
 
@@ -82,7 +82,7 @@ def _nearest_on_map(xy, queries, k):
 
 
 def accuracy(xy, labels, *, k: int = NEIGHBORS) -> float:
-  """Fraction of the points of xy [n, 2] that have the majority label of their k nearest others; labels int [n], >= 0."""
+  """Fraction of the points xy [n, 2] that have the majority label of their k nearest others; labels int [n], >= 0."""
   k, right = min(k, len(xy) - 1), 0
   for queries in np.array_split(np.arange(len(xy)), -(-len(xy) // 500)):
     right += int((_majority(labels[_nearest_on_map(xy, queries, k)]) == labels[queries]).sum())
@@ -100,7 +100,7 @@ def _majority(labels):
 
 
 def trustworthiness(h, xy, *, k: int = NEIGHBORS, queries: int = 1000, seed: int = 0) -> float:
-  """Whether neighbors on the map xy [n, 2] are neighbors in h [n, d], by cosine: 1 for all of them, about 0.5 by chance.
+  """Whether neighbors on the map xy [n, 2] are neighbors in h [n, d], by cosine: 1 if all are, about 0.5 by chance.
 
   Averaged over at most `queries` points drawn by `seed`. Source: Venna and Kaski 2001, as scikit-learn defines it.
 
@@ -131,8 +131,9 @@ def _centered(h) -> np.ndarray:
 def near_duplicates(h, pictures) -> list[tuple[int, int, float, float]]:
   """[(i, j, cosine of h, correlation of the tiny pictures)], i < j, most alike first.
 
-  h: [n, d]; pictures: uint8 [n, s, s, 3]. In a pair one is among the 10 nearest of the other, by h or by pixels, and both
-  measures find them alike: the network alone would call two photos of one scene the same, pixels alone two flat images.
+  h: [n, d]; pictures: uint8 [n, s, s, 3]. In a pair, one is among the 10 nearest of the other, by h or by pixels, and
+  both measures find them alike: the network alone would call two photos of one scene the same, pixels alone two flat
+  images.
   """
   tiny = np.stack([np.asarray(Image.fromarray(p).resize((16, 16), Image.Resampling.BOX), np.float32) for p in pictures])
   tiny = tiny.reshape(len(tiny), -1)
@@ -149,7 +150,8 @@ def outliers(h, *, k: int = 5) -> list[tuple[int, float]]:
   """[(i, mean distance of image i to its k nearest others, in units of the median image's)], farthest first.
 
   Distances are between square roots of h [n, d], which is not negative: otherwise the few largest activations would
-  decide, and an unusual value in a channel that others hardly use would go unseen. Source of the score: arXiv 2204.06507.
+  decide, and an unusual value in a channel that others hardly use would go unseen. Source of the score: arXiv
+  2204.06507.
   """
   x = np.sqrt(np.maximum(h, 0)).astype(np.float32)
   k, squared = min(k, len(x) - 1), (x * x).sum(1)

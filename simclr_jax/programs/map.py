@@ -1,4 +1,4 @@
-"""`simclr map`: a map of a set of images, h in the plane, with near-duplicates and outliers (evaluation/clusters.py)."""
+"""`simclr map`: a map of a set of images by h, with near-duplicates and outliers. The science is in clusters.py."""
 
 import concurrent.futures
 import csv
@@ -38,8 +38,8 @@ def chart(h, pictures, names, labels=None, class_names=(), *, seed: int = 0) -> 
   """Everything about n images that the map shows.
 
   Returns:
-    the arguments of `report.map_data`: dict(views {heading: [n, 2]}, note, and what was given); `note` says in a sentence
-    how far the map can be trusted.
+    the arguments of `map_data` (report/map.py): dict(views {heading: [n, 2]}, note, and what was given); `note` says in
+    a sentence how far the map can be trusted.
   """
   near = clusters.neighbors(h)
   views = {"neighbors": clusters.keep_neighbors(h, near, seed=seed), "PCA": clusters.pca(h)}
@@ -74,8 +74,8 @@ def findings(chart: dict, found: dict, *, most: int = 24) -> dict:
   alone = [(f"{names[i]}\n{far:.2f} times", [pictures[i]]) for i, far in found["outliers"][: most // 2]]
   count = len(found["duplicates"])
   text = (
-    f"{count:,} pair{'' if count == 1 else 's'} whose thumbnails correlate by at least {clusters.ALIKE_PIXELS} and whose "
-    f"h have a cosine of at least {clusters.ALIKE_H}" + (f"; the {most} most alike." if count > most else ".")
+    f"{count:,} pair{'' if count == 1 else 's'} whose thumbnails correlate by at least {clusters.ALIKE_PIXELS} and "
+    f"whose h have a cosine of at least {clusters.ALIKE_H}" + (f"; the {most} most alike." if count > most else ".")
   )
   far = "Distance to the five nearest neighbors in h, relative to that of the median image."
   return dict(duplicates=(text, pairs), outliers=(far, alone))
@@ -107,12 +107,12 @@ def _csv(path, head, rows):
 
 
 def run(workdir=None, table=None, *, step=None, output=None, images: int = 10_000, seed: int = 0, overrides=()) -> dict:
-  """The program `simclr map`: of a run's h of its test images (training images if it has none), or of a file that
+  """The program `simclr map`: a map of a run's test images (training images if it has none), or of a file that
   `simclr embed` wrote.
 
   Args:
-    output: folder to write to; by default `map` in the run's folder or beside the file.
-    images: at most so many, drawn by `seed`.
+    output: folder to write to; by default `map` in the run's folder or next to the file.
+    images: the largest number of images, which `seed` draws.
 
   Returns:
     what `chart` and `anomalies` return.

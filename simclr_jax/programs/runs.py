@@ -1,4 +1,4 @@
-"""`simclr runs DIR`: the runs below a folder, beside each other."""
+"""`simclr runs DIR`: a comparison of the runs below a folder."""
 
 import dataclasses
 import json
@@ -22,9 +22,9 @@ NUMBERS = {  # column: (key, factor)
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
-  """What a run's folder tells.
+  """What the folder of a run says about it.
 
-  `numbers` are the newest of what was logged, and the scores of h; `total` is 0 where the folder does not say.
+  `numbers` are the latest of each key that was logged, and the scores of h; `total` is 0 where the folder has none.
   """
 
   name: str
@@ -58,7 +58,7 @@ def _json(path) -> dict:
 
 
 def open_run(path: pathlib.Path, name: str) -> RunSummary:
-  """What one run's folder tells; whatever is missing or cut short is left out."""
+  """What the folder of a run says about it; whatever is missing or truncated is left out."""
   config, about, scores = (_json(path / f"{file}.json") for file in ("config", "run", "scores"))
   history = metrics_lib.read(path)
   numbers = {}
@@ -82,7 +82,7 @@ def open_run(path: pathlib.Path, name: str) -> RunSummary:
 
 
 def differences(runs) -> dict[str, list]:
-  """{key of the config: its value in every run, or None} for the keys in which runs of one program differ."""
+  """{key: its value in every run, or None} for the keys of the configs in which runs of one program differ."""
   keys = dict.fromkeys(key for run in runs for key in run.config)
   values = {key: [run.config.get(key) for run in runs] for key in keys}
   out = {}
@@ -96,7 +96,7 @@ def differences(runs) -> dict[str, list]:
 
 
 def table(runs) -> tuple[list[str], list[list[str]]]:
-  """(headings, a row of cells a run); a number that no run has gets no column."""
+  """(headings, a row of cells for each run); a number that no run has gets no column."""
   known = {name: what for name, what in NUMBERS.items() if any(what[0] in run.numbers for run in runs)}
   head = ["run", "recipe", "steps", "state", *known, "hours", "verdict"]
   rows = []
@@ -118,7 +118,7 @@ def run(folder, output=None) -> list[RunSummary]:
     ValueError: no run in or below the folder.
   """
   if not os.path.isdir(folder):
-    raise ValueError(f"{folder} is no folder: name one with runs in it")
+    raise ValueError(f"{folder} is not a folder: name one with runs in it")
   runs = find(folder)
   if not runs:
     raise ValueError(f"{folder}: no run in or below it (a run has a config.json); `simclr pretrain` makes one")
@@ -146,7 +146,7 @@ def run(folder, output=None) -> list[RunSummary]:
 
 
 def _against(different, i) -> str:
-  """key=value of the keys in which run i is not as run 0."""
+  """key=value of the keys in which run i differs from run 0."""
   return "  ".join(f"{key}={_shown(row[i])}" for key, row in different.items() if row[i] != row[0]) or "the same"
 
 

@@ -29,6 +29,8 @@ CURVES = {  # key: (heading, unit, whether the axis starts at zero)
 }
 NOT_DRAWN = ("step", "epoch", "chance_loss", "seconds")  # numbers of a history that get no curve of their own
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320, 150, 42, 10, 8, 20  # of a curve and its margins, in SVG units
+METHOD_COLORS = ("#1f5fa8", "#c2571a", "#2e7d32", "#7b3fa0", "#555555")
+STEP_COLORS = ("#1f5fa8", "#5b93cf", "#c2571a", "#e39a6c", "#8a8a8a")
 
 
 class Figure(NamedTuple):
@@ -244,7 +246,7 @@ def _write_svg(path, width, height, parts):
 
 
 def accuracy_against_labels_svg(path, curves):
-  """Accuracy over the fraction of labels, one line for each method: means, with bars from the lowest to the highest seed.
+  """Accuracy over the fraction of labels, a line for each method: means, with bars from the lowest to the highest seed.
 
   curves: {method: {fraction of labels in (0, 1]: [accuracy in [0, 1] of each seed]}}; the axis of fractions is
   logarithmic.
@@ -269,9 +271,8 @@ def accuracy_against_labels_svg(path, curves):
   parts.append(element("text", "labels", x=(left + right) / 2, y=bottom + 38, text_anchor="middle"))
   turned = f"translate(14 {(top + bottom) / 2}) rotate(-90)"
   parts.append(element("text", "test accuracy, %", transform=turned, text_anchor="middle"))
-  palette = ("#1f5fa8", "#c2571a", "#2e7d32", "#7b3fa0", "#555555")
   for i, (name, points) in enumerate(curves.items()):
-    color, row = palette[i % len(palette)], top + 14 + 20 * i
+    color, row = METHOD_COLORS[i % len(METHOD_COLORS)], top + 14 + 20 * i
     means = [(x(fraction), y(100 * np.mean(values)), values) for fraction, values in sorted(points.items())]
     parts.append(polyline(*list(zip(*means, strict=True))[:2], fill="none", stroke=color, stroke_width=2))
     for a, b, values in means:
@@ -286,15 +287,13 @@ def accuracy_against_labels_svg(path, curves):
 def step_times_svg(path, rows):
   """What bounds a training step on each pod: the estimate by parts, and what traffic and arithmetic alone would take.
 
-  rows: dicts with topology, batch_size, step_seconds, parts_seconds {part: seconds}, memory_seconds, matmul_seconds; the
-  parts are the same in every row.
+  rows: dicts with topology, batch_size, step_seconds, parts_seconds {part: seconds}, memory_seconds and matmul_seconds;
+  the parts are the same in every row.
   """
   left, width, pitch = 150, 560, 56
   longest = max(max(row["step_seconds"], row["memory_seconds"]) for row in rows)
   scale = Scale(0.0, longest, 0, width)
-  parts_of_step = dict(
-    zip(rows[0]["parts_seconds"], ("#1f5fa8", "#5b93cf", "#c2571a", "#e39a6c", "#8a8a8a"), strict=True)
-  )
+  parts_of_step = dict(zip(rows[0]["parts_seconds"], STEP_COLORS, strict=True))
   bounds = {
     "memory_seconds": ("HBM traffic at full bandwidth", {}),
     "matmul_seconds": ("all FLOPs at the peak", {"stroke_dasharray": "4 3"}),

@@ -1,7 +1,8 @@
 (() => {
   const root = document.getElementById("map-of-images"), stage = root.querySelector(".stage");
   const canvas = stage.querySelector("canvas"), card = root.querySelector(".card"), sheet = root.querySelector("img");
-  const { side, columns, names, labels, classes, colors, views } = JSON.parse(document.getElementById("map-data").textContent);
+  const data = JSON.parse(document.getElementById("map-data").textContent);
+  const { side, columns, names, labels, classes, colors, views } = data;
   const pen = canvas.getContext("2d"), n = names.length;
   let view = 0, pictures = !labels, only = -1, zoom = 1, cx = 0.5, cy = 0.5, size = 0, hovered = -1, grip = null;
 

@@ -66,40 +66,22 @@ def write_report(path, **page):
 
 
 def write_map(path, *, title, summary, map_of_images, duplicates=None, outliers=None):
-  """Writes a page of a map and of what stands out in it; the arguments are those of `write_report`."""
-  render.write_page(
-    path,
-    "map.html",
-    title=title,
-    summary=summary,
-    verdict=None,
-    map=map_data(**map_of_images),
-    duplicates=duplicates,
-    outliers=outliers,
-  )
+  """Writes a page of a map and what stands out in it; the arguments are fields of `Report`."""
+  page = dict(title=title, summary=summary, duplicates=duplicates, outliers=outliers)
+  render.write_page(path, "map.html", map=map_data(**map_of_images), **page)
 
 
-def write_runs(path, *, title, summary, runs, numeric, histories, keys, differences):
+def write_runs(path, *, histories, keys, **page):
   """Writes a page that compares runs.
 
   Args:
-    runs: (headings, rows of cells), a cell being a text or a Link; the columns with an index in `numeric` are numbers.
-    histories: {name of a run: rows as in metrics.jsonl}; keys: the numbers of which the curves are drawn.
-    differences: (headings, rows of cells), or None.
+    histories: {name of a run: rows as in metrics.jsonl}.
+    keys: the numbers whose curves are drawn.
+    page: title, summary; `runs` (headings, rows of cells), a cell being a text or a Link; `numeric`, the indices of its
+      columns of numbers; and `differences`, the same as `runs`, or None.
   """
   legend, figures = charts.overlays(histories, keys)
-  render.write_page(
-    path,
-    "runs.html",
-    title=title,
-    summary=summary,
-    verdict=None,
-    runs=runs,
-    numeric=numeric,
-    legend=legend,
-    figures=figures,
-    differences=differences,
-  )
+  render.write_page(path, "runs.html", legend=legend, figures=figures, **page)
 
 
 def _scores(rows):

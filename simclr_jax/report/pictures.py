@@ -72,7 +72,7 @@ def neighbours_png(path, queries, neighbours, same_label=None):
 
 
 def data_url(pixels) -> str:
-  """uint8 [h, w, 3] as a data: URL: exact if the picture is small, which a page enlarges, else a JPEG of ≤ 128 pixels."""
+  """uint8 [h, w, 3] as a data: URL: exact if it is small, which a page enlarges, else a JPEG of at most 128 pixels."""
   if max(pixels.shape[:2]) <= 64:
     return f"data:image/png;base64,{base64.b64encode(encode(pixels, 'PNG')).decode()}"
   image = Image.fromarray(pixels)
