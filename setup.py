@@ -29,6 +29,7 @@ setup(
   package_data={
     "simclr_jax.data.sets": ["*.npz", "FASHION_MNIST_LICENSE"],
     "simclr_jax.exporting": ["loaders/*.py"],
+    "simclr_jax.report": ["templates/*.html", "*.css", "*.js"],
   },
   install_requires=requirements(),
   extras_require={

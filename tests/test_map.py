@@ -1,4 +1,4 @@
-"""The map keeps neighbours, says honestly how well, and finds copies and odd ones out."""
+"""The map keeps neighbors, says how well it does, and finds copies and outliers."""
 
 import csv
 import re
@@ -8,9 +8,12 @@ import pytest
 import tiny
 from PIL import Image
 
+from simclr_jax import report
+from simclr_jax.evaluation import clusters
 from simclr_jax.programs import embed as features
 from simclr_jax.programs import map as map_lib
-from simclr_jax.report import scatter
+from simclr_jax.report import colors
+from simclr_jax.report import map as map_report
 
 rng = np.random.default_rng(0)
 
@@ -18,34 +21,38 @@ rng = np.random.default_rng(0)
 def blobs(per_blob=60, dimensions=20):
   """(h, labels) of three clusters, far apart."""
   labels = np.repeat(np.arange(3), per_blob)
-  centres = 6 * rng.normal(size=(3, dimensions))
-  return (centres[labels] + rng.normal(size=(len(labels), dimensions))).astype(np.float32), labels
+  centers = 6 * rng.normal(size=(3, dimensions))
+  return (centers[labels] + rng.normal(size=(len(labels), dimensions))).astype(np.float32), labels
+
+
+def keep_neighbors(h, **options):
+  return clusters.keep_neighbors(h, clusters.neighbors(h), **options)
 
 
 def test_pca_is_the_projection_on_the_two_first_axes():
   h, _ = blobs()
-  xy = map_lib.pca(h)
+  xy = clusters.pca(h)
   x = h - h.mean(0)
   _, s, _ = np.linalg.svd(x, full_matrices=False)
   np.testing.assert_allclose(np.linalg.norm(xy, axis=0), s[:2], rtol=1e-4)
   np.testing.assert_allclose(xy[:, 0] @ xy[:, 1], 0, atol=1e-2)
-  assert map_lib.pca(h[:, :1]).shape == (len(h), 2)  # one dimension
-  assert np.isfinite(map_lib.pca(np.ones((5, 4), np.float32))).all()
+  assert clusters.pca(h[:, :1]).shape == (len(h), 2)  # one dimension
+  assert np.isfinite(clusters.pca(np.ones((5, 4), np.float32))).all()
 
 
-def test_the_map_keeps_neighbours_and_is_a_function_of_the_seed():
+def test_the_map_keeps_neighbors_and_is_a_function_of_the_seed():
   h, labels = blobs()
-  xy = map_lib.keep_neighbours(h, seed=3)
-  assert map_lib.accuracy(xy, labels) > 0.98
-  assert map_lib.trustworthiness(h, xy) > 0.85 > map_lib.trustworthiness(h, rng.normal(size=xy.shape))
-  np.testing.assert_array_equal(xy, map_lib.keep_neighbours(h, seed=3))
-  assert map_lib.keep_neighbours(h[:3]).shape == (3, 2) and np.isfinite(map_lib.keep_neighbours(h[:4])).all()
+  xy = keep_neighbors(h, seed=3)
+  assert clusters.accuracy(xy, labels) > 0.98
+  assert clusters.trustworthiness(h, xy) > 0.85 > clusters.trustworthiness(h, rng.normal(size=xy.shape))
+  np.testing.assert_array_equal(xy, keep_neighbors(h, seed=3))
+  assert keep_neighbors(h[:3]).shape == (3, 2) and np.isfinite(keep_neighbors(h[:4])).all()
 
 
 def test_more_points_than_repel_at_a_step(monkeypatch):
-  monkeypatch.setattr(map_lib, "SAMPLE", 64)
+  monkeypatch.setattr(clusters, "SAMPLE", 64)
   h, labels = blobs()
-  assert map_lib.accuracy(map_lib.keep_neighbours(h), labels) > 0.95
+  assert clusters.accuracy(keep_neighbors(h), labels) > 0.95
 
 
 def test_trustworthiness_is_that_of_scikit_learn():
@@ -53,16 +60,23 @@ def test_trustworthiness_is_that_of_scikit_learn():
   h, _ = blobs(per_blob=40)
   xy = rng.normal(size=(len(h), 2)) + h[:, :2]
   unit = h / np.linalg.norm(h, axis=1, keepdims=True)
-  assert map_lib.trustworthiness(h, xy) == pytest.approx(manifold.trustworthiness(unit, xy, n_neighbors=15), abs=1e-6)
+  assert clusters.trustworthiness(h, xy) == pytest.approx(manifold.trustworthiness(unit, xy, n_neighbors=15), abs=1e-6)
 
 
 def test_accuracy_leaves_a_point_out_of_its_own_vote():
   xy = np.array([[0, 0], [0, 1], [1, 0], [9, 9], [9, 8], [8, 9]], float)
-  assert map_lib.accuracy(xy, np.array([0, 0, 0, 1, 1, 1]), k=2) == 1.0
-  assert map_lib.accuracy(xy, np.array([0, 1, 1, 0, 1, 1]), k=2) < 0.7
-  assert (
-    map_lib.accuracy_of_h(np.repeat(np.eye(2), 20, 0) + 0.01 * rng.normal(size=(40, 2)), np.repeat([0, 1], 20)) == 1
-  )
+  assert clusters.accuracy(xy, np.array([0, 0, 0, 1, 1, 1]), k=2) == 1.0
+  assert clusters.accuracy(xy, np.array([0, 1, 1, 0, 1, 1]), k=2) < 0.7
+  h = np.repeat(np.eye(2), 20, 0) + 0.01 * rng.normal(size=(40, 2))
+  assert clusters.accuracy_of_h(clusters.neighbors(h), np.repeat([0, 1], 20)) == 1
+
+
+def test_a_point_is_no_neighbor_of_itself_even_among_copies():
+  h = rng.normal(size=(30, 8)).astype(np.float32)
+  h[1:20] = h[0]  # more copies than neighbors
+  near = clusters.neighbors(h, k=5)
+  assert near.shape == (30, 5) and not (near == np.arange(30)[:, None]).any() and (near[:20] < 20).all()
+  assert clusters.neighbors(h[:3], k=5).shape == (3, 2)
 
 
 def test_copies_are_found_and_no_others():
@@ -73,7 +87,7 @@ def test_copies_are_found_and_no_others():
   pictures[20], h[20] = np.clip(pictures[5] * 0.8 + 20, 0, 255), h[5] + 0.05  # paler
   pictures[30] = pictures[9]  # the same pixels, which the network finds different
   h[31] = h[10]  # and the reverse
-  found = map_lib.near_duplicates(h, pictures)
+  found = clusters.near_duplicates(h, pictures)
   assert [(i, j) for i, j, _, _ in found] == [(3, 7), (5, 20)]
   assert found[0][2] == pytest.approx(1, abs=1e-5) and found[0][3] == pytest.approx(1, abs=1e-5)
 
@@ -81,20 +95,21 @@ def test_copies_are_found_and_no_others():
 def test_what_is_odd_in_a_channel_that_others_hardly_use_comes_first():
   h = (rng.gamma(2.0, size=(200, 10)) * np.array([10.0] * 5 + [0.1] * 5)).astype(np.float32)
   h[11, 7] += 30
-  found = map_lib.outliers(h)
+  found = clusters.outliers(h)
   assert found[0][0] == 11 and found[0][1] > 1.3 and len(found) == 200
   assert np.median([far for _, far in found]) == pytest.approx(1)
-  assert len(map_lib.outliers(h[:2])) == 2
+  assert len(clusters.outliers(h[:2])) == 2
 
 
-def test_colours_and_sheets():
-  assert len(set(scatter.colours(10))) == 10 and len(set(scatter.colours(37))) == 37
-  assert scatter.thumbnail_side(300) == 64 and scatter.thumbnail_side(10_000) == 24
-  square = scatter.unit_square(np.array([[0.0, 0.0], [4.0, 2.0]]))
+def test_colors_and_sheets(tmp_path):
+  assert len(set(colors.colors(10))) == 10 and len(set(colors.colors(37))) == 37
+  assert report.thumbnail_side(300) == 64 and report.thumbnail_side(10_000) == 24
+  square = map_report.unit_square(np.array([[0.0, 0.0], [4.0, 2.0]]))
   np.testing.assert_allclose(square, [[0, 0.75], [1, 0.25]])  # up is up
   pictures = rng.integers(0, 256, (5, 20, 20, 3), np.uint8)
-  text = scatter.piece({"a": rng.normal(size=(5, 2))}, pictures=pictures, names=["</script>x"] * 5)
-  assert text.count("</script>") == 2  # of the page itself
+  shown = dict(note="", views={"a": rng.normal(size=(5, 2))}, pictures=pictures, names=["</script>x"] * 5)
+  report.write_map(tmp_path / "map.html", title="t", summary="", map_of_images=shown)
+  assert (tmp_path / "map.html").read_text().count("</script>") == 2  # of the page itself
 
 
 @pytest.fixture(scope="module")

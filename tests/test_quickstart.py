@@ -86,7 +86,7 @@ def test_too_little_time_takes_the_smallest_and_says_so(chosen):
   assert timed[-1] == (48, 0.25) and config.train_steps == 20 and "more --minutes would serve it" in str(why)
 
 
-def test_sub_folders_colour_the_map():
+def test_sub_folders_color_the_map():
   labels, names = quickstart.classes("/x", ["/x/cat/1.png", "/x/cat/deep/2.png", "/x/dog/3.png"])
   assert labels.tolist() == [0, 0, 1] and names == ["cat", "dog"]
   assert quickstart.classes("/x", ["/x/cat/1.png", "/x/2.png"]) == (None, [])

@@ -283,43 +283,12 @@ def run(config, topologies, *, batches=(), num_examples=0, num_classes=0, as_jso
   return rows
 
 
-COLOURS = ("#1f5fa8", "#5b93cf", "#c2571a", "#e39a6c", "#8a8a8a")
-
-
 def draw(path, rows):
-  """An SVG of what bounds each step: the estimate by parts, and the times that traffic and arithmetic alone would take."""
+  """An SVG of what bounds each step, of the plans that fit."""
   rows = [row for row in rows if row["changes"] is not None]
   if not rows:
     raise ValueError(f"--picture={path}: nothing fits, there is no step to draw")
-  left, width, pitch = 150, 560, 56
-  longest = max(max(row["step_seconds"], row["memory_seconds"]) for row in rows)
-  height = pitch * len(rows) + 24 * len(aot.PARTS) + 44
-  out = [
-    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 90} {height}" font-family="sans-serif" '
-    'font-size="12"><rect width="100%" height="100%" fill="white"/>'
-  ]
-  for i, row in enumerate(rows):
-    x, y = left, 16 + pitch * i
-    out.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{row["topology"]}</text>')
-    out.append(f'<text x="{left - 8}" y="{y + 27}" text-anchor="end" fill="#666">batch {row["batch_size"]:,}</text>')
-    for name, colour in zip(aot.PARTS, COLOURS, strict=True):
-      w = width * row["parts_seconds"][name] / longest
-      out.append(f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="28" fill="{colour}"/>')
-      x += w
-    out.append(f'<text x="{x + 6:.1f}" y="{y + 19}">{1e3 * row["step_seconds"]:.1f} ms</text>')
-    for key, dash in (("memory_seconds", ""), ("matmul_seconds", ' stroke-dasharray="4 3"')):
-      at = left + width * row[key] / longest
-      out.append(f'<path d="M{at:.1f} {y - 5}v38" stroke="black" stroke-width="2"{dash}/>')
-  y = 16 + pitch * len(rows)
-  for i, (name, colour) in enumerate(zip(aot.PARTS, COLOURS, strict=True)):
-    out.append(f'<rect x="{left}" y="{y + 22 * i}" width="14" height="14" fill="{colour}"/>')
-    out.append(f'<text x="{left + 22}" y="{y + 22 * i + 12}">{name}</text>')
-  for i, (text, dash) in enumerate(
-    (("HBM traffic at full bandwidth", ""), ("all FLOPs at the peak", ' stroke-dasharray="4 3"'))
-  ):
-    out.append(f'<path d="M{left + 307} {y + 22 * i - 2}v18" stroke="black" stroke-width="2"{dash}/>')
-    out.append(f'<text x="{left + 318}" y="{y + 22 * i + 12}">{text}</text>')
-  checkpoint.write_text(checkpoint.absolute(path), "".join(out) + "</svg>")
+  report.step_times_svg(checkpoint.absolute(path), rows)
 
 
 def main(flags, overrides) -> int:

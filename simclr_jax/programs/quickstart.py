@@ -204,7 +204,7 @@ def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, ove
   Images are all image files at any depth below `folder`.  `minutes` is for everything, roughly.
 
   Returns:
-    dict(config, why, chart, found, unreadable): what was chosen and what was found, see map.chart and map.odd.
+    dict(config, why, chart, found, unreadable): what was chosen and what was found, see map.chart and map.anomalies.
 
   Raises:
     ValueError: no folder, too few images, or too few minutes.
@@ -240,14 +240,14 @@ def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, ove
   pictures = map_lib.thumbnails(source, made.index)
   names = [os.path.relpath(name, root) for name in made.name]
   chart = map_lib.chart(made.h, pictures, names, labels, class_names, seed=config.seed)
-  found = map_lib.odd(made.h, pictures)
+  found = map_lib.anomalies(made.h, pictures)
   map_lib.write(workdir / "map", chart, found)
   listed = epath.Path(f"{table}.unreadable.txt")
   unreadable = [line.split("\t") for line in listed.read_text().splitlines()] if listed.exists() else []
   _page(workdir, trained["page"], root, source, why, chart, found, unreadable, time.monotonic() - began)
   checkpoint.mark_complete(workdir, int(trained["state"].step))
   print(chart["note"])
-  map_lib.tell(names, found)
+  map_lib.print_findings(names, found)
   print(f"unreadable  {len(unreadable)}" + "".join(f"\n            {name}: {why}" for name, why in unreadable[:5]))
   print(f"time        {duration(time.monotonic() - began)} in all")
   print(f"\nopen {workdir / 'report.html'}", flush=True)
@@ -274,11 +274,9 @@ def _page(workdir, page, root, source, why, chart, found, unreadable, seconds):
       "summary": summary,
       "files": files,
       "map_of_images": chart,
-      "intro": [("choices", "What was chosen, and why", report.facts(why))],
-      "findings": [
-        *map_lib.findings(chart, found),
-        ("unreadable", "Unreadable files", report.facts(lost[:100]) if lost else ""),
-      ],
+      "choices": why,
+      "unreadable": lost[:100],
+      **map_lib.findings(chart, found),
     },
   )
 

@@ -1,10 +1,10 @@
-"""`simclr runs DIR`: the runs below a folder, beside each other."""
+"""`simclr runs DIR`: a comparison of the runs below a folder."""
 
 import dataclasses
-import html
 import json
 import os
 import pathlib
+import urllib.parse
 
 from simclr_jax import report
 from simclr_jax.programs import config as config_lib
@@ -21,10 +21,10 @@ NUMBERS = {  # column: (key, factor)
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """What a run's folder tells.
+class RunSummary:
+  """What the folder of a run says about it.
 
-  `numbers` are the newest of what was logged, and the scores of h; `total` is 0 where the folder does not say.
+  `numbers` are the latest of each key that was logged, and the scores of h; `total` is 0 where the folder has none.
   """
 
   name: str
@@ -40,7 +40,7 @@ class Run:
   history: list
 
 
-def find(folder) -> list[Run]:
+def find(folder) -> list[RunSummary]:
   """Every run in or below a folder, sorted by name."""
   found = []
   for path, folders, files in os.walk(folder):
@@ -57,8 +57,8 @@ def _json(path) -> dict:
     return {}
 
 
-def open_run(path: pathlib.Path, name: str) -> Run:
-  """What one run's folder tells; whatever is missing or cut short is left out."""
+def open_run(path: pathlib.Path, name: str) -> RunSummary:
+  """What the folder of a run says about it; whatever is missing or truncated is left out."""
   config, about, scores = (_json(path / f"{file}.json") for file in ("config", "run", "scores"))
   history = metrics_lib.read(path)
   numbers = {}
@@ -66,7 +66,7 @@ def open_run(path: pathlib.Path, name: str) -> Run:
     numbers.update({key: value for key, value in row.items() if value is not None})
   of_h = scores.get("scores", {})
   numbers.update(of_h.get("SimCLR h", of_h))
-  return Run(
+  return RunSummary(
     name=name,
     program=config.get("program", "pretrain"),
     recipe=about.get("recipe", ""),
@@ -82,7 +82,7 @@ def open_run(path: pathlib.Path, name: str) -> Run:
 
 
 def differences(runs) -> dict[str, list]:
-  """{key of the config: its value in every run, or None} for the keys in which runs of one program differ."""
+  """{key: its value in every run, or None} for the keys of the configs in which runs of one program differ."""
   keys = dict.fromkeys(key for run in runs for key in run.config)
   values = {key: [run.config.get(key) for run in runs] for key in keys}
   out = {}
@@ -96,7 +96,7 @@ def differences(runs) -> dict[str, list]:
 
 
 def table(runs) -> tuple[list[str], list[list[str]]]:
-  """(headings, a row of cells a run); a number that no run has gets no column."""
+  """(headings, a row of cells for each run); a number that no run has gets no column."""
   known = {name: what for name, what in NUMBERS.items() if any(what[0] in run.numbers for run in runs)}
   head = ["run", "recipe", "steps", "state", *known, "hours", "verdict"]
   rows = []
@@ -111,14 +111,14 @@ def table(runs) -> tuple[list[str], list[list[str]]]:
   return head, rows
 
 
-def run(folder, output=None) -> list[Run]:
+def run(folder, output=None) -> list[RunSummary]:
   """The program `simclr runs`: prints the table and the differences of the configs, writes runs.html.
 
   Raises:
     ValueError: no run in or below the folder.
   """
   if not os.path.isdir(folder):
-    raise ValueError(f"{folder} is no folder: name one with runs in it")
+    raise ValueError(f"{folder} is not a folder: name one with runs in it")
   runs = find(folder)
   if not runs:
     raise ValueError(f"{folder}: no run in or below it (a run has a config.json); `simclr pretrain` makes one")
@@ -130,28 +130,23 @@ def run(folder, output=None) -> list[Run]:
     print("\n".join(f"{one.name}  {_against(different, i)}" for i, one in enumerate(runs) if i))
   page = pathlib.Path(output or os.path.join(folder, "runs.html"))
   histories = {one.name: one.history for one in runs}
-  report.write_page(
+  report.write_runs(
     page,
     title=f"Runs in {os.path.basename(os.path.abspath(folder))}",
     summary=f"{len(runs):,} runs, {sum(one.complete for one in runs):,} of them complete.",
-    sections=[
-      ("runs", "Runs", _linked(report.grid(head, rows, numeric=(2, *range(4, len(head) - 1))), runs, folder, page)),
-      ("curves", "Curves", report.overlays(histories, ("loss", "contrastive_accuracy", "knn", "rank"))),
-      (
-        "configs",
-        "Where the configs differ",
-        report.grid(["", *(one.name for one in runs)], [[key, *map(_shown, row)] for key, row in different.items()])
-        if different
-        else "",
-      ),
-    ],
+    runs=(head, [[_linked(name, folder, page), *cells] for name, *cells in rows]),
+    numeric=(2, *range(4, len(head) - 1)),
+    histories=histories,
+    keys=("loss", "contrastive_accuracy", "knn", "rank"),
+    differences=different
+    and (["", *(one.name for one in runs)], [[key, *map(_shown, row)] for key, row in different.items()]),
   )
   print(f"\n{page}")
   return runs
 
 
 def _against(different, i) -> str:
-  """key=value of the keys in which run i is not as run 0."""
+  """key=value of the keys in which run i differs from run 0."""
   return "  ".join(f"{key}={_shown(row[i])}" for key, row in different.items() if row[i] != row[0]) or "the same"
 
 
@@ -159,15 +154,12 @@ def _shown(value):
   return "–" if value is None else str(value)
 
 
-def _linked(table_html, runs, folder, page):
-  """The names of runs that have a page become links to it."""
-  for one in runs:
-    path = os.path.join(folder, one.name, "report.html")
-    if os.path.exists(path):
-      name = html.escape(one.name)
-      target = html.escape(os.path.relpath(path, page.parent))
-      table_html = table_html.replace(f">{name}</th>", f'><a href="{target}">{name}</a></th>', 1)
-  return table_html
+def _linked(name, folder, page):
+  """The name of a run as a cell of the table: a link to its page, if it has one."""
+  path = os.path.join(folder, name, "report.html")
+  if not os.path.exists(path):
+    return name
+  return report.Link(name, urllib.parse.quote(os.fsencode(os.path.relpath(path, page.parent))))
 
 
 def main(flags, overrides) -> int:

@@ -1,0 +1,46 @@
+"""Pages from templates: everything that a template inserts is escaped, and a page is one file that loads nothing.
+
+Style, scripts and pictures are inside the page; a Content-Security-Policy makes a browser enforce that.
+"""
+
+import functools
+import importlib.resources
+
+import jinja2
+from markupsafe import Markup
+
+from simclr_jax.report import files, pictures, tables
+
+
+def write_page(path, template: str, **data):
+  """Renders a file of templates/ with `data` and writes it to `path` in one move."""
+  page = _environment().get_template(template).render(nav=[], **data)
+  files.write_bytes(path, page.encode("utf-8", "replace"))
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader(__package__),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=["jinja2.ext.do"],
+  )
+  environment.globals["inlined"] = _inlined
+  environment.filters |= dict(percent=tables.percent, duration=duration, data_url=pictures.data_url, repr=repr)
+  environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+  return environment
+
+
+def _inlined(name: str) -> Markup:
+  """A style sheet or a script of this package, to stand in a page as it is."""
+  return Markup(importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
+
+
+def duration(seconds) -> str:
+  if seconds < 60:
+    return f"{seconds:.1f} s"
+  minutes, seconds = divmod(round(seconds), 60)
+  return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
