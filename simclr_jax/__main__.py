@@ -196,7 +196,8 @@ def main(argv=None) -> int:
     code, message = 130, "interrupted"
   except Exception as error:
     code, message = getattr(error, "exit_code", 1), str(error)
-    of_user = isinstance(error, UserError) or (isinstance(error, OSError) and error.filename)
+    # An OSError without a number was raised on purpose, with words for the user.
+    of_user = isinstance(error, UserError) or isinstance(error, OSError) and (error.filename or error.errno is None)
     if code == 1 and (not of_user or os.environ.get("SIMCLR_TRACEBACK")):
       if type(error).__name__ == "JaxRuntimeError" and "simclr_jax.runtime.processes" in sys.modules:
         sys.modules["simclr_jax.runtime.processes"].await_verdict()

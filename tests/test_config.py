@@ -1,13 +1,35 @@
 """Recipes load, overrides apply, and every mistake is one line with the value, what was expected and what to do."""
 
-import ml_collections
+import dataclasses
+import functools
+import inspect
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 
-from simclr_jax import contrast, optimizer
+from simclr_jax import (
+  augment,
+  augment_extra,
+  augment_on_device,
+  contrast,
+  encoder,
+  optimizer,
+  projector,
+)
+from simclr_jax.evaluation import linear
 from simclr_jax.methods import simclr
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain
+from simclr_jax.runtime import loop
+from simclr_jax.runtime.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = json.loads((ROOT / "tests/golden/recipes.json").read_text())
 
 
 def one_line(error):
@@ -27,12 +49,52 @@ def test_an_option_that_the_recipe_leaves_at_its_default():
   c = config_lib.load("smoke", values)
   assert c.augment.color_order == "fixed" and c.augment.extra == (("sobel", 0.1),) and c.batch_size == 64
   pretrain.view_pipeline(c).check()
-  with pytest.raises(TypeError, match="unexpected keyword argument 'colour_order'"):
-    pretrain._check_augmentation(config_lib.load("smoke", ["--config.augment.colour_order=fixed"]))
+
+
+@pytest.mark.parametrize(
+  "override, key, value",
+  [
+    ("zero1=True", "zero1", True),
+    ("zero1=false", "zero1", False),
+    ("zero1=1", "zero1", True),
+    ("train_epochs=3", "train_epochs", 3.0),
+    ("train_epochs=1e2", "train_epochs", 100.0),
+    ("augment.crop_area=[0.5, 1]", "augment.crop_area", (0.5, 1.0)),
+    ("loss.temperature=None", "loss.temperature", None),
+    ("loss.normalize=False", "loss.normalize", False),
+    ("data.data_dir=None", "data.data_dir", "None"),
+    ("data.test=", "data.test", ""),
+    ("memory={'size': 64}", "memory.size", 64),
+    ("log.wandb=3", "log.wandb", "3"),
+  ],
+)
+def test_values_as_they_are_typed(override, key, value):
+  found = config_lib.flatten(config_lib.load("smoke", [f"--config.{override}"]))[key]
+  assert found == value and type(found) is type(value)
+
+
+def test_tuples_of_one_element_as_they_are_typed():
+  assert config_lib.load("downstream", ["--config.seeds=3"]).seeds == (3,)
+  assert config_lib.load("transfer", ["--config.methods=linear"]).methods == ("linear",)
 
 
 def test_recipe_by_name_or_path():
-  assert config_lib.load("smoke").to_dict() == config_lib.load("configs/smoke.py").to_dict()
+  assert config_lib.load("smoke") == config_lib.load("configs/smoke.py")
+
+
+@pytest.mark.parametrize("recipe", GOLDEN)
+def test_recipes_say_what_they_said_before_they_had_defaults(recipe):
+  """Each variant is compared with what it was when it named every key; a run from then can be resumed."""
+  for variant, changes in GOLDEN[recipe]["variants"].items():
+    flat = {key: value for key, value in {**GOLDEN[recipe]["base"], **changes}.items() if value is not None}
+    c = config_lib.load(f"{recipe}:{variant}" if variant else recipe)
+    now = json.loads(json.dumps(config_lib.flatten(c)))
+    assert {key: now[key] for key in flat} == flat, variant
+    nested = {}
+    for key, value in flat.items():
+      *sections, leaf = key.split(".")
+      functools.reduce(lambda place, name: place.setdefault(name, {}), sections, nested)[leaf] = value
+    config_lib.check_same(config_lib.from_json(json.dumps(nested)), c)
 
 
 @pytest.mark.parametrize("path", sorted(config_lib.recipe_folder().glob("[!_]*.py")), ids=lambda p: p.stem)
@@ -48,17 +110,31 @@ def test_every_recipe_is_complete_and_survives_json(path):
     ("--config.optimizer.nmae=x", "did you mean config.optimizer.name?"),
     ("--config.batchsize=8", "did you mean config.batch_size?"),
     ("--config.batch_size", "expected --config.batch_size=VALUE"),
-    ("--config.batch_size=1.5", "1.5"),
-    ("--config.batch_size=-8", "config.batch_size=-8: expected a number above 0"),
-    ("--config.optimizer.base_lr=nan", "config.optimizer.base_lr=nan: expected a finite number"),
-    ("--config.loss.reduction=sum", "expected mean or official_sum"),
-    ("--config.data.max_bad_fraction=2.0", "expected a share between 0 and 1"),
+    ("--config.batch_size=1.5", "config.batch_size=1.5: expected a whole number of at least 1"),
+    ("--config.batch_size=many", "config.batch_size=many: expected a whole number of at least 1"),
+    ("--config.batch_size=-8", "config.batch_size=-8: expected a whole number of at least 1"),
+    ("--config.optimizer.base_lr=nan", "config.optimizer.base_lr=nan: expected a number above 0"),
+    ("--config.optimizer.momentum=1", "config.optimizer.momentum=1: expected a number of at least 0 and below 1"),
+    ("--config.loss.reduction=sum", "config.loss.reduction=sum: expected one of mean, official_sum or None"),
+    ("--config.loss.name=ntxent", "config.loss.name=ntxent: expected one of nt_xent, decoupled"),
+    ("--config.data.max_bad_fraction=2.0", "expected a number of at least 0 and at most 1"),
+    ("--config.data.train=", "config.data.train=: expected a data set such as fashion:train"),
     ("--config.train_epochs=0.0", "set one of them"),
+    ("--config.evaluate.every_steps=3", "config.evaluate.every_steps=3 and every_epochs=5.0: set one"),
+    ("--config.zero1=perhaps", "config.zero1=perhaps: expected True or False"),
+    ("--config.augment.crop_area=(0.1, 0.5, 1)", "expected a tuple such as (0.08, 1.0) of (float, float)"),
+    ("--config.augment.crop_area=(1.0, 0.1)", "expected the smallest first"),
+    ("--config.augment.colour_strength=1", "did you mean config.augment.color_strength?"),
+    ("--config.color_strength=1", "did you mean config.augment.color_strength?"),
+    ("--config.encoder.remat=blocks", "config.encoder.remat='blocks': expected none, block or group"),
+    ("--config.encodr.depth=50", "config.encodr.depth: no such key; did you mean config.encoder.depth?"),
     ("--config.encoder.depth.blocks=3", "no such key; did you mean config.encoder.depth?"),
+    ("--config.encoder=50", "config.encoder=50: this is a section; give its keys, as --config.encoder.KEY=VALUE"),
+    ("--config.rollback.times=2.5", "config.rollback.times=2.5: expected a whole number of at least 0"),
   ],
 )
 def test_mistakes(override, message):
-  with pytest.raises(ValueError) as error:
+  with pytest.raises(UserError) as error:
     config_lib.load("smoke", [override])
   assert message in one_line(error)
 
@@ -70,25 +146,125 @@ def test_unknown_recipe_names_the_nearest():
 
 
 def test_a_recipe_with_an_unknown_or_missing_key_is_refused():
-  c = ml_collections.ConfigDict(config_lib.load("smoke").to_dict())
-  c.optimizer.momentun = 0.9
+  values = config_lib.to_dict(config_lib.load("smoke"))
+  values["optimizer"]["momentun"] = 0.9
   with pytest.raises(
-    ValueError, match="config.optimizer.momentun: no such key; did you mean config.optimizer.momentum?"
+    UserError, match="config.optimizer.momentun: no such key; did you mean config.optimizer.momentum?"
   ):
-    config_lib.check(c)
-  del c.optimizer.momentun, c.optimizer.momentum
-  with pytest.raises(ValueError, match="config.optimizer.momentum is missing"):
-    config_lib.check(c)
+    config_lib.from_dict(values)
+  del values["optimizer"]["momentun"], values["optimizer"]["base_lr"]
+  with pytest.raises(UserError, match="config.optimizer.base_lr is missing: expected a number above 0"):
+    config_lib.from_dict(values)
+  values["optimizer"]["base_lr"] = 1
+  del values["data"]
+  with pytest.raises(UserError, match="config.data.train is missing: expected a data set"):
+    config_lib.from_json(json.dumps(values))
+
+
+def test_replace_checks_and_takes_whole_sections():
+  c = config_lib.load("smoke")
+  other = config_lib.load("v2:r152_3x_sk1")
+  now = config_lib.replace(c, {"encoder": other.encoder, "optimizer": {"base_lr": 1}, "loss.temperature": 1})
+  assert now.encoder == other.encoder and now.optimizer == config_lib.Optimizer(base_lr=1.0)
+  assert now.loss.temperature == 1.0 and c.loss.temperature == 0.2
+  with pytest.raises(UserError, match="config.encoder.width=0: expected a number of at least 0.015625"):
+    config_lib.replace(c, {"encoder.width": 0})
+  with pytest.raises(UserError, match="knn_k=0: expected"):
+    config_lib.EvaluateFeatures(knn_k=0)
+
+
+def test_options_are_the_arguments_that_are_given():
+  c = config_lib.load("smoke")
+  given = {"temperature": 0.2, "normalize": True, "reduction": "mean", "precision": "highest"}
+  assert config_lib.options(c.loss) == given == dict(**c.loss)
+  assert {"where", "canvas"}.isdisjoint(config_lib.options(c.augment))
+
+
+def test_memory_is_a_method():
+  assert config_lib.load("smoke").method == "simclr" and config_lib.load("smoke").memory is None
+  assert config_lib.load("v2:r50_1x_sk0-memory").method == "memory"
+  assert config_lib.load("smoke", ["--config.method=memory"]).memory == config_lib.Memory()
+
+
+def test_colors_in_fine_tuning_need_a_strength():
+  with pytest.raises(UserError, match="config.augment.blur=False: needs config.augment.color_strength"):
+    config_lib.load("finetune", ["--config.augment.blur=False"])
+  with pytest.raises(UserError, match="config.augment.where=device: expected one of host"):
+    config_lib.load("finetune", ["--config.augment.where=device"])
+
+
+def arguments(function):
+  return {k: p.default for k, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+
+
+@pytest.mark.parametrize(
+  "section, function, others",
+  [
+    (config_lib.Crop, augment.one_view, ()),
+    (config_lib.Augment, augment.two_views, ("extra",)),
+    (config_lib.Augment, augment_extra.two_views, ()),
+    (config_lib.Augment, augment_on_device.two_views, ("precision",)),
+    (config_lib.Augment, augment_on_device.color_and_blur, ("precision",)),
+    (config_lib.Encoder, encoder.resnet, ("tpu", "dtype")),
+    (config_lib.Projector, projector.Projector, ("parent", "name")),
+    (config_lib.Optimizer, optimizer.lars, ("trust_coefficient", "exclude")),
+    (config_lib.Rollback, loop.Rollback, ()),
+    (config_lib.CenterCrop, augment.center_crop, ("resize",)),
+  ],
+)
+def test_defaults_are_those_of_the_functions(section, function, others):
+  """`others` are arguments that are no keys, or whose default is written in another way."""
+  ours = {f.name: f.default for f in dataclasses.fields(section)}
+  ours |= {"proportion": ours["crop"]} if "crop" in ours else {}
+  theirs = {k: v for k, v in arguments(function).items() if k not in others}
+  assert theirs == {key: ours[key] for key in theirs}
+
+
+def test_every_option_is_an_argument_of_its_function():
+  def options(section):
+    return {f.name for f in dataclasses.fields(section) if f.metadata["option"]}
+
+  def names(*functions):
+    return {name for function in functions for name in inspect.signature(function).parameters}
+
+  assert options(config_lib.Augment) <= names(augment.two_views)
+  assert options(config_lib.Encoder) == names(encoder.resnet) - {"tpu"}
+  assert options(config_lib.Projector) == names(projector.Projector) - {"parent", "name"}
+  losses = names(*(loss for name, loss in contrast.LOSSES.items() if name != "supervised"))
+  assert options(config_lib.Loss) == losses - {"z", "mesh"}
+  assert options(config_lib.Rollback) == names(loop.Rollback)
+
+
+def test_choices_are_those_of_the_functions():
+  def choices(section, name):
+    return section.__dataclass_fields__[name].metadata["choices"]
+
+  assert choices(config_lib.Encoder, "depth") == tuple(encoder.DEPTHS)
+  assert choices(config_lib.Projector, "kind") == projector.KINDS
+  assert set(choices(config_lib.Loss, "name")) == set(contrast.LOSSES) - {"supervised"}
+  assert set(choices(config_lib.Loss, "reduction")) == set(contrast.REDUCTIONS)
+  assert set(choices(config_lib.Loss, "precision")) == set(contrast.PRECISIONS)
+  assert choices(config_lib.Optimizer, "name") == tuple(optimizer.OPTIMIZERS)
+  assert set(choices(config_lib.TransferRow, "metric")) == set(linear.METRICS)
+  assert config_lib.Augment.__dataclass_fields__["color_strength"].metadata["at_most"] == augment_on_device.MAX_STRENGTH
 
 
 def test_every():
-  section = ml_collections.ConfigDict(dict(every_steps=0, every_epochs=0.5))
-  assert config_lib.every(section, num_examples=1000, batch_size=100) == 5
-  assert config_lib.every(ml_collections.ConfigDict(dict(every_steps=7, every_epochs=0.0)), 1000, 100) == 7
-  assert config_lib.every(ml_collections.ConfigDict(dict(every_steps=0, every_epochs=0.0)), 1000, 100) == 0
-  section.every_steps = 3
-  with pytest.raises(ValueError, match="set one"):
-    config_lib.every(section, 1000, 100)
+  def every(steps, epochs):
+    return config_lib.every(config_lib.Every(every_steps=steps, every_epochs=epochs), num_examples=1000, batch_size=100)
+
+  assert (every(0, 0.5), every(7, 0.0), every(0, 0.0)) == (5, 7, 0)
+
+
+def test_the_page_of_all_keys_is_current():
+  """python -m simclr_jax.programs.config > docs/config.md"""
+  assert (ROOT / "docs/config.md").read_text() == config_lib.page()
+
+
+def test_help_lists_every_key():
+  text = config_lib.help_text(config_lib.Pretrain)
+  for key in config_lib.flatten(config_lib.load("v2:r50_1x_sk0-memory")):
+    assert f"--config.{key} " in text
 
 
 def test_every_ablation_of_the_paper_is_a_recipe():
@@ -104,14 +280,16 @@ def test_every_ablation_of_the_paper_is_a_recipe():
     peak = float(optimizer.learning_rate(c, images)(10 * images // batch))
     assert peak == pytest.approx(0.075 * batch**0.5 if row.endswith("sqrt") else 0.3 * batch / 256)
   assert config_lib.load("configs/ablations.py:no_l2-10").loss.normalize is False
-  assert config_lib.load("configs/ablations.py:head-linear-64").projector.to_dict() == {"kind": "linear", "out_dim": 64}
+  assert config_lib.load("configs/ablations.py:head-linear-64").projector == config_lib.Projector(
+    kind="linear", out_dim=64
+  )
 
 
 def test_fine_tuning_rows():
   c = config_lib.load("configs/finetune.py:supervised-4x-500ep-color")
   assert (c.encoder.width, c.train_epochs, c.augment.color_strength, c.augment.blur) == (4, 500.0, 1.0, False)
   assert config_lib.load("configs/finetune.py:v2_1pct-wide").optimizer.base_lr == 0.002
-  assert "color_strength" not in config_lib.load("configs/finetune.py:supervised").augment
+  assert config_lib.load("configs/finetune.py:supervised").augment.color_strength is None
   assert config_lib.load("configs/finetune.py:supervised-1pct").data.train == "tfds:imagenet2012_subset/1pct:train"
 
 
@@ -158,11 +336,81 @@ def test_losses_by_name():
   ours, _ = simclr.loss_function(c, None)(z)
   assert float(ours) == pytest.approx(float(contrast.margin_triplet(z, margin=0.8, semi_hard=True)[0]))
   assert simclr.chance_loss(c) is None
-  for loss, message in (
-    ({"name": "ntxent"}, "config.loss.name='ntxent': expected one of nt_xent, decoupled"),
-    ({"temprature": 0.1}, "config.loss.temprature: no such option; nt_xent takes temperature"),
-    ({}, "config.loss.temperature is missing; nt_xent takes temperature"),
+  for changes, message in (
+    ({"loss.class_prior": 0.1}, "config.loss.class_prior: no such option; nt_xent takes temperature"),
+    ({"loss.temperature": None}, "config.loss.temperature is missing; nt_xent takes temperature"),
   ):
     with pytest.raises(ValueError) as error:
-      simclr.loss_function(ml_collections.ConfigDict({"loss": loss}), None)
+      simclr.loss_function(config_lib.replace(config_lib.load("smoke"), changes), None)
     assert message in one_line(error)
+
+
+# ---- the command answers before it imports anything that takes time --------------------------------------------------
+
+BLOCKED = """
+import sys
+for name in ("jax", "flax", "tensorflow", "numpy", "orbax"):
+  sys.modules[name] = None
+from simclr_jax.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+  "argv, code, message",
+  [
+    (["--help"], 0, "quickstart"),
+    (["pretrain", "--help"], 0, "--config.augment.color_strength"),
+    (["pretrain", "--config=smoke"], 2, "--workdir"),
+    (["pretrain", "--config=smoke", "--workdir=x", "--config.augment.colour_strength=1"], 1, "augment.color_strength?"),
+    (["pretrain", "--config=smoke", "--workdir=x", "--config.batch_size", "many"], 1, "config.batch_size=many"),
+    (["plan", "--config=smoke", "--topology=v4:2x2x1", "--config.batch_size=0"], 1, "config.batch_size=0"),
+    (["knn", "--config.evaluate.knn_k=3"], 2, "--workdir"),
+    (["recipes"], 0, "textures"),
+  ],
+)
+def test_answers_come_before_jax_is_imported(argv, code, message):
+  began = time.monotonic()
+  done = subprocess.run([sys.executable, "-c", BLOCKED, *argv], capture_output=True, text=True, cwd=ROOT)
+  assert done.returncode == code, done.stderr
+  assert message in (done.stderr if code else done.stdout)
+  assert time.monotonic() - began < 5  # a tenth of a second on an idle machine
+  if code == 1:
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("simclr: ")
+
+
+def test_a_value_may_stand_after_a_space(capsys):
+  from simclr_jax import __main__ as cli
+
+  words = ["pretrain", "--config.tune_after", "-1", "--config.a.b=c d", "--workdir", "x", "--config.flag", "--resume"]
+  assert cli.split(words) == (
+    ["pretrain", "--workdir", "x", "--resume"],
+    ["--config.tune_after=-1", "--config.a.b=c d", "--config.flag"],
+  )
+
+
+def test_an_unexpected_error_asks_for_a_report(monkeypatch, capsys):
+  from simclr_jax import __main__ as cli
+  from simclr_jax.programs import recipes
+
+  def fail(flags, overrides):
+    raise ValueError("never seen before")
+
+  monkeypatch.setattr(recipes, "main", fail)
+  assert cli.main(["recipes"]) == 1
+  error = capsys.readouterr().err
+  assert "Traceback" in error and "please report it" in error and "jax 0." in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_tensorflow_is_quiet_whoever_imports_it(tmp_path, fails):
+  (tmp_path / "tensorflow.py").write_text(
+    "import os\nos.write(2, b'chatter')\n" + ("import no_such_module\n" if fails else "")
+    + "class config:\n  set_visible_devices = staticmethod(lambda devices, kind: print(devices, kind))\n"
+  )  # fmt: skip
+  code = (
+    f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from simclr_jax.runtime import tensorflow as t; t.quieten()"
+  )
+  done = subprocess.run([sys.executable, "-c", code + "; import tensorflow"], capture_output=True, text=True, cwd=ROOT)
+  assert ("chatter" in done.stderr) == fails and (done.returncode != 0) == fails
+  assert fails or done.stdout == "[] GPU\n"

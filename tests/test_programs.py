@@ -273,7 +273,7 @@ def test_a_leap_of_the_loss_counts_as_divergence(tmp_path):
     (["pretrain", "--config=nowhere"], "no such recipe"),
     (["pretrain", "--config=smoke", "--config.batch_size=12"], "cannot be split over 8 devices: use 8 or 16"),
     (["pretrain", "--config=smoke", "--config.data.train=folder:/no/such"], "/no/such"),
-    (["pretrain", "--config=smoke", "--config.encoder.depth=51"], "encoder depth 51: expected one of 18"),
+    (["pretrain", "--config=smoke", "--config.encoder.depth=51"], "config.encoder.depth=51: expected one of 18"),
     (["pretrain", "--config=smoke", "--config.augment.color_strength=9.0"], "color_strength=9.0"),
     (["pretrain", "--config=smoke", "--config.optimizer.name=lasr"], "expected one of lars"),
     (["knn"], "no run here"),

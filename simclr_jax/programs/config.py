@@ -67,7 +67,7 @@ class Data(Section):
   test: str = key("", "labeled images that are scored; empty: none")
   data_dir: str = key("", "where prepared TensorFlow Datasets are; empty: their own default")
   max_bad_fraction: float = key(
-    0.001, "fraction of unreadable images above which a run stops", at_least=0, at_most=1
+    0.001, "fraction of unreadable images above which the run stops", at_least=0, at_most=1
   )  # fmt: skip
 
 
@@ -76,9 +76,9 @@ class Crop(Section):
   """The geometric half of the augmentation: arguments of augment.one_view."""
 
   size: int = key(REQUIRED, "side of the views, in pixels", at_least=1)
-  crop_sampler: str = key("official", "how boxes are drawn", choices=("official", "torchvision"))
+  crop_sampler: str = key("official", "rule that draws the boxes of the crops", choices=("official", "torchvision"))
   crop_area: tuple[float, float] = key(
-    (0.08, 1.0), "smallest and largest area of a crop over that of the image", above=0, at_most=1
+    (0.08, 1.0), "smallest and largest area of a crop, as fractions of the image", above=0, at_most=1
   )
   flip: bool = key(True, "mirror views left-right with probability 1/2")
   resize: str = key("bicubic", "interpolation of crops", choices=("bicubic", "bicubic_tf1", "bilinear"))
@@ -93,30 +93,32 @@ class Augment(Crop):
   """The augmentation family: arguments of augment_extra.two_views, and which half of it runs where."""
 
   where: str = key(
-    "host", "what the host does: everything; crops, and the device colors and blur (device); only decoding (device_crop); "
-    "nothing, images live on the devices (resident)", choices=("host", "device", "device_crop", "resident"), option=False,
+    "host", "where views are made: host; device: the host crops, the device does colors and blur; device_crop: the host only "
+    "decodes; resident: the images live on the devices", choices=("host", "device", "device_crop", "resident"), option=False,
   )  # fmt: skip
   canvas: int = key(
-    512, "side of the canvas on which device_crop and resident images lie, in pixels", at_least=1, option=False
+    512, "side in pixels of the canvas that holds an image for device_crop and resident", at_least=1, option=False
   )
-  color_strength: float = key(1.0, "strength of the color distortion; 0: none, nor grayscale", at_least=0, at_most=1.25)
-  blur: bool = key(True, "Gaussian blur with probability blur_prob")
-  brightness: str = key("v2", "brightness jitter: multiplies (v2) or adds (v1)", choices=("v2", "v1"))
+  color_strength: float = key(
+    1.0, "strength of the color distortion; 0 also turns grayscale off", at_least=0, at_most=1.25
+  )
+  blur: bool = key(True, "blur views with probability blur_prob")
+  brightness: str = key("v2", "brightness jitter: v2 multiplies, v1 adds", choices=("v2", "v1"))
   color_jitter_prob: float = key(0.8, "probability of color jitter", at_least=0, at_most=1)
   grayscale_prob: float = key(0.2, "probability of grayscale", at_least=0, at_most=1)
   blur_prob: float = key(0.5, "probability of blur", at_least=0, at_most=1)
   color_order: str = key("random", "order of the four color operations", choices=("random", "fixed"))
   extra: tuple[tuple[str, float], ...] = key(
-    (), "further operators with probabilities, such as (('sobel', 0.1),): names of augment_extra.EXTRA"
+    (), "further operators of augment_extra.EXTRA with probabilities, such as (('sobel', 0.1),)"
   )
-  one_sided: bool = key(False, "views share crop and flip, and all else is applied to the first alone (v1, Figure 5)")
+  one_sided: bool = key(False, "both views share crop and flip, and only the first gets the rest (v1, Figure 5)")
 
 
 @frozen()
 class TuneAugment(Augment):
   """Crops and flips, unless colors are asked for."""
 
-  where: str = key("host", "as in pretraining", choices=("host",), option=False)
+  where: str = key("host", "where views are made", choices=("host",), option=False)
   resize: str | None = key(
     None, "interpolation of crops; None: as the start was trained", choices=("bicubic", "bicubic_tf1", "bilinear")
   )
@@ -129,18 +131,20 @@ class TuneAugment(Augment):
 class Encoder(Section):
   """Arguments of encoder.resnet."""
 
-  depth: int = key(REQUIRED, "of the ResNet", choices=(18, 34, 50, 101, 152, 200))
+  depth: int = key(REQUIRED, "depth of the ResNet", choices=(18, 34, 50, 101, 152, 200))
   width: float = key(1.0, "multiplies the channels of every convolution", at_least=1 / 64)
   stem: str = key(
-    "imagenet", "7x7 of stride 2 and a max-pool (imagenet), or 3x3 (cifar)", choices=("imagenet", "cifar")
+    "imagenet",
+    "imagenet: 7x7 convolution of stride 2 and a max-pool; cifar: 3x3 convolution",
+    choices=("imagenet", "cifar"),
   )
-  sk_ratio: float = key(0.0, "selective kernels with that reduction, such as 0.0625; 0: none", at_least=0, at_most=1)
-  se_ratio: float = key(0.0, "squeeze-excite with that reduction; 0: none", at_least=0, at_most=1)
-  dtype: str = key("float32", "of the activations", choices=("float32", "bfloat16"))
+  sk_ratio: float = key(0.0, "reduction of selective kernels, such as 0.0625; 0: none", at_least=0, at_most=1)
+  se_ratio: float = key(0.0, "reduction of squeeze-excite; 0: none", at_least=0, at_most=1)
+  dtype: str = key("float32", "type of the activations", choices=("float32", "bfloat16"))
   remat: str = key("none", "what the backward pass computes again: none, block or group, or four of these with commas")
-  pool_padding: str = key("official", "of the stem's max-pool", choices=("official", "torch"))
+  pool_padding: str = key("official", "padding of the stem's max-pool", choices=("official", "torch"))
   arrangement: str = key(
-    "plain", "the network as the paper draws it, or the same numbers arranged for a TPU", choices=("plain", "packed"),
+    "plain", "plain: the network as in the paper; packed: the same numbers, arranged for a TPU", choices=("plain", "packed"),
     option=False,
   )  # fmt: skip
 
@@ -154,8 +158,8 @@ class Encoder(Section):
 class Projector(Section):
   """Arguments of projector.Projector."""
 
-  kind: str = key("nonlinear", "of the projection head", choices=("none", "linear", "nonlinear"))
-  layers: int = key(3, "of the nonlinear head: 2 in SimCLR v1, 3 in v2", at_least=1)
+  kind: str = key("nonlinear", "kind of projection head", choices=("none", "linear", "nonlinear"))
+  layers: int = key(3, "layers of the nonlinear head: 2 in SimCLR v1, 3 in v2", at_least=1)
   out_dim: int = key(128, "dimension of z", at_least=1)
 
 
@@ -164,47 +168,49 @@ class Loss(Section):
   """Arguments of the function `name` of contrast.LOSSES, which has its own defaults; None is not passed on."""
 
   name: str = key(
-    "nt_xent", "of the contrastive loss", option=False,
+    "nt_xent", "name of the contrastive loss", option=False,
     choices=("nt_xent", "decoupled", "debiased", "cauchy", "nt_logistic", "nt_logistic_semi_hard", "margin_triplet",
              "margin_triplet_semi_hard"),
   )  # fmt: skip
-  temperature: float | None = key(None, "of the softmax", above=0)
-  normalize: bool | None = key(None, "whether similarities are cosines")
+  temperature: float | None = key(None, "temperature of the softmax", above=0)
+  normalize: bool | None = key(None, "use cosine similarity")
   reduction: str | None = key(
-    None, "mean over all views, or the official code's sum of both directions", choices=("mean", "official_sum")
+    None,
+    "mean: over all views; official_sum: both directions are added, as in the official code",
+    choices=("mean", "official_sum"),
   )
-  precision: str | None = key(None, "of the similarity products", choices=("highest", "high", "default"))
-  tile: int | None = key(None, "most images along the side of a tile of nt_xent", at_least=1)
+  precision: str | None = key(None, "precision of the similarity products", choices=("highest", "high", "default"))
+  tile: int | None = key(None, "nt_xent: largest number of images along the side of a tile", at_least=1)
   class_prior: float | None = key(None, "debiased: how often a negative shares the class", at_least=0, below=1)
-  margin: float | None = key(None, "of the triplet losses", at_least=0)
-  semi_hard: bool | None = key(None, "nt_logistic, margin_triplet: only the nearest of the harder negatives")
+  margin: float | None = key(None, "margin of the triplet losses", at_least=0)
+  semi_hard: bool | None = key(None, "nt_logistic, margin_triplet: use semi-hard negatives only")
 
 
 @frozen()
 class Memory(Section):
   """SimCLRv2's memory: arguments of methods/memory.py."""
 
-  size: int = key(65536, "of the memory bank, in projections (method=memory)", at_least=1)
-  decay: float = key(0.999, "of the moving average of the weights (method=memory)", at_least=0, below=1)
+  size: int = key(65536, "method=memory: number of projections in the memory bank", at_least=1)
+  decay: float = key(0.999, "method=memory: decay of the moving average of the weights", at_least=0, below=1)
 
 
 @frozen()
 class Optimizer(Section):
-  name: str = key("lars", "of the update rule", choices=("lars", "sgd", "adam", "adamw"))
-  base_lr: float = key(REQUIRED, "learning rate before scaling with the batch", above=0)
+  name: str = key("lars", "name of the update rule", choices=("lars", "sgd", "adam", "adamw"))
+  base_lr: float = key(REQUIRED, "learning rate before it is scaled with the batch size", above=0)
   lr_scaling: str = key(
-    "linear", "peak = base_lr * batch / 256 (linear), base_lr * sqrt(batch) (sqrt) or base_lr (none)",
+    "linear", "peak learning rate: linear: base_lr * batch / 256; sqrt: base_lr * sqrt(batch); none: base_lr",
     choices=("linear", "sqrt", "none"),
   )  # fmt: skip
-  warmup_epochs: float = key(0.0, "of linear warm-up, before cosine decay to 0", at_least=0)
-  momentum: float = key(0.9, "or b1 of Adam", at_least=0, below=1)
-  weight_decay: float = key(0.0, "on what the rule decays: no BatchNorm, and for LARS no bias", at_least=0)
+  warmup_epochs: float = key(0.0, "epochs of linear warm-up; then the rate decays to 0 along a cosine", at_least=0)
+  momentum: float = key(0.9, "momentum, or b1 of Adam", at_least=0, below=1)
+  weight_decay: float = key(0.0, "weight decay; BatchNorm is left out, and with LARS every bias", at_least=0)
 
 
 @frozen()
 class Every(Section):
   every_steps: int = key(0, "interval in steps; 0: see every_epochs", at_least=0)
-  every_epochs: float = key(0.0, "interval in epochs; 0 both: only at the end", at_least=0)
+  every_epochs: float = key(0.0, "interval in epochs; if both are 0, only at the end", at_least=0)
 
   def check(self):
     if self.every_steps and self.every_epochs:
@@ -214,7 +220,9 @@ class Every(Section):
 
 @frozen()
 class CenterCrop(Section):
-  crop: float = key(0.875, "center crop of evaluation, over the shorter side", above=0, at_most=1)
+  crop: float = key(
+    0.875, "side of the center crop of evaluation, as a fraction of the shorter side", above=0, at_most=1
+  )
   batch_size: int = key(500, "images that evaluation encodes at once", at_least=1)
 
 
@@ -226,27 +234,29 @@ class Evaluate(CenterCrop, Every):
 @frozen()
 class EvaluateFeatures(Evaluate):
   train_examples: int = key(0, "training images that evaluation uses; 0: all", at_least=0)
-  knn_k: int = key(200, "neighbors of kNN", at_least=1)
-  knn_temperature: float = key(0.1, "of the votes of kNN", above=0)
+  knn_k: int = key(200, "number of neighbors of kNN", at_least=1)
+  knn_temperature: float = key(0.1, "temperature of the votes of kNN", above=0)
 
 
 @frozen()
 class Checkpoint(Every):
-  keep: int = key(2, "checkpoints that stay", at_least=1)
+  keep: int = key(2, "number of checkpoints that are kept", at_least=1)
 
 
 @frozen()
 class Log(Section):
   every_steps: int = key(20, "interval in steps", at_least=1)
-  wandb: str = key("", "project of Weights & Biases that gets the numbers too; empty: none")
-  profile_steps: int = key(0, "steps in a trace of the profiler; 0: none", at_least=0)
+  wandb: str = key("", "project of Weights & Biases that also gets the numbers; empty: none")
+  profile_steps: int = key(0, "number of steps that the profiler traces; 0: none", at_least=0)
 
 
 @frozen()
 class Rollback(Section):
   """What to do when training diverges."""
 
-  times: int = key(0, "how often a run may return to its newest checkpoint and skip the batches since", at_least=0)
+  times: int = key(
+    0, "how often a run may return to its newest checkpoint and skip the batches that followed it", at_least=0
+  )
   spike: float = key(
     0.0, "standard deviations above the mean of the last 128 losses that count as divergence; 0: none", at_least=0
   )
@@ -257,12 +267,12 @@ class Probe(Section):
   """Linear evaluation by `simclr probe`."""
 
   method: str = key(
-    "lbfgs", "regression with 8 (lbfgs) or the paper's 45 penalties (lbfgs_45), or the paper's SGD on crops and flips",
+    "lbfgs", "lbfgs: regression on features; lbfgs_45: with the paper's 45 penalties; sgd: the paper's SGD on crops and flips",
     choices=("lbfgs", "lbfgs_45", "sgd"),
   )  # fmt: skip
-  train_epochs: float = key(90.0, "of SGD", above=0)
-  batch_size: int = key(256, "of SGD", at_least=1)
-  base_lr: float = key(0.1, "of SGD, times batch_size / 256", above=0)
+  train_epochs: float = key(90.0, "epochs of SGD", above=0)
+  batch_size: int = key(256, "batch size of SGD", at_least=1)
+  base_lr: float = key(0.1, "learning rate of SGD, which is scaled with batch_size / 256", above=0)
 
 
 @frozen()
@@ -271,7 +281,7 @@ class Labels(Section):
 
   fraction: float = key(1.0, "class-balanced fraction of the labels", above=0, at_most=1)
   list: str = key("", "file with the names of the labeled images instead")
-  seed: int = key(0, "of the draw", at_least=0)
+  seed: int = key(0, "seed of the draw", at_least=0)
 
 
 # ---- programs --------------------------------------------------------------------------------------------------------
@@ -281,11 +291,11 @@ class Labels(Section):
 class Training(Section):
   """What every program that trains an encoder has."""
 
-  seed: int = key(0, "of weights, order and augmentation", at_least=0)
+  seed: int = key(0, "seed of weights, order and augmentation", at_least=0)
   data: Data
-  batch_size: int = key(REQUIRED, "global batch, in images", at_least=1)
-  train_epochs: float = key(0.0, "epochs; 0: see train_steps", at_least=0)
-  train_steps: int = key(0, "updates; above 0, in place of train_epochs", at_least=0)
+  batch_size: int = key(REQUIRED, "images in the global batch", at_least=1)
+  train_epochs: float = key(0.0, "epochs of training; 0: see train_steps", at_least=0)
+  train_steps: int = key(0, "number of updates; above 0, it replaces train_epochs", at_least=0)
   encoder: Encoder
   optimizer: Optimizer
   checkpoint: Checkpoint = section(Checkpoint)
@@ -301,11 +311,13 @@ class Training(Section):
 class Pretrain(Training):
   """`simclr pretrain`."""
 
-  program: str = key("pretrain", "that the recipe is for", choices=("pretrain",))
-  method: str = key("simclr", "what is learned from views, a name in methods.METHODS; a section memory means memory")
-  microbatches: int = key(1, "parts that the batch is computed in, with all its negatives", at_least=1)
+  program: str = key("pretrain", "program that the recipe is for", choices=("pretrain",))
+  method: str = key("simclr", "self-supervised method, of methods.METHODS; a section memory means memory")
+  microbatches: int = key(
+    1, "number of parts that the batch is computed in; the loss still sees all negatives", at_least=1
+  )
   microbatch_norm: str = key(
-    "microbatch", "what BatchNorm ranges over: a microbatch, or the whole batch", choices=("microbatch", "exact")
+    "microbatch", "statistics of BatchNorm: microbatch, or exact: of the whole batch", choices=("microbatch", "exact")
   )
   zero1: bool = key(False, "split the state of the optimizer over the devices")
   augment: Augment
@@ -327,10 +339,12 @@ class Pretrain(Training):
 class Finetune(Training):
   """`simclr finetune`."""
 
-  program: str = key("finetune", "that the recipe is for", choices=("finetune",))
+  program: str = key("finetune", "program that the recipe is for", choices=("finetune",))
   start: str = key("", "a run, or a folder of simclr export or import; empty: from scratch")
-  tap: int = key(0, "layer of the projection head that is classified; 0: h", at_least=0)
-  tune_after: int = key(-1, "what is frozen: nothing (-1), the stem (0), also groups 1 to 4", at_least=-1, at_most=4)
+  tap: int = key(0, "layer of the projection head that is classified; 0: h itself", at_least=0)
+  tune_after: int = key(
+    -1, "last frozen group of blocks; 0: only the stem; -1: nothing is frozen", at_least=-1, at_most=4
+  )
   labels: Labels = section(Labels)
   augment: TuneAugment
   projector: Projector = section(Projector, kind="none")
@@ -349,12 +363,14 @@ class Finetune(Training):
 class Distill(Finetune):
   """`simclr distill`."""
 
-  program: str = key("distill", "that the recipe is for", choices=("distill",))
+  program: str = key("distill", "program that the recipe is for", choices=("distill",))
   teacher: str = key(
     REQUIRED, "a run of simclr finetune, or what it exported", needed="the folder of a run of simclr finetune"
   )
-  temperature: float = key(1.0, "of both softmaxes", above=0)
-  alpha: float = key(1.0, "weight of the teacher; the rest is cross-entropy on the labels", above=0, at_most=1)
+  temperature: float = key(1.0, "temperature of teacher and student", above=0)
+  alpha: float = key(
+    1.0, "weight of the teacher's predictions; the rest is cross-entropy on the labels", above=0, at_most=1
+  )
   cache: bool = key(False, "the teacher sees every image once, center-cropped, before training")
 
 
@@ -362,16 +378,18 @@ class Distill(Finetune):
 class Downstream(Section):
   """`simclr downstream`."""
 
-  program: str = key("downstream", "that the recipe is for", choices=("downstream",))
-  seeds: tuple[int, ...] = key(REQUIRED, "one round each", at_least=0, needed="at least one seed, such as (0,)")
+  program: str = key("downstream", "program that the recipe is for", choices=("downstream",))
+  seeds: tuple[int, ...] = key(
+    REQUIRED, "seeds, one round of programs each", at_least=0, needed="at least one seed, such as (0,)"
+  )
   pretrain: str = key(REQUIRED, "recipe of pretraining")
-  pretrain_epochs: float = key(REQUIRED, "of pretraining", above=0)
+  pretrain_epochs: float = key(REQUIRED, "epochs of pretraining", above=0)
   finetune: str = key(REQUIRED, "recipe of fine-tuning, and of training from scratch")
   shares: tuple[float, ...] = key(
     REQUIRED, "fractions of the labels", above=0, at_most=1, needed="fractions of the labels, such as (0.01, 0.1)"
   )
   distill: str = key(REQUIRED, "recipe of distillation")
-  distill_share: float = key(REQUIRED, "of the labels that the teacher had: one of shares", above=0, at_most=1)
+  distill_share: float = key(REQUIRED, "fraction of the labels that the teacher had, one of shares", above=0, at_most=1)
   transfer: str = key(REQUIRED, "recipe of transfer")
 
 
@@ -384,7 +402,7 @@ class TransferRow(Section):
   test: str = key(REQUIRED, "test images", needed="a data set such as textures:test")
   metric: str = key(
     "top_1",
-    "that is scored and that settings are chosen by",
+    "score, by which settings are chosen too",
     choices=("top_1", "mean_per_class", "mean_average_precision"),
   )
 
@@ -393,11 +411,11 @@ class TransferRow(Section):
 class Grid(Section):
   """What fine-tuning tries."""
 
-  train_steps: int = key(REQUIRED, "updates of each run", at_least=1)
+  train_steps: int = key(REQUIRED, "number of updates of each run", at_least=1)
   base_lrs: tuple[float, ...] = key(REQUIRED, "learning rates", above=0, needed="at least one learning rate")
   weight_decays: tuple[float, ...] = key(
     REQUIRED,
-    "weight decays, before division by the rate",
+    "weight decays, before they are divided by the learning rate",
     at_least=0,
     needed="at least one weight decay, such as (0.0,)",
   )
@@ -406,15 +424,15 @@ class Grid(Section):
 @frozen()
 class TuneGrid(Grid):
   recipe: str = key(REQUIRED, "recipe that gives everything else")
-  batch_size: int = key(REQUIRED, "of fine-tuning", at_least=1)
+  batch_size: int = key(REQUIRED, "batch size of fine-tuning", at_least=1)
 
 
 @frozen()
 class Transfer(Section):
   """`simclr transfer`."""
 
-  program: str = key("transfer", "that the recipe is for", choices=("transfer",))
-  seed: int = key(0, "of training", at_least=0)
+  program: str = key("transfer", "program that the recipe is for", choices=("transfer",))
+  seed: int = key(0, "seed of training", at_least=0)
   start: str = key(
     REQUIRED, "a run, or a folder of simclr export or import", needed="the folder of a run or an encoder"
   )
@@ -424,7 +442,7 @@ class Transfer(Section):
   )
   rows: dict[str, TransferRow]
   data_dir: str = key("", "where prepared TensorFlow Datasets are; empty: their own default")
-  samples: int = key(100_000, "of the permutation test", at_least=1)
+  samples: int = key(100_000, "samples of the permutation test", at_least=1)
   augment: TuneAugment
   evaluate: CenterCrop = section(CenterCrop)
   finetune: TuneGrid

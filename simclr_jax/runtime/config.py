@@ -396,8 +396,11 @@ def describe(kind, prefix="", default=None) -> list[Row]:
       rows += describe(row, f"{name}.NAME.") if _section_of(row) else []
     else:
       value = getattr(default, field.name, field.default)
-      range_of = ", ".join(map(str, field.metadata["choices"])) or _limits(field.metadata).replace("of ", "")
-      meaning = field.metadata["meaning"] + (f" ({range_of})" if range_of else "")
+      meaning = field.metadata["meaning"]
+      choices = [str(choice) for choice in field.metadata["choices"]]
+      unnamed = choices if any(choice not in meaning for choice in choices) else []
+      values = ", ".join(unnamed) or _limits(field.metadata).removeprefix("of ")
+      meaning += f" ({values})" if values else ""
       shown = "required" if value is REQUIRED else str(value) if value != "" else "''"
       rows.append(Row(name, _type_name(field.type), shown, meaning))
   return rows
