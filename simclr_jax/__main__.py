@@ -169,14 +169,14 @@ def main(argv=None) -> int:
   except Exception as error:
     code, message = getattr(error, "exit_code", 1), str(error)
     if code == 1 and (not _is_ours(error) or os.environ.get("SIMCLR_TRACEBACK")):
-      if type(error).__name__ == "JaxRuntimeError" and "simclr_jax.runtime.processes" in sys.modules:
-        sys.modules["simclr_jax.runtime.processes"].await_verdict()
+      if type(error).__name__ == "JaxRuntimeError" and "simclr_jax.runtime.watchdog" in sys.modules:
+        sys.modules["simclr_jax.runtime.watchdog"].await_verdict()
       traceback.print_exc()
       message = ""
   if message:
     print(f"simclr: {message}", file=sys.stderr)
-  if "simclr_jax.runtime.processes" in sys.modules:
-    sys.modules["simclr_jax.runtime.processes"].leave(code, message)
+  if "simclr_jax.runtime.watchdog" in sys.modules:
+    sys.modules["simclr_jax.runtime.watchdog"].leave(code, message)
   return code
 
 
@@ -279,10 +279,10 @@ def _dispatch(flags, overrides) -> int:
     options = {key: getattr(flags, key) for key in ("minutes", "resume", "overwrite")}
     quickstart.run(flags.folder, flags.workdir, **options)
   elif flags.command == "embed":
-    from simclr_jax.programs import embed as features
+    from simclr_jax.programs import embed
 
     options = {key: getattr(flags, key) for key in ("data_dir", "images_per_part", "overwrite")}
-    features.run(flags.encoder, flags.data, flags.output, **options)
+    embed.run(flags.encoder, flags.data, flags.output, **options)
   elif flags.command == "map":
     from simclr_jax.programs import map as map_program
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from simclr_jax.programs import embed as features
+from simclr_jax.programs import embed
 from simclr_jax.programs import map as map_lib
 from simclr_jax.report import scatter
 
@@ -101,7 +101,7 @@ def test_colours_and_sheets():
 def table(tmp_path_factory):
   """What `simclr embed` wrote about 48 images."""
   folder = tmp_path_factory.mktemp("map")
-  return features.run(tiny.export(folder / "encoder"), tiny.npz(folder / "tiny.npz", 48), folder / "h.npz")
+  return embed.run(tiny.export(folder / "encoder"), tiny.npz(folder / "tiny.npz", 48), folder / "h.npz")
 
 
 def test_the_program_writes_page_picture_and_tables(table, capsys):

@@ -23,7 +23,7 @@ from simclr_jax.evaluation import embed
 from simclr_jax.model import TrainState
 from simclr_jax.programs import trained
 from simclr_jax.projector import Projector
-from simclr_jax.runtime import checkpoint, loop
+from simclr_jax.runtime import checkpoint, files, loop
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
@@ -227,7 +227,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
   evaluation = Evaluation(config, source.num_classes, test_source, mesh)
   task = make(config, start, source, mesh=mesh, loss=loss, evaluators={"test": loop.Evaluator(evaluation.run, every)})
   if not jax.process_index():
-    checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
+    files.write_text(workdir / "config.json", config_lib.to_json(config))
   state, clock = loop.run(
     task,
     mesh=mesh,
@@ -254,7 +254,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
       heads=heads,
       overwrite=True,
     )
-    checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
+    files.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
     print(f"time {clock.text()}")
   checkpoint.mark_complete(workdir, step)
   return {"state": state, "scores": scores, "workdir": workdir, "config": config}

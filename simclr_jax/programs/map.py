@@ -20,8 +20,7 @@ from etils import epath
 from PIL import Image
 
 from simclr_jax import data, report
-from simclr_jax.evaluation import embed, knn
-from simclr_jax.programs import embed as features
+from simclr_jax.evaluation import embed, features, knn
 from simclr_jax.programs import trained
 from simclr_jax.report import scatter
 

@@ -12,7 +12,7 @@ import ml_collections
 from simclr_jax import contrast, data, optimizer, report
 from simclr_jax import model as model_lib
 from simclr_jax.programs import distill, finetune, pretrain
-from simclr_jax.runtime import aot, checkpoint, metrics
+from simclr_jax.runtime import aot, files, progress
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 
@@ -221,7 +221,7 @@ def table(row: dict) -> str:
     ),
     (
       "run",
-      f"{row['steps']:,} steps, {metrics.duration(3600 * row['hours'])} of steps, {row['chip_hours']:,.1f} chip-hours, "
+      f"{row['steps']:,} steps, {progress.duration(3600 * row['hours'])} of steps, {row['chip_hours']:,.1f} chip-hours, "
       "without evaluation and checkpoints",
     ),
   ]
@@ -327,4 +327,4 @@ def draw(path, rows):
   ):
     out.append(f'<path d="M{left + 307} {y + 22 * i - 2}v18" stroke="black" stroke-width="2"{dash}/>')
     out.append(f'<text x="{left + 318}" y="{y + 22 * i + 12}">{text}</text>')
-  checkpoint.write_text(checkpoint.absolute(path), "".join(out) + "</svg>")
+  files.write_text(files.absolute(path), "".join(out) + "</svg>")

@@ -35,7 +35,7 @@ from simclr_jax.evaluation import embed, knn, linear
 from simclr_jax.methods import memory
 from simclr_jax.model import TrainState
 from simclr_jax.programs import map as map_lib
-from simclr_jax.runtime import checkpoint, loop, processes
+from simclr_jax.runtime import checkpoint, files, loop, processes
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -386,7 +386,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   )
   views = np.asarray(jax.jit(augmentation(config)[1])(first))
   if not jax.process_index():
-    checkpoint.write_text(workdir / "config.json", config_json)
+    files.write_text(workdir / "config.json", config_json)
     changes = config_lib.difference(config_lib.load(recipe), config) if recipe else None
     about = {
       "program": "pretrain",
@@ -395,7 +395,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
       "total_steps": task.total_steps,
       "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
     }
-    checkpoint.write_text(workdir / "run.json", json.dumps(about, indent=2))
+    files.write_text(workdir / "run.json", json.dumps(about, indent=2))
     report.view_pairs_png(workdir / "views.png", views)
   _greet(config, config_json, workdir, mesh, train_source, abstract, task)
 
@@ -488,7 +488,7 @@ def _conclude(config, workdir, task, evaluation, state, mesh) -> dict:
   if not jax.process_index():
     kept = model_lib.keep_encoder(state)
     numbers |= {"collapsed": collapsed, "verdict": verdict}
-    checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
+    files.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
     out["map"] = _map(evaluation.test, test["h"], config.seed)
     metrics_lib.projector(workdir, test["h"][:ON_THE_MAP], None if labels is None else test_labels[:ON_THE_MAP])
     exporting.write(workdir / "encoder", kept, config, scores=scores, step=step, overwrite=True)

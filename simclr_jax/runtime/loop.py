@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax.runtime import checkpoint, processes
+from simclr_jax.runtime import checkpoint, files, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
+from simclr_jax.runtime import progress as progress_lib
 
 State = Any  # a pytree dataclass with an int32 `step`
 Batch = Mapping[str, Any]
@@ -94,13 +95,13 @@ class _Signals:
     self.received = None
     self._old = {}
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGINT,) if processes.several() else (signal.SIGINT, signal.SIGTERM):
+      for number in (signal.SIGINT,) if processes.is_multiprocess() else (signal.SIGINT, signal.SIGTERM):
         self._old[number] = signal.signal(number, self._note)
     return self
 
   def _note(self, number, frame):
     signal.signal(number, self._old[number])
-    if processes.several():
+    if processes.is_multiprocess():
       os.kill(os.getpid(), signal.SIGTERM)
     else:
       self.received = number
@@ -154,7 +155,7 @@ def run(
   constants: Mapping = {},
   wandb: str = "",
   profile_steps: int = 0,
-) -> tuple[State, metrics_lib.Clock]:
+) -> tuple[State, progress_lib.Clock]:
   """Trains to `task.total_steps`, from the newest checkpoint in workdir if there is one.
 
   Args:
@@ -171,7 +172,7 @@ def run(
     Interrupted: SIGINT or SIGTERM; the state was saved first.
     OSError: a checkpoint could not be written; names the one that is good.
   """
-  clock = metrics_lib.Clock()
+  clock = progress_lib.Clock()
   checkpoints = checkpoint.Checkpoints(workdir, keep=keep)
   with clock.phase("start"):
     like = abstract_state(task, mesh)
@@ -180,7 +181,7 @@ def run(
       placed = jax.tree.map(lambda x: x.sharding, like)
       state = task.warm_start(jax.jit(task.init, out_shardings=placed)(jax.random.key(seed)))
   writer = metrics_lib.Writer(workdir, resume_step=first, wandb=wandb)
-  progress = metrics_lib.Progress(task.total_steps, task.num_examples / task.batch_size)
+  progress = progress_lib.Progress(task.total_steps, task.num_examples / task.batch_size)
   if first:
     progress.note(f"resuming from step {first} of {task.total_steps}")
   step_fn = compile_step(task, mesh, like)
@@ -232,7 +233,7 @@ def run(
   def save(step):
     log(step)
     with clock.phase("save"):
-      checkpoints.save(step, state, task.exports(state), config_json)
+      checkpoints.save(step, state, {"encoder": task.exports(state)}, config_json)
 
   def open_stream(after):
     """The batches that follow the state of step `after`."""
@@ -277,7 +278,7 @@ def run(
     if first_time:
       with clock.phase("compile"):
         step_fn = step_fn.lower(state, batch).compile()
-        processes.meet("compiled")
+        processes.barrier("compiled")
     with clock.phase("step"):
       state, metrics = step_fn(state, batch)
       window.append(metrics)
@@ -351,4 +352,4 @@ class _Skipped:
   def add(self, after: int, count: int):
     self._rows.append([after, count])
     if not jax.process_index():
-      checkpoint.write_text(self._path, json.dumps(self._rows))
+      files.write_text(self._path, json.dumps(self._rows))
