@@ -36,6 +36,22 @@ def test_round_trip_on_another_number_of_devices(tmp_path, task, state):
   assert restored.params["encoder"]["stem_conv"]["kernel"].sharding.mesh == mesh
 
 
+def test_empty_parts_of_the_state_do_not_matter(tmp_path):
+  """A state that has gained an empty part since it was saved, or lost one, is still restored."""
+  full = {"step": np.int32(7), "params": {"w": np.arange(4.0)}, "old": {}, "opt": (np.ones(2), ())}
+  checkpoint.Checkpoints(tmp_path).save(1, full, {}, "{}")
+  placed = mesh_lib.replicated(mesh_lib.make_mesh())
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), full)
+  del like["old"]
+  step, restored = checkpoint.Checkpoints(tmp_path).restore_newest({**like, "extra": {}, "more": {"none": ()}})
+  assert step == 1 and restored["extra"] == {} and restored["more"] == {"none": ()} and "old" not in restored
+  assert restored["step"] == 7 and restored["params"]["w"].sharding == placed
+  np.testing.assert_array_equal(restored["opt"][0], np.ones(2))
+  with pytest.raises(ValueError, match=r"extra/bank is nothing there and float32\[3\] in this config"):
+    bank = jax.ShapeDtypeStruct((3,), np.float32, sharding=placed)
+    checkpoint.Checkpoints(tmp_path).restore_newest({**like, "extra": {"bank": bank}})
+
+
 def test_the_encoder_item_is_the_encoder_alone(tmp_path, state):
   saved = checkpoint.Checkpoints(tmp_path)
   saved.save(3, state, {"encoder": model.keep_encoder(state)}, "{}")

@@ -1,6 +1,7 @@
 """`simclr embed`: the same numbers in three formats, and the same bytes however the work was interrupted."""
 
 import json
+import pathlib
 import signal
 import socket
 import subprocess
@@ -9,11 +10,14 @@ import time
 
 import numpy as np
 import pytest
+import safetensors
 import tiny
 
 from simclr_jax import augment, data, load_encoder
 from simclr_jax.evaluation import features
 from simclr_jax.programs import embed
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "old_run"
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +45,17 @@ def test_three_formats_hold_the_same(encoder, spec, tmp_path):
     assert (other.data, other.encoder) == (made[0].data, made[0].encoder)
 
 
-def test_safetensors_as_the_format_says(encoder, spec, tmp_path):
-  content = embed.run(encoder, spec, tmp_path / "h.safetensors").read_bytes()
-  length = int.from_bytes(content[:8], "little")
-  header = json.loads(content[8 : 8 + length])
-  assert length % 8 == 0 and header["h"]["dtype"] == "F32" and header["h"]["data_offsets"][0] == 0
-  ends = [one["data_offsets"] for name, one in header.items() if name != "__metadata__"]
-  assert ends[0][1] == ends[1][0] and ends[1][1] == ends[2][0] and 8 + length + ends[2][1] == len(content)
-  assert all(isinstance(value, str) for value in header["__metadata__"].values())
+def test_the_safetensors_package_reads_it(encoder, spec, tmp_path):
+  path = embed.run(encoder, spec, tmp_path / "h.safetensors")
+  with safetensors.safe_open(path, "numpy") as file:
+    assert file.get_tensor("h").shape[0] == 70 and set(file.keys()) == {"h", "label", "index"}
+    assert json.loads(file.metadata()["name"]) == features.load(path).name.tolist()
+
+
+def test_a_file_of_the_first_version_still_loads():
+  made = features.load(GOLDEN / "h.safetensors")
+  assert made.h.shape == (96, 8) and made.h.dtype == np.float32 and np.isfinite(made.h).all()
+  assert made.name[5] == "npz:tiny.npz:5" and made.index.tolist() == list(range(96)) and made.data == "npz:tiny.npz"
 
 
 def test_stopped_and_gone_on_with_are_the_same_bytes(encoder, spec, tmp_path, monkeypatch, capsys):
