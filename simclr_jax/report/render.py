@@ -9,7 +9,7 @@ import importlib.resources
 import jinja2
 from markupsafe import Markup
 
-from simclr_jax.report import files, pictures, tables
+from simclr_jax.runtime import files, pictures, tables
 
 
 def write_page(path, template: str, **data):
