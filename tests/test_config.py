@@ -228,7 +228,7 @@ def test_every_option_is_an_argument_of_its_function():
     return {name for function in functions for name in inspect.signature(function).parameters}
 
   assert options(config_lib.Augment) <= names(augment.two_views)
-  assert options(config_lib.Encoder) == names(encoder.resnet) - {"tpu"}
+  assert options(config_lib.Encoder) == names(encoder.resnet)
   assert options(config_lib.Projector) == names(projector.Projector) - {"parent", "name"}
   losses = names(*(loss for name, loss in contrast.LOSSES.items() if name != "supervised"))
   assert options(config_lib.Loss) == losses - {"z", "mesh"}
