@@ -268,7 +268,7 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     summary=summary,
     scores=result["scores"],
     history=metrics_lib.read(workdir),
-    config=config.to_dict(),
+    config=config_lib.to_dict(config),
     files=files,
     snippet=snippet,
     views=pairs,
