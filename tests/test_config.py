@@ -18,8 +18,11 @@ from simclr_jax import (
   augment_on_device,
   contrast,
   encoder,
+  methods,
+  model,
   optimizer,
   projector,
+  views,
 )
 from simclr_jax.evaluation import linear
 from simclr_jax.methods import simclr
@@ -205,7 +208,7 @@ def arguments(function):
     (config_lib.Augment, augment_extra.two_views, ()),
     (config_lib.Augment, augment_on_device.two_views, ("precision",)),
     (config_lib.Augment, augment_on_device.color_and_blur, ("precision",)),
-    (config_lib.Encoder, encoder.resnet, ("tpu", "dtype")),
+    (config_lib.Encoder, encoder.resnet, ("kind", "dtype")),
     (config_lib.Projector, projector.Projector, ("parent", "name")),
     (config_lib.Optimizer, optimizer.lars, ("trust_coefficient", "exclude")),
     (config_lib.Rollback, loop.Rollback, ()),
@@ -228,7 +231,7 @@ def test_every_option_is_an_argument_of_its_function():
     return {name for function in functions for name in inspect.signature(function).parameters}
 
   assert options(config_lib.Augment) <= names(augment.two_views)
-  assert options(config_lib.Encoder) == names(encoder.resnet) - {"tpu"}
+  assert options(config_lib.Encoder) == names(encoder.resnet) - {"kind"}
   assert options(config_lib.Projector) == names(projector.Projector) - {"parent", "name"}
   losses = names(*(loss for name, loss in contrast.LOSSES.items() if name != "supervised"))
   assert options(config_lib.Loss) == losses - {"z", "mesh"}
@@ -239,6 +242,9 @@ def test_choices_are_those_of_the_functions():
   def choices(section, name):
     return section.__dataclass_fields__[name].metadata["choices"]
 
+  assert choices(config_lib.Pretrain, "method") == tuple(methods.METHODS)
+  assert choices(config_lib.Encoder, "arrangement") == tuple(model.ARRANGEMENTS)
+  assert choices(config_lib.Augment, "where") == views.WHERE
   assert choices(config_lib.Encoder, "depth") == tuple(encoder.DEPTHS)
   assert choices(config_lib.Projector, "kind") == projector.KINDS
   assert set(choices(config_lib.Loss, "name")) == set(contrast.LOSSES) - {"supervised"}
