@@ -18,7 +18,6 @@ from simclr_jax import (
   augment_on_device,
   contrast,
   encoder,
-  methods,
   model,
   optimizer,
   projector,
@@ -242,7 +241,6 @@ def test_choices_are_those_of_the_functions():
   def choices(section, name):
     return section.__dataclass_fields__[name].metadata["choices"]
 
-  assert choices(config_lib.Pretrain, "method") == tuple(methods.METHODS)
   assert choices(config_lib.Encoder, "arrangement") == tuple(model.ARRANGEMENTS)
   assert choices(config_lib.Augment, "where") == views.WHERE
   assert choices(config_lib.Encoder, "depth") == tuple(encoder.DEPTHS)
