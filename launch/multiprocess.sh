@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several processes on one machine, one run: as on a cluster, or one process a GPU.
 #   bash launch/multiprocess.sh [--dry-run] 2 pretrain --config=smoke --workdir=runs/two
-# Ends with the highest exit code; a process that fails ends the others within seconds (runtime/cluster.py).
+# Ends with the highest exit code; a process that fails ends the others within seconds (runtime/watchdog.py).
 set -euo pipefail
 dry=""
 if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi

@@ -199,14 +199,14 @@ def main(argv=None) -> int:
     # An OSError without a number was raised on purpose, with words for the user.
     of_user = isinstance(error, UserError) or isinstance(error, OSError) and (error.filename or error.errno is None)
     if code == 1 and (not of_user or os.environ.get("SIMCLR_TRACEBACK")):
-      if type(error).__name__ == "JaxRuntimeError" and "simclr_jax.runtime.processes" in sys.modules:
-        sys.modules["simclr_jax.runtime.processes"].await_verdict()
+      if type(error).__name__ == "JaxRuntimeError" and "simclr_jax.runtime.watchdog" in sys.modules:
+        sys.modules["simclr_jax.runtime.watchdog"].await_verdict()
       traceback.print_exc()
       message = "" if of_user else f"this should not happen; please report it with the lines above ({_versions()})"
   if message:
     print(f"simclr: {message}", file=sys.stderr)
-  if "simclr_jax.runtime.processes" in sys.modules:
-    sys.modules["simclr_jax.runtime.processes"].leave(code, message)
+  if "simclr_jax.runtime.watchdog" in sys.modules:
+    sys.modules["simclr_jax.runtime.watchdog"].leave(code, message)
   return code
 
 

@@ -46,7 +46,6 @@ def resnet(
   pool_padding: str = "official",
   dtype: Any = jnp.float32,
   remat: str = "none",
-  kind: Any = None,
 ) -> nn.Module:
   """A ResNet: images float [n, h, w, 3] in [0, 1], not standardized, to representations h float32 [n, d].
 
@@ -65,8 +64,6 @@ def resnet(
     remat: what the backward pass computes again instead of keeping it: "none", "block" (everything inside a residual
       block) or "group" (everything inside the blocks of one resolution), or one of these for each of the four groups,
       such as "block,block,none,none".  Same values, less memory, up to a forward pass more of time.
-    kind: the class that is made of the checked arguments, ResNet unless another file arranges the same network in another
-      way (encoder_tpu.py).
 
   Returns:
     a Linen module, `.apply({"params", "batch_stats"}, x, train=False)`.  Under train=True, BatchNorm normalizes with
@@ -93,7 +90,7 @@ def resnet(
   policies = str(remat).split(",")
   if len(policies) not in (1, 4) or not set(policies) <= set(REMAT):
     raise ValueError(f"encoder remat {remat!r}: expected one of {', '.join(REMAT)}, or four of them with commas")
-  return (kind or ResNet)(depth, width, sk_ratio, se_ratio, stem, pool_padding, jnp.dtype(dtype), remat)
+  return ResNet(depth, width, sk_ratio, se_ratio, stem, pool_padding, jnp.dtype(dtype), remat)
 
 
 class ResNet(nn.Module):

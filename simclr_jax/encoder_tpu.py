@@ -15,10 +15,13 @@ import jax.numpy as jnp
 from simclr_jax import encoder
 from simclr_jax.encoder import BN_EPSILON, CONV_INIT, add_relu, convolution, pointwise
 
+FIELDS = ("depth", "width", "sk_ratio", "se_ratio", "stem", "pool_padding", "dtype", "remat")
+
 
 def resnet(depth: int, **arguments) -> nn.Module:
   """`encoder.resnet` with the same arguments and parameters, arranged for a TPU."""
-  return encoder.resnet(depth, **arguments, kind=ResNet)
+  plain = encoder.resnet(depth, **arguments)
+  return ResNet(**{name: getattr(plain, name) for name in FIELDS})
 
 
 class ResNet(encoder.ResNet):

@@ -26,7 +26,7 @@ STEPS, SAVE_EVERY, KEEP, EVALUATE_EVERY, ROWS = 12, 2, 2, 3, 8
 LIMIT = 60.0  # seconds that a process may outlive the fault of another
 
 
-def child(workdir, events, port, processes, index, raise_at, hang_at):
+def child(workdir, events, port, count, index, raise_at, hang_at):
   """One process of a run; what it does stands in the file `events`, a line each."""
   log = open(f"{events}.log", "w", buffering=1)
   os.dup2(log.fileno(), 1)
@@ -41,7 +41,7 @@ def child(workdir, events, port, processes, index, raise_at, hang_at):
   import numpy as np
 
   from simclr_jax.model import TrainState
-  from simclr_jax.runtime import checkpoint, loop, processes
+  from simclr_jax.runtime import checkpoint, loop, processes, watchdog
   from simclr_jax.runtime import mesh as mesh_lib
 
   print("start", file=out)
@@ -72,7 +72,7 @@ def child(workdir, events, port, processes, index, raise_at, hang_at):
       if number + 1 == hang_at:
         time.sleep(10_000)
       x = np.random.default_rng(number).standard_normal((ROWS, 64), np.float32)
-      share = ROWS // processes
+      share = ROWS // count
       yield {"x": x[index * share : (index + 1) * share]}
 
   def evaluate(state):
@@ -82,8 +82,8 @@ def child(workdir, events, port, processes, index, raise_at, hang_at):
 
   code, message = 0, ""
   try:
-    if processes > 1:
-      processes.start(f"localhost:{port}", processes, index)
+    if count > 1:
+      processes.start(f"localhost:{port}", count, index)
     task = loop.Task(
       init=init,
       step=step,
@@ -92,7 +92,7 @@ def child(workdir, events, port, processes, index, raise_at, hang_at):
       total_steps=STEPS,
       batch_size=ROWS,
       num_examples=100 * ROWS,
-      exports=lambda state: {"params": state.params["encoder"]},
+      exports=lambda state: {"encoder": {"params": state.params["encoder"]}},
     )
     mesh = mesh_lib.make_mesh()
     state, _ = loop.run(
@@ -109,8 +109,8 @@ def child(workdir, events, port, processes, index, raise_at, hang_at):
     code, message = getattr(error, "exit_code", 1), str(error)
     print(message, file=log)
     if type(error).__name__ == "JaxRuntimeError":
-      processes.await_verdict()
-  processes.leave(code, message)
+      watchdog.await_verdict()
+  watchdog.leave(code, message)
   sys.exit(code)
 
 

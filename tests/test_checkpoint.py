@@ -27,7 +27,7 @@ def state(task):
 
 def test_round_trip_on_another_number_of_devices(tmp_path, task, state):
   saved = checkpoint.Checkpoints(tmp_path)
-  saved.save(3, state, model.keep_encoder(state), "{}")
+  saved.save(3, state, {"encoder": model.keep_encoder(state)}, "{}")
   saved.close()
   mesh = mesh_lib.make_mesh(jax.devices()[:2])
   step, restored = checkpoint.Checkpoints(tmp_path).restore_newest(loop.abstract_state(task, mesh))
@@ -36,20 +36,36 @@ def test_round_trip_on_another_number_of_devices(tmp_path, task, state):
   assert restored.params["encoder"]["stem_conv"]["kernel"].sharding.mesh == mesh
 
 
+def test_empty_parts_of_the_state_do_not_matter(tmp_path):
+  """A state that has gained an empty part since it was saved, or lost one, is still restored."""
+  full = {"step": np.int32(7), "params": {"w": np.arange(4.0)}, "old": {}, "opt": (np.ones(2), ())}
+  checkpoint.Checkpoints(tmp_path).save(1, full, {}, "{}")
+  placed = mesh_lib.replicated(mesh_lib.make_mesh())
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), full)
+  del like["old"]
+  step, restored = checkpoint.Checkpoints(tmp_path).restore_newest({**like, "extra": {}, "more": {"none": ()}})
+  assert step == 1 and restored["extra"] == {} and restored["more"] == {"none": ()} and "old" not in restored
+  assert restored["step"] == 7 and restored["params"]["w"].sharding == placed
+  np.testing.assert_array_equal(restored["opt"][0], np.ones(2))
+  with pytest.raises(ValueError, match=r"extra/bank is nothing there and float32\[3\] in this config"):
+    bank = jax.ShapeDtypeStruct((3,), np.float32, sharding=placed)
+    checkpoint.Checkpoints(tmp_path).restore_newest({**like, "extra": {"bank": bank}})
+
+
 def test_the_encoder_item_is_the_encoder_alone(tmp_path, state):
   saved = checkpoint.Checkpoints(tmp_path)
-  saved.save(3, state, model.keep_encoder(state), "{}")
+  saved.save(3, state, {"encoder": model.keep_encoder(state)}, "{}")
   like = jax.eval_shape(lambda s: model.keep_encoder(s), state)
-  step, variables = checkpoint.read_run_encoder(tmp_path, like)
+  step, variables = checkpoint.read_run_export(tmp_path, "encoder", like)
   assert step == 3 and set(variables) == {"params", "batch_stats"}
   assert not {"projector", "classifier", "encoder"} & set(variables["params"])
   jax.tree.map(np.testing.assert_array_equal, variables, jax.device_get(model.keep_encoder(state)))
   with pytest.raises(ValueError, match="no checkpoint of step 4; steps there: 3"):
-    checkpoint.read_run_encoder(tmp_path, like, 4)
+    checkpoint.read_run_export(tmp_path, "encoder", like, 4)
 
 
 def test_another_architecture_is_refused_by_name(tmp_path, state):
-  checkpoint.Checkpoints(tmp_path).save(3, state, model.keep_encoder(state), "{}")
+  checkpoint.Checkpoints(tmp_path).save(3, state, {"encoder": model.keep_encoder(state)}, "{}")
   wider = pretrain.make_task(tiny.config(**{"encoder.width": 0.125}), tiny.source(), mesh=mesh_lib.make_mesh())
   with pytest.raises(
     ValueError, match=r"another architecture: .* is float32\[4\] there and float32\[8\] in this config"
@@ -83,7 +99,7 @@ def two_steps(tmp_path_factory, state):
   workdir = tmp_path_factory.mktemp("run")
   saved = checkpoint.Checkpoints(workdir)
   for step in (1, 2):
-    saved.save(step, state.replace(step=state.step + step), model.keep_encoder(state), "{}")
+    saved.save(step, state.replace(step=state.step + step), {"encoder": model.keep_encoder(state)}, "{}")
   return workdir
 
 
@@ -109,11 +125,11 @@ def test_a_damaged_step_is_skipped_and_saved_again(tmp_path, two_steps, task, st
   flip(max(workdir.glob("checkpoints/2/state/**/d/*"), key=lambda f: f.stat().st_size))
   like = loop.abstract_state(task, mesh_lib.make_mesh())
   with pytest.raises(checkpoint.Damaged, match="damaged: its SHA-256 is not the one in manifest.json"):
-    checkpoint.read_run_encoder(workdir, jax.eval_shape(lambda s: model.keep_encoder(s), state))
+    checkpoint.read_run_export(workdir, "encoder", jax.eval_shape(lambda s: model.keep_encoder(s), state))
   saved = checkpoint.Checkpoints(workdir)
   step, restored = saved.restore_newest(like)
   assert step == restored.step == 1
-  saved.save(2, state.replace(step=state.step + 2), model.keep_encoder(state), "{}")
+  saved.save(2, state.replace(step=state.step + 2), {"encoder": model.keep_encoder(state)}, "{}")
   assert checkpoint.Checkpoints(workdir).restore_newest(like)[0] == 2
 
 
@@ -144,10 +160,10 @@ def test_a_full_disk_keeps_the_last_good_step(tmp_path, task, state):
     pytest.skip("mount is not permitted here")
   try:
     saved = checkpoint.Checkpoints(disk, keep=10)
-    saved.save(1, state, model.keep_encoder(state), "{}")
+    saved.save(1, state, {"encoder": model.keep_encoder(state)}, "{}")
     (disk / "filler").write_bytes(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 100_000))
     with pytest.raises(OSError, match="could not save step 2: the disk is full; step 1 in .* is complete") as error:
-      saved.save(2, state, model.keep_encoder(state), "{}")
+      saved.save(2, state, {"encoder": model.keep_encoder(state)}, "{}")
     assert "\n" not in str(error.value)
     again = checkpoint.Checkpoints(disk, keep=10)
     step, restored = again.restore_newest(loop.abstract_state(task, mesh_lib.make_mesh()))

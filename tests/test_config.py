@@ -207,7 +207,7 @@ def arguments(function):
     (config_lib.Augment, augment_extra.two_views, ()),
     (config_lib.Augment, augment_on_device.two_views, ("precision",)),
     (config_lib.Augment, augment_on_device.color_and_blur, ("precision",)),
-    (config_lib.Encoder, encoder.resnet, ("kind", "dtype")),
+    (config_lib.Encoder, encoder.resnet, ("dtype",)),
     (config_lib.Projector, projector.Projector, ("parent", "name")),
     (config_lib.Optimizer, optimizer.lars, ("trust_coefficient", "exclude")),
     (config_lib.Rollback, loop.Rollback, ()),
@@ -230,7 +230,7 @@ def test_every_option_is_an_argument_of_its_function():
     return {name for function in functions for name in inspect.signature(function).parameters}
 
   assert options(config_lib.Augment) <= names(augment.two_views)
-  assert options(config_lib.Encoder) == names(encoder.resnet) - {"kind"}
+  assert options(config_lib.Encoder) == names(encoder.resnet)
   assert options(config_lib.Projector) == names(projector.Projector) - {"parent", "name"}
   losses = names(*(loss for name, loss in contrast.LOSSES.items() if name != "supervised"))
   assert options(config_lib.Loss) == losses - {"z", "mesh"}
@@ -383,7 +383,14 @@ def test_answers_come_before_jax_is_imported(argv, code, message):
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("simclr: ")
 
 
-def test_a_value_may_stand_after_a_space(capsys):
+def test_every_command_has_a_main():
+  from simclr_jax import __main__ as cli
+
+  for command in cli.COMMANDS.values():
+    assert "\ndef main(flags, overrides) -> int:" in (ROOT / f"simclr_jax/programs/{command.module}.py").read_text()
+
+
+def test_a_value_may_stand_after_a_space():
   from simclr_jax import __main__ as cli
 
   words = ["pretrain", "--config.tune_after", "-1", "--config.a.b=c d", "--workdir", "x", "--config.flag", "--resume"]

@@ -29,7 +29,7 @@ from simclr_jax.exporting import torch_names
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import export, pretrain
 from simclr_jax.projector import Projector
-from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -270,7 +270,7 @@ def test_a_run_and_its_head(tmp_path, capsys):
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   state = jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(x.dtype), shapes)
   text = config_lib.to_json(config)
-  checkpoint.Checkpoints(tmp_path / "run").save(3, state, model.keep_encoder(state), text)
+  checkpoint.Checkpoints(tmp_path / "run").save(3, state, {"encoder": model.keep_encoder(state)}, text)
   (tmp_path / "run/config.json").write_text(text)
   out = tmp_path / "out"
   argv = ["export", f"--workdir={tmp_path / 'run'}", f"--output={out}", "--format=stablehlo", "--licence=CC0-1.0"]
@@ -303,13 +303,13 @@ def test_cards_of_version_1_are_read(small, tmp_path):
 
   def fill(folder, card=old):
     checkpoint.save_trees(folder, {"encoder": variables})
-    checkpoint.write_text(folder / "card.json", json.dumps(card))
+    files.write_text(folder / "card.json", json.dumps(card))
 
-  checkpoint.save_export(tmp_path / "old", fill)
+  exporting.save_export(tmp_path / "old", fill)
   jax.tree.map(np.testing.assert_array_equal, simclr_jax.load_encoder(tmp_path / "old")[1], variables)
   export.run(output=tmp_path / "new", encoder=tmp_path / "old", formats=["stablehlo"])
   assert json.loads((tmp_path / "new/card.json").read_text())["schema_version"] == 2
-  checkpoint.save_export(tmp_path / "future", lambda folder: fill(folder, {**old, "card_version": 3}))
+  exporting.save_export(tmp_path / "future", lambda folder: fill(folder, {**old, "card_version": 3}))
   with pytest.raises(ValueError, match="schema_version 3, this package reads 1 to 2"):
     simclr_jax.load_encoder(tmp_path / "future")
 

@@ -1,6 +1,7 @@
 """`simclr embed`: the same numbers in three formats, and the same bytes however the work was interrupted."""
 
 import json
+import pathlib
 import signal
 import socket
 import subprocess
@@ -9,10 +10,14 @@ import time
 
 import numpy as np
 import pytest
+import safetensors
 import tiny
 
 from simclr_jax import augment, data, load_encoder
-from simclr_jax.programs import embed as features
+from simclr_jax.evaluation import features
+from simclr_jax.programs import embed
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "old_run"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def spec(tmp_path_factory):
 
 def test_three_formats_hold_the_same(encoder, spec, tmp_path):
   pytest.importorskip("pyarrow")
-  made = [features.load(features.run(encoder, spec, tmp_path / f"h{ending}")) for ending in features.FORMATS]
+  made = [features.load(embed.run(encoder, spec, tmp_path / f"h{ending}")) for ending in features.FORMATS]
   source, (apply, _, card) = data.open_source(spec), load_encoder(encoder)
   assert made[0].h.shape == (70, card["feature_dimension"]) and made[0].h.dtype == np.float32
   np.testing.assert_array_equal(made[0].label, source.labels)
@@ -40,19 +45,22 @@ def test_three_formats_hold_the_same(encoder, spec, tmp_path):
     assert (other.data, other.encoder) == (made[0].data, made[0].encoder)
 
 
-def test_safetensors_as_the_format_says(encoder, spec, tmp_path):
-  content = features.run(encoder, spec, tmp_path / "h.safetensors").read_bytes()
-  length = int.from_bytes(content[:8], "little")
-  header = json.loads(content[8 : 8 + length])
-  assert length % 8 == 0 and header["h"]["dtype"] == "F32" and header["h"]["data_offsets"][0] == 0
-  ends = [one["data_offsets"] for name, one in header.items() if name != "__metadata__"]
-  assert ends[0][1] == ends[1][0] and ends[1][1] == ends[2][0] and 8 + length + ends[2][1] == len(content)
-  assert all(isinstance(value, str) for value in header["__metadata__"].values())
+def test_the_safetensors_package_reads_it(encoder, spec, tmp_path):
+  path = embed.run(encoder, spec, tmp_path / "h.safetensors")
+  with safetensors.safe_open(path, "numpy") as file:
+    assert file.get_tensor("h").shape[0] == 70 and set(file.keys()) == {"h", "label", "index"}
+    assert json.loads(file.metadata()["name"]) == features.load(path).name.tolist()
+
+
+def test_a_file_of_the_first_version_still_loads():
+  made = features.load(GOLDEN / "h.safetensors")
+  assert made.h.shape == (96, 8) and made.h.dtype == np.float32 and np.isfinite(made.h).all()
+  assert made.name[5] == "npz:tiny.npz:5" and made.index.tolist() == list(range(96)) and made.data == "npz:tiny.npz"
 
 
 def test_stopped_and_gone_on_with_are_the_same_bytes(encoder, spec, tmp_path, monkeypatch, capsys):
-  whole = features.run(encoder, spec, tmp_path / "whole.npz", images_per_part=16).read_bytes()
-  save, saved = features._save, []
+  whole = embed.run(encoder, spec, tmp_path / "whole.npz", images_per_part=16).read_bytes()
+  save, saved = embed._save, []
 
   def stop_after_two(path, arrays):
     save(path, arrays)
@@ -60,13 +68,13 @@ def test_stopped_and_gone_on_with_are_the_same_bytes(encoder, spec, tmp_path, mo
     if len(saved) == 2:
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(features, "_save", stop_after_two)
+  monkeypatch.setattr(embed, "_save", stop_after_two)
   with pytest.raises(KeyboardInterrupt):
-    features.run(encoder, spec, tmp_path / "h.npz", images_per_part=16)
+    embed.run(encoder, spec, tmp_path / "h.npz", images_per_part=16)
   assert not (tmp_path / "h.npz").exists() and len(list((tmp_path / "h.npz.parts").glob("part-*"))) == 2
-  monkeypatch.setattr(features, "_save", save)
+  monkeypatch.setattr(embed, "_save", save)
   capsys.readouterr()
-  assert features.run(encoder, spec, tmp_path / "h.npz", images_per_part=16).read_bytes() == whole
+  assert embed.run(encoder, spec, tmp_path / "h.npz", images_per_part=16).read_bytes() == whole
   assert "2 of 5 parts are there already" in capsys.readouterr().out
   assert not (tmp_path / "h.npz.parts").exists()
 
@@ -81,7 +89,7 @@ def test_unreadable_images_are_named_and_left_out(encoder, tmp_path):
     Image.fromarray(source.read(i)).save(folder / f"{i}.png")
   (folder / "2.png").write_bytes(b"no image")
   (folder / "7.png").write_bytes((folder / "1.png").read_bytes()[:60])  # in a part of its own
-  made = features.load(features.run(encoder, f"files:{folder}", tmp_path / "h.npz", images_per_part=3))
+  made = features.load(embed.run(encoder, f"files:{folder}", tmp_path / "h.npz", images_per_part=3))
   assert [name[-5] for name in made.name] == list("01345") and made.index.tolist() == [0, 1, 3, 4, 5]
   lines = (tmp_path / "h.npz.unreadable.txt").read_text().splitlines()
   assert [line.partition("\t")[0][-5:] for line in lines] == ["2.png", "7.png"]
@@ -90,19 +98,19 @@ def test_unreadable_images_are_named_and_left_out(encoder, tmp_path):
 
 def test_mistakes(encoder, spec, tmp_path):
   with pytest.raises(ValueError, match="expected a file ending in .npz, .parquet, .safetensors"):
-    features.run(encoder, spec, tmp_path / "h.csv")
+    embed.run(encoder, spec, tmp_path / "h.csv")
   with pytest.raises(ValueError, match="neither a run .config.json. nor an export"):
-    features.run(tmp_path, spec, tmp_path / "h.npz")
+    embed.run(tmp_path, spec, tmp_path / "h.npz")
   (tmp_path / "h.npz").write_bytes(b"")
   with pytest.raises(ValueError, match="exists: add --overwrite"):
-    features.run(encoder, spec, tmp_path / "h.npz")
+    embed.run(encoder, spec, tmp_path / "h.npz")
   with pytest.raises(ValueError, match="not a file of simclr embed"):
     features.load(tmp_path / "h.npz")
   parts = tmp_path / "x.npz.parts"
   parts.mkdir()
   (parts / "embed.json").write_text("{}")
   with pytest.raises(ValueError, match="holds parts of other settings"):
-    features.run(encoder, spec, tmp_path / "x.npz")
+    embed.run(encoder, spec, tmp_path / "x.npz")
 
 
 def command(encoder, spec, output, *more):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from simclr_jax import report
 from simclr_jax.evaluation import clusters
-from simclr_jax.programs import embed as features
+from simclr_jax.programs import embed
 from simclr_jax.programs import map as map_lib
 from simclr_jax.report import colors
 from simclr_jax.report import map as map_report
@@ -116,7 +116,7 @@ def test_colors_and_sheets(tmp_path):
 def table(tmp_path_factory):
   """What `simclr embed` wrote about 48 images."""
   folder = tmp_path_factory.mktemp("map")
-  return features.run(tiny.export(folder / "encoder"), tiny.npz(folder / "tiny.npz", 48), folder / "h.npz")
+  return embed.run(tiny.export(folder / "encoder"), tiny.npz(folder / "tiny.npz", 48), folder / "h.npz")
 
 
 def test_the_program_writes_page_picture_and_tables(table, capsys):

@@ -27,17 +27,18 @@ from flax import traverse_util
 
 import simclr_jax
 from simclr_jax.encoder import resnet
+from simclr_jax.exporting.folder import read_card, save_export, write_card
 from simclr_jax.projector import Projector
-from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime import config as config_lib
 
 # Format -> (the module below exporting/, an optional package that writes it, the packages that read it).
 FORMATS = {
   "orbax": ("orbax_folder", "", ("jax", "flax", "orbax-checkpoint")),
-  "safetensors": ("safetensors_file", "safetensors", ("jax", "flax", "safetensors")),
-  "torchvision": ("torch_folders", "safetensors", ("torch", "torchvision", "safetensors")),
-  "timm": ("torch_folders", "safetensors", ("torch", "timm", "safetensors")),
-  "huggingface": ("torch_folders", "safetensors", ("torch", "transformers", "safetensors")),
+  "safetensors": ("safetensors_file", "", ("jax", "flax", "safetensors")),
+  "torchvision": ("torch_folders", "", ("torch", "torchvision", "safetensors")),
+  "timm": ("torch_folders", "", ("torch", "timm", "safetensors")),
+  "huggingface": ("torch_folders", "", ("torch", "transformers", "safetensors")),
   "stablehlo": ("stablehlo", "", ("jax",)),
   "onnx": ("onnx_graph", "onnx", ("onnxruntime",)),
   "savedmodel": ("savedmodel", "", ("tensorflow",)),
@@ -154,9 +155,9 @@ def write(path, variables, config, *, scores: dict, step: int, heads=None, overw
 
   def fill(folder):
     checkpoint.save_trees(folder, {"encoder": variables, **(heads or {})})
-    checkpoint.write_card(folder, card)
+    write_card(folder, card)
 
-  return checkpoint.save_export(path, fill, overwrite=overwrite)
+  return save_export(path, fill, overwrite=overwrite)
 
 
 def write_format(path, export: Export, example: dict, python: str, overwrite: bool):
@@ -171,14 +172,14 @@ def write_format(path, export: Export, example: dict, python: str, overwrite: bo
       module.write(local, export)
       export.copy(local, verify="verify.py")
       np.savez_compressed(local / "example.npz", **example)
-      checkpoint.write_card(epath.Path(local), export.card)  # load.py reads it
+      write_card(epath.Path(local), export.card)  # load.py reads it
       proof, line = prove(local, export, python)
-      checkpoint.write_card(epath.Path(local), export.card | {"proof": proof})
+      write_card(epath.Path(local), export.card | {"proof": proof})
       lines.append(line)
       if local != pathlib.Path(folder):
         _upload(local, folder)
 
-  path = checkpoint.save_export(path, fill, overwrite=overwrite)
+  path = save_export(path, fill, overwrite=overwrite)
   print(f"{export.format}: {lines[0].format(path=path)}", flush=True)
 
 
@@ -247,12 +248,12 @@ def load_encoder(path):
   Raises:
     ValueError: the folder is no export, is damaged, does not match its card, or is in a format of others.
   """
-  card = checkpoint.read_card(path)
+  card = read_card(path)
   arguments = _arguments(card)
   like = jax.eval_shape(resnet(**arguments).init, jax.random.key(0), _images(card["preprocessing"]["size"]))
   kind = card.get("format", "orbax")
   if kind == "orbax":
-    variables = checkpoint.read_encoder(path, like)
+    variables = checkpoint.restore(files.absolute(path) / "encoder", like)
   elif kind == "safetensors":
     variables = read_safetensors(path).get("encoder", {})
     checkpoint.compare(variables, like, path)
@@ -266,7 +267,7 @@ def load_encoder(path):
 def read_safetensors(path) -> dict:
   from simclr_jax.exporting import safetensors_file
 
-  return safetensors_file.read(checkpoint.absolute(path) / safetensors_file.WEIGHTS)
+  return safetensors_file.read(files.absolute(path) / safetensors_file.WEIGHTS)
 
 
 def _arguments(card) -> dict:

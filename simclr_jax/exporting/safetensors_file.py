@@ -4,15 +4,16 @@ Tensors are called by their paths, such as encoder/params/group1/block1/conv1/ke
 """
 
 from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from simclr_jax.exporting import orbax_folder
+from simclr_jax.runtime import files
 
 WEIGHTS = "model.safetensors"
 
 
 def write(folder, export):
-  from safetensors.numpy import save_file
-
   save_file(traverse_util.flatten_dict(export.trees(), sep="/"), folder / WEIGHTS, metadata={"format": "np"})
   orbax_folder.copy_model(folder, export)
   export.copy(folder, load="load_safetensors.py")
@@ -22,15 +23,11 @@ def read(path) -> dict:
   """{"encoder": variables as numpy, and "projector" if it is there}.
 
   Raises:
-    ValueError: safetensors is not installed, or the file is cut short or otherwise not one.
+    ValueError: the file is cut short or otherwise not one.
   """
   try:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-  except ModuleNotFoundError:
-    raise ValueError(f"{path} needs safetensors: pip install 'simclr_jax[export]'") from None
-  try:
-    tensors = load_file(path)
+    with files.local(path) as local:
+      tensors = load_file(local)
   except (SafetensorError, OSError) as error:
     raise ValueError(f"{path} is no complete safetensors file ({error}): export it again") from None
   return traverse_util.unflatten_dict(tensors, sep="/")

@@ -8,6 +8,8 @@ CIFAR stem), the folder has modeling_simclr.py, which needs torch alone.
 
 import json
 
+from safetensors.numpy import save_file
+
 from simclr_jax.encoder import DEPTHS
 from simclr_jax.exporting import torch_names
 
@@ -15,8 +17,6 @@ WEIGHTS = "model.safetensors"
 
 
 def write(folder, export):
-  from safetensors.numpy import save_file
-
   library, architecture = export.format, export.architecture
   state, agrees = torch_names.encoder(export.variables), torch_names.agrees(architecture, library)
   if library == "huggingface":

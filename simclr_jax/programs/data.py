@@ -16,7 +16,7 @@ from etils import epath
 from simclr_jax import augment, data
 from simclr_jax.data import shards
 from simclr_jax.runtime import aot
-from simclr_jax.runtime.metrics import duration
+from simclr_jax.runtime.progress import duration
 
 FLOPS = 49.2e9  # of one ResNet-50 step on the two 224-pixel views of an image, forward and backward
 ESTIMATES = {"v4": 1079, "v5e": 848}  # images a second a chip, by the TPU compiler's estimate of that step

@@ -13,7 +13,7 @@ import numpy as np
 from simclr_jax import report
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain, transfer
-from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import checkpoint, files
 
 
 def part(run, config, folder) -> dict:
@@ -94,16 +94,16 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     ValueError: a mistake in the config or the data, on one line.
   """
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
-  checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
+  files.write_text(workdir / "config.json", config_lib.to_json(config))
   results = [one_seed(config, seed, workdir / f"seed{seed}") for seed in config.seeds]
   rows = [
     {"seed": seed, "what": name, "share": share, "accuracy": value}
     for seed, result in zip(config.seeds, results, strict=True)
     for (name, share), value in result.items()
   ]
-  checkpoint.write_text(workdir / "downstream.json", json.dumps(rows, indent=2))
+  files.write_text(workdir / "downstream.json", json.dumps(rows, indent=2))
   text = table(results)
-  checkpoint.write_text(workdir / "downstream.txt", text + "\n")
+  files.write_text(workdir / "downstream.txt", text + "\n")
   curves = {
     name: {share: [result[name, share] for result in results] for share in config.shares}
     for name in ("fine-tuned", "from scratch")

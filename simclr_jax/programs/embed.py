@@ -6,11 +6,9 @@ process 0 joins the parts.  A part is a function of the encoder and its images a
 however often and wherever the work was interrupted.
 """
 
-import dataclasses
 import functools
 import io
 import json
-import os
 import time
 
 import jax
@@ -19,30 +17,13 @@ from etils import epath
 
 from simclr_jax import data, exporting
 from simclr_jax.encoder import resnet
-from simclr_jax.evaluation import embed
+from simclr_jax.evaluation import embed, features
 from simclr_jax.programs import trained
-from simclr_jax.runtime import checkpoint, processes
+from simclr_jax.runtime import files, processes
 from simclr_jax.runtime import mesh as mesh_lib
-from simclr_jax.runtime.metrics import duration
+from simclr_jax.runtime.progress import duration
 
-FORMATS = (".npz", ".parquet", ".safetensors")
 BATCH = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Features:
-  """What a file of features holds: n readable images of the data set named `data`, in its order.
-
-  h float32 [n, d]; name: n strings, the path of a file or set:number; label int32 [n], -1 where there is none; index
-  int64 [n], its number in the data set.
-  """
-
-  h: np.ndarray
-  name: np.ndarray
-  label: np.ndarray
-  index: np.ndarray
-  data: str
-  encoder: str
 
 
 def run(
@@ -54,19 +35,16 @@ def run(
   are left out and named in OUTPUT.unreadable.txt.  A call that was stopped is gone on with by the same call.
 
   Raises:
-    ValueError: the output's ending is none of FORMATS, it exists already, its parts are of another encoder or data set,
+    ValueError: the output's ending is none of features.FORMATS, it exists already, its parts are of another encoder or data set,
       or there is no encoder or no data.
   """
-  output = checkpoint.absolute(output)
-  if output.suffix not in FORMATS:
-    raise ValueError(f"--output={output}: expected a file ending in {', '.join(FORMATS)}")
-  if output.suffix == ".parquet":
-    _pyarrow()
+  output = files.absolute(output)
+  features.check_output(output)
   if images_per_part < 1:
     raise ValueError(f"--images_per_part={images_per_part}: expected at least 1")
   if output.exists() and not overwrite:
     raise ValueError(f"--output={output} exists: add --overwrite or name another file")
-  if not any((epath.Path(encoder) / name).exists() for name in ("card.json", "config.json")):
+  if not any((files.absolute(encoder) / name).exists() for name in ("card.json", "config.json")):
     raise ValueError(f"--encoder={encoder}: neither a run (config.json) nor an export (card.json)")
   start = trained.open_start(encoder)
   source = data.open_source(spec, data_dir=data_dir)
@@ -78,7 +56,7 @@ def run(
     "encoder": str(encoder), "weights": exporting.checksum(start.variables["encoder"]), "data": spec, "images": len(source),
     "images_per_part": images_per_part,
   }  # fmt: skip
-  processes.on_first(lambda: _claim(folder, settings))
+  processes.run_on_primary(lambda: _claim(folder, settings))
   began, mine = time.monotonic(), [k for k in range(count) if k % jax.process_count() == jax.process_index()]
   todo = [k for k in mine if not (folder / f"part-{k:05}.npz").exists()]
   if len(todo) < len(mine):
@@ -88,8 +66,8 @@ def run(
     _save(folder / f"part-{k:05}.npz", rows)
     left = (time.monotonic() - began) / done * (len(todo) - done)
     print(f"part {k + 1:,} of {count:,}, {len(rows['h']):,} images, {duration(left)} left", flush=True)
-  processes.meet("parts")
-  processes.on_first(lambda: _join(output, folder, count, settings))
+  processes.barrier("parts")
+  processes.run_on_primary(lambda: _join(output, folder, count, settings))
   return output
 
 
@@ -98,7 +76,7 @@ def _claim(folder, settings):
   if plan.exists() and json.loads(plan.read_text()) != settings:
     raise ValueError(f"{folder} holds parts of other settings ({plan.read_text()}): delete it or name another --output")
   folder.mkdir(parents=True, exist_ok=True)
-  checkpoint.write_text(plan, json.dumps(settings))
+  files.write_text(plan, json.dumps(settings))
 
 
 class _Work:
@@ -138,7 +116,7 @@ class _Work:
 def _save(path, arrays):
   buffer = io.BytesIO()
   np.savez(buffer, **arrays)
-  checkpoint.write_bytes(path, buffer.getvalue())
+  files.write_bytes(path, buffer.getvalue())
 
 
 def _join(output, folder, count, settings):
@@ -149,13 +127,10 @@ def _join(output, folder, count, settings):
       parts.append(dict(arrays))
   bad = np.concatenate([part.pop("bad") for part in parts]).tolist()
   whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-  about = {key: settings[key] for key in ("encoder", "weights", "data")}
-  checkpoint.write_bytes(
-    output, {".npz": _npz, ".parquet": _parquet, ".safetensors": _safetensors}[output.suffix](whole, about)
-  )
+  features.write(output, features.Features(**whole, **{key: settings[key] for key in ("encoder", "weights", "data")}))
   unreadable = output.parent / f"{output.name}.unreadable.txt"
   if bad:
-    checkpoint.write_text(unreadable, "".join(f"{line}\n" for line in bad))
+    files.write_text(unreadable, "".join(f"{line}\n" for line in bad))
   elif unreadable.exists():
     unreadable.unlink()
   folder.rmtree()
@@ -165,80 +140,6 @@ def _join(output, folder, count, settings):
     print(
       f"{len(bad):,} unreadable images left out, named in {unreadable}; the first is {bad[0].replace(chr(9), ': ')}"
     )
-
-
-def _npz(arrays, about) -> bytes:
-  buffer = io.BytesIO()
-  np.savez(buffer, **arrays, **{key: np.asarray(value) for key, value in about.items()})
-  return buffer.getvalue()
-
-
-def _parquet(arrays, about) -> bytes:
-  arrow, parquet = _pyarrow()
-  h = arrow.FixedSizeListArray.from_arrays(arrow.array(arrays["h"].ravel()), arrays["h"].shape[1])
-  table = arrow.table({"name": arrays["name"].tolist(), "label": arrays["label"], "index": arrays["index"], "h": h})
-  buffer = io.BytesIO()
-  parquet.write_table(table.replace_schema_metadata({**about}), buffer)
-  return buffer.getvalue()
-
-
-def _safetensors(arrays, about) -> bytes:
-  """8 bytes little-endian with the length of the header, a JSON header, the data (github.com/huggingface/safetensors).
-
-  There are no strings in the format: names stand in the metadata, as JSON.
-  """
-  header, end = {"__metadata__": {**about, "name": json.dumps(arrays["name"].tolist())}}, 0
-  tensors = {"h": arrays["h"], "index": arrays["index"], "label": arrays["label"]}
-  for name, x in tensors.items():
-    kind = {"float32": "F32", "int32": "I32", "int64": "I64"}[x.dtype.name]
-    header[name] = {"dtype": kind, "shape": list(x.shape), "data_offsets": [end, end := end + x.nbytes]}
-  text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)
-  return b"".join([len(text).to_bytes(8, "little"), text, *(x.tobytes() for x in tensors.values())])
-
-
-def _pyarrow():
-  try:
-    import pyarrow
-    import pyarrow.parquet
-  except ImportError:
-    raise ValueError("parquet needs pyarrow: pip install pyarrow, or write .npz or .safetensors") from None
-  return pyarrow, pyarrow.parquet
-
-
-def load(path) -> Features:
-  """Opens a file that `simclr embed` wrote.
-
-  Raises:
-    ValueError: there is none, or it is something else.
-  """
-  path = checkpoint.absolute(path)
-  if not path.is_file() or path.suffix not in FORMATS:
-    raise ValueError(f"--features={path}: no such file; `simclr embed` writes one ({', '.join(FORMATS)})")
-  try:
-    if path.suffix == ".npz":
-      with np.load(path, allow_pickle=False) as arrays:
-        found = dict(arrays)
-    elif path.suffix == ".parquet":
-      table = _pyarrow()[1].read_table(os.fspath(path))
-      found = {key: table[key].to_numpy() for key in ("name", "label", "index")}
-      found["h"] = table["h"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-      found |= {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-    else:
-      content = path.read_bytes()
-      end = 8 + int.from_bytes(content[:8], "little")
-      header = json.loads(content[8:end])
-      found = header.pop("__metadata__")
-      found["name"] = np.asarray(json.loads(found["name"]))
-      for name, one in header.items():
-        kind = {"F32": np.float32, "I32": np.int32, "I64": np.int64}[one["dtype"]]
-        first, last = one["data_offsets"]
-        found[name] = np.frombuffer(content[end + first : end + last], kind).reshape(one["shape"])
-    return Features(
-      *(np.asarray(found[key]) for key in ("h", "name", "label", "index")), str(found["data"]), str(found["encoder"])
-    )
-  except Exception as error:  # zipfile.BadZipFile, EOFError, KeyError, pyarrow's own, ...
-    raise ValueError(f"--features={path}: not a file of simclr embed ({type(error).__name__}: {error})") from None
 
 
 def main(flags, overrides) -> int:

@@ -11,8 +11,9 @@ import numpy as np
 
 from simclr_jax import exporting
 from simclr_jax.encoder import resnet
+from simclr_jax.exporting.folder import check_vacant
 from simclr_jax.programs import config as config_lib
-from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import checkpoint, files
 
 
 def run(
@@ -47,9 +48,9 @@ def run(
   """
   formats = _checked(formats)
   several = len(formats) > 1
-  targets = {name: checkpoint.absolute(output) / name if several else checkpoint.absolute(output) for name in formats}
+  targets = {name: files.absolute(output) / name if several else files.absolute(output) for name in formats}
   for name, path in targets.items():
-    checkpoint.check_vacant(path, overwrite=overwrite)
+    check_vacant(path, overwrite=overwrite)
     if exporting.FORMATS[name][1] and not importlib.util.find_spec(exporting.FORMATS[name][1]):
       raise ValueError(f"--format={name} needs {exporting.FORMATS[name][1]}: pip install 'simclr_jax[export]'")
   variables, projector, config, facts = _of_folder(encoder) if encoder else _of_run(workdir, step, head)
@@ -92,19 +93,19 @@ def _of_run(workdir, step, head):
   made_by = config_lib.program(config)
   if made_by != "pretrain":
     raise ValueError(
-      f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={checkpoint.absolute(workdir) / 'encoder'}"
+      f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={files.absolute(workdir) / 'encoder'}"
     )
   like = jax.eval_shape(
     resnet(**config.encoder).init, jax.random.key(0), jnp.zeros((1, config.augment.size, config.augment.size, 3))
   )
-  step, variables = checkpoint.read_run_encoder(workdir, like, step)
+  step, variables = checkpoint.read_run_export(workdir, "encoder", like, step)
   projector = None
   if head:
     _, state = checkpoint.read_run_state(workdir, step)
     trees = {"params": state["params"], "batch_stats": state["batch_stats"]}
     projector = {name: tree.get("projector", {}) for name, tree in trees.items()}
     projector = projector if projector["params"] else None
-  scores_file = checkpoint.absolute(workdir) / "scores.json"
+  scores_file = files.absolute(workdir) / "scores.json"
   scores = json.loads(scores_file.read_text()) if scores_file.exists() else {}
   scores = scores.get("scores", {}) if scores.get("step") == step else {}
   return variables, projector, config, {"scores": scores, "step": step}
@@ -117,7 +118,7 @@ def _of_folder(path):
   if card.get("format") == "safetensors":
     projector = exporting.read_safetensors(path).get("projector")
   else:
-    projector = checkpoint.read_tree(checkpoint.absolute(path) / "projector")
+    projector = checkpoint.read_tree(files.absolute(path) / "projector")
   return variables, projector, config, {key: card[key] for key in ("scores", "step", "licence") if key in card}
 
 

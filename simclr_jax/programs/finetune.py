@@ -23,7 +23,7 @@ from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import trained
 from simclr_jax.projector import Projector
-from simclr_jax.runtime import checkpoint, errors, loop
+from simclr_jax.runtime import checkpoint, errors, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
 
 ADVICE = "lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
@@ -192,7 +192,7 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
     total_steps=optimizer.train_steps(config, len(source)),
     batch_size=config.batch_size,
     num_examples=len(source),
-    exports=model_lib.keep_encoder,
+    exports=lambda state: {"encoder": model_lib.keep_encoder(state)},
     warm_start=warm_start,
     advice=ADVICE,
   )
@@ -238,7 +238,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
   evaluation = ClassifierEvaluation(config, source.num_classes, test_source, mesh)
   task = make(config, start, source, mesh=mesh, loss=loss, evaluators={"test": loop.Evaluator(evaluation.run, every)})
   if not jax.process_index():
-    checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
+    files.write_text(workdir / "config.json", config_lib.to_json(config))
   state, clock = loop.run(
     task,
     loop.LoopConfig.from_config(config, len(source)),
@@ -260,7 +260,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
       heads=heads,
       overwrite=True,
     )
-    checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
+    files.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
     print(f"time {clock.text()}")
   checkpoint.mark_complete(workdir, step)
   return {"state": state, "scores": scores, "workdir": workdir, "config": config}

@@ -11,10 +11,9 @@ from etils import epath
 from PIL import Image
 
 from simclr_jax import data, report
-from simclr_jax.evaluation import clusters, embed
-from simclr_jax.programs import embed as features
+from simclr_jax.evaluation import clusters, embed, features
 from simclr_jax.programs import trained
-from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import files
 
 
 def thumbnails(source, index) -> np.ndarray:
@@ -89,7 +88,7 @@ def write(folder, chart: dict, found: dict):
   labels = np.full(len(names), -1, np.int32) if labels is None else np.asarray(labels, np.int32)
   buffer = io.BytesIO()
   np.savez(buffer, name=np.asarray(names), xy=xy, pca=components, label=labels)
-  checkpoint.write_bytes(folder / "map.npz", buffer.getvalue())
+  files.write_bytes(folder / "map.npz", buffer.getvalue())
   points = zip(names, *xy.T.round(4).tolist(), *components.T.round(6).tolist(), labels.tolist(), strict=True)
   _csv(folder / "map.csv", ("name", "x", "y", "pca_1", "pca_2", "label"), points)
   pairs = ((names[i], names[j], round(deep, 5), round(pixels, 5)) for i, j, deep, pixels in found["duplicates"])
@@ -103,7 +102,7 @@ def write(folder, chart: dict, found: dict):
 def _csv(path, head, rows):
   buffer = io.StringIO()
   csv.writer(buffer, lineterminator="\n").writerows([head, *rows])
-  checkpoint.write_bytes(path, buffer.getvalue().encode("utf-8", "surrogateescape"))
+  files.write_bytes(path, buffer.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def run(workdir=None, table=None, *, step=None, output=None, images: int = 10_000, seed: int = 0, overrides=()) -> dict:

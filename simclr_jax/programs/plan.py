@@ -12,7 +12,7 @@ from simclr_jax import contrast, data, optimizer, report
 from simclr_jax import model as model_lib
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain
-from simclr_jax.runtime import aot, checkpoint, metrics
+from simclr_jax.runtime import aot, files, metrics
 from simclr_jax.runtime import mesh as mesh_lib
 
 PROGRAMS = {"pretrain": pretrain, "finetune": finetune, "distill": distill}
@@ -288,7 +288,7 @@ def draw(path, rows):
   rows = [row for row in rows if row["changes"] is not None]
   if not rows:
     raise ValueError(f"--picture={path}: nothing fits, there is no step to draw")
-  report.step_times_svg(checkpoint.absolute(path), rows)
+  report.step_times_svg(files.absolute(path), rows)
 
 
 def main(flags, overrides) -> int:

@@ -17,11 +17,11 @@ from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import scores
-from simclr_jax.runtime import checkpoint, errors, loop, processes
+from simclr_jax.runtime import checkpoint, errors, files, loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 
-SHOW = {"contrastive_accuracy": "contrastive acc", "online_accuracy": "online", "knn": "kNN"}
+SHOW = {"contrastive_accuracy": "contrastive acc %", "online_accuracy": "online %", "knn": "kNN %"}
 ADVICE = "lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
 
 
@@ -111,7 +111,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
     total_steps=optimizer.train_steps(config, len(source)),
     batch_size=config.batch_size,
     num_examples=len(source),
-    exports=model_lib.keep_encoder,
+    exports=lambda state: {"encoder": model_lib.keep_encoder(state)},
     zero1=config.zero1,
     show=SHOW,
     log_with_every_row={} if method.chance_loss is None else {"chance_loss": method.chance_loss},
@@ -210,7 +210,7 @@ def _first_views(task, pipeline):
 
 def _write_about(workdir, config, task, mesh, recipe, changes):
   """config.json, and run.json for `simclr runs`."""
-  checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
+  files.write_text(workdir / "config.json", config_lib.to_json(config))
   about = {
     "program": "pretrain",
     "recipe": recipe,
@@ -218,7 +218,7 @@ def _write_about(workdir, config, task, mesh, recipe, changes):
     "total_steps": task.total_steps,
     "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
   }
-  checkpoint.write_text(workdir / "run.json", json.dumps(about, indent=2))
+  files.write_text(workdir / "run.json", json.dumps(about, indent=2))
 
 
 def _same_config(config, workdir):
@@ -292,3 +292,8 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     print(f"  {path}  {what}")
   print(f"  {workdir / 'report.html'}  the page to look at\n\nLoad the encoder:\n\n{snippet}", flush=True)
   return page
+
+
+def main(flags, overrides) -> int:
+  run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite, recipe=flags.recipe)
+  return 0

@@ -93,7 +93,7 @@ def make_task(opened: trained.TrainedRun, source) -> loop.Task:
     total_steps=optimizer.train_steps(rule, len(source)),
     batch_size=c.probe.batch_size,
     num_examples=len(source),
-    exports=lambda state: {"params": state.params},
+    exports=lambda state: {"encoder": {"params": state.params}},
   )
 
 

@@ -15,13 +15,13 @@ import numpy as np
 from etils import epath
 
 from simclr_jax import data, report
+from simclr_jax.evaluation import features
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import embed as features
+from simclr_jax.programs import embed, pretrain
 from simclr_jax.programs import map as map_lib
-from simclr_jax.programs import pretrain
-from simclr_jax.runtime import checkpoint, loop
+from simclr_jax.runtime import checkpoint, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
-from simclr_jax.runtime.metrics import duration
+from simclr_jax.runtime.progress import duration
 
 RECIPE = "folder"
 FEWEST = 16  # images: with fewer there is nothing to tell apart
@@ -229,12 +229,12 @@ def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, ove
     config, why = choose(source, spec, mesh, minutes, began)
   for what, value, reason in why:
     print(f"{what:12}{value} ({reason})")
-  checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
-  checkpoint.write_text(plan, json.dumps({"folder": root, "why": why}))
+  files.write_text(workdir / "config.json", config_lib.to_json(config))
+  files.write_text(plan, json.dumps({"folder": root, "why": why}))
   trained = pretrain.run(config, workdir, resume=True, recipe=RECIPE)
 
   print("\nwhat is in the folder")
-  table = features.run(workdir / "encoder", spec, workdir / "features.npz", overwrite=True)
+  table = embed.run(workdir / "encoder", spec, workdir / "features.npz", overwrite=True)
   made = features.load(table)
   labels, class_names = classes(root, made.name)
   pictures = map_lib.thumbnails(source, made.index)

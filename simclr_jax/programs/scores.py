@@ -11,7 +11,7 @@ from simclr_jax import model as model_lib
 from simclr_jax.data import permutation
 from simclr_jax.evaluation import embed, knn, linear
 from simclr_jax.programs import map as map_lib
-from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import files
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 
@@ -131,7 +131,7 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
   if not jax.process_index():
     kept = model_lib.keep_encoder(state)
     numbers |= {"collapsed": collapsed, "verdict": verdict}
-    checkpoint.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
+    files.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
     out["map"] = _map(evaluation.test, test["h"], config.seed)
     metrics_lib.projector(workdir, test["h"][:ON_THE_MAP], None if labels is None else test_labels[:ON_THE_MAP])
     exporting.write(workdir / "encoder", kept, config, scores=scores, step=step, overwrite=True)

@@ -79,7 +79,7 @@ class TrainedRun:
     self.encoder = resnet(**self.config.encoder)
     size = self.config.augment.size
     like = jax.eval_shape(self.encoder.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    self.step, self.variables = checkpoint.read_run_encoder(workdir, like, step)
+    self.step, self.variables = checkpoint.read_run_export(workdir, "encoder", like, step)
     self.train_source = data.open_source(self.config.data.train, data_dir=self.config.data.data_dir or None)
     self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
 

@@ -19,7 +19,7 @@ from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, trained
-from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime import mesh as mesh_lib
 
 ROWS = "food101 cifar10 cifar100 birdsnap sun397 cars aircraft voc2007 dtd pets caltech101 flowers".split()
@@ -215,7 +215,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     encoders["supervised"] = Encoder(trained.open_start(config.supervised), config, mesh)
   encoders["random"] = Encoder(start, config, mesh, untrained=True)
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
-  checkpoint.write_text(workdir / "config.json", config_lib.to_json(config))
+  files.write_text(workdir / "config.json", config_lib.to_json(config))
   done = workdir / "transfer.json"
   rows = json.loads(done.read_text()) if done.exists() else []
   for name in sorted(config.rows, key=lambda name: (*ROWS, name).index(name)):  # the paper's in its order, then others
@@ -237,10 +237,10 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
         first = logits[f"{method} SimCLR"]
         out["p"][key] = significance(first, logits[key], test.targets, row.metric, config.samples)
     rows.append(out)
-    checkpoint.write_text(done, json.dumps(rows, indent=2))
+    files.write_text(done, json.dumps(rows, indent=2))
     print(f"{name}: " + ", ".join(f"{key} {100 * value:.2f} %" for key, value in out["scores"].items()), flush=True)
   text = table(rows)
-  checkpoint.write_text(workdir / "transfer.txt", text + "\n")
+  files.write_text(workdir / "transfer.txt", text + "\n")
   print(f"\n{text}\n\n{workdir / 'transfer.txt'}", flush=True)
   return {"rows": rows, "workdir": workdir}
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup, escape
 
-from simclr_jax.report import files
 from simclr_jax.report.colors import colors
 from simclr_jax.report.tables import is_finite, is_number
+from simclr_jax.runtime import files
 
 CURVES = {  # key: (heading, unit, whether the axis starts at zero)
   "loss": ("Loss", "number", False),

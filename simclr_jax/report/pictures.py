@@ -6,7 +6,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from simclr_jax.report import files
+from simclr_jax.runtime import files
 
 SMALLEST_SIDE = 84  # a view is enlarged by a whole factor to at least this many pixels: 28 → 84, 32 → 96
 GUTTER = 14  # between one pair (or row) and the next, and around the sheet

@@ -9,7 +9,8 @@ import importlib.resources
 import jinja2
 from markupsafe import Markup
 
-from simclr_jax.report import files, pictures, tables
+from simclr_jax.report import pictures, tables
+from simclr_jax.runtime import files
 
 
 def write_page(path, template: str, **data):

@@ -1,36 +1,29 @@
 """Checkpoints: Orbax behind a few functions.
 
-Layout of a run's checkpoint:  <workdir>/checkpoints/<step>/{state, encoder, config, manifest.json}
-Layout of an Orbax export:     <folder>/{encoder/, card.json, manifest.json}, and what opens it without this package
+Layout of a run's checkpoint:  <workdir>/checkpoints/<step>/{state, config, manifest.json} and a folder for each export
 Orbax writes under a temporary name and renames when complete, so a run that dies while saving keeps the last good step.
 It does not notice a damaged file: a flipped bit loads as another number.  manifest.json holds the SHA-256 of every file;
 it is written last, and nothing is loaded that does not agree with it.
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from simclr_jax.runtime import processes
-
-SCHEMA_VERSION = 2  # of card.json, docs/card.schema.json; version 1 called the key card_version
-
-
-def absolute(path) -> epath.Path:
-  """Orbax wants absolute paths, and gs:// ones as they are."""
-  return epath.Path(path if "://" in str(path) else os.path.abspath(path))
+from simclr_jax.runtime import files, processes
 
 
 def folder(workdir) -> epath.Path:
-  return absolute(workdir) / "checkpoints"
+  return files.absolute(workdir) / "checkpoints"
 
 
 def claim_workdir(workdir, *, resume: bool, overwrite: bool) -> epath.Path:
@@ -42,12 +35,12 @@ def claim_workdir(workdir, *, resume: bool, overwrite: bool) -> epath.Path:
   """
   if resume and overwrite:
     raise ValueError("--resume and --overwrite contradict each other: give one of them")
-  processes.on_first(lambda: _claim(workdir, resume or overwrite, overwrite))
-  return absolute(workdir)
+  processes.run_on_primary(lambda: _claim(workdir, resume or overwrite, overwrite))
+  return files.absolute(workdir)
 
 
 def _claim(workdir, filled_is_fine, overwrite):
-  path = absolute(workdir)
+  path = files.absolute(workdir)
   if path.exists() and not path.is_dir():
     raise ValueError(f"--workdir={workdir} is a file: name a folder")
   # Another process may have put a compiled program there already.
@@ -78,30 +71,26 @@ class Damaged(ValueError):
   """A checkpoint does not hold what was written."""
 
 
-def _files(path, below=""):
-  """Names of all files under `path`, but for its manifest."""
+def digests(path) -> dict:
+  """{name: SHA-256} of every file below `path`, but for its manifest."""
+  return {name: files.sha256(path / name) for name in _file_names(path)}
+
+
+def _file_names(path, below=""):
   for entry in sorted((path / below).iterdir()):
     name = f"{below}{entry.name}"
     if entry.is_dir():
-      yield from _files(path, f"{name}/")
+      yield from _file_names(path, f"{name}/")
     elif name != "manifest.json":
       yield name
 
 
-def _digest(file) -> str:
-  sha = hashlib.sha256()
-  with file.open("rb") as stream:
-    while block := stream.read(1 << 22):
-      sha.update(block)
-  return sha.hexdigest()
+def seal(path):
+  """Writes manifest.json, the digests of what is below `path`."""
+  files.write_text(path / "manifest.json", json.dumps(digests(path), indent=0))
 
 
-def _seal(path):
-  """Writes manifest.json: the SHA-256 of every file below `path`."""
-  write_text(path / "manifest.json", json.dumps({name: _digest(path / name) for name in _files(path)}, indent=0))
-
-
-def _verify(path):
+def verify(path):
   """Raises Damaged, on one line, unless `path` holds the files of its manifest."""
   try:
     manifest = json.loads((path / "manifest.json").read_text())
@@ -113,7 +102,7 @@ def _verify(path):
   for name in sorted(wanted):
     if not (path / name).exists():
       raise Damaged(f"{path}/{name} is missing")
-    if _digest(path / name) != wanted[name]:
+    if files.sha256(path / name) != wanted[name]:
       raise Damaged(f"{path}/{name} is damaged: its SHA-256 is not the one in manifest.json")
 
 
@@ -121,10 +110,10 @@ def _newest_complete(workdir) -> int | None:
   """The newest step that is what was written; damaged ones are named and moved to <workdir>/damaged."""
   for step in reversed(_steps(workdir)):
     try:
-      _verify(folder(workdir) / str(step))
+      verify(folder(workdir) / str(step))
       return step
     except Damaged as why:
-      aside = absolute(workdir) / "damaged"
+      aside = files.absolute(workdir) / "damaged"
       aside.mkdir(exist_ok=True)
       target = next(t for n in range(1000) if not (t := aside / f"{step}.{n}").exists())
       (folder(workdir) / str(step)).rename(target)
@@ -142,7 +131,7 @@ class Checkpoints:
 
   def __init__(self, workdir, *, keep: int = 3):
     self._folder = folder(workdir)
-    self._newest = processes.on_first(lambda: _newest_complete(workdir))
+    self._newest = processes.run_on_primary(lambda: _newest_complete(workdir))
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
     )
@@ -151,8 +140,8 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, step: int, state, encoder: dict, config_json: str):
-    """Writes one step: the state to resume from, the encoder's variables as an item of their own, the config.
+  def save(self, step: int, state, exports: Mapping[str, Any], config_json: str):
+    """Writes one step: the state to resume from, the config, and each tree of `exports` as an item of its name.
 
     Does nothing if the step is there already.
 
@@ -163,19 +152,19 @@ class Checkpoints:
       return
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
-      encoder=ocp.args.StandardSave(encoder),
       config=ocp.args.JsonSave(json.loads(config_json)),
+      **{name: ocp.args.StandardSave(tree) for name, tree in exports.items()},
     )
     last = self.latest_step()
     try:
       self._manager.save(step, args=args, force=True)
       self._manager.wait_until_finished()
-      processes.on_first(lambda: _seal(self._folder / str(step)))
+      processes.run_on_primary(lambda: seal(self._folder / str(step)))
       self._newest = step
     except Exception as error:  # Orbax raises many types here, with many-line messages
       logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # or each array that failed prints a traceback of its own
       survivor = f"step {last} in {self._folder} is complete" if last is not None else "no checkpoint exists yet"
-      reason = "the disk is full" if _no_space(error, self._folder) else " ".join(str(error).split())[:200]
+      reason = "the disk is full" if disk_is_full(error, self._folder) else " ".join(str(error).split())[:200]
       raise OSError(
         f"could not save step {step}: {reason}; {survivor}; free space and run again with --resume"
       ) from None
@@ -197,17 +186,17 @@ class Checkpoints:
     self._manager.close()
 
 
-def read_run_encoder(workdir, like, step: int | None = None):
-  """(step, encoder variables as numpy) of a run's newest checkpoint, or of `step`.
+def read_run_export(workdir, name: str, like, step: int | None = None):
+  """(step, the export of this name as numpy) of a run's newest checkpoint, or of `step`.
 
   Args:
-    like: tree of jax.ShapeDtypeStruct, the encoder that the run's config describes.
+    like: tree of jax.ShapeDtypeStruct, what the run's config describes.
 
   Raises:
     ValueError: no such checkpoint, or it is damaged.
   """
   step = _find_step(workdir, step)
-  return step, _restore(folder(workdir) / str(step) / "encoder", _empty(like))
+  return step, restore(folder(workdir) / str(step) / name, like)
 
 
 def read_run_state(workdir, step: int | None = None):
@@ -224,13 +213,13 @@ def _find_step(workdir, step):
       f"--workdir={workdir}: no checkpoint{'' if step is None else f' of step {step}'}; steps there: {have}"
     )
   step = steps[-1] if step is None else step
-  _verify(folder(workdir) / str(step))
+  verify(folder(workdir) / str(step))
   return step
 
 
 def read_tree(path) -> dict:
   """What an item was saved as, as nested dicts of numpy arrays; {} if there is no such item."""
-  path = absolute(path)
+  path = files.absolute(path)
   if not path.exists():
     return {}
   with _by_this_process() as checkpointer:
@@ -241,19 +230,38 @@ def _empty(like):
   return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
 
 
+def restore(path, like):
+  """The tree of the item or folder `path` as numpy, in the structure of `like`, a tree of shapes.
+
+  Raises:
+    ValueError: the tree there is another one; names the first difference.
+  """
+  return _restore(files.absolute(path), _empty(like))
+
+
 def _restore(path, like):
+  """Trees are compared leaf by leaf, so one that has gained or lost an empty part since it was saved is the same."""
   host = isinstance(jax.tree.leaves(like)[0], np.ndarray)
   with _by_this_process() if host else ocp.StandardCheckpointer() as checkpointer:
-    _compare(_shapes(checkpointer.metadata(path).item_metadata.tree), _shapes(like), path)
-    return checkpointer.restore(path, like)
+    saved = checkpointer.metadata(path).item_metadata.tree
+    _compare(_shapes(saved), _shapes(like), path)
+    wanted = _by_name(like)
+    restored = checkpointer.restore(path, jax.tree.map_with_path(lambda name, _: wanted[_name(name)], saved))
+  restored = _by_name(restored)
+  return jax.tree.map_with_path(lambda name, _: restored[_name(name)], like)
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _by_name(tree) -> dict:
+  """{path, such as params/layer/kernel: leaf}."""
+  return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _shapes(tree) -> dict:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(np.dtype(leaf.dtype)))
-    for path, leaf in leaves
-  }
+  return {name: (tuple(leaf.shape), str(np.dtype(leaf.dtype))) for name, leaf in _by_name(tree).items()}
 
 
 def _compare(saved: dict, wanted: dict, where):
@@ -267,7 +275,8 @@ def _compare(saved: dict, wanted: dict, where):
     )
 
 
-def _no_space(error, path) -> bool:
+def disk_is_full(error, path) -> bool:
+  """Whether that is why writing below `path` failed; Orbax raises many types of error for it."""
   text = str(error)
   free = shutil.disk_usage(path).free if os.path.isdir(path) else 1 << 40
   return "No space left" in text or "RESOURCE_EXHAUSTED" in text or free < 1 << 20
@@ -279,7 +288,7 @@ def read_config(workdir) -> str:
   Raises:
     ValueError: there is no run in this folder.
   """
-  path = epath.Path(workdir) / "config.json"
+  path = files.absolute(workdir) / "config.json"
   if not path.exists():
     raise ValueError(f"--workdir={workdir}: no run here (config.json is missing); `simclr pretrain` makes one")
   return path.read_text()
@@ -288,67 +297,7 @@ def read_config(workdir) -> str:
 def mark_complete(workdir, step: int):
   """Leaves a file COMPLETE in a run's folder: everything that the run was to do and write is there."""
   if not jax.process_index():
-    write_text(absolute(workdir) / "COMPLETE", f"step {step}\n")
-
-
-def write_text(path, text: str):
-  """Writes a whole file or nothing."""
-  write_bytes(path, text.encode())
-
-
-def write_bytes(path, content: bytes):
-  """Writes a whole file or nothing."""
-  path = epath.Path(path)
-  temporary = path.parent / f".{path.name}.tmp"
-  temporary.write_bytes(content)
-  temporary.rename(path) if "://" in str(path) else os.replace(temporary, path)
-
-
-def check_vacant(path, *, overwrite: bool) -> epath.Path:
-  """The absolute path of an export to be written.
-
-  Raises:
-    ValueError: the folder is not empty and `overwrite` is not set, or what it holds is no export.
-  """
-  path = absolute(path)
-  if path.exists() and not path.is_dir():
-    raise ValueError(f"{path} is a file: name a folder")
-  if path.exists() and any(path.iterdir()):
-    if not overwrite:
-      raise ValueError(f"{path} is not empty: add --overwrite or name another folder")
-    if not (path / "card.json").exists():
-      raise ValueError(f"{path} has no card.json, so it is no export: delete it yourself")
-  return path
-
-
-def save_export(path, fill, *, overwrite: bool = False) -> epath.Path:
-  """Makes the folder of an export: `fill(folder)` writes its files, card.json among them, under a temporary name.
-
-  Raises:
-    ValueError: the folder is not empty and `overwrite` is not set, or it cannot be written.
-    OSError: the disk is full.
-  """
-  path = check_vacant(path, overwrite=overwrite)
-  temporary = path.parent / f".{path.name}.tmp"
-  try:
-    if temporary.exists():
-      temporary.rmtree()
-    temporary.mkdir(parents=True)
-  except OSError as error:
-    raise ValueError(f"{path} cannot be written ({error.strerror or error}): name another folder") from None
-  try:
-    fill(temporary)
-    _seal(temporary)
-    if path.exists():
-      path.rmtree()
-    temporary.rename(path)
-  except Exception as error:
-    full = _no_space(error, temporary)
-    temporary.rmtree(missing_ok=True)
-    if full:
-      raise OSError(f"could not write {path}: the disk is full; free space or name another folder") from None
-    raise
-  return path
+    files.write_text(files.absolute(workdir) / "COMPLETE", f"step {step}\n")
 
 
 def save_trees(path, trees: dict):
@@ -366,45 +315,11 @@ def save_trees(path, trees: dict):
       checkpointer.save(path / name, jax.tree.map(np.asarray, tree))
 
 
-def write_card(path, card: dict):
-  """card.json of the export in the folder `path`; `files` becomes the SHA-256 of every file that is there now."""
-  files = {name: _digest(path / name) for name in _files(path) if name != "card.json"}
-  card = {"schema_version": SCHEMA_VERSION, **card, "files": files}
-  write_text(path / "card.json", json.dumps(card, indent=2, sort_keys=True))
-
-
 def _by_this_process():
   """A checkpointer that waits for no other process."""
   me = jax.process_index()
   alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"p{me}")
-  return ocp.StandardCheckpointer(**({"multiprocessing_options": alone} if processes.several() else {}))
-
-
-def read_card(path) -> dict:
-  """card.json of an export whose files are those that were written.
-
-  Raises:
-    ValueError: not such a folder, one that is damaged, or a card of an unknown version.
-  """
-  path = absolute(path)
-  card_path = path / "card.json"
-  if not card_path.exists():
-    raise ValueError(f"{path} is no exported encoder (card.json is missing): give the folder `simclr export` wrote")
-  card = json.loads(card_path.read_text())
-  version = card.get("schema_version", card.get("card_version"))
-  if version not in range(1, SCHEMA_VERSION + 1):
-    raise ValueError(f"{card_path}: schema_version {version}, this package reads 1 to {SCHEMA_VERSION}")
-  _verify(path)
-  return card
-
-
-def read_encoder(path, like) -> dict:
-  """The encoder's variables as numpy, in a folder that save_trees wrote; `like` is a tree of shapes.
-
-  Raises:
-    ValueError: they are of other shapes.
-  """
-  return _restore(absolute(path) / "encoder", _empty(like))
+  return ocp.StandardCheckpointer(**({"multiprocessing_options": alone} if processes.is_multiprocess() else {}))
 
 
 def compare(tree, like, where):

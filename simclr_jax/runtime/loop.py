@@ -18,10 +18,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax.runtime import checkpoint, processes
+from simclr_jax.runtime import checkpoint, files, processes
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
+from simclr_jax.runtime import progress as progress_lib
 
 State = Any  # a pytree dataclass with an int32 `step`
 Batch = Mapping[str, Any]
@@ -47,7 +48,7 @@ class Task:
   total_steps: int
   batch_size: int  # global
   num_examples: int
-  exports: Callable[[State], dict]  # state -> variables kept as the checkpoint item `encoder`
+  exports: Callable[[State], dict]  # state -> {name: tree}, items of a checkpoint beside the state
   zero1: bool = False  # whether state.opt_state is split over the devices
   warm_start: Callable[[State], State] = lambda state: state  # puts given weights into the state at step 0, not jitted
   constants: tuple = ()  # trees of arrays that every step reads and none changes, such as a teacher; in no checkpoint
@@ -99,13 +100,13 @@ class _Signals:
     self.received = None
     self._old = {}
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGINT,) if processes.several() else (signal.SIGINT, signal.SIGTERM):
+      for number in (signal.SIGINT,) if processes.is_multiprocess() else (signal.SIGINT, signal.SIGTERM):
         self._old[number] = signal.signal(number, self._note)
     return self
 
   def _note(self, number, frame):
     signal.signal(number, self._old[number])
-    if processes.several():
+    if processes.is_multiprocess():
       os.kill(os.getpid(), signal.SIGTERM)
     else:
       self.received = number
@@ -179,7 +180,7 @@ class LoopConfig:
 
 def run(
   task: Task, config: LoopConfig, *, mesh, workdir, config_json: str, seed: int
-) -> tuple[State, metrics_lib.Clock]:
+) -> tuple[State, progress_lib.Clock]:
   """Trains to `task.total_steps`, from the newest checkpoint in workdir if there is one.
 
   Returns:
@@ -205,7 +206,7 @@ class Loop:
   def __init__(self, task: Task, config: LoopConfig, *, mesh, workdir, config_json: str, seed: int):
     self.task, self.config, self.mesh, self.workdir = task, config, mesh, epath.Path(workdir)
     self.config_json = config_json
-    self.clock = metrics_lib.Clock()
+    self.clock = progress_lib.Clock()
     self.checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep)
     self.like = abstract_state(task, mesh)
     self.skipped = _Skipped(workdir)
@@ -214,10 +215,10 @@ class Loop:
     self.tracing = False
     self.restore(seed)
     self.writer = metrics_lib.Writer(workdir, resume_step=self.first, wandb=config.wandb)
-    self.progress = metrics_lib.Progress(task.total_steps, task.num_examples / task.batch_size, show=task.show)
+    self.progress = progress_lib.Progress(task.total_steps, task.num_examples / task.batch_size, show=task.show)
     self.last_logged, self.mark = self.first, dict(self.clock.seconds)
 
-  def run(self) -> tuple[State, metrics_lib.Clock]:
+  def run(self) -> tuple[State, progress_lib.Clock]:
     if self.first:
       self.progress.note(f"resuming from step {self.first} of {self.task.total_steps}")
     with _Signals() as self.signals:
@@ -298,7 +299,7 @@ class Loop:
       with self.clock.phase("compile"):
         step = compile_step(self.task, self.mesh, self.like)
         self.compiled = step.lower(self.state, batch, *self.constants).compile()
-        processes.meet("compiled")
+        processes.barrier("compiled")
     with self.clock.phase("step"):
       self.state, metrics = self.compiled(self.state, batch, *self.constants)
       self.window.append(metrics)
@@ -427,4 +428,4 @@ class _Skipped:
   def add(self, after: int, count: int):
     self._rows.append([after, count])
     if not jax.process_index():
-      checkpoint.write_text(self._path, json.dumps(self._rows))
+      files.write_text(self._path, json.dumps(self._rows))

@@ -1,0 +1,85 @@
+"""The folder of an export: it appears whole, under a name that was free, with a card and the digests of its files.
+
+Layout: <folder>/{card.json, manifest.json}, the files of its format, and what opens it without this package.
+"""
+
+import json
+
+from etils import epath
+
+from simclr_jax.runtime import checkpoint, files
+
+SCHEMA_VERSION = 2  # of card.json, docs/card.schema.json; version 1 called the key card_version
+
+
+def check_vacant(path, *, overwrite: bool) -> epath.Path:
+  """The absolute path of an export to be written.
+
+  Raises:
+    ValueError: the folder is not empty and `overwrite` is not set, or what it holds is not an export.
+  """
+  path = files.absolute(path)
+  if path.exists() and not path.is_dir():
+    raise ValueError(f"{path} is a file: name a folder")
+  if path.exists() and any(path.iterdir()):
+    if not overwrite:
+      raise ValueError(f"{path} is not empty: add --overwrite or name another folder")
+    if not (path / "card.json").exists():
+      raise ValueError(f"{path} has no card.json, so it is no export: delete it yourself")
+  return path
+
+
+def save_export(path, fill, *, overwrite: bool = False) -> epath.Path:
+  """Makes the folder of an export: `fill(folder)` writes its files, card.json among them, under a temporary name.
+
+  Raises:
+    ValueError: the folder is not empty and `overwrite` is not set, or it cannot be written.
+    OSError: the disk is full.
+  """
+  path = check_vacant(path, overwrite=overwrite)
+  temporary = path.parent / f".{path.name}.tmp"
+  try:
+    if temporary.exists():
+      temporary.rmtree()
+    temporary.mkdir(parents=True)
+  except OSError as error:
+    raise ValueError(f"{path} cannot be written ({error.strerror or error}): name another folder") from None
+  try:
+    fill(temporary)
+    checkpoint.seal(temporary)
+    if path.exists():
+      path.rmtree()
+    temporary.rename(path)
+  except Exception as error:
+    full = checkpoint.disk_is_full(error, temporary)
+    temporary.rmtree(missing_ok=True)
+    if full:
+      raise OSError(f"could not write {path}: the disk is full; free space or name another folder") from None
+    raise
+  return path
+
+
+def write_card(path, card: dict):
+  """card.json of the export in the folder `path`; `files` becomes the SHA-256 of every file that is there now."""
+  digests = checkpoint.digests(path)
+  digests.pop("card.json", None)
+  card = {"schema_version": SCHEMA_VERSION, **card, "files": digests}
+  files.write_text(path / "card.json", json.dumps(card, indent=2, sort_keys=True))
+
+
+def read_card(path) -> dict:
+  """card.json of an export whose files are those that were written.
+
+  Raises:
+    ValueError: not such a folder, one that is damaged, or a card of an unknown version.
+  """
+  path = files.absolute(path)
+  card_path = path / "card.json"
+  if not card_path.exists():
+    raise ValueError(f"{path} is no exported encoder (card.json is missing): give the folder `simclr export` wrote")
+  card = json.loads(card_path.read_text())
+  version = card.get("schema_version", card.get("card_version"))
+  if version not in range(1, SCHEMA_VERSION + 1):
+    raise ValueError(f"{card_path}: schema_version {version}, this package reads 1 to {SCHEMA_VERSION}")
+  checkpoint.verify(path)
+  return card

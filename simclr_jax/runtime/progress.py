@@ -1,0 +1,105 @@
+"""What a person sees of a running program: one line of progress, and where the time goes."""
+
+import collections
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+
+from simclr_jax.runtime import watchdog
+
+
+class Clock:
+  """Seconds spent per phase: start (until training begins), compile, data (waiting for it), step, evaluate, save."""
+
+  def __init__(self):
+    self.started = time.monotonic()
+    self.seconds = collections.Counter()
+
+  @contextlib.contextmanager
+  def phase(self, name: str):
+    start = time.monotonic()
+    watchdog.set_phase(name)
+    try:
+      yield
+    finally:
+      self.seconds[name] += time.monotonic() - start
+      watchdog.set_phase("between")
+
+  def goodput(self) -> float:
+    """The fraction of the time since the start in which training steps were made or waited for."""
+    return self.seconds["step"] / max(time.monotonic() - self.started, 1e-9)
+
+  def text(self) -> str:
+    phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self.seconds.items())
+    return f"{phases}; {100 * self.goodput():.0f} % of it training steps"
+
+
+def duration(seconds: float) -> str:
+  """75 -> '1:15', 4000 -> '1:06:40'."""
+  minutes, seconds = divmod(int(round(seconds)), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress:
+  """One line that a person watches: rewritten in place on a terminal, printed now and then into a log file.
+
+  Args:
+    show: which numbers of a program stand in it after the loss, {key: label}; a label that ends in " %" shows a fraction
+      in percent: {"accuracy": "acc %"} becomes "acc 53.2 %".
+  """
+
+  def __init__(
+    self,
+    total_steps: int,
+    steps_per_epoch: float,
+    *,
+    show: Mapping[str, str] | None = None,
+    seconds_between_lines: float = 10.0,
+  ):
+    self._total, self._per_epoch, self._show = total_steps, steps_per_epoch, show or {}
+    self._live = sys.stdout.isatty()
+    self._active = jax.process_index() == 0
+    self._between, self._last = seconds_between_lines, -math.inf
+    self._latest = {}
+
+  def update(self, step: int, row: dict, eta: float):
+    """Shows the newest value of everything seen so far; `eta` in seconds."""
+    self._latest.update(row)
+    if not self._active:
+      return
+    last_step = step >= self._total
+    if not self._live and not last_step and time.monotonic() - self._last < self._between:
+      return
+    self._last = time.monotonic()
+    line = self._line(step, eta)
+    if self._live:
+      sys.stdout.write(f"\r\033[K{line}" + ("\n" if last_step else ""))
+    else:
+      sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+  def note(self, text: str):
+    """A line of its own, above the progress line."""
+    if self._active:
+      sys.stdout.write(("\r\033[K" if self._live else "") + text + "\n")
+      sys.stdout.flush()
+
+  def _line(self, step, eta):
+    r = self._latest
+    parts = [f"step {step}/{self._total} ({step / self._per_epoch:.1f} epochs)"]
+    if "loss" in r:
+      chance = f" (chance {r['chance_loss']:.2f})" if "chance_loss" in r else ""
+      parts.append(f"loss {r['loss']:.3f}{chance}")
+    for key, label in self._show.items():
+      if key in r:
+        name, percent, _ = label.partition(" %")
+        parts.append(f"{name} {100 * r[key]:.1f} %" if percent else f"{name} {r[key]:.3f}")
+    if "images_per_second" in r:
+      parts.append(f"{r['images_per_second']:,.0f} images/s, waiting for data {100 * r['data_wait']:.0f} %")
+    parts.append(f"ETA {duration(eta)}")
+    return "  ".join(parts)

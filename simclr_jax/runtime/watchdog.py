@@ -1,0 +1,153 @@
+"""Ends this process when another process of the run is gone, or when its own main thread hangs.
+
+By itself JAX keeps the others of a process that raised waiting for minutes, and of one that hangs forever.  Here every
+process of a run with several of them has a guard: a thread that says "alive" to the others through JAX's coordination
+service, and that ends its own process, with one line, when another has stopped, has fallen silent, or when the main
+thread has not moved for too long.
+"""
+
+import faulthandler
+import itertools
+import os
+import socket
+import sys
+import threading
+import time
+
+EXIT_LOST = 142  # another process is gone, or this one hung: schedulers that restart on 128 and above restart this
+BEAT = 2.0  # seconds between two signs of life
+SILENCE = 20.0  # seconds without one, after which a process counts as gone
+HANG = 600.0  # seconds a step, or waiting for its data, may take; SIMCLR_HANG_SECONDS sets another number
+SLOW = 12  # times as many for compiling, evaluating and saving
+
+_guard = None
+
+
+def start(client, index: int, count: int):
+  """Starts the guard of process `index` of `count`; `client` is that of JAX's coordination service."""
+  global _guard
+  _guard = _Guard(client, index, count)
+
+
+def set_phase(phase: str):
+  """Tells the guard that the main thread has entered this phase (one of progress.Clock)."""
+  if _guard:
+    _guard.set_phase(phase)
+
+
+def await_verdict():
+  """After an operation between processes has failed: waits until the guard knows who is gone, and ends this process."""
+  if _guard:
+    time.sleep(SILENCE + 3 * BEAT)
+
+
+def leave(code: int, message: str = ""):
+  """Takes leave of the others.  If this process failed, it ends at once and they are told why; otherwise it returns."""
+  if _guard and code not in (0, 42):
+    _guard.stop(message or f"it stopped with exit code {code}", code)
+  if _guard:
+    _guard.leave()
+
+
+def longest_wait() -> float:
+  """Seconds that a process may spend in its slowest phase, after which waiting for it makes no sense."""
+  return SLOW * _hang_seconds()
+
+
+def _hang_seconds() -> float:
+  return float(os.environ.get("SIMCLR_HANG_SECONDS", HANG))
+
+
+class _Guard(threading.Thread):
+  """Ends this process when another has no sign of life, or when its own main thread has not moved for too long.
+
+  A second thread exchanges the signs with the coordination service, which lives in process 0: where that is stopped the
+  exchange never returns, and it is by this that process 0 counts as gone.
+  """
+
+  def __init__(self, client, index: int, count: int):
+    super().__init__(daemon=True, name="guard")
+    self.done = threading.Event()
+    self._client, self._index, self._count = client, index, count
+    self._phase, self._since = "start", time.monotonic()
+    # process -> (its last word, when that was new here); one may be gone before its first
+    self._heard = dict.fromkeys(range(count), ("", self._since))
+    self._gone, self._left = {}, {}  # process -> why
+    self._answered = self._since  # when the service last did
+    threading.Thread(target=self._exchange, daemon=True, name="signs of life").start()
+    self.start()
+
+  def set_phase(self, phase):
+    self._phase, self._since = phase, time.monotonic()
+
+  def leave(self):
+    self._set("left", "")
+    self.done.set()
+
+  def stop(self, why: str, code: int):
+    """Says why, and ends the process without waiting for anybody."""
+    self._set("gone", why)
+    self._exit(code)
+
+  def _exit(self, code):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if self._index == 0:
+      time.sleep(3 * BEAT)  # the service lives in this process: the others read the reason before it ends
+    os._exit(code)
+
+  def _set(self, key, value):
+    try:
+      self._client.key_value_set(f"simclr/{key}/{self._index}", value, allow_overwrite=True)
+    except Exception:  # the service itself is gone, and JAX ends the process
+      pass
+
+  def _words(self, key):
+    return {int(k.rpartition("/")[2]): v for k, v in self._client.key_value_dir_get(f"simclr/{key}")}
+
+  def _exchange(self):
+    host = socket.gethostname()
+    for beat in itertools.count():
+      self._set("alive", f"{beat} {host}")
+      try:
+        alive, self._gone, self._left = (self._words(key) for key in ("alive", "gone", "left"))
+        now = time.monotonic()
+        self._heard |= {p: (word, now) for p, word in alive.items() if self._heard[p][0] != word}
+        self._answered = now  # last, for silence is counted up to here
+      except Exception:  # see _set
+        pass
+      if self.done.wait(BEAT):
+        return
+
+  def run(self):
+    awake = paused = time.monotonic()
+    while not self.done.wait(BEAT):
+      now = time.monotonic()
+      if now - awake > 3 * BEAT:  # this process was stopped itself, and has not listened meanwhile
+        paused = now
+      awake = now
+      gone = {p: why for p, why in self._gone.items() if p != self._index}
+      for process, (_, since) in self._heard.items():
+        if process not in gone and process not in self._left and self._answered - since > SILENCE:
+          gone[process] = f"no sign of life for {self._answered - since:.0f} s"
+      if gone:
+        self._end(self._named(*min(gone.items())))
+      silent = now - max(self._answered, paused)
+      if self._index and silent > SILENCE:
+        self._say(self._named(0, f"no answer from it for {silent:.0f} s"))
+        self._exit(EXIT_LOST)  # there is nobody to tell why
+      limit = _hang_seconds() * (1 if self._phase in ("data", "step", "between") else SLOW)
+      if now - self._since > limit:
+        faulthandler.dump_traceback(file=sys.stderr)
+        self._end(f"process {self._index} of {self._count} has been in phase {self._phase!r} for over {limit:.0f} s")
+
+  def _named(self, process, why):
+    _, _, host = self._heard[process][0].partition(" ")
+    return f"process {process} of {self._count}{f' (on {host})' if host else ''} is gone: {why}"
+
+  def _say(self, why):
+    print(f"simclr: {why}; the last checkpoint is complete, go on with --resume", file=sys.stderr)
+
+  def _end(self, why):
+    self._say(why)
+    self.stop(why, EXIT_LOST)

@@ -1,0 +1,123 @@
+"""Files are written whole or not at all, on a disk and in a bucket."""
+
+import hashlib
+import os
+import pathlib
+
+import bucket
+import numpy as np
+import pytest
+
+from simclr_jax.evaluation import features
+from simclr_jax.exporting import folder
+from simclr_jax.runtime import checkpoint, files, metrics
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, tmp_path, monkeypatch):
+  """A folder to write to; nothing that belongs into the bucket may appear in the working directory."""
+  monkeypatch.chdir(tmp_path)
+  with bucket.buckets(tmp_path / "buckets"):
+    yield tmp_path / "here" if request.param == "disk" else "gs://mine/here"
+  assert {path.name for path in tmp_path.iterdir()} <= {"here", "buckets"}
+
+
+def test_written_overwritten_read(place):
+  path = files.absolute(place) / "a.txt"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  files.write_text(path, "one")
+  files.write_text(path, "two\n")
+  assert files.read_text(path) == "two\n" and [file.name for file in path.parent.iterdir()] == ["a.txt"]
+  assert files.sha256(path) == hashlib.sha256(b"two\n").hexdigest()
+  files.append_text(path, "three\n")
+  files.append_text(path.parent / "b.txt", "new")
+  assert files.read_text(path) == "two\nthree\n" and files.read_text(path.parent / "b.txt") == "new"
+  with files.local(path) as local:
+    assert pathlib.Path(local).read_text() == "two\nthree\n" and local.endswith("a.txt")
+
+
+def test_names_that_are_not_utf8_keep_their_bytes(place):
+  path = files.absolute(place) / "names.txt"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  files.write_text(path, os.fsdecode(b"caf\xe9.png") + "\n")
+  assert path.read_bytes() == b"caf\xe9.png\n" and os.fsencode(files.read_text(path)) == b"caf\xe9.png\n"
+
+
+def test_absolute(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert str(files.absolute("a/b")) == f"{tmp_path}/a/b"
+  assert str(files.absolute("gs://bucket/a") / "b") == "gs://bucket/a/b"
+  assert files.absolute(files.absolute("gs://bucket/a")) == files.absolute("gs://bucket/a")
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+  path = tmp_path / "a.txt"
+  files.write_text(path, "good")
+
+  def full(descriptor):
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(OSError, match="No space left"):
+    files.write_text(path, "half")
+  assert path.read_text() == "good" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_folder(place):
+  """Claimed, written to, claimed again, and cleared."""
+  workdir = checkpoint.claim_workdir(place, resume=False, overwrite=False)
+  files.write_text(workdir / "config.json", '{"seed": 0}')
+  writer = metrics.Writer(workdir)
+  for step in (1, 2, 3):
+    writer.scalars(step, {"loss": 1.0 / step, "bad": float("nan")})
+  writer.close()
+  again = metrics.Writer(workdir, resume_step=2)
+  again.scalars(3, {"loss": 0.5})
+  again.close()
+  assert [(row["step"], row["loss"], row.get("bad")) for row in metrics.read(place)] == [
+    (1, 1.0, None), (2, 0.5, None), (3, 0.5, None)
+  ]  # fmt: skip
+  checkpoint.mark_complete(workdir, 3)
+  assert checkpoint.read_config(place) == '{"seed": 0}' and files.read_text(workdir / "COMPLETE") == "step 3\n"
+  with pytest.raises(ValueError, match="is not empty: add --resume"):
+    checkpoint.claim_workdir(place, resume=False, overwrite=False)
+  assert not (checkpoint.claim_workdir(place, resume=True, overwrite=False) / "COMPLETE").exists()
+  assert not (checkpoint.claim_workdir(place, resume=False, overwrite=True) / "config.json").exists()
+
+
+def test_an_export(place):
+  def fill(folder_):
+    files.write_text(folder_ / "weights", "1 2 3")
+    folder.write_card(folder_, {"name": "mine"})
+
+  path = folder.save_export(place, fill)
+  card = folder.read_card(place)
+  assert card["name"] == "mine" and list(card["files"]) == ["weights"]
+  with pytest.raises(ValueError, match="is not empty: add --overwrite"):
+    folder.save_export(place, fill)
+  folder.save_export(place, fill, overwrite=True)
+  files.write_text(path / "weights", "1 2 4")
+  with pytest.raises(checkpoint.Damaged, match="weights is damaged"):
+    folder.read_card(place)
+
+
+@pytest.mark.parametrize("ending", features.FORMATS)
+def test_features(place, ending):
+  if ending == ".parquet":
+    pytest.importorskip("pyarrow")
+  path = files.absolute(place) / f"h{ending}"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  h = np.arange(12, dtype=np.float32).reshape(3, 4)
+  name = np.asarray(["a.png", "é.png", os.fsdecode(b"caf\xe9.png")])
+  made = features.Features(h, name, np.int32([0, 1, -1]), np.int64([0, 1, 5]), "files:/x", "runs/y", "sha256:0")
+  written = set()
+  for _ in range(5):
+    features.write(path, made)
+    written.add(path.read_bytes())
+  assert len(written) == 1  # the same features are the same bytes
+  found = features.load(path)
+  for key in ("h", "label", "index"):
+    np.testing.assert_array_equal(getattr(found, key), getattr(made, key))
+    assert getattr(found, key).dtype == getattr(made, key).dtype
+  assert found.about == made.about and found.name[:2].tolist() == ["a.png", "é.png"]
+  assert found.name[2] == (name[2] if ending != ".parquet" else "caf\\udce9.png")

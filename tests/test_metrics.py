@@ -1,0 +1,48 @@
+"""The numbers of a run: rows, TensorBoard without TensorFlow, and the line of progress."""
+
+import subprocess
+import sys
+
+from PIL import Image
+
+from simclr_jax.runtime import metrics
+from simclr_jax.runtime.progress import Progress
+
+CHILD = """
+import sys
+sys.modules["tensorflow"] = None  # importing it fails
+from simclr_jax.runtime import metrics
+
+writer = metrics.Writer(sys.argv[1])
+writer.scalars(1, {"loss": 2.5, "bad": float("nan"), "verdict": "fine"})
+writer.scalars(2, {"loss": 1.5})
+writer.close()
+metrics.show(sys.argv[1], 2, {"views": sys.argv[2]})
+"""
+
+
+def test_tensorboard_without_tensorflow(tmp_path):
+  picture = tmp_path / "a.png"
+  Image.new("RGB", (20, 10), (255, 0, 0)).save(picture)
+  subprocess.run([sys.executable, "-c", CHILD, tmp_path / "run", picture], check=True)
+  assert metrics.read(tmp_path / "run") == [
+    {"step": 1, "loss": 2.5, "bad": None, "verdict": "fine"}, {"step": 2, "loss": 1.5}
+  ]  # fmt: skip
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+  board = EventAccumulator(str(tmp_path / "run")).Reload()
+  assert [(e.step, e.tensor_proto.float_val[0]) for e in board.Tensors("loss")] == [(1, 2.5), (2, 1.5)]
+  assert board.SummaryMetadata("loss").plugin_data.plugin_name == "scalars"
+  (shown,) = board.Tensors("views")
+  assert list(shown.tensor_proto.string_val) == [b"20", b"10", picture.read_bytes()]
+  assert board.SummaryMetadata("views").plugin_data.plugin_name == "images"
+
+
+def test_the_line_of_progress(capsys):
+  progress = Progress(10, 4.0, show={"accuracy": "acc %", "rank": "rank"}, seconds_between_lines=0.0)
+  progress.update(1, {"loss": 2.0, "accuracy": 0.532}, 75.0)
+  progress.update(2, {"loss": 1.5, "chance_loss": 3.4, "rank": 7.25, "other": 1.0}, 70.0)
+  assert capsys.readouterr().out.splitlines() == [
+    "step 1/10 (0.2 epochs)  loss 2.000  acc 53.2 %  ETA 1:15",
+    "step 2/10 (0.5 epochs)  loss 1.500 (chance 3.40)  acc 53.2 %  rank 7.250  ETA 1:10",
+  ]
