@@ -18,8 +18,10 @@ from simclr_jax import (
   augment_on_device,
   contrast,
   encoder,
+  model,
   optimizer,
   projector,
+  views,
 )
 from simclr_jax.evaluation import linear
 from simclr_jax.methods import simclr
@@ -205,7 +207,7 @@ def arguments(function):
     (config_lib.Augment, augment_extra.two_views, ()),
     (config_lib.Augment, augment_on_device.two_views, ("precision",)),
     (config_lib.Augment, augment_on_device.color_and_blur, ("precision",)),
-    (config_lib.Encoder, encoder.resnet, ("tpu", "dtype")),
+    (config_lib.Encoder, encoder.resnet, ("dtype",)),
     (config_lib.Projector, projector.Projector, ("parent", "name")),
     (config_lib.Optimizer, optimizer.lars, ("trust_coefficient", "exclude")),
     (config_lib.Rollback, loop.Rollback, ()),
@@ -239,6 +241,8 @@ def test_choices_are_those_of_the_functions():
   def choices(section, name):
     return section.__dataclass_fields__[name].metadata["choices"]
 
+  assert choices(config_lib.Encoder, "arrangement") == tuple(model.ARRANGEMENTS)
+  assert choices(config_lib.Augment, "where") == views.WHERE
   assert choices(config_lib.Encoder, "depth") == tuple(encoder.DEPTHS)
   assert choices(config_lib.Projector, "kind") == projector.KINDS
   assert set(choices(config_lib.Loss, "name")) == set(contrast.LOSSES) - {"supervised"}
@@ -379,7 +383,14 @@ def test_answers_come_before_jax_is_imported(argv, code, message):
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("simclr: ")
 
 
-def test_a_value_may_stand_after_a_space(capsys):
+def test_every_command_has_a_main():
+  from simclr_jax import __main__ as cli
+
+  for command in cli.COMMANDS.values():
+    assert "\ndef main(flags, overrides) -> int:" in (ROOT / f"simclr_jax/programs/{command.module}.py").read_text()
+
+
+def test_a_value_may_stand_after_a_space():
   from simclr_jax import __main__ as cli
 
   words = ["pretrain", "--config.tune_after", "-1", "--config.a.b=c d", "--workdir", "x", "--config.flag", "--resume"]

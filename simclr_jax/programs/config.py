@@ -312,6 +312,7 @@ class Pretrain(Training):
   """`simclr pretrain`."""
 
   program: str = key("pretrain", "program that the recipe is for", choices=("pretrain",))
+  # No choices: a new method is a line of methods.METHODS alone, which refuses unknown names.
   method: str = key("simclr", "self-supervised method, of methods.METHODS; a section memory means memory")
   microbatches: int = key(
     1, "number of parts that the batch is computed in; the loss still sees all negatives", at_least=1

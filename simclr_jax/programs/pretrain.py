@@ -292,3 +292,8 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     print(f"  {path}  {what}")
   print(f"  {workdir / 'report.html'}  the page to look at\n\nLoad the encoder:\n\n{snippet}", flush=True)
   return page
+
+
+def main(flags, overrides) -> int:
+  run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite, recipe=flags.recipe)
+  return 0

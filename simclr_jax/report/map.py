@@ -6,8 +6,8 @@ It takes numpy arrays and pictures that all have one size.
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from simclr_jax.report.colors import TEN, colors
 from simclr_jax.report import pictures
+from simclr_jax.report.colors import TEN, colors
 from simclr_jax.runtime import files
 
 SHEET_PIXELS = 6e6  # of the sheet of thumbnails inside a page: about 2 MB as JPEG

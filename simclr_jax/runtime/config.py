@@ -1,7 +1,7 @@
 """Configs: frozen dataclasses that know type, default, range and meaning of every key, filled from recipes and flags.
 
-A config holds rules (`base_lr`, `lr_scaling`, `train_epochs`); the arithmetic is done by the code that uses them, so
-changing the batch size on the command line changes the learning rate with it.
+A config holds rules, such as how a learning rate follows from the batch size; the arithmetic is done by the code that
+uses them, so changing one value on the command line changes what depends on it.
 """
 
 import ast
