@@ -24,7 +24,7 @@ KNOWN = {
   "tfds:cifar10:train": (50_000, 10),
 }
 # What makes a step smaller, in the order of what it costs; each is tried on top of the recipe.
-CURES = (
+FALLBACKS = (
   {"zero1": True},
   {"encoder.remat": "block,block,none,none"},
   {"encoder.remat": "block"},
@@ -84,6 +84,7 @@ def settings(config, mesh) -> dict:
   flat = config_lib.flatten(config)
   chosen = {
     "activations": flat["encoder.dtype"],
+    "arrangement": flat["encoder.arrangement"],
     "remat": flat["encoder.remat"],
     "zero1": flat.get("zero1", False),
     "microbatches": flat.get("microbatches", 1),
@@ -95,7 +96,7 @@ def settings(config, mesh) -> dict:
 
 def model_flops(config, source) -> float:
   """Operations of a step of the whole batch, without what a pod does on top: computing again, zeros in packed kernels."""
-  once = {"encoder.remat": "none", "microbatches": 1}
+  once = {"encoder.arrangement": "plain", "encoder.remat": "none", "microbatches": 1}
   flat = config_lib.flatten(config)
   config = config_lib.replace(config, {key: value for key, value in once.items() if key in flat})
   step, arguments = PROGRAMS[config_lib.program(config)].abstract_step(
@@ -108,8 +109,9 @@ TIGHT = 0.8  # of a chip's memory: beyond, the compiler has begun to compute thi
 
 
 def plan(config, topology: str, num_examples: int, num_classes: int, note=print) -> dict:
-  """`measure` of the fastest of the config as it is and with CURES, which are tried until one leaves memory to spare; if
-  none fits, of the largest half, quarter, ... of the batch that does with the last of them.
+  """`measure` of the fastest of: the config in both arrangements of the encoder (see model.ARRANGEMENTS), and where
+  neither leaves memory to spare, the better one with FALLBACKS, which are tried until one does; if none fits, of the largest
+  half, quarter, ... of the batch that does with the last of them.
 
   Returns:
     the row, with `changes` to the config, or None if nothing fits; `refused`, why the recipe does not fit as it is, or
@@ -129,7 +131,8 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
     except aot.DoesNotFit as error:
       needed = error.needed or 0.0
       tried[_text(changes)] = None
-      refused = refused or (f"needs {needed / aot.GIB:.1f} GiB" if needed else str(error)[:120])
+      if not changes:
+        refused = f"needs {needed / aot.GIB:.1f} GiB" if needed else str(error)[:120]
       note(f"{topology}: does not fit with {name}")
       return False
     tried[_text(changes)] = [1e3 * row["step_seconds"], row["peak_bytes"] / aot.GIB]
@@ -141,17 +144,21 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
     return room
 
   flat = config_lib.flatten(config)
-  cures = [c for c in CURES if c.keys() <= flat.keys() and any(flat[k] != c[k] for k in c)]
-  for changes in ({}, *cures):
-    if changes == {"zero1": True} and (best or needed - hbm > _momentum(config, num_classes)):
+  fallbacks = [c for c in FALLBACKS if c.keys() <= flat.keys() and any(flat[k] != c[k] for k in c)]
+  own = flat["encoder.arrangement"]
+  both = [{} if name == own else {"encoder.arrangement": name} for name in ("plain", "packed")]
+  roomy = [has_room(changes) for changes in both]
+  base = best["changes"] if best else both[1]  # the packed one needs less memory
+  for fallback in () if any(roomy) else fallbacks:
+    if fallback == {"zero1": True} and (best or needed - hbm > _momentum(config, num_classes)):
       continue  # minutes of compiling for what cannot be enough
-    if has_room(changes):
+    if has_room({**base, **fallback}):
       break
   batch = config.batch_size
   while best is None and batch % (2 * len(devices)) == 0:
     batch //= 2
     if batch * needed <= config.batch_size * hbm:  # else it cannot fit: what does not grow with the batch comes on top
-      has_room({**cures[-1], "batch_size": batch})
+      has_room({**base, **fallbacks[-1], "batch_size": batch})
   if best is None:
     best = {"topology": topology, "batch_size": config.batch_size, "changes": None}
   return {**best, "refused": refused, "tried": tried}
@@ -172,7 +179,7 @@ def table(row: dict) -> str:
   """A plan for a person."""
   if row["changes"] is None:
     return (
-      f"{row['topology']}: does not fit ({row['refused']}), nor with any of {'; '.join(map(_text, CURES))}, nor with "
+      f"{row['topology']}: does not fit ({row['refused']}), nor with any of {'; '.join(map(_text, FALLBACKS))}, nor with "
       "smaller batches: take a larger topology or a smaller network"
     )
   mib, gib = 2**20, aot.GIB
