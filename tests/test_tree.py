@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -46,6 +47,25 @@ def test_model_imports_only_encoder_and_projector():
 def test_runtime_never_imports_science(path):
   ours = {name for name in imports(path) if name.startswith("simclr_jax")}
   assert all(name.startswith("simclr_jax.runtime") for name in ours), f"{path.stem} imports {ours}"
+
+
+SIMCLRS_OWN = re.compile(
+  r"ntxent|nt_xent|nt-xent|contrastive|knn|views|augment|encoder|projection|resnet|batchnorm", re.I
+)
+
+
+@pytest.mark.parametrize(
+  "path",
+  [p for p in sorted((PACKAGE / "runtime").glob("*.py")) if p.stem not in ("config", "loop")],
+  ids=lambda p: p.stem,
+)
+def test_runtime_knows_nothing_of_what_is_trained(path):
+  assert not SIMCLRS_OWN.findall(path.read_text())
+
+
+def test_files_imports_only_libraries():
+  """What data and report may import of runtime."""
+  assert not {name for name in imports(PACKAGE / "runtime" / "files.py") if name.startswith("simclr_jax")}
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE.parent / "configs").glob("*.py")), ids=lambda p: p.stem)
