@@ -14,7 +14,7 @@ import hashlib, json, os, signal, sys
 sys.path.insert(0, {tests!r})
 import tiny
 import jax
-from simclr_jax import pretrain
+from simclr_jax.programs import pretrain
 from simclr_jax.runtime import config, loop, mesh
 
 workdir, kill_at = sys.argv[1], int(sys.argv[2])
