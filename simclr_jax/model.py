@@ -1,6 +1,5 @@
 """SimCLR = encoder f + projection head g, with a linear classifier that watches h without touching it."""
 
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -114,8 +113,3 @@ def part(tree: TrainState, name: str) -> dict:
 def keep_encoder(state: TrainState) -> dict:
   """What pretraining is for: the variables of f; g and the classifier are discarded."""
   return part(state, "encoder")
-
-
-def count(params) -> int:
-  """Number of scalars in a parameter tree."""
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -196,7 +196,7 @@ def test_values(exported, tmp_path, capsys, monkeypatch):
     assert card["compute"] == "float32" + ", trained in bfloat16" * (trained_in == "bfloat16")
   example = np.load(tmp_path / "out" / formats[0] / "example.npz")
   for name in {"orbax", "safetensors"} & set(formats):  # what load_encoder and --encoder read
-    _, head, _, _ = exporting._of_folder(tmp_path / "out" / name)
+    _, head, _, _ = export._of_folder(tmp_path / "out" / name)
     jax.tree.map(np.testing.assert_array_equal, head, checkpoint.read_tree(exported / "projector"))
     apply, again, _ = simclr_jax.load_encoder(tmp_path / "out" / name)
     jax.tree.map(np.testing.assert_array_equal, again, variables)

@@ -25,7 +25,7 @@ def test_a_wheel_builds_from_the_source_distribution(tmp_path):
   call("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path / "wheel"), str(source))
   (wheel,) = (tmp_path / "wheel").glob("simclr_jax-*.whl")
   names = zipfile.ZipFile(wheel).namelist()
-  assert {"simclr_jax/configs/smoke.py", "simclr_jax/exporting/loaders/verify.py"} <= set(names)
+  assert {"simclr_jax/configs/smoke.py", "simclr_jax/exporting/loaders/verify.py", "simclr_jax/py.typed"} <= set(names)
   assert any(name.endswith(".npz") for name in names)
 
 

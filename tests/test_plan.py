@@ -40,7 +40,7 @@ def test_what_is_read_from_a_program():
     "convolutions, backward": 0,
     "passes over activations, forward": 0,
     "passes over activations, backward": 40,
-    "augmentation, loss, optimizer": 3,
+    "outside the network": 3,
   }
   # The fusions read a (128 bytes) twice and write 128 and 32; b lies in faster memory; the all-reduce reads and writes 32;
   # the copy moves 32.

@@ -7,9 +7,9 @@ import json
 import math
 
 import jax
+from clu.parameter_overview import count_parameters
 
 from simclr_jax import contrast, data, optimizer, report
-from simclr_jax import model as model_lib
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain
 from simclr_jax.runtime import aot, files, metrics
@@ -62,7 +62,7 @@ def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
   source = data.Unseen(num_examples, num_classes)
   step, arguments = PROGRAMS[config_lib.program(config)].abstract_step(config, mesh, source)
   row = {"topology": topology, "batch_size": config.batch_size, "settings": settings(config, mesh)}
-  row["parameters"] = {name: model_lib.count(tree) for name, tree in arguments[0].params.items()}
+  row["parameters"] = {name: int(count_parameters(tree)) for name, tree in arguments[0].params.items()}
   row |= aot.measure(step, arguments, chip=chip, devices=mesh.size)
   steps = optimizer.train_steps(config, num_examples)
   row["steps"] = steps
@@ -168,7 +168,7 @@ def _momentum(config, num_classes):
   """Bytes of the optimizer's state, which ZeRO-1 spreads."""
   source = data.Unseen(config.batch_size, num_classes)
   _, (state, _) = PROGRAMS[config_lib.program(config)].abstract_step(config, mesh_lib.make_mesh(), source)
-  return 4 * model_lib.count(state.params)
+  return 4 * count_parameters(state.params)
 
 
 def _text(changes):

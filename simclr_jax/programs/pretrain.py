@@ -10,6 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu.parameter_overview import count_parameters
 from etils import epath
 
 from simclr_jax import data, exporting, methods, optimizer, report, train_step, views
@@ -229,7 +230,7 @@ def _same_config(config, workdir):
 
 
 def _greet(config, workdir, mesh, source, abstract, task):
-  parts = {name: model_lib.count(tree) for name, tree in abstract.params.items()}
+  parts = {name: int(count_parameters(tree)) for name, tree in abstract.params.items()}
   device = mesh.devices.flat[0]
   print(config_lib.to_json(config))
   print(f"images      {len(source):,} from {config.data.train}, {source.num_classes or 'no'} classes")

@@ -171,7 +171,7 @@ def traffic(hlo: str) -> int:
 def parts(hlo: str) -> dict:
   """{what: cycles} of a compiled train step's schedule: where the compiler's estimate of its time goes.
 
-  An operation that holds a convolution counts as one, with all that the compiler fused into it, BatchNorm's sums for one.
+  An operation that holds a convolution counts as one, with all that the compiler fused into it, sums for statistics too.
   """
   found = dict.fromkeys(PARTS, 0)
   for text in computations(hlo)["ENTRY"]:
@@ -179,7 +179,7 @@ def parts(hlo: str) -> dict:
     name = name[1] if name else ""
     direction = "backward" if "transpose(jvp(" in name else "forward" if re.search(r"jvp\(\w+\)", name) else None
     kind = "convolutions" if re.search(r"conv_general_dilated|dot_general", name) else "passes over activations"
-    found[f"{kind}, {direction}" if direction else "augmentation, loss, optimizer"] += _cost(text)
+    found[f"{kind}, {direction}" if direction else "outside the network"] += _cost(text)
   return found
 
 
@@ -194,7 +194,7 @@ PARTS = (
   "convolutions, backward",
   "passes over activations, forward",
   "passes over activations, backward",
-  "augmentation, loss, optimizer",
+  "outside the network",
 )
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 _FASTER = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\([^}]*\}")  # an array outside of HBM

@@ -4,7 +4,7 @@ import ctypes
 import glob
 import os
 
-# XLA:CPU sends single convolutions down a slow path; without it a ResNet's step takes about half the time.
+# XLA:CPU sends single convolutions down a slow path; without it a step takes about half the time.
 CPU_XLA_FLAGS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 
 _ACCELERATORS = ("/dev/nvidia*", "/dev/accel*", "/dev/vfio*")
@@ -41,7 +41,7 @@ def _keep_freed_memory() -> bool:
   """Lets the temporaries of a step, hundreds of MB, reuse those of the step before.
 
   Otherwise glibc returns them to the kernel after each step, which then has to zero every page anew: a tenth of the
-  time of a ResNet-18 step.
+  time of a step of a small network.
   """
   if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
     return False

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 def make_mesh(devices=None) -> Mesh:
   """A one-axis mesh `data` over `devices` (default: all devices of all processes).
 
-  The axis type is Auto: the compiler places the collectives, so BatchNorm and NT-Xent over the global batch are the
+  The axis type is Auto: the compiler places the collectives, so statistics and losses over the global batch are the
   plain formulas.
   """
   devices = jax.devices() if devices is None else devices
