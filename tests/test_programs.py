@@ -203,6 +203,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, mo
   assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2"]
 
 
+def test_a_step_copies_nothing_between_host_and_device(tmp_path, monkeypatch):
+  """Under JAX's transfer guard, which refuses the numpy batch that the loop places explicitly before the step."""
+  config = tiny.config(train_steps=3)
+  task = pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh())
+  update, refused = loop.Loop.update, []
+
+  def guarded(self, batch):
+    if self.compiled is None:
+      return update(self, batch)
+    with jax.transfer_guard("disallow"):
+      with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        jax.jit(lambda x: x + 1)(np.ones(3))
+      refused.append(self.step)
+      return update(self, batch)
+
+  monkeypatch.setattr(loop.Loop, "update", guarded)
+  options = dict(mesh=mesh_lib.make_mesh(), config_json=config_lib.to_json(config), seed=0)
+  loop.run(task, loop.LoopConfig(log_every=1), workdir=tmp_path, **options)
+  assert refused == [2, 3]
+
+
 def poisoned(task, numbers):
   """The task with batches of these numbers (from 0) turned to NaN."""
 

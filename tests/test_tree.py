@@ -48,8 +48,8 @@ LIFTABLE = {  # these go into another repository alone: their libraries
 STANDARD = {"re", "math", "functools", "typing", "dataclasses", "collections", "itertools"}
 # Words that would mean that the runtime knows what is trained.
 SCIENCE_WORDS = re.compile(
-  r"nt[-_ ]?xent|contrastive|projector|projection head|\bknn\b|\bviews?\b|augment|resnet|simclr(?!_jax| [a-z]+`)|base_lr"
-  r"|encoder\.(?!pyi?\b)|\bz\b|temperature",
+  r"nt[-_ ]?xent|contrastive|projector\.|projection head|\bknn\b|\bviews?\b|augment|resnet|simclr(?!_jax|_HANG|[/:]| [a-z]+`)|base_lr"
+  r"|\bz\b|temperature",
   re.IGNORECASE,
 )
 
