@@ -238,7 +238,7 @@ def test_the_others_do_not_wait_for_one_that_is_gone(shared, inject, victim):
 
 HANG = """
 import time
-from simclr_jax.runtime import data
+from simclr_jax import data
 original = data.Stream.__next__
 calls = 0
 def hang(self):
