@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import struct
 
 import numpy as np
 
@@ -37,7 +36,7 @@ def sniff(data: bytes) -> str | None:
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   """Decodes one JPEG, PNG, WebP, BMP or single-frame GIF to uint8 [h, w, 3], upright.
 
-  Grey, palette and CMYK images become RGB; 16 bits a channel become 8; transparent pixels are laid over white; the
+  Gray, palette and CMYK images become RGB; 16 bits a channel become 8; transparent pixels are laid over white; the
   EXIF orientation is applied.  The size in the header is checked before a pixel is decoded, because a PNG of one
   megabyte can unfold to a gigabyte.
 
@@ -53,26 +52,16 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     raise BadImage(f"not a jpeg, png, webp, bmp or gif: it begins with {bytes(data[:12])!r}")
   if kind == "JPEG":
     return _decode_jpeg(data, jpeg_header(data, max_pixels=max_pixels)[2])
-  try:
-    with Image.open(io.BytesIO(data), formats=(kind,)) as picture:
-      width, height = picture.size
-      if width * height > max_pixels:
-        raise BadImage(f"{width} x {height} pixels in its header, above the limit of {max_pixels}")
-      if getattr(picture, "is_animated", False):
-        raise BadImage(f"animated {kind.lower()} of {picture.n_frames} frames")
-      picture = ImageOps.exif_transpose(picture)
-      if picture.mode.startswith("I"):  # 16-bit grey, whatever its byte order
-        return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
-      if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-      return np.asarray(picture.convert("RGB"))
-  except BadImage:
-    raise
-  except Image.DecompressionBombError as error:  # Pillow's own limit, of 179 million
-    raise BadImage(f"far above the limit of {max_pixels} pixels, by its header: {error}") from error
-  except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, struct.error and more
-    raise BadImage(f"broken {kind.lower()}: {one_line(error)}") from error
+  with _opened(data, kind, max_pixels) as picture:
+    if getattr(picture, "is_animated", False):
+      raise BadImage(f"animated {kind.lower()} of {picture.n_frames} frames")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16-bit gray, whatever its byte order
+      return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+    if picture.has_transparency_data:
+      picture = picture.convert("RGBA")
+      picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.asarray(picture.convert("RGB"))
 
 
 def jpeg_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int, int]:
@@ -81,50 +70,37 @@ def jpeg_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int,
   Raises:
     BadImage: more than `max_pixels` pixels, or no header that gives a size.
   """
-  at, orientation = 2, 1
+  with _opened(data, "JPEG", max_pixels) as picture:
+    (width, height), orientation = picture.size, 1
+    with contextlib.suppress(Exception):  # a damaged tag does not make the pixels bad
+      orientation = picture.getexif().get(_EXIF_ORIENTATION)
+  return height, width, orientation if orientation in _UPRIGHT else 1
+
+
+@contextlib.contextmanager
+def _opened(data, kind, max_pixels):
+  """An image as Pillow opens it, its size checked; whatever goes wrong with it is a BadImage."""
+  from PIL import Image
+
   try:
-    while True:
-      marker, length = struct.unpack_from(">HH", data, at)
-      if marker == 0xFFFF:  # a fill byte
-        at += 1
-      elif marker >> 8 != 0xFF or marker in (0xFFD9, 0xFFDA):
-        raise BadImage("broken jpeg: no size in its header")
-      elif 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):  # a start of frame
-        height, width = struct.unpack_from(">HH", data, at + 5)
-        if width * height > max_pixels:
-          raise BadImage(f"{width} x {height} pixels in its header, above the limit of {max_pixels}")
-        return height, width, orientation
-      elif marker == 0xFF01 or 0xFFD0 <= marker <= 0xFFD8:  # those without a length
-        at += 2
-      else:
-        if marker == 0xFFE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-          orientation = _exif_orientation(data[at + 10 : at + 2 + length])
-        at += 2 + length
-  except struct.error:
-    raise BadImage("broken jpeg: it ends inside its header") from None
-
-
-def _exif_orientation(tiff: bytes) -> int:
-  order = "<" if tiff[:2] == b"II" else ">"
-  with contextlib.suppress(struct.error):  # a damaged tag does not make the pixels bad
-    (directory,) = struct.unpack_from(order + "I", tiff, 4)
-    (count,) = struct.unpack_from(order + "H", tiff, directory)
-    for entry in range(directory + 2, directory + 2 + 12 * count, 12):
-      tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, entry)
-      if tag == _EXIF_ORIENTATION:
-        return value if value in _UPRIGHT else 1
-  return 1
+    with Image.open(io.BytesIO(data), formats=(kind,)) as picture:
+      width, height = picture.size
+      if width * height > max_pixels:
+        raise BadImage(f"{width} x {height} pixels in its header, above the limit of {max_pixels}")
+      yield picture
+  except BadImage:
+    raise
+  except Image.DecompressionBombError as error:  # Pillow's own limit, of 179 million
+    raise BadImage(f"far above the limit of {max_pixels} pixels, by its header: {error}") from error
+  except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, struct.error and more
+    raise BadImage(f"broken {kind.lower()}: {one_line(error)}") from error
 
 
 def _decode_jpeg(data: bytes, orientation: int) -> np.ndarray:
   tf = import_tensorflow()
   if b"\xff\xd9" not in data[-1024:]:  # cut off; TensorFlow would find out too, but writes to stderr that it did
-    from PIL import Image
-
-    try:
-      Image.open(io.BytesIO(data), formats=("JPEG",)).load()
-    except Exception as error:
-      raise BadImage(f"broken jpeg: {one_line(error)}") from error
+    with _opened(data, "JPEG", MAX_PIXELS) as picture:
+      picture.load()
   try:
     # libjpeg-turbo by way of TensorFlow: nearly twice Pillow's speed, without the interpreter's lock, CMYK handled.
     pixels = np.asarray(tf.io.decode_jpeg(data, channels=3))
