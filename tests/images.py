@@ -1,6 +1,9 @@
-"""A folder such as people have: unlabelled photos of several sizes, among them copies, an odd one out, a cut-off file."""
+"""Pictures for tests, in memory and as files."""
 
+import io
 import pathlib
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -8,8 +11,41 @@ from PIL import Image, ImageEnhance
 from simclr_jax import data
 
 
+def gradient(height=24, width=40):
+  """A smooth colour picture, uint8 [height, width, 3], with no symmetry: survives JPEG within a few levels."""
+  y, x = np.mgrid[:height, :width]
+  return np.stack([255 * x / width, 255 * y / height, 128 + 100 * x * y / (width * height)], -1).astype(np.uint8)
+
+
+def encoded(picture, kind, **options):
+  picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+  buffer = io.BytesIO()
+  picture.save(buffer, kind, **options)
+  return buffer.getvalue()
+
+
+def save(path, picture, **options):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(picture).save(path, **options)
+
+
+def numbered(n, size=4):
+  """n images of which image i is all i."""
+  return np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None], (n, size, size)).copy()
+
+
+def png(width, height, depth, colour, raw):
+  """A PNG written by hand, for headers and depths that Pillow does not write."""
+
+  def chunk(name, body):
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+  header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+
+
 def folder(path, count=300, seed=0) -> dict:
-  """Writes `count` JPEGs to `path` and, on top, what a look at the set should find.
+  """A folder such as people have: `count` unlabeled JPEGs of several sizes, and what a look at it should find.
 
   Returns:
     dict(pairs {kind: (file, file)}, outlier, broken): names of files.

@@ -16,10 +16,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from simclr_jax.data import (
-  IMAGE_SUFFIXES,
-  BadImage,
-  Source,
+from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage
+from simclr_jax.data.records import (
   cache_file,
   is_remote,
   load_cache,
@@ -28,6 +26,7 @@ from simclr_jax.data import (
   save_cache,
   scan_tfrecords,
 )
+from simclr_jax.data.sources import Source
 
 IMAGE_KEYS = ("image/encoded", "image", "jpg", "jpeg", "png", "webp", "img", "bytes")
 LABEL_KEYS = ("image/class/label", "label", "cls", "class", "target")
@@ -267,14 +266,6 @@ class ParquetSource(ShardSource):
       raise BadImage(f"no bytes in column {self._image}")
     label = table[self._label_column][place].as_py() if self._label_column else None
     return image, -1 if label is None else int(label)
-
-
-FORMATS = {
-  "tfrecord": TFRecordSource,
-  "array_record": ArrayRecordSource,
-  "webdataset": WebDatasetSource,
-  "parquet": ParquetSource,
-}
 
 
 def write_tfrecord(path: str, items) -> int:

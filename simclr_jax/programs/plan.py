@@ -59,7 +59,7 @@ def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
   chip, devices = aot.topology(topology)
   mesh = mesh_lib.make_mesh(devices)
   mesh_lib.check_divisible(config.batch_size, mesh)
-  source = data.Unseen(num_examples, num_classes)
+  source = data.AbstractSource(num_examples, num_classes)
   step, arguments = PROGRAMS[config_lib.program(config)].abstract_step(config, mesh, source)
   row = {"topology": topology, "batch_size": config.batch_size, "settings": settings(config, mesh)}
   row["parameters"] = {name: int(count_parameters(tree)) for name, tree in arguments[0].params.items()}
@@ -166,7 +166,7 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
 
 def _momentum(config, num_classes):
   """Bytes of the optimizer's state, which ZeRO-1 spreads."""
-  source = data.Unseen(config.batch_size, num_classes)
+  source = data.AbstractSource(config.batch_size, num_classes)
   _, (state, _) = PROGRAMS[config_lib.program(config)].abstract_step(config, mesh_lib.make_mesh(), source)
   return 4 * count_parameters(state.params)
 

@@ -1,0 +1,202 @@
+"""Data sets by number, and what can be made of them: parts, selections, and several joined to one."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from simclr_jax.data.decode import decode, one_line
+from simclr_jax.data.order import permutation
+
+
+class Source:
+  """Images by number.  `class_names` is empty, and `labels` None, where there are no labels."""
+
+  class_names: Sequence[str] = ()
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+  @property
+  def labels(self) -> np.ndarray | None:
+    """int32 [N], or None where there are no labels."""
+    return None
+
+  def several_labels(self) -> np.ndarray | None:
+    """int8 [N, classes] where an image may have several classes: 1, 0, or -1 where it is too difficult to judge."""
+    return None
+
+  def __len__(self) -> int:
+    raise NotImplementedError
+
+  def name(self, i: int) -> str:
+    """What to call image i in a message: its file, or set:index."""
+    raise NotImplementedError
+
+  def item(self, i: int) -> tuple[bytes | np.ndarray, int]:
+    """(image i as it is stored: the bytes of a file, or uint8 [h, w, 3]; its label or -1); raises BadImage."""
+    raise NotImplementedError
+
+  def read(self, i: int) -> np.ndarray:
+    """Image i as uint8 [h, w, 3]; raises BadImage."""
+    return self.read_labelled(i)[0]
+
+  def read_labelled(self, i: int) -> tuple[np.ndarray, int]:
+    """(image i, its label or -1), in one read; raises BadImage."""
+    item, label = self.item(i)
+    return (decode(item) if isinstance(item, bytes) else item), label
+
+
+class ArraySource(Source):
+  """Images in memory.
+
+  Args:
+    images: uint8 [N, h, w], [N, h, w, 1] or [N, h, w, 3]; grey becomes three equal channels when read.
+    labels: integers [N] or [N, 1], >= 0, or None.
+    class_names: names of the labels; by default their numbers.
+    title: what messages call the set.
+  """
+
+  def __init__(self, images, labels=None, *, class_names: Sequence[str] = (), title: str = "array"):
+    images = np.asarray(images)
+    if images.ndim == 3:
+      images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+      raise ValueError(
+        f"{title}: images are {images.dtype} {list(images.shape)}; give uint8 [N, h, w] or [N, h, w, 3], values 0 to 255"
+      )
+    if not len(images):
+      raise ValueError(f"{title}: holds no images; give at least one")
+    if labels is not None:
+      labels = np.asarray(labels)
+      if labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise ValueError(
+          f"{title}: labels are {labels.dtype} {list(labels.shape)} for {len(images)} images; give integers >= 0 of"
+          f" shape [{len(images)}], or none"
+        )
+      labels = labels.reshape(-1).astype(np.int32)
+      class_names = tuple(class_names) or tuple(str(c) for c in range(int(labels.max()) + 1))
+    self.images, self.class_names, self._labels, self._title = images, class_names, labels, title
+
+  @property
+  def labels(self):
+    return self._labels
+
+  def __len__(self):
+    return len(self.images)
+
+  def name(self, i):
+    return f"{self._title}:{i}"
+
+  def item(self, i):
+    return self.gather(np.asarray([i]))[0], -1 if self._labels is None else int(self._labels[i])
+
+  def gather(self, indices: np.ndarray) -> np.ndarray:
+    """The images at int [b] as uint8 [b, h, w, 3]."""
+    images = self.images[indices]
+    return images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
+
+
+class AbstractSource(Source):
+  """A data set of which nothing but its size is known, for planning."""
+
+  def __init__(self, num_examples: int, num_classes: int):
+    self._num_examples = num_examples
+    self.class_names = ("",) * num_classes
+
+  def __len__(self):
+    return self._num_examples
+
+
+class Subset(Source):
+  """`count` images of another source, drawn without replacement by `seed`; all of them, as they are, for count 0."""
+
+  def __init__(self, source: Source, count: int, seed: int):
+    self._source, self.class_names = source, source.class_names
+    chosen = permutation(seed, 0, len(source))[: count or None]
+    self._chosen = np.sort(chosen)
+
+  @property
+  def labels(self):
+    return None if self._source.labels is None else self._source.labels[self._chosen]
+
+  def __len__(self):
+    return len(self._chosen)
+
+  def name(self, i):
+    return self._source.name(int(self._chosen[i]))
+
+  def item(self, i):
+    return self._source.item(int(self._chosen[i]))
+
+
+class Selection(Subset):
+  """The images of another source at `indices` [n], in that order."""
+
+  def __init__(self, source: Source, indices):
+    self._source, self.class_names, self._chosen = source, source.class_names, np.asarray(indices)
+
+
+class Joined(Source):
+  """The images of several sources with the same classes, one source after the other."""
+
+  def __init__(self, sources: Sequence[Source]):
+    self._sources, self.class_names = tuple(sources), sources[0].class_names
+    self._begin = np.cumsum([0, *map(len, sources)])
+
+  @property
+  def labels(self):
+    return None if self._sources[0].labels is None else np.concatenate([s.labels for s in self._sources])
+
+  def __len__(self):
+    return int(self._begin[-1])
+
+  def _locate(self, i):
+    part = int(np.searchsorted(self._begin, i, "right")) - 1
+    return self._sources[part], int(i - self._begin[part])
+
+  def name(self, i):
+    source, j = self._locate(i)
+    return source.name(j)
+
+  def item(self, i):
+    source, j = self._locate(i)
+    return source.item(j)
+
+
+def class_balanced(labels, fraction: float, seed: int) -> np.ndarray:
+  """Sorted indices of a share of every class of labels [n], at least one image of each, drawn by `seed`.
+
+  Of two shares of one seed the smaller is part of the larger.
+  """
+  chosen = []
+  for c in np.unique(labels):
+    members = np.flatnonzero(labels == c)
+    chosen.append(members[permutation(seed, int(c), len(members))][: max(1, round(fraction * len(members)))])
+  return np.sort(np.concatenate(chosen))
+
+
+def open_npz(rest: str) -> ArraySource:
+  path, split = (rest, "") if os.path.exists(rest) or ":" not in rest else rest.rsplit(":", 1)
+  if not os.path.isfile(path):
+    raise ValueError(f"npz:{rest}: there is no file {os.path.abspath(path)}; give the path of an .npz file")
+  images_keys, labels_keys = (("images", "x"), ("labels", "y"))
+  if split:
+    images_keys = (f"{split}_images", f"{split}_x", f"images_{split}", f"x_{split}")
+    labels_keys = (f"{split}_labels", f"{split}_y", f"labels_{split}", f"y_{split}")
+  try:
+    with np.load(path, allow_pickle=False) as arrays:
+      present = list(arrays.keys())
+      image_key = next((key for key in images_keys if key in present), None)
+      label_key = next((key for key in labels_keys if key in present), None)
+      images = arrays[image_key] if image_key else None
+      labels = arrays[label_key] if label_key else None
+  except Exception as error:  # zipfile.BadZipFile, OSError, and ValueError for pickled objects or a plain .npy
+    raise ValueError(f"npz:{rest}: cannot read {path} ({one_line(error)}); save it with numpy.savez") from error
+  if images is None:
+    raise ValueError(
+      f"npz:{rest}: holds the arrays {', '.join(present)}; expected images under {' or '.join(images_keys)} and, if"
+      f" any, labels under {' or '.join(labels_keys)}; name another split as npz:FILE:SPLIT"
+    )
+  return ArraySource(images, labels, title=f"npz:{rest}")

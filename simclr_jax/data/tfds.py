@@ -1,0 +1,150 @@
+"""Prepared sets of TensorFlow Datasets."""
+
+import functools
+import os
+
+import numpy as np
+from etils import epath
+
+from simclr_jax.data.decode import BadImage
+from simclr_jax.data.records import cache_file, load_cache, read_range, save_cache, scan_tfrecords
+from simclr_jax.data.sources import Source
+
+
+class TfdsSource(Source):
+  """A prepared TensorFlow Datasets set, read from its TFRecord shards by byte offset.
+
+  Nothing is shuffled, interleaved or decoded by TFDS: a record is one `pread`, and its encoded image goes through
+  `decode`.  The offsets are found once by hopping from record header to record header and kept in a small file
+  under $XDG_CACHE_HOME (~/.cache), named after the sizes and times of the shards.
+
+  The labels stand inside the records.  `read_labelled` costs nothing extra; `labels` reads the whole split on its
+  first use and then keeps them beside the offsets.
+  """
+
+  def __init__(self, rest: str, data_dir: str | None = None):
+    import tensorflow_datasets as tfds
+
+    name, _, split = rest.partition(":")
+    spec = f"tfds:{rest}"
+    root = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    builder = tfds.builder_from_directory(_prepared_folder(spec, name, root))
+    info = builder.info
+    if info.file_format is not tfds.core.FileFormat.TFRECORD:
+      raise ValueError(
+        f"{spec}: {builder.data_dir} is stored as {info.file_format.value}, which has no reader here; prepare it with"
+        f" tfds build {name} --file_format=tfrecord --data_dir={root}"
+      )
+    self._all_features = dict(info.features.items())
+    self._image_key = _only_feature(spec, info.features, tfds.features.Image, "image")
+    self._label_key = _only_feature(spec, info.features, tfds.features.ClassLabel, "label", required=False)
+    if self._label_key:
+      self.class_names = tuple(info.features[self._label_key].names)
+    try:
+      instructions = info.splits[split or "train"].file_instructions
+    except (KeyError, ValueError, AssertionError) as error:
+      raise ValueError(
+        f"{spec}: no split {split or 'train'!r} in {builder.data_dir}; it has {', '.join(info.splits)}, and slices"
+        " such as train[:10%]"
+      ) from error
+    self._title = f"tfds:{name}:{split or 'train'}"
+    self._shards = [os.fspath(instruction.filename) for instruction in instructions]
+    # Offsets and lengths of whole shards are what is cached; a slice of the split is a view of them.
+    self._cache = cache_file(spec, self._shards)
+    offsets = load_cache(self._cache)
+    if offsets is None:
+      offsets = scan_tfrecords(self._shards)
+      save_cache(self._cache, offsets)
+    self._offsets = offsets
+    kept = []
+    for shard, instruction in enumerate(instructions):
+      (rows,) = np.nonzero(offsets["shard"] == shard)
+      if len(rows) != instruction.examples_in_shard:
+        raise ValueError(
+          f"{spec}: {instruction.filename} holds {len(rows)} records, its description says"
+          f" {instruction.examples_in_shard}; copy or prepare it again"
+        )
+      kept.append(rows[instruction.skip :][: instruction.take if instruction.take >= 0 else None])
+    self._rows = np.concatenate(kept) if kept else np.zeros(0, np.int64)
+    if not len(self._rows):
+      raise ValueError(f"{spec}: the split is empty; choose a larger slice of {', '.join(info.splits)}")
+
+  def __len__(self):
+    return len(self._rows)
+
+  def name(self, i):
+    return f"{self._title}:{i}"
+
+  def item(self, i):
+    features = self._features(self._rows[i])
+    if self._image_key not in features or not features[self._image_key].bytes_list.value:
+      raise BadImage(f"no bytes under {self._image_key!r} in the record")
+    return features[self._image_key].bytes_list.value[0], self._label(features)
+
+  @functools.cached_property
+  def labels(self):
+    if not self._label_key:
+      return None
+    if "labels" not in self._offsets:
+      count = len(self._offsets["shard"])
+      labels = (self._label(self._features(row)) for row in range(count))
+      self._offsets["labels"] = np.fromiter(labels, np.int32, count)
+      save_cache(self._cache, self._offsets)
+    return self._offsets["labels"][self._rows]
+
+  def several_labels(self):
+    """Where the set has a list of classes an image (PASCAL VOC); a class that `labels` names and
+    `labels_no_difficult` does not is there, but too difficult to judge."""
+    import tensorflow_datasets as tfds
+
+    feature = self._all_features.get("labels")
+    if self._label_key or not isinstance(getattr(feature, "feature", None), tfds.features.ClassLabel):
+      return None
+    out = np.zeros((len(self), feature.feature.num_classes), np.int8)
+    for i, row in enumerate(self._rows):
+      features = self._features(row)
+      out[i, list(features["labels"].int64_list.value)] = 1
+      if "labels_no_difficult" in features:
+        easy = set(features["labels_no_difficult"].int64_list.value)
+        out[i, [c for c in features["labels"].int64_list.value if c not in easy]] = -1
+    return out
+
+  def _label(self, features) -> int:
+    return int(features[self._label_key].int64_list.value[0]) if self._label_key else -1
+
+  def _features(self, row):
+    """The tf.train.Example at `row`, as a mapping from names to features."""
+    import tensorflow as tf
+
+    shard, offset, length = (int(self._offsets[key][row]) for key in ("shard", "offset", "length"))
+    record = read_range(self._shards[shard], offset, length)
+    try:
+      return tf.train.Example.FromString(record).features.feature
+    except Exception as error:  # google.protobuf.message.DecodeError, a class of a package we do not depend on
+      raise BadImage(f"broken record at byte {offset} of {self._shards[shard]}") from error
+
+
+def _prepared_folder(spec: str, name: str, root: str) -> str:
+  """The folder of the newest version of the set `name` (name, name/config or with a version) below `root`."""
+  base = epath.Path(root) / name
+  found = sorted(path.parent for below in ("", "*/", "*/*/") for path in base.glob(f"{below}dataset_info.json"))
+  if not found:
+    raise ValueError(
+      f"{spec}: not prepared under {base}; prepare it once, with network access: tfds build {name} --data_dir={root}"
+    )
+  configs = sorted({path.parent.name for path in found if path.parent not in (base, base.parent)})
+  if len(configs) > 1:
+    raise ValueError(f"{spec}: {base} holds several configurations; name one: tfds:{name}/{configs[0]} (of {configs})")
+  return os.fspath(max(found, key=lambda path: [int(part) for part in path.name.split(".") if part.isdigit()]))
+
+
+def _only_feature(spec: str, features, kind: type, usual: str, *, required: bool = True) -> str | None:
+  """The name of the feature of this kind: the usual one, or the only one."""
+  names = [name for name, feature in features.items() if isinstance(feature, kind)]
+  if usual in names:
+    return usual
+  if len(names) == 1:
+    return names[0]
+  if required:
+    raise ValueError(f"{spec}: has {len(names)} features of kind {kind.__name__} ({list(features)}); one is needed")
+  return None

@@ -1,0 +1,86 @@
+"""The programs that look at a data set."""
+
+import numpy as np
+import pytest
+from images import gradient, save
+from PIL import Image
+
+from simclr_jax import __main__ as cli
+from simclr_jax import data
+from simclr_jax.data import shards
+from simclr_jax.programs import data as dataset
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """25 images of two classes, one of them unreadable."""
+  for i in range(25):
+    save(tmp_path / f"set/{'ab'[i % 2]}/{i:02}.jpg", gradient(40 + i, 60), quality=90)
+  (tmp_path / "set/a/02.jpg").write_bytes(b"")
+  return tmp_path / "set"
+
+
+def test_inspect(folder, tmp_path, capsys):
+  assert cli.main(["data", "inspect", f"folder:{folder}", "--output", str(tmp_path / "sheet.png")]) == 0
+  out = capsys.readouterr().out
+  for words in ("25 images", "JPEG 24", "40 x 60 to 64 x 60", "classes        2, 12 to 13", "a/02.jpg: empty file"):
+    assert words in out, words
+  assert Image.open(tmp_path / "sheet.png").size == (768, 288)
+  assert dataset.inspect(f"folder:{folder}", limit=5)["images"] == 25
+
+
+def test_prepare_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, capsys):
+  def prepare(output):
+    return dataset.prepare(f"folder:{folder}", str(tmp_path / output), images_per_shard=10)
+
+  assert prepare("straight") == 24
+  write, calls = shards.write_tfrecord, []
+
+  def dies(path, items):
+    calls.append(path)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return write(path, items)
+
+  monkeypatch.setattr(shards, "write_tfrecord", dies)
+  with pytest.raises(KeyboardInterrupt):
+    prepare("stopped")
+  assert prepare("stopped") == 24 and len(calls) == 4  # the first shard is not written again
+  for path in (tmp_path / "straight").iterdir():
+    if path.name != "prepare.json":
+      assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes(), path.name
+  assert (tmp_path / "straight/unreadable.txt").read_text().endswith("a/02.jpg\tempty file\n")
+  source = data.open_source(f"tfrecord:{tmp_path}/straight")
+  original = data.open_source(f"folder:{folder}")
+  assert source.class_names == ("a", "b") and len(source) == 24 and source.labels.tolist() == [0] * 12 + [1] * 12
+  np.testing.assert_array_equal(source.read(0), original.read(0))
+  assert cli.main(["data", "prepare", f"folder:{folder}", "--output", str(tmp_path / "straight")]) == 1
+  assert "other settings" in capsys.readouterr().err
+
+
+def test_prepare_smaller(folder, tmp_path):
+  dataset.prepare(f"folder:{folder}", str(tmp_path / "small"), short_side=20)
+  source = data.open_source(f"tfrecord:{tmp_path}/small")
+  assert {min(source.read(i).shape[:2]) for i in range(24)} == {20}
+
+
+@pytest.mark.slow
+def test_benchmark_measures_every_stage(folder, capsys):
+  rates = dataset.benchmark(f"folder:{folder}", size=16, seconds=0.1)
+  out = capsys.readouterr().out
+  assert rates["read"] > rates["device"] > 0 and "augment.where=device_crop" in out and "v5e" in out
+
+
+def test_advice_names_the_first_setting_that_suffices():
+  text = dataset.advice({"host": 1.0, "device": 100.0, "device_crop": 300.0}, 224)
+  assert "18 a CPU: augment.where=device\n" in text and "none: smaller files" in text
+
+
+def test_folder_in_memory(folder):
+  images, extent = data.in_memory(data.open_source(f"folder:{folder}"), max_bad_fraction=0.1)
+  assert images.shape == (25, 64, 64, 3) and extent.max(0).tolist() == [64, 60]

@@ -1,0 +1,153 @@
+"""From bytes to pixels, and the reasons for refusing bytes."""
+
+import struct
+
+import numpy as np
+import pytest
+from images import encoded, gradient, png
+from PIL import Image
+
+from simclr_jax import data
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "WEBP", "JPEG"])
+def test_decode_formats(kind):
+  image = gradient()
+  options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}.get(kind, {})
+  decoded = data.decode(encoded(image, kind, **options))
+  assert decoded.shape == image.shape and decoded.dtype == np.uint8
+  error = np.abs(decoded.astype(int) - image).max()
+  assert error <= {"JPEG": 12, "GIF": 80}.get(kind, 0)
+
+
+def test_decode_progressive_jpeg():
+  decoded = data.decode(encoded(gradient(), "JPEG", quality=95, subsampling=0, progressive=True))
+  assert np.abs(decoded.astype(int) - gradient()).max() <= 12
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_decode_grey(kind):
+  grey = gradient()[..., 0]
+  decoded = data.decode(encoded(grey, kind, **({"lossless": True} if kind == "WEBP" else {"quality": 95})))
+  assert decoded.shape == (*grey.shape, 3)
+  assert np.abs(decoded.astype(int) - grey[..., None]).max() <= 4
+  assert (decoded[..., 0] == decoded[..., 1]).all() and (decoded[..., 0] == decoded[..., 2]).all()
+
+
+def test_decode_cmyk_jpeg():
+  """Inks as Pillow writes them (Adobe's inverted convention): pure cyan, magenta, yellow, black and bare paper."""
+  inks = np.zeros((16, 80, 4), np.uint8)
+  for i in range(4):
+    inks[:, 16 * i : 16 * (i + 1), i] = 255
+  decoded = data.decode(encoded(Image.fromarray(inks, "CMYK"), "JPEG", quality=95))
+  expected = np.array([[0, 255, 255], [255, 0, 255], [255, 255, 0], [0, 0, 0], [255, 255, 255]])
+  assert np.abs(decoded[8, 8::16].astype(int) - expected).max() <= 6
+
+
+def test_decode_16_bit_grey_png():
+  values = np.linspace(0, 65535, 24 * 40).reshape(24, 40).astype(np.uint16)
+  decoded = data.decode(encoded(values, "PNG"))
+  np.testing.assert_array_equal(decoded, np.repeat((values // 256).astype(np.uint8)[..., None], 3, -1))
+
+
+def test_decode_16_bit_rgb_png():
+  image = gradient(4, 5)
+  rows = (image.astype(">u2") * 257).reshape(4, -1)
+  decoded = data.decode(png(5, 4, 16, 2, b"".join(b"\0" + row.tobytes() for row in rows)))
+  np.testing.assert_array_equal(decoded, image)
+
+
+def test_decode_palette():
+  palette = Image.fromarray(gradient()).quantize(64)
+  expected = np.asarray(palette.convert("RGB"))
+  np.testing.assert_array_equal(data.decode(encoded(palette, "PNG")), expected)
+  np.testing.assert_array_equal(data.decode(encoded(palette, "GIF")), expected)
+
+
+def test_transparent_pixels_are_laid_over_white():
+  rgba = np.zeros((4, 4, 4), np.uint8)
+  rgba[..., 0] = 200
+  rgba[:2, :, 3] = 255
+  decoded = data.decode(encoded(rgba, "PNG"))
+  assert (decoded[:2] == [200, 0, 0]).all() and (decoded[2:] == 255).all()
+  palette = Image.fromarray(np.repeat([[0, 1]], 2, 0).astype(np.uint8), "P")
+  palette.putpalette([10, 20, 30, 40, 50, 60])
+  decoded = data.decode(encoded(palette, "PNG", transparency=1))
+  assert (decoded[:, 0] == [10, 20, 30]).all() and (decoded[:, 1] == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(kind, orientation):
+  """The stored picture is the upright one transformed; the tag says how to turn it back (Exif 2.3, table 6)."""
+  upright = gradient()
+  stored = {
+    1: upright,
+    2: upright[:, ::-1],
+    3: np.rot90(upright, 2),
+    4: upright[::-1],
+    5: upright.transpose(1, 0, 2),
+    6: np.rot90(upright),
+    7: np.rot90(upright, 2).transpose(1, 0, 2),
+    8: np.rot90(upright, -1),
+  }[orientation]
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  decoded = data.decode(encoded(np.ascontiguousarray(stored), kind, exif=exif, quality=95, subsampling=0))
+  assert decoded.shape == upright.shape
+  assert np.abs(decoded.astype(int) - upright).max() <= 12
+
+
+@pytest.mark.parametrize(
+  "bytes_, reason",
+  [
+    (b"", "empty file"),
+    (b"hello, not an image", "not a jpeg, png.*hello"),
+    (b"<html><body>404</body></html>", "not a jpeg"),
+    (encoded(gradient(), "TIFF"), "not a jpeg"),
+    (encoded(gradient(200, 200), "JPEG")[:1500], "broken jpeg"),
+    (encoded(gradient(200, 200), "JPEG")[:-2], "broken jpeg"),
+    (encoded(gradient(200, 200), "PNG")[:400], "broken png"),
+    (encoded(gradient(), "PNG")[:12], "broken png"),
+    (encoded(gradient(200, 200), "WEBP", lossless=True)[:300], "broken webp"),
+    (encoded(gradient(), "BMP")[:100], "broken bmp"),
+    (png(20000, 20000, 8, 2, b"\0"), r"above the limit of 64000000 pixels.*\(400000000 pixels\)"),
+    (png(9000, 8000, 8, 2, b"\0"), "9000 x 8000 pixels in its header, above the limit of 64000000"),
+  ],
+  ids=[
+    "empty",
+    "text",
+    "html",
+    "tiff",
+    "half a jpeg",
+    "a jpeg without its end",
+    "half a png",
+    "a png header",
+    "half a webp",
+    "half a bmp",
+    "png bomb",
+    "large png",
+  ],
+)
+def test_bad_images(bytes_, reason):
+  with pytest.raises(data.BadImage, match=reason) as raised:
+    data.decode(bytes_)
+  assert "\n" not in str(raised.value) and len(str(raised.value)) < 250
+
+
+def test_jpeg_bomb_is_refused_by_its_header():
+  jpeg = bytearray(encoded(gradient(), "JPEG"))
+  frame = jpeg.index(b"\xff\xc0")  # start of frame: length, precision, height, width
+  jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 60000, 60000)
+  with pytest.raises(data.BadImage, match="above the limit of 64000000"):
+    data.decode(bytes(jpeg))
+  with pytest.raises(data.BadImage, match="40 x 24 pixels.*limit of 100"):
+    data.decode(encoded(gradient(), "JPEG"), max_pixels=100)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_animations_are_refused(kind):
+  frames = [Image.fromarray(np.roll(gradient(), 5 * i, 1)) for i in range(3)]
+  moving = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+  with pytest.raises(data.BadImage, match=f"animated {kind.lower()} of 3 frames"):
+    data.decode(moving)

@@ -1,0 +1,145 @@
+"""Sharded sources."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from images import encoded
+from test_stream import assert_same, crop_like, take
+
+from simclr_jax import data
+from simclr_jax.data import records, shards
+
+N = 30
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def picture(i):
+  return encoded(np.full((9, 12, 3), 8 * i, np.uint8), "PNG")
+
+
+def write_tfrecord(folder):
+  for k in range(3):
+    items = ((picture(i), i % 4, f"{i}") for i in range(10 * k, 10 * k + 10))
+    shards.write_tfrecord(str(folder / f"part-{k}.tfrecord"), items)
+
+
+def write_array_record(folder):
+  import tensorflow as tf
+  from array_record.python import array_record_module
+
+  def feature(value):
+    if isinstance(value, bytes):
+      return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+    return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+
+  for k in range(3):
+    writer = array_record_module.ArrayRecordWriter(str(folder / f"part-{k}.array_record"), "group_size:1")
+    for i in range(10 * k, 10 * k + 10):
+      features = {"image": feature(picture(i)), "label": feature(i % 4)}
+      writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
+    writer.close()
+
+
+def write_webdataset(folder):
+  for k in range(3):
+    with tarfile.open(folder / f"part-{k}.tar", "w") as tar:
+      for i in range(10 * k, 10 * k + 10):
+        for ending, body in (("png", picture(i)), ("cls", str(i % 4).encode()), ("txt", b"a caption")):
+          member = tarfile.TarInfo(f"{i:04}.{ending}")
+          member.size = len(body)
+          tar.addfile(member, io.BytesIO(body))
+
+
+def write_parquet(folder):
+  import pyarrow
+  import pyarrow.parquet
+
+  for k in range(3):
+    rows = range(10 * k, 10 * k + 10)
+    images = [{"bytes": picture(i), "path": f"{i}.png"} for i in rows]
+    table = pyarrow.table({"image": images, "label": [i % 4 for i in rows]})
+    pyarrow.parquet.write_table(table, folder / f"part-{k}.parquet", row_group_size=4)
+
+
+WRITERS = {
+  "tfrecord": write_tfrecord,
+  "array_record": write_array_record,
+  "webdataset": write_webdataset,
+  "parquet": write_parquet,
+}
+
+
+def sharded(kind, tmp_path):
+  folder = tmp_path / kind
+  folder.mkdir()
+  WRITERS[kind](folder)
+  return folder
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_sharded_sources(kind, tmp_path):
+  """Each image and label once, by number; whole folder or pattern; index from the cache the second time."""
+  folder = sharded(kind, tmp_path)
+  source = data.open_source(f"{kind}:{folder}")
+  assert len(source) == N and source.num_classes == 4 and source.labels.tolist() == [i % 4 for i in range(N)]
+  for i in (0, 9, 10, 29):
+    image, label = source.read_labelled(i)
+    assert image.shape == (9, 12, 3) and (image == 8 * i).all() and label == i % 4 and "part-" in source.name(i)
+  batches = take(data.train_stream(source, crop_like, batch_size=10, seed=3), 4)
+  again = data.open_source(f"{kind}:{folder}/part-*")
+  parts = [data.train_stream(again, crop_like, batch_size=10, seed=3, start_step=1, process_index=h, process_count=2) for h in range(2)]  # fmt: skip
+  for batch in batches[1:]:
+    rows = [next(part) for part in parts]
+    for key in ("index", "label", "seed"):
+      np.testing.assert_array_equal(np.concatenate([row[key] for row in rows]), batch[key])
+    np.testing.assert_array_equal(np.concatenate([row["views"]["noise"] for row in rows]), batch["views"]["noise"])
+  assert sorted(np.concatenate([b["index"] for b in batches[:3]])) == list(range(N))
+  with pytest.raises(ValueError, match=f"{kind}:{tmp_path}/none: no shards there"):
+    data.open_source(f"{kind}:{tmp_path}/none")
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "webdataset", "parquet"])
+def test_a_shard_that_disappears_during_a_run(kind, tmp_path, caplog):
+  """Its images are named, counted and replaced up to the share; beyond it the run stops with one line."""
+  folder = sharded(kind, tmp_path)
+  source = data.open_source(f"{kind}:{folder}")
+  assert source.labels is not None
+  stream = data.train_stream(source, crop_like, batch_size=10, seed=0, max_bad_fraction=0.5, bad_file=str(tmp_path / "bad.txt"))  # fmt: skip
+  next(stream)
+  (folder / f"part-1.{kind if kind != 'webdataset' else 'tar'}").unlink()
+  batches = take(stream, 30)
+  assert all(len(batch["index"]) == 10 for batch in batches)
+  if kind != "parquet":  # which has kept the groups of its last images
+    assert not set(range(10, 20)) & set(np.concatenate([b["index"] for b in batches[5:]]).tolist())
+  assert 1 <= len(stream.bad) <= 10 and all("part-1" in name for name in stream.bad)
+  assert len((tmp_path / "bad.txt").read_text().splitlines()) == len(stream.bad)
+  with pytest.raises(ValueError, match="more than the 1 allowed by max_bad_fraction=0.001; .*part-1") as raised:
+    take(data.train_stream(source, crop_like, batch_size=10, seed=0), 9)
+  assert "\n" not in str(raised.value)
+
+
+def test_damaged_shards_are_refused_at_the_start(tmp_path):
+  for kind, name in (("tfrecord", "part-1.tfrecord"), ("webdataset", "part-1.tar"), ("parquet", "part-1.parquet")):
+    folder = sharded(kind, tmp_path)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(b"x" * 700 + whole[700:-700])
+    with pytest.raises(ValueError, match=name) as raised:
+      len(data.open_source(f"{kind}:{folder}"))
+    assert "\n" not in str(raised.value)
+
+
+def test_remote_shards_go_through_tensorflow(tmp_path, monkeypatch):
+  """There is no bucket here: every path is taken for remote, so the same files are read the way gs:// is."""
+  folder = sharded("tfrecord", tmp_path)
+  local = data.open_source(f"tfrecord:{folder}")
+  expected = take(data.train_stream(local, crop_like, batch_size=10, seed=3), 3)
+  for module in (records, shards):
+    monkeypatch.setattr(module, "is_remote", lambda path: True)
+  remote = data.open_source(f"tfrecord:{folder}")
+  assert_same(take(data.train_stream(remote, crop_like, batch_size=10, seed=3), 3), expected)

@@ -1,0 +1,108 @@
+"""Data sets by name: arrays, folders, and what they say when something is missing."""
+
+import os
+
+import numpy as np
+import pytest
+from images import gradient, numbered, save
+
+from simclr_jax import data
+from simclr_jax.data.sets import textures
+
+
+def test_fashion():
+  train, test = data.open_source("fashion:train"), data.open_source("fashion:test")
+  assert (len(train), len(test), train.num_classes) == (10000, 2000, 10)
+  assert train.labels.dtype == np.int32 and train.labels[:5].tolist() == [9, 0, 0, 3, 0]
+  assert test.labels[:5].tolist() == [9, 2, 1, 1, 6]
+  image = train.read(0)
+  assert image.shape == (28, 28, 3) and image.dtype == np.uint8 and (image[..., :1] == image).all()
+  assert train.class_names[9] == "ankle boot" and train.name(7) == "fashion:train:7"
+  # The mean and deviation of all 60,000 are 0.2860 and 0.3530.
+  assert abs(train.images.mean() / 255 - 0.286) < 0.003 and abs(train.images.std() / 255 - 0.353) < 0.003
+
+
+def test_textures_by_name():
+  train, test = data.open_source("textures:train"), data.open_source("textures:test")
+  assert (len(train), len(test), train.read(0).shape) == (5000, 2000, (32, 32, 3))
+  assert data.open_source("textures:train").images is train.images  # drawn once
+  np.testing.assert_array_equal(train.read(12), textures.image(0, 12)[0])
+  np.testing.assert_array_equal(test.read(12), textures.image(1, 12)[0])
+
+
+def test_array_source():
+  grey = data.ArraySource(numbered(3))
+  assert grey.labels is None and grey.num_classes == 0 and grey.read(2).shape == (4, 4, 3) and (grey.read(2) == 2).all()
+  colour = data.ArraySource(np.stack([gradient()] * 2), np.array([[0], [4]]))
+  assert colour.num_classes == 5 and colour.read_labelled(1)[1] == 4
+  for images, labels, message in [
+    (np.zeros((3, 4, 4), np.float32), None, "float32.*give uint8"),
+    (np.zeros((3, 4, 4, 4), np.uint8), None, r"\[3, 4, 4, 4\].*give uint8"),
+    (numbered(3)[:0], None, "no images"),
+    (numbered(3), np.zeros(2, int), "for 3 images"),
+    (numbered(3), np.zeros(3), "float64.*integers"),
+    (numbered(3), np.array([0, -1, 2]), "integers >= 0"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      data.ArraySource(images, labels)
+
+
+def test_npz(tmp_path):
+  file = str(tmp_path / "set.npz")
+  np.savez(file, x=numbered(5), y=np.arange(5), train_images=numbered(3), x_val=numbered(4), y_val=np.arange(4))
+  assert len(data.open_source(f"npz:{file}")) == 5
+  assert data.open_source(f"npz:{file}:train").labels is None
+  assert data.open_source(f"npz:{file}:val").labels.tolist() == [0, 1, 2, 3]
+  with pytest.raises(ValueError, match="holds the arrays x, y, train_images.*expected images under test_images"):
+    data.open_source(f"npz:{file}:test")
+  with pytest.raises(ValueError, match="there is no file .*absent.npz"):
+    data.open_source(f"npz:{tmp_path}/absent.npz:train")
+  (tmp_path / "text.npz").write_text("not a zip file")
+  np.savez(tmp_path / "pickled.npz", x=np.array([{"a": 1}], object))
+  for name in ("text", "pickled"):
+    with pytest.raises(ValueError, match="cannot read .*numpy.savez") as raised:
+      data.open_source(f"npz:{tmp_path}/{name}.npz")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("spec", ["", "fashion", "fashion:valid", "textures:", "folder:", "mnist:train", "tfds", "x"])
+def test_unknown_specs(spec):
+  with pytest.raises(ValueError, match="use ") as raised:
+    data.open_source(spec)
+  assert repr(spec) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_folder_with_labels(tmp_path):
+  for name in ("cat/2.png", "cat/1.jpg", "cat/deep/er/3.bmp", "ant/9.WEBP", ".hidden/1.png", "cat/.4.png"):
+    save(tmp_path / name, gradient())
+  (tmp_path / "empty class").mkdir()
+  (tmp_path / "notes.txt").write_text("not an image")
+  (tmp_path / "cat/loop").symlink_to(tmp_path / "cat")
+  source = data.open_source(f"folder:{tmp_path}")
+  assert source.class_names == ("ant", "cat", "empty class") and source.labels.tolist() == [0, 1, 1, 1]
+  names = [os.path.relpath(source.name(i), tmp_path) for i in range(len(source))]
+  assert names == ["ant/9.WEBP", "cat/1.jpg", "cat/2.png", "cat/deep/er/3.bmp"]
+  np.testing.assert_array_equal(source.read(2), gradient())
+
+
+def test_folder_without_labels(tmp_path):
+  for i in (3, 1, 2):
+    save(tmp_path / f"{i}.png", np.full((4, 4, 3), i, np.uint8))
+  (tmp_path / "nothing").mkdir()
+  source = data.FolderSource(str(tmp_path))
+  assert source.labels is None and source.num_classes == 0
+  assert [source.read(i)[0, 0, 0] for i in range(3)] == [1, 2, 3]
+  assert source.read_labelled(0)[1] == -1
+
+
+def test_folder_errors(tmp_path):
+  with pytest.raises(ValueError, match="no folder .*absent; give the path"):
+    data.open_source(f"folder:{tmp_path}/absent")
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a/x.tiff").write_bytes(b"")
+  with pytest.raises(ValueError, match="no image in .*expected files ending in .jpg"):
+    data.open_source(f"folder:{tmp_path}")
+  save(tmp_path / "a/x.png", gradient())
+  save(tmp_path / "y.png", gradient())
+  with pytest.raises(ValueError, match=r"1 images \(such as y.png\) beside class folders"):
+    data.open_source(f"folder:{tmp_path}")
