@@ -104,7 +104,6 @@ def test_an_export(place):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="report writes through pathlib", raises=FileNotFoundError)
 def test_a_whole_run_in_a_bucket(tmp_path, monkeypatch):
   """But for what Orbax writes, whose arrays go past epath."""
   monkeypatch.chdir(tmp_path)

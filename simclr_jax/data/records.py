@@ -1,6 +1,7 @@
 """Records inside large files: where they lie, found once and cached, and reading one of them."""
 
 import hashlib
+import io
 import logging
 import os
 import pathlib
@@ -10,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from simclr_jax.data.decode import BadImage, one_line
+from simclr_jax.runtime import files
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +95,10 @@ def load_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
 
 
 def save_cache(path: pathlib.Path, arrays: dict[str, np.ndarray]):
-  temporary = path.with_suffix(f".{os.getpid()}.npz")
+  buffer = io.BytesIO()
+  np.savez(buffer, **arrays)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(temporary, **arrays)
-    os.replace(temporary, path)  # whole or not at all, also when several processes do it at once
+    files.write_bytes(path, buffer.getvalue())
   except OSError as error:
     logger.info("no cache of record offsets at %s: %s", path, error)

@@ -136,7 +136,7 @@ def run(workdir=None, table=None, *, step=None, output=None, images: int = 10_00
     title, folder = f"Map of {made.data}", epath.Path(table).parent / "map"
   if len(h) < 2:
     raise ValueError(f"{len(h)} image: a map needs at least two")
-  folder = epath.Path(os.path.abspath(output)) if output else folder
+  folder = files.absolute(output) if output else folder
   names = [source.name(int(i)) for i in index]
   pictures = thumbnails(source, index)
   shown = chart(h, pictures, names, labels if class_names else None, class_names, seed=seed)

@@ -243,7 +243,7 @@ def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, ove
   found = map_lib.anomalies(made.h, pictures)
   map_lib.write(workdir / "map", chart, found)
   listed = epath.Path(f"{table}.unreadable.txt")
-  unreadable = [line.split("\t") for line in listed.read_text().splitlines()] if listed.exists() else []
+  unreadable = [line.split("\t") for line in files.read_text(listed).splitlines()] if listed.exists() else []
   _page(workdir, trained["page"], root, source, why, chart, found, unreadable, time.monotonic() - began)
   checkpoint.mark_complete(workdir, int(trained["state"].step))
   print(chart["note"])

@@ -1,14 +1,13 @@
 """The pages: a run's report, a map, and a comparison of runs. Here data gets the form that templates/ shows."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from simclr_jax.report import charts, pictures, render, tables
 from simclr_jax.report.map import map_data
+from simclr_jax.runtime import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +58,8 @@ def write_report(path, **page):
     confusion=_confusion(page.confusion, page.class_names),
     seconds=seconds,
     total=sum(seconds.values()),
-    files=_files(page.files or {}, Path(path)),
-    folder=Path(os.path.abspath(path)).parent,
+    files=_files(page.files or {}, files.absolute(path)),
+    folder=files.absolute(path).parent,
   )
   render.write_page(path, "report.html", **vars(page) | shown)
 
@@ -136,11 +135,11 @@ def _confusion(confusion, class_names):
   )
 
 
-def _files(files, page):
+def _files(descriptions, page):
   """[(name as seen from the folder of the page, size, description)]."""
-  page, rows = Path(os.path.abspath(page)), []
-  for file, description in files.items():
-    file = Path(os.path.abspath(file))
+  rows = []
+  for file, description in descriptions.items():
+    file = files.absolute(file)
     name = file.relative_to(page.parent) if file.is_relative_to(page.parent) else file
     rows.append((name, "this page" if file == page else _size(file), description))
   return rows
@@ -149,9 +148,13 @@ def _files(files, page):
 def _size(path):
   if not path.exists():
     return "–"
-  size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+  size = _bytes(path)
   for unit in ("B", "kB", "MB"):
     if size < 1000:
       return f"{size:.3g} {unit}"
     size /= 1000
   return f"{size:.3g} GB"
+
+
+def _bytes(path) -> int:
+  return sum(map(_bytes, path.iterdir())) if path.is_dir() else path.stat().length
