@@ -13,7 +13,6 @@ import numpy as np
 from simclr_jax import exporting
 from simclr_jax.evaluation import embed as embed_lib
 from simclr_jax.evaluation import linear
-from simclr_jax.programs import pretrain as program
 from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime import config as config_lib
 
@@ -56,6 +55,8 @@ def pretrain(
   Raises:
     ValueError: a mistake in the arguments, on one line.
   """
+  from simclr_jax.programs import pretrain as program  # TensorFlow, which `embed` and `probe` do without
+
   folder = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
   if isinstance(images, str):
     changes = {"data.train": images, "data.test": "", **changes}
@@ -95,7 +96,7 @@ def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) 
   crop = embed_lib.crop_of(ml_collections.ConfigDict(encoder.card["pretraining"]))
   parts = []
   for start in range(0, len(images), batch_size):
-    views = np.stack([crop(image) for image in images[start : start + batch_size]])
+    views = crop(images[start : start + batch_size])
     padding = [(0, batch_size - len(views)), *[(0, 0)] * 3]  # one shape, one compilation
     parts.append(np.asarray(encoder.apply(np.pad(views, padding)))[: len(views)])
   return np.concatenate(parts) if parts else np.zeros((0, encoder.card["feature_dimension"]), np.float32)
