@@ -94,7 +94,7 @@ def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) 
   crop = embed_lib.crop_of(config_lib.from_dict(encoder.card["pretraining"]))
   parts = []
   for start in range(0, len(images), batch_size):
-    views = np.stack([crop(image) for image in images[start : start + batch_size]])
+    views = crop(images[start : start + batch_size])
     padding = [(0, batch_size - len(views)), *[(0, 0)] * 3]  # one shape, one compilation
     parts.append(np.asarray(encoder.apply(np.pad(views, padding)))[: len(views)])
   return np.concatenate(parts) if parts else np.zeros((0, encoder.card["feature_dimension"]), np.float32)

@@ -45,7 +45,7 @@ def two_views(
     extent: [n, 2] int32, height and width of the images on their canvases.
     seed: [n, 2] int32, one for every example.
     size: side of the views, in pixels.
-    crop_sampler, crop_area, flip, resize: as in augment.two_views, without the kernel "bicubic_tf1".
+    crop_sampler, crop_area, flip, resize: as in augment.two_views.
     precision: of the products, as in jax.lax.dot_general.  A TPU's "default" rounds the operands to bfloat16: errors
       of about half of a 256th; "highest" is float32.
     color_and_blur_options: see `color_and_blur`.
@@ -274,43 +274,83 @@ def random_crops(
   return x / 255
 
 
+def center_crop(images, extent=None, *, size, proportion=0.875, resize="bicubic"):
+  """Evaluation preprocessing: the central square of `proportion` of the shorter side, resized and clipped.
+
+  Args:
+    images: [n, H, W, 3], uint8, or floating point in [0, 1].
+    extent: [n, 2] int32, heights and widths of images that lie in the top left corners; None for whole images.
+    size, proportion, resize: as in augment.center_crop.
+  Returns:
+    [n, size, size, 3] float32 in [0, 1].
+  Raises:
+    ValueError: an option, or the shape or dtype of images, is out of range.
+  """
+  if images.ndim != 4 or images.shape[-1] != 3:
+    raise ValueError(f"images of shape {list(images.shape)}: expected [n, h, w, 3]")
+  if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+    raise ValueError(f"images of dtype {images.dtype}: expected uint8 (0 to 255) or a float type (0 to 1)")
+  if not 0 < proportion <= 1:
+    raise ValueError(f"proportion={proportion!r}: expected above 0 and up to 1; the official value is 0.875")
+  if not isinstance(size, int) or size < 1:
+    raise ValueError(f"size={size!r}: expected a positive integer, the side of the result in pixels")
+  # One box for all is one row here, so one matrix for all below.
+  height, width = (jnp.asarray([images.shape[1:3]]) if extent is None else extent).T
+  side = jnp.round(proportion * jnp.minimum(height, width).astype(jnp.float32)).astype(jnp.int32)
+  side = jnp.maximum(side, 1)
+  rows = resize_matrix((height - side + 1) // 2, side, size, images.shape[1], kind=resize)
+  columns = resize_matrix((width - side + 1) // 2, side, size, images.shape[2], kind=resize)
+  x = images.astype(jnp.float32) / (255 if images.dtype == jnp.uint8 else 1)
+  x = jnp.matmul(rows[:, None], jnp.moveaxis(x, -1, 1), precision="highest")  # [n, 3, size, W]
+  x = jnp.matmul(x, columns[:, None].mT, precision="highest")
+  return jnp.clip(jnp.moveaxis(x, 1, -1), 0, 1)
+
+
 def resize_matrix(start, length, size, canvas, mirrored=False, *, kind="bicubic"):
-  """What a resize without antialiasing, half-pixel centres, is along one axis: a matrix of weights.
+  """What a resize without antialiasing is along one axis: a matrix of weights.
 
   Args:
     start, length: [n] int32, where the pieces to be resized lie on a canvas of `canvas` pixels.
     size: pixels after the resize.
     mirrored: [n] boolean, or one for all: whether the piece is turned round.
-    kind: "bicubic" (Keys' kernel, a = -0.5, its argument rounded to 1/1024 as in TensorFlow's table) or "bilinear".
+    kind: "bicubic", "bicubic_tf1" or "bilinear", see augment.resize_image.  The cubic kernels' argument is rounded to
+      1/1024, as in TensorFlow's table.
   Returns:
-    [n, size, canvas] float32; rows add up to 1, taps beyond the piece are left out.
+    [n, size, canvas] float32; rows add up to 1.  Taps beyond the piece are left out, but for "bicubic_tf1", which
+    repeats the pixel at the edge.
   Raises:
     ValueError: another kind.
   """
-  if kind not in ("bicubic", "bilinear"):
-    raise ValueError(f"resize={kind!r}: expected 'bicubic' or 'bilinear' where the device crops")
+  if kind not in ("bicubic", "bicubic_tf1", "bilinear"):
+    raise ValueError(f"resize={kind!r}: expected one of 'bicubic', 'bicubic_tf1', 'bilinear'")
+  a = -0.75 if kind == "bicubic_tf1" else -0.5
   start, length, mirrored = start[:, None], length[:, None], jnp.reshape(mirrored, (-1, 1))
   pixel = jnp.where(mirrored, jnp.arange(size)[::-1], jnp.arange(size))
-  at = (pixel + 0.5) * (length / jnp.float32(size)) - 0.5  # [n, size]
+  half = 0 if kind == "bicubic_tf1" else 0.5
+  # TensorFlow divides and then rounds a product; large images show it where the compiler multiplies by 1 / size or
+  # fuses the subtraction.  The barrier and the maximum, which changes nothing, keep it from both.
+  scale = length / jax.lax.optimization_barrier(jnp.full(length.shape, size, jnp.float32))
+  at = jnp.maximum((pixel + half) * scale, 0) - half  # [n, size]
   floor = jnp.floor(at)
   fraction = at - floor
-  if kind == "bicubic":
+  if kind != "bilinear":
     fraction = jnp.round(fraction * 1024) / 1024
   first = floor.astype(jnp.int32) - 1
   weights = []  # of the four taps, each [n, size]: small arrays, which the compiler then fuses into the products
   for k in range(4):
     t = jnp.abs(k - 1 - fraction)
-    if kind == "bicubic":
-      near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
+    if kind != "bilinear":
+      near, far = ((a + 2) * t - (a + 3)) * t * t + 1, ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
       weight = jnp.where(t < 1, near, jnp.where(t < 2, far, 0))
     else:
       weight = jnp.maximum(1 - t, 0)
-    weights.append(jnp.where((first + k >= 0) & (first + k < length), weight, 0))
+    inside = (first + k >= 0) & (first + k < length)
+    weights.append(weight if kind == "bicubic_tf1" else jnp.where(inside, weight, 0))
   total = sum(weights)
-  tap = jnp.arange(canvas) - (first + start)[..., None]  # [n, size, canvas]
   matrix = jnp.zeros((), jnp.float32)
   for k, weight in enumerate(weights):
-    matrix = jnp.where(tap == k, (weight / total)[..., None], matrix)
+    tap = start + jnp.clip(first + k, 0, length - 1)  # [n, size]; taps that are left out add 0
+    matrix += jnp.where(jnp.arange(canvas) == tap[..., None], (weight / total)[..., None], 0)
   return matrix
 
 

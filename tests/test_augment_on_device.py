@@ -44,6 +44,24 @@ def seeds(n):
 # ---- the same pixels -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("resize", ["bicubic", "bicubic_tf1", "bilinear"])
+@pytest.mark.parametrize(
+  "height, width, size, proportion",
+  [(28, 28, 28, 1.0), (28, 28, 33, 0.875), (31, 47, 32, 0.875), (120, 97, 15, 0.875), (269, 466, 224, 1.0), (1, 9, 5, 0.3)],
+)  # fmt: skip
+def test_center_crop(resize, height, width, size, proportion):
+  """Whole images, images on larger canvases, and floating-point images: what the host makes of them."""
+  options = dict(size=size, proportion=proportion, resize=resize)
+  crop = jitted(device.center_crop, **options)
+  x = np.random.default_rng(2).integers(0, 256, (2, height, width, 3), np.uint8)
+  expected = np.stack([augment.center_crop(image, **options) for image in x])
+  canvas, extent = np.full((2, height + 5, width + 9, 3), 77, np.uint8), np.tile(np.int32([height, width]), (2, 1))
+  canvas[:, :height, :width] = x
+  for ours in (crop(x), crop(canvas, extent), crop((x / 255).astype(np.float32))):
+    assert ours.dtype == np.float32 and ours.shape == (2, size, size, 3)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("brightness", ["v2", "v1"])
 def test_color_jitter_in_every_order(brightness):
   orders = np.array(list(itertools.permutations(range(4))), np.int32)
@@ -251,7 +269,11 @@ def test_options_switch_off():
     (lambda v: device.color_and_blur(v, seeds(1), brightness="v3"), "brightness='v3'"),
     (lambda v: device.color_and_blur(v, seeds(1), color_order="none"), "color_order='none'"),
     (lambda v: device.color_and_blur(v, seeds(1), blur_prob=2), "blur_prob=2"),
-    (lambda v: device.random_crops(v[:, 0], np.array([[8, 8]]), seeds(1), size=4, resize="bicubic_tf1"), "bicubic_tf1"),
+    (lambda v: device.center_crop(v[:, 0], size=0), "size=0"),
+    (lambda v: device.center_crop(v[:, 0], size=4, proportion=1.5), "proportion=1.5"),
+    (lambda v: device.center_crop(v[0, 0], size=4), "images of shape [8, 8, 3]"),
+    (lambda v: device.center_crop(v[:, 0].astype(int), size=4), "images of dtype int64"),
+    (lambda v: device.random_crops(v[:, 0], np.array([[8, 8]]), seeds(1), size=4, resize="nearest"), "resize='nearest'"),
     (lambda v: device.random_crops(v[:, 0], np.array([[8, 8]]), seeds(1), size=4, crop_sampler="x"), "crop_sampler='x'"),
     (lambda v: device.random_crops(v[:, 0], np.array([[8, 8]]), seeds(1), size=4, crop_area=(0, 1)), "crop_area=(0, 1)"),
   ],

@@ -1,6 +1,7 @@
 """From the bytes of a file to pixels."""
 
 import contextlib
+import functools
 import io
 
 import numpy as np
@@ -115,10 +116,13 @@ def one_line(error: Exception) -> str:
   return text.rpartition("}} ")[2].partition(" [Op:")[0][:200] or type(error).__name__
 
 
+@functools.cache
 def import_tensorflow():
   import tensorflow as tf
 
-  # Parallelism is over images; splitting operations as well only costs.  TensorFlow that runs already keeps its own.
+  # Parallelism is over images; splitting operations as well only costs.  The accelerators are JAX's.  TensorFlow that
+  # runs already keeps its own settings.
   with contextlib.suppress(RuntimeError):
     tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.set_visible_devices([], "GPU")
   return tf

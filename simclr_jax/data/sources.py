@@ -10,9 +10,14 @@ from simclr_jax.data.order import permutation
 
 
 class Source:
-  """Images by number.  `class_names` is empty, and `labels` None, where there are no labels."""
+  """Images by number.
+
+  `class_names` is empty, and `labels` None, where there are no labels.  `array_extent` is the height and width of
+  images that are all in memory and of one size, which `gather` then returns; None for others.
+  """
 
   class_names: Sequence[str] = ()
+  array_extent: tuple[int, int] | None = None
 
   @property
   def num_classes(self) -> int:
@@ -47,6 +52,10 @@ class Source:
     item, label = self.item(i)
     return (decode(item) if isinstance(item, bytes) else item), label
 
+  def gather(self, indices: np.ndarray) -> np.ndarray:
+    """The images at int [b] as uint8 [b, h, w, 3], of a source with an `array_extent`."""
+    raise NotImplementedError
+
 
 class ArraySource(Source):
   """Images in memory.
@@ -78,6 +87,7 @@ class ArraySource(Source):
       labels = labels.reshape(-1).astype(np.int32)
       class_names = tuple(class_names) or tuple(str(c) for c in range(int(labels.max()) + 1))
     self.images, self.class_names, self._labels, self._title = images, class_names, labels, title
+    self.array_extent = images.shape[1:3]
 
   @property
   def labels(self):
@@ -92,8 +102,7 @@ class ArraySource(Source):
   def item(self, i):
     return self.gather(np.asarray([i]))[0], -1 if self._labels is None else int(self._labels[i])
 
-  def gather(self, indices: np.ndarray) -> np.ndarray:
-    """The images at int [b] as uint8 [b, h, w, 3]."""
+  def gather(self, indices):
     images = self.images[indices]
     return images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
 
@@ -129,6 +138,13 @@ class Subset(Source):
 
   def item(self, i):
     return self._source.item(int(self._chosen[i]))
+
+  @property
+  def array_extent(self):
+    return self._source.array_extent
+
+  def gather(self, indices):
+    return self._source.gather(self._chosen[indices])
 
 
 class Selection(Subset):

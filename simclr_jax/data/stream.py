@@ -25,7 +25,7 @@ from etils import epath
 
 from simclr_jax.data.decode import BadImage, import_tensorflow, jpeg_header, sniff
 from simclr_jax.data.order import draws
-from simclr_jax.data.sources import ArraySource, Source
+from simclr_jax.data.sources import Source
 
 logger = logging.getLogger(__name__)
 CHUNK = 16  # images that are read in one call of Python
@@ -129,7 +129,8 @@ def _dataset(
   """
   tf, source = import_tensorflow(), reader.source
   rows = len(draw(steps.start)[0])
-  gathers = isinstance(source, ArraySource)
+  gathers = source.array_extent is not None
+  labels = source.labels if gathers else None
   whole = gathers and transform is None  # batches as they come out of memory
   chunk = rows if whole else min(CHUNK, rows)
 
@@ -143,7 +144,6 @@ def _dataset(
         parts.append([array[cut] for array in draw(steps[step])])
       index, seed = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
       if gathers:
-        labels = source.labels
         label = np.full(len(index), -1, np.int32) if labels is None else labels[index]
         images = source.gather(index)
         extent = np.tile(np.asarray(images.shape[1:3], np.int32), (len(index), 1))
@@ -153,7 +153,7 @@ def _dataset(
 
   def chunks(number):
     tensors = tf.numpy_function(read, [number], [tf.uint8 if gathers else tf.string, *[tf.int32] * 4])
-    shapes = [[None, *source.images.shape[1:3], 3] if gathers else [None], [None, 2], [None, 2], [None], [None]]
+    shapes = [[None, *source.array_extent, 3] if gathers else [None], [None, 2], [None, 2], [None], [None]]
     return tuple(tf.ensure_shape(tensor, shape) for tensor, shape in zip(tensors, shapes, strict=True))
 
   def batch(views, seed, label, index):
@@ -289,6 +289,7 @@ def eval_batches(
   source: Source,
   transform: Callable,
   *,
+  of_arrays: Callable | None = None,
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
@@ -302,6 +303,8 @@ def eval_batches(
 
   Args:
     transform: a TensorFlow function, image uint8 [h, w, 3] -> tensor.
+    of_arrays: the same function of numpy or JAX, [b, h, w, 3] -> [b, ...]; with it images that are in memory need no
+      TensorFlow.
     batch_size: rows of the global batch.
 
   Yields:
@@ -313,7 +316,6 @@ def eval_batches(
   Raises:
     ValueError: more than the allowed share of unreadable images, as in `train_stream`.
   """
-  reader = _Reader(source, max_bad_fraction)
   if batch_size % process_count:
     raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes: use a multiple")
   rows = batch_size // process_count
@@ -321,15 +323,19 @@ def eval_batches(
   places = begin + np.arange(-(-(end - begin) // batch_size) * batch_size)
   places = places.reshape(-1, process_count, rows)[:, process_index]
   wanted = np.minimum(places, end - 1)
-  no_seed = np.zeros((rows, 2), np.int32)
-  batches = Stream(
-    reader,
-    lambda image, seed: transform(image),
-    None,
-    lambda step: (wanted[step], no_seed),
-    range(len(wanted)),
-    workers,
-  )
+  if of_arrays and source.array_extent:
+    label = np.full(len(source), -1, np.int32) if source.labels is None else source.labels
+    batches = ({"views": of_arrays(source.gather(i)), "label": label[i], "index": i.astype(np.int32)} for i in wanted)
+  else:
+    reader, no_seed = _Reader(source, max_bad_fraction), np.zeros((rows, 2), np.int32)
+    batches = Stream(
+      reader,
+      lambda image, seed: transform(image),
+      None,
+      lambda step: (wanted[step], no_seed),
+      range(len(wanted)),
+      workers,
+    )
   for index, place, batch in zip(wanted, places, batches, strict=True):
     padding = place >= end
     batch = {"image": batch["views"], "label": batch["label"], "index": index.astype(np.int32), "read": batch["index"]}
@@ -356,10 +362,10 @@ def in_memory(
   Raises:
     ValueError: more than max_bytes.
   """
-  if isinstance(source, ArraySource):
-    count, shape = len(source), source.images.shape[1:3]
-    _check_fits(count, *shape, max_bytes)
-    return source.gather(np.arange(count)), np.tile(np.asarray(shape, np.int32), (count, 1))
+  if source.array_extent:
+    count = len(source)
+    _check_fits(count, *source.array_extent, max_bytes)
+    return source.gather(np.arange(count)), np.tile(np.asarray(source.array_extent, np.int32), (count, 1))
   reader = _Reader(source, max_bad_fraction, bad_file)
   images = []
   with concurrent.futures.ThreadPoolExecutor(_cores()) as pool:

@@ -1,19 +1,60 @@
-"""Features of a whole data set: every image once, centre-cropped, in order."""
+"""Features of a whole data set: every image once, center-cropped, in order."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 
-from simclr_jax import augment, data
+from simclr_jax import augment_on_device, data
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import processes
 
 CACHE_BYTES = 1 << 30  # evaluation images kept in memory between evaluations, at most
 
 
+_center_crop = jax.jit(augment_on_device.center_crop, static_argnames=("size", "proportion", "resize"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+  """How evaluation crops and resizes images; arguments as in augment.center_crop.
+
+  Arrays are cropped in JAX.  A set whose images have to be decoded anyway is cropped by TensorFlow, image by image on
+  the threads of its stream: the same pixels within 1e-5.
+  """
+
+  size: int
+  proportion: float
+  resize: str = "bicubic"
+
+  def __call__(self, images) -> np.ndarray:
+    """[n, h, w, 3], or a list of [h, w, 3] of several sizes -> float32 [n, size, size, 3] in [0, 1]."""
+    crop = functools.partial(_center_crop, **dataclasses.asdict(self))
+    images = [np.asarray(image) for image in images]
+    if len({(image.shape, image.dtype) for image in images}) == 1:
+      return np.asarray(crop(np.asarray(images)))
+    # On canvases whose sides are powers of two there are few shapes to compile, however many the images have.
+    parts = []
+    for image in images:
+      sides = (1 << (side - 1).bit_length() for side in image.shape[:2])
+      canvas = np.zeros((*sides, *image.shape[2:]), image.dtype)
+      canvas[: image.shape[0], : image.shape[1]] = image
+      parts.append(np.asarray(crop(canvas[None], np.asarray([image.shape[:2]], np.int32))))
+    return np.concatenate(parts)
+
+  def batches(self, source, **options):
+    """`data.eval_batches` of the cropped images."""
+    return data.eval_batches(source, self._in_tensorflow, of_arrays=self, **options)
+
+  def _in_tensorflow(self, image):
+    from simclr_jax import augment
+
+    return augment.center_crop(image, **dataclasses.asdict(self))
+
+
 class EvalSet:
-  """The images of a source as evaluation sees them: float32 [size, size, 3] in [0, 1], centre-cropped.
+  """The images of a source as evaluation sees them: float32 [size, size, 3] in [0, 1], center-cropped.
 
   Sets that fit in CACHE_BYTES are decoded once and kept.
   """
@@ -22,12 +63,9 @@ class EvalSet:
     self, source, *, size: int, crop: float, batch_size: int, resize: str = "bicubic", max_bad_fraction: float = 0.001
   ):
     self.source = source
-    self._size, self._crop, self._resize = size, crop, resize
+    self._crop = Crop(size, crop, resize)
     self._batch_size, self._max_bad_fraction = batch_size, max_bad_fraction
     self._cache = self._rows = self._seen = None
-
-  def _transform(self, image):
-    return augment.center_crop(image, size=self._size, proportion=self._crop, resize=self._resize)
 
   def batches(self):
     """This process's rows of every batch in order: dict(image [b, size, size, 3], label, mask, index [b]); mask is
@@ -35,29 +73,28 @@ class EvalSet:
     if self._cache is not None:
       return iter(self._cache)
     batches = self._noted(
-      data.eval_batches(
+      self._crop.batches(
         self.source,
-        self._transform,
         batch_size=self._batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         max_bad_fraction=self._max_bad_fraction,
       )
     )
-    if len(self.source) * self._size**2 * 12 <= CACHE_BYTES:
+    if len(self.source) * self._crop.size**2 * 12 <= CACHE_BYTES:
       self._cache = list(batches)
       return iter(self._cache)
     return batches
 
   def images(self, rows):
     """float32 [m, size, size, 3] of single rows of the features."""
-    return np.stack([np.asarray(self._transform(self.source.read(int(i)))) for i in self.rows()[rows]])
+    return self._crop([self.source.read(int(i)) for i in self.rows()[rows]])
 
   def pixels(self):
-    """float32 [n, side * side * 3], or [n, side * side] if all is grey: the representation that everything must beat;
+    """float32 [n, side * side * 3], or [n, side * side] if all is gray: the representation that everything must beat;
     images over 64 pixels are averaged down to a side of about 32."""
-    block = 1 if self._size <= 64 else self._size // 32
-    side = self._size // block
+    block = 1 if self._crop.size <= 64 else self._crop.size // 32
+    side = self._crop.size // block
     parts = []
     for batch in self.batches():
       x = batch["image"][:, : side * block, : side * block]
@@ -65,8 +102,9 @@ class EvalSet:
       parts.append(processes.gather_rows(x)[processes.gather_rows(batch["mask"])])
     x = np.concatenate(parts)
     red = x[:, ::3]
-    grey = np.array_equal(red, x[:, 1::3]) and np.array_equal(red, x[:, 2::3])
-    return red if grey else x
+    # The products of a crop may round the channels differently.
+    gray = all(np.allclose(red, x[:, k::3], rtol=0, atol=1e-6) for k in (1, 2))
+    return red if gray else x
 
   def _noted(self, batches):
     """The batches, of which indices, labels and masks are kept: images need not be read again for them."""
@@ -95,14 +133,9 @@ class EvalSet:
     return self._readable()[1]
 
 
-def crop_of(config):
-  """image -> float32 [size, size, 3] in [0, 1], cropped and resized as `config` evaluates."""
-  return functools.partial(
-    augment.center_crop,
-    size=config.augment.size,
-    proportion=config.evaluate.crop,
-    resize=config.augment.resize or "bicubic",
-  )
+def crop_of(config) -> Crop:
+  """How `config` evaluates."""
+  return Crop(config.augment.size, config.evaluate.crop, config.augment.resize or "bicubic")
 
 
 def eval_set(source, config, mesh, *, size=None, crop=None, resize=None, max_bad_fraction=None) -> EvalSet:

@@ -13,7 +13,7 @@ import time
 import numpy as np
 from etils import epath
 
-from simclr_jax import augment, data
+from simclr_jax import data
 from simclr_jax.data import shards
 from simclr_jax.runtime import aot
 from simclr_jax.runtime.progress import duration
@@ -226,6 +226,8 @@ def benchmark(
   Returns:
     {stage: images a second a core}.
   """
+  from simclr_jax import augment  # TensorFlow, which looking at a set may do without
+
   source = data.open_source(spec, data_dir=data_dir)
   crop = dict(size=size, resize=resize)
   batch = max(8, min(64, len(source)))

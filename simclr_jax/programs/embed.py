@@ -84,16 +84,14 @@ class _Work:
 
   def __init__(self, start: trained.Start, source, mesh):
     self._source, self._mesh, self._variables = source, mesh, start.variables["encoder"]
-    self._transform = embed.crop_of(start.config)
+    self._crop = embed.crop_of(start.config)
     self._apply = jax.jit(functools.partial(resnet(**start.encoder).apply, train=False))
     self._batch = -(-min(BATCH, len(source)) // mesh.size) * mesh.size
 
   def part(self, begin: int, end: int) -> dict:
     """The arrays of Features for images `begin` to before `end`, and `bad`, lines about the unreadable ones."""
     h, label, index, bad = [], [], [], []
-    batches = data.eval_batches(
-      self._source, self._transform, batch_size=self._batch, max_bad_fraction=1.0, begin=begin, end=end
-    )
+    batches = self._crop.batches(self._source, batch_size=self._batch, max_bad_fraction=1.0, begin=begin, end=end)
     for batch in batches:
       out = np.asarray(self._apply(self._variables, mesh_lib.global_batch(self._mesh, batch["image"])))
       keep = batch["mask"]
