@@ -15,6 +15,7 @@ from simclr_jax.evaluation import linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain as program
 from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime.errors import UserError
 
 
 class Encoder(NamedTuple):
@@ -69,12 +70,12 @@ def pretrain(
 def _keep(file, images, labels):
   images = np.asarray(images)
   if images.dtype != np.uint8 or images.ndim not in (3, 4):
-    raise ValueError(
+    raise UserError(
       f"images are {images.dtype} {list(images.shape)}: expected uint8 [n, h, w, 3] or [n, h, w], such as "
       "np.uint8(255 * images)"
     )
   if labels is not None and len(labels) != len(images):
-    raise ValueError(f"{len(labels)} labels for {len(images)} images: expected as many")
+    raise UserError(f"{len(labels)} labels for {len(images)} images: expected as many")
   file.parent.mkdir(parents=True, exist_ok=True)
   np.savez(file, images=images, **({} if labels is None else {"labels": np.asarray(labels)}))
   return file
@@ -113,7 +114,7 @@ def probe(h: np.ndarray, labels: np.ndarray, test_h: np.ndarray, test_labels: np
   """
   for name, features, y in (("h", h, labels), ("test_h", test_h, test_labels)):
     if len(features) != len(y):
-      raise ValueError(f"{name} has {len(features)} rows for {len(y)} labels: expected as many")
+      raise UserError(f"{name} has {len(features)} rows for {len(y)} labels: expected as many")
   classes = int(max(np.max(labels), np.max(test_labels))) + 1
   classifier = linear.logistic_regression(np.asarray(h), np.asarray(labels), num_classes=classes)
   right = linear.accuracy(classifier, np.asarray(test_h), np.asarray(test_labels))

@@ -10,6 +10,7 @@ from simclr_jax import augment, exporting, model
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.views import Batch
 
 
 def softmax(x):
@@ -25,7 +26,7 @@ def test_loss_is_equations_2_and_3():
     soft = -np.mean(np.sum(softmax(teacher / temperature) * np.log(softmax(student / temperature)), 1))
     hard = -np.mean(np.log(softmax(student)[[0, 2, 5], [0, 3, 2]]))
     for alpha in (1.0, 0.7):
-      batch = {"label": label, "teacher": teacher}
+      batch = Batch(pixels=None, label=label, index=None, seed=None, teacher=teacher)
       value, metrics = distill.loss(student, batch, temperature=temperature, alpha=alpha)
       assert float(value) == pytest.approx((1 - alpha) * hard + alpha * soft, rel=1e-5)
       assert float(metrics["distillation_loss"]) == pytest.approx(soft, rel=1e-5)

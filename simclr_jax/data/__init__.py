@@ -23,6 +23,7 @@ from simclr_jax.data.sources import (
 )
 from simclr_jax.data.stream import Stream, eval_batches, in_memory, train_stream
 from simclr_jax.data.tfds import TfdsSource
+from simclr_jax.runtime.errors import UserError
 
 __all__ = [
   "MAX_PIXELS", "AbstractSource", "ArrayRecordSource", "ArraySource", "BadImage", "FilesSource", "FolderSource", "Joined",
@@ -57,7 +58,7 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
   kind, _, rest = spec.partition(":")
   if kind in ("fashion", "textures", "textures64"):
     if rest not in ("train", "test"):
-      raise ValueError(f"{spec!r} names no split of {kind}: use {kind}:train or {kind}:test")
+      raise UserError(f"{spec!r} names no split of {kind}: use {kind}:train or {kind}:test")
     return _embedded(kind, rest)
   openers = {
     "npz": open_npz,
@@ -70,7 +71,7 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
     "parquet": ParquetSource,
   }
   if not rest or kind not in openers:
-    raise ValueError(f"{spec!r} is not a data set: use {SPECS}")
+    raise UserError(f"{spec!r} is not a data set: use {SPECS}")
   return openers[kind](rest)
 
 

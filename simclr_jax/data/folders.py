@@ -6,6 +6,7 @@ import numpy as np
 
 from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage
 from simclr_jax.data.sources import Source
+from simclr_jax.runtime.errors import UserError
 
 
 class FolderSource(Source):
@@ -19,7 +20,7 @@ class FolderSource(Source):
   def __init__(self, path: str):
     self._root = os.path.abspath(os.path.expanduser(path))
     if not os.path.isdir(self._root):
-      raise ValueError(f"folder:{path}: there is no folder {self._root}; give the path of a folder of images")
+      raise UserError(f"folder:{path}: there is no folder {self._root}; give the path of a folder of images")
     loose, folders = _scan_folder(self._root)
     self._files, labels = [], []
     for label, folder in enumerate(folders):
@@ -27,12 +28,12 @@ class FolderSource(Source):
       self._files += files
       labels += [label] * len(files)
     if self._files and loose:
-      raise ValueError(
+      raise UserError(
         f"folder:{path}: holds {len(loose)} images (such as {loose[0]}) beside class folders with images; move them"
         " into class folders, or keep images without labels in a folder of their own"
       )
     if not self._files and not loose:
-      raise ValueError(
+      raise UserError(
         f"folder:{path}: no image in {self._root}; expected files ending in {' '.join(IMAGE_SUFFIXES)}, directly"
         " inside or in one sub-folder a class"
       )
@@ -80,10 +81,10 @@ class FilesSource(FolderSource):
   def __init__(self, path: str):
     self._root = os.path.abspath(os.path.expanduser(path))
     if not os.path.isdir(self._root):
-      raise ValueError(f"files:{path}: there is no folder {self._root}; give the path of a folder of images")
+      raise UserError(f"files:{path}: there is no folder {self._root}; give the path of a folder of images")
     self._files, self._labels = _below(self._root, ""), None
     if not self._files:
-      raise ValueError(
+      raise UserError(
         f"files:{path}: no image in or below {self._root}; expected files ending in {' '.join(IMAGE_SUFFIXES)}"
       )
 
@@ -101,5 +102,5 @@ def _scan_folder(path: str) -> tuple[list[str], list[str]]:
         elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
           files.append(entry.name)
   except OSError as error:
-    raise ValueError(f"folder:{path}: cannot be listed ({error.strerror}); check that it may be read") from error
+    raise UserError(f"folder:{path}: cannot be listed ({error.strerror}); check that it may be read") from error
   return sorted(files), sorted(folders)

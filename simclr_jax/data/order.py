@@ -6,6 +6,8 @@ from collections.abc import Callable, Sized
 
 import numpy as np
 
+from simclr_jax.runtime.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +45,7 @@ def draws(
   Arguments as for `train_stream`.  Returns a function, step -> (index int64 [b], seed int32 [b, 2]).
   """
   if batch_size % process_count:
-    raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes: use a multiple")
+    raise UserError(f"batch_size={batch_size} cannot be split over {process_count} processes: use a multiple")
   if batch_size > len(source):
     logger.warning(
       "batch_size=%d exceeds the %d images: every batch repeats images, which then count as negatives of themselves",

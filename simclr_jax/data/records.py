@@ -12,6 +12,7 @@ from etils import epath
 
 from simclr_jax.data.decode import BadImage, one_line
 from simclr_jax.runtime import files
+from simclr_jax.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def scan_tfrecords(shards: Sequence[str]) -> dict[str, np.ndarray]:
         lengths.append(length)
         at += 16 + length
     if at != size:
-      raise ValueError(f"{path}: is cut off or damaged after {at} of {size} bytes; copy or prepare it again")
+      raise UserError(f"{path}: is cut off or damaged after {at} of {size} bytes; copy or prepare it again")
   return {
     "shard": np.asarray(shard_of, np.int32),
     "offset": np.asarray(offsets, np.int64),
@@ -81,7 +82,7 @@ def cache_file(spec: str, shards: Sequence[str]) -> pathlib.Path:
         (path, status.length, status.mtime) if is_remote(path) else (path, status.st_size, status.st_mtime_ns)
       )
   except OSError as error:
-    raise ValueError(f"{spec}: cannot read the shard {error.filename} ({error.strerror}); prepare it again") from error
+    raise UserError(f"{spec}: cannot read the shard {error.filename} ({error.strerror}); prepare it again") from error
   folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "simclr_jax"
   return folder / f"tfrecord-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.npz"
 

@@ -27,6 +27,7 @@ from simclr_jax.data.records import (
   scan_tfrecords,
 )
 from simclr_jax.data.sources import Source
+from simclr_jax.runtime.errors import UserError
 
 IMAGE_KEYS = ("image/encoded", "image", "jpg", "jpeg", "png", "webp", "img", "bytes")
 LABEL_KEYS = ("image/class/label", "label", "cls", "class", "target")
@@ -46,7 +47,7 @@ def find(kind: str, rest: str, suffixes: Sequence[str]) -> list[str]:
   else:
     found = [path] if path.is_file() else list(path.parent.glob(path.name))
   if not found:
-    raise ValueError(
+    raise UserError(
       f"{kind}:{rest}: no shards there; give a folder with *{suffixes[0]}* files, or a pattern such as"
       f" {kind}:/data/train-*"
     )
@@ -64,7 +65,7 @@ class ShardSource(Source):
       self._facts = scan(self._shards)
       save_cache(self._cache, self._facts)
     if not len(self._facts["shard"]):
-      raise ValueError(f"{self._spec}: {len(self._shards)} shards without one image; give others")
+      raise UserError(f"{self._spec}: {len(self._shards)} shards without one image; give others")
 
   def __len__(self):
     return len(self._facts["shard"])
@@ -146,7 +147,7 @@ class ArrayRecordSource(_Examples):
       for path in shards:
         reader = array_record_module.ArrayRecordReader(path)
         if not reader.ok():
-          raise ValueError(f"array_record:{rest}: {path} is not an array_record file, or damaged")
+          raise UserError(f"array_record:{rest}: {path} is not an array_record file, or damaged")
         counts.append(reader.num_records())
         reader.close()
       starts = [np.arange(count) for count in counts]
@@ -203,7 +204,7 @@ def _scan_tars(spec, shards):
           elif ending == "cls":
             labels[key] = int(tar.extractfile(member).read())
     except (tarfile.TarError, ValueError) as error:
-      raise ValueError(f"{spec}: {path} is no plain tar file, or damaged ({error}); make it again") from error
+      raise UserError(f"{spec}: {path} is no plain tar file, or damaged ({error}); make it again") from error
     rows += [(shard, name, offset, size, labels.get(key, -1)) for key, name, offset, size in images]
   columns = list(zip(*rows, strict=True)) or [()] * 5
   kinds = (np.int32, np.str_, np.int64, np.int64, np.int32)
@@ -222,7 +223,7 @@ class ParquetSource(ShardSource):
     try:
       import pyarrow.parquet as parquet
     except ImportError as error:
-      raise ValueError(f"parquet:{rest}: needs pyarrow; pip install pyarrow") from error
+      raise UserError(f"parquet:{rest}: needs pyarrow; pip install pyarrow") from error
     self._parquet, spec = parquet, f"parquet:{rest}"
 
     def scan(shards):
@@ -231,7 +232,7 @@ class ParquetSource(ShardSource):
         try:
           file = parquet.ParquetFile(path)
         except Exception as error:  # pyarrow.ArrowInvalid, OSError
-          raise ValueError(f"{spec}: {path} is no Parquet file, or damaged; make it again") from error
+          raise UserError(f"{spec}: {path} is no Parquet file, or damaged; make it again") from error
         for k in range(file.num_row_groups):
           rows = file.metadata.row_group(k).num_rows
           shard += [number] * rows
@@ -245,7 +246,7 @@ class ParquetSource(ShardSource):
     names = parquet.ParquetFile(self._shards[0]).schema_arrow.names
     self._image = next((key for key in IMAGE_KEYS if key in names), None)
     if self._image is None:
-      raise ValueError(f"{spec}: columns {', '.join(names)}; one of {', '.join(IMAGE_KEYS)} is needed")
+      raise UserError(f"{spec}: columns {', '.join(names)}; one of {', '.join(IMAGE_KEYS)} is needed")
     self._label_column = next((key for key in LABEL_KEYS if key in names), None)
     self._group = functools.lru_cache(maxsize=8)(self._read_group)
 

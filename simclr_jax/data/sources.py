@@ -7,6 +7,7 @@ import numpy as np
 
 from simclr_jax.data.decode import decode, one_line
 from simclr_jax.data.order import permutation
+from simclr_jax.runtime.errors import UserError
 
 
 class Source:
@@ -72,15 +73,15 @@ class ArraySource(Source):
     if images.ndim == 3:
       images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-      raise ValueError(
+      raise UserError(
         f"{title}: images are {images.dtype} {list(images.shape)}; give uint8 [N, h, w] or [N, h, w, 3], values 0 to 255"
       )
     if not len(images):
-      raise ValueError(f"{title}: holds no images; give at least one")
+      raise UserError(f"{title}: holds no images; give at least one")
     if labels is not None:
       labels = np.asarray(labels)
       if labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise ValueError(
+        raise UserError(
           f"{title}: labels are {labels.dtype} {list(labels.shape)} for {len(images)} images; give integers >= 0 of"
           f" shape [{len(images)}], or none"
         )
@@ -196,7 +197,7 @@ def class_balanced(labels, fraction: float, seed: int) -> np.ndarray:
 def open_npz(rest: str) -> ArraySource:
   path, split = (rest, "") if os.path.exists(rest) or ":" not in rest else rest.rsplit(":", 1)
   if not os.path.isfile(path):
-    raise ValueError(f"npz:{rest}: there is no file {os.path.abspath(path)}; give the path of an .npz file")
+    raise UserError(f"npz:{rest}: there is no file {os.path.abspath(path)}; give the path of an .npz file")
   images_keys, labels_keys = (("images", "x"), ("labels", "y"))
   if split:
     images_keys = (f"{split}_images", f"{split}_x", f"images_{split}", f"x_{split}")
@@ -209,9 +210,9 @@ def open_npz(rest: str) -> ArraySource:
       images = arrays[image_key] if image_key else None
       labels = arrays[label_key] if label_key else None
   except Exception as error:  # zipfile.BadZipFile, OSError, and ValueError for pickled objects or a plain .npy
-    raise ValueError(f"npz:{rest}: cannot read {path} ({one_line(error)}); save it with numpy.savez") from error
+    raise UserError(f"npz:{rest}: cannot read {path} ({one_line(error)}); save it with numpy.savez") from error
   if images is None:
-    raise ValueError(
+    raise UserError(
       f"npz:{rest}: holds the arrays {', '.join(present)}; expected images under {' or '.join(images_keys)} and, if"
       f" any, labels under {' or '.join(labels_keys)}; name another split as npz:FILE:SPLIT"
     )

@@ -26,6 +26,7 @@ from etils import epath
 from simclr_jax.data.decode import BadImage, import_tensorflow, jpeg_header, sniff
 from simclr_jax.data.order import draws
 from simclr_jax.data.sources import Source
+from simclr_jax.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 CHUNK = 16  # images that are read in one call of Python
@@ -57,7 +58,7 @@ class _Reader:
         except BadImage as reason:
           self._count(i, str(reason))
       i = (i + 1) % len(self.source)
-    raise ValueError(f"all {len(self.bad)} images are unreadable; the first is {self.source.name(0)} ({self.bad[0]})")
+    raise UserError(f"all {len(self.bad)} images are unreadable; the first is {self.source.name(0)} ({self.bad[0]})")
 
   def stored(self, index: int, canvas: int | None):
     """-> bytes, height and width, label and index of an image for TensorFlow to finish.
@@ -317,7 +318,7 @@ def eval_batches(
     ValueError: more than the allowed share of unreadable images, as in `train_stream`.
   """
   if batch_size % process_count:
-    raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes: use a multiple")
+    raise UserError(f"batch_size={batch_size} cannot be split over {process_count} processes: use a multiple")
   rows = batch_size // process_count
   end = len(source) if end is None else end
   places = begin + np.arange(-(-(end - begin) // batch_size) * batch_size)
@@ -383,7 +384,7 @@ def in_memory(
 
 def _check_fits(count, height, width, max_bytes):
   if count * height * width * 3 > max_bytes:
-    raise ValueError(
+    raise UserError(
       f"{count} images of {height} x {width} pixels are {count * height * width * 3 / 2**30:.1f} GiB, above the"
       f" {max_bytes / 2**30:.1f} GiB that are kept on a device: use augment.where=device_crop"
     )

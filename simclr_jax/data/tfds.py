@@ -9,6 +9,7 @@ from etils import epath
 from simclr_jax.data.decode import BadImage
 from simclr_jax.data.records import cache_file, load_cache, read_range, save_cache, scan_tfrecords
 from simclr_jax.data.sources import Source
+from simclr_jax.runtime.errors import UserError
 
 
 class TfdsSource(Source):
@@ -31,7 +32,7 @@ class TfdsSource(Source):
     builder = tfds.builder_from_directory(_prepared_folder(spec, name, root))
     info = builder.info
     if info.file_format is not tfds.core.FileFormat.TFRECORD:
-      raise ValueError(
+      raise UserError(
         f"{spec}: {builder.data_dir} is stored as {info.file_format.value}, which has no reader here; prepare it with"
         f" tfds build {name} --file_format=tfrecord --data_dir={root}"
       )
@@ -43,7 +44,7 @@ class TfdsSource(Source):
     try:
       instructions = info.splits[split or "train"].file_instructions
     except (KeyError, ValueError, AssertionError) as error:
-      raise ValueError(
+      raise UserError(
         f"{spec}: no split {split or 'train'!r} in {builder.data_dir}; it has {', '.join(info.splits)}, and slices"
         " such as train[:10%]"
       ) from error
@@ -60,14 +61,14 @@ class TfdsSource(Source):
     for shard, instruction in enumerate(instructions):
       (rows,) = np.nonzero(offsets["shard"] == shard)
       if len(rows) != instruction.examples_in_shard:
-        raise ValueError(
+        raise UserError(
           f"{spec}: {instruction.filename} holds {len(rows)} records, its description says"
           f" {instruction.examples_in_shard}; copy or prepare it again"
         )
       kept.append(rows[instruction.skip :][: instruction.take if instruction.take >= 0 else None])
     self._rows = np.concatenate(kept) if kept else np.zeros(0, np.int64)
     if not len(self._rows):
-      raise ValueError(f"{spec}: the split is empty; choose a larger slice of {', '.join(info.splits)}")
+      raise UserError(f"{spec}: the split is empty; choose a larger slice of {', '.join(info.splits)}")
 
   def __len__(self):
     return len(self._rows)
@@ -129,12 +130,12 @@ def _prepared_folder(spec: str, name: str, root: str) -> str:
   base = epath.Path(root) / name
   found = sorted(path.parent for below in ("", "*/", "*/*/") for path in base.glob(f"{below}dataset_info.json"))
   if not found:
-    raise ValueError(
+    raise UserError(
       f"{spec}: not prepared under {base}; prepare it once, with network access: tfds build {name} --data_dir={root}"
     )
   configs = sorted({path.parent.name for path in found if path.parent not in (base, base.parent)})
   if len(configs) > 1:
-    raise ValueError(f"{spec}: {base} holds several configurations; name one: tfds:{name}/{configs[0]} (of {configs})")
+    raise UserError(f"{spec}: {base} holds several configurations; name one: tfds:{name}/{configs[0]} (of {configs})")
   return os.fspath(max(found, key=lambda path: [int(part) for part in path.name.split(".") if part.isdigit()]))
 
 
@@ -146,5 +147,5 @@ def _only_feature(spec: str, features, kind: type, usual: str, *, required: bool
   if len(names) == 1:
     return names[0]
   if required:
-    raise ValueError(f"{spec}: has {len(names)} features of kind {kind.__name__} ({list(features)}); one is needed")
+    raise UserError(f"{spec}: has {len(names)} features of kind {kind.__name__} ({list(features)}); one is needed")
   return None

@@ -31,6 +31,7 @@ from simclr_jax.exporting.folder import read_card, save_export, write_card
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime import config as config_lib
+from simclr_jax.runtime.errors import UserError
 
 # Format -> (the module below exporting/, an optional package that writes it, the packages that read it).
 FORMATS = {
@@ -223,7 +224,7 @@ def prove(folder, export: Export, python: str):
     try:
       done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
     except OSError as error:
-      raise ValueError(f"--python={python} does not start ({error.strerror})") from None
+      raise UserError(f"--python={python} does not start ({error.strerror})") from None
   if missing := re.search(r"^ModuleNotFoundError: No module named '([\w.]+)'", done.stderr, re.M):
     install = " ".join(FORMATS[export.format][2])
     reason = f"not verified: {missing[1]} is not installed"
@@ -232,9 +233,9 @@ def prove(folder, export: Export, python: str):
   if found and not done.returncode:
     return found[0], found[0]
   if found:
-    raise ValueError(f"{export.format}: what was written is not this encoder, so it is not kept: {found[0]}")
+    raise UserError(f"{export.format}: what was written is not this encoder, so it is not kept: {found[0]}")
   why = " ".join(((done.stderr or done.stdout).strip() or "it printed nothing").split("\n")[-1].split())[:300]
-  raise ValueError(f"{export.format}: load.py fails in {python}, so nothing is kept: {why}")
+  raise UserError(f"{export.format}: load.py fails in {python}, so nothing is kept: {why}")
 
 
 def load_encoder(path):
@@ -258,7 +259,7 @@ def load_encoder(path):
     variables = read_safetensors(path).get("encoder", {})
     checkpoint.compare(variables, like, path)
   else:
-    raise ValueError(f"{path} is an export to {kind}: its load.py opens it; load_encoder reads orbax and safetensors")
+    raise UserError(f"{path} is an export to {kind}: its load.py opens it; load_encoder reads orbax and safetensors")
   encoder = resnet(**arguments | {"dtype": "float32"})
   apply = jax.jit(lambda images: encoder.apply(variables, jnp.asarray(images, jnp.float32), train=False))
   return apply, variables, card

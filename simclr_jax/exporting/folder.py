@@ -8,6 +8,7 @@ import json
 from etils import epath
 
 from simclr_jax.runtime import checkpoint, files
+from simclr_jax.runtime.errors import UserError
 
 SCHEMA_VERSION = 2  # of card.json, docs/card.schema.json; version 1 called the key card_version
 
@@ -20,12 +21,12 @@ def check_vacant(path, *, overwrite: bool) -> epath.Path:
   """
   path = files.absolute(path)
   if path.exists() and not path.is_dir():
-    raise ValueError(f"{path} is a file: name a folder")
+    raise UserError(f"{path} is a file: name a folder")
   if path.exists() and any(path.iterdir()):
     if not overwrite:
-      raise ValueError(f"{path} is not empty: add --overwrite or name another folder")
+      raise UserError(f"{path} is not empty: add --overwrite or name another folder")
     if not (path / "card.json").exists():
-      raise ValueError(f"{path} has no card.json, so it is no export: delete it yourself")
+      raise UserError(f"{path} has no card.json, so it is no export: delete it yourself")
   return path
 
 
@@ -43,7 +44,7 @@ def save_export(path, fill, *, overwrite: bool = False) -> epath.Path:
       temporary.rmtree()
     temporary.mkdir(parents=True)
   except OSError as error:
-    raise ValueError(f"{path} cannot be written ({error.strerror or error}): name another folder") from None
+    raise UserError(f"{path} cannot be written ({error.strerror or error}): name another folder") from None
   try:
     fill(temporary)
     checkpoint.seal(temporary)
@@ -76,10 +77,10 @@ def read_card(path) -> dict:
   path = files.absolute(path)
   card_path = path / "card.json"
   if not card_path.exists():
-    raise ValueError(f"{path} is no exported encoder (card.json is missing): give the folder `simclr export` wrote")
+    raise UserError(f"{path} is no exported encoder (card.json is missing): give the folder `simclr export` wrote")
   card = json.loads(card_path.read_text())
   version = card.get("schema_version", card.get("card_version"))
   if version not in range(1, SCHEMA_VERSION + 1):
-    raise ValueError(f"{card_path}: schema_version {version}, this package reads 1 to {SCHEMA_VERSION}")
+    raise UserError(f"{card_path}: schema_version {version}, this package reads 1 to {SCHEMA_VERSION}")
   checkpoint.verify(path)
   return card

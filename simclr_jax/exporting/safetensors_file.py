@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from simclr_jax.exporting import orbax_folder
 from simclr_jax.runtime import files
+from simclr_jax.runtime.errors import UserError
 
 WEIGHTS = "model.safetensors"
 
@@ -29,5 +30,5 @@ def read(path) -> dict:
     with files.local(path) as local:
       tensors = load_file(local)
   except (SafetensorError, OSError) as error:
-    raise ValueError(f"{path} is no complete safetensors file ({error}): export it again") from None
+    raise UserError(f"{path} is no complete safetensors file ({error}): export it again") from None
   return traverse_util.unflatten_dict(tensors, sep="/")

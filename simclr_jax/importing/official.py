@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from simclr_jax.encoder import DEPTHS, resnet
+from simclr_jax.runtime.errors import UserError
 
 _LEAVES = {
   "kernel": ("params", "kernel"),
@@ -63,7 +64,7 @@ def load(path, *, ema: bool = False):
   names, read, kind = _open(path)
   has_ema = any(name.startswith(_EMA) for name in names)
   if ema and not has_ema:
-    raise ValueError(f"{path}: holds no {_EMA} variables: leave --ema out")
+    raise UserError(f"{path}: holds no {_EMA} variables: leave --ema out")
   found, left = {"encoder": {}, "projector": {}, "classifier": {}}, []
   for name, shape in names.items():
     if _STATE.search(name) or name.startswith(_EMA) != ema and name.startswith((_EMA, "base_model/", "head_contr")):
@@ -74,7 +75,7 @@ def load(path, *, ema: bool = False):
     else:
       found[key[0]][key[1:]] = (name, shape)
   if not found["encoder"]:
-    raise ValueError(f"{path}: holds no variable of a ResNet of google-research/simclr; the first is {_some(names)}")
+    raise UserError(f"{path}: holds no variable of a ResNet of google-research/simclr; the first is {_some(names)}")
   encoder_config, wanted = _architecture(found["encoder"])
   problems = [f"unknown {_some(left)}"] if left else []
   problems += _differences(found["encoder"], wanted)
@@ -85,7 +86,7 @@ def load(path, *, ema: bool = False):
   wanted_classifier = {("kernel",): (None, (width, classes)), ("bias",): (None, (classes,))} if classes else {}
   problems += _differences(found["classifier"], wanted_classifier)
   if problems:
-    raise ValueError(f"{path}: does not fit a {title(encoder_config)}, the nearest network: " + "; ".join(problems))
+    raise UserError(f"{path}: does not fit a {title(encoder_config)}, the nearest network: " + "; ".join(problems))
 
   def fill(part, wanted):
     flat = {target: np.asarray(read(found[part][key][0]), np.float32) for key, (target, _) in wanted.items()}
@@ -123,7 +124,7 @@ def _open(path):
   try:
     reader = tf.train.load_checkpoint(f"{path}/variables/variables" if saved_model else str(path))
   except (tf.errors.OpError, ValueError, RuntimeError):
-    raise ValueError(
+    raise UserError(
       f"{path}: no checkpoint; give the part before .index of a checkpoint's files, or a folder with saved_model.pb"
     ) from None
   shapes = {key: tuple(shape) for key, shape in reader.get_variable_to_shape_map().items()}
@@ -183,7 +184,7 @@ def _architecture(found):
     config = dict(depth=depth, width=width, sk_ratio=sk_ratio, se_ratio=se_ratio, stem=stem, dtype="float32")
     candidates.append((abs(convs - kernels), config))
   if not candidates:
-    raise ValueError(f"the first convolution is {list(stem_kernel)}: expected 3x3 or 7x7")
+    raise UserError(f"the first convolution is {list(stem_kernel)}: expected 3x3 or 7x7")
   nearest = min(distance for distance, _ in candidates)
   fits = []
   for config in (config for distance, config in candidates if distance == nearest):

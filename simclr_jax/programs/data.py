@@ -16,6 +16,7 @@ from etils import epath
 from simclr_jax import data
 from simclr_jax.data import shards
 from simclr_jax.runtime import aot
+from simclr_jax.runtime.errors import UserError
 from simclr_jax.runtime.progress import duration
 
 FLOPS = 49.2e9  # of one ResNet-50 step on the two 224-pixel views of an image, forward and backward
@@ -157,7 +158,7 @@ def prepare(
   }  # fmt: skip
   plan = folder / "prepare.json"
   if plan.exists() and json.loads(plan.read_text()) != settings:
-    raise ValueError(f"{folder} holds shards of other settings ({plan.read_text()}); use another --output")
+    raise UserError(f"{folder} holds shards of other settings ({plan.read_text()}); use another --output")
   plan.write_text(json.dumps(settings))
   if source.num_classes:
     (folder / shards.CLASSES).write_text(json.dumps(list(source.class_names)))

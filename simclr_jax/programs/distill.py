@@ -17,6 +17,7 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, trained
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 
 
 def distillation(logits, teacher_logits, temperature: float):
@@ -51,9 +52,7 @@ class Teacher:
   def __init__(self, path: str):
     opened = trained.open_start(path)
     if "classifier" not in opened.variables:
-      raise ValueError(
-        f"config.teacher={path}: holds no classifier; name a run of simclr finetune, or what it exported"
-      )
+      raise UserError(f"config.teacher={path}: holds no classifier; name a run of simclr finetune, or what it exported")
     self.num_classes = opened.variables["classifier"]["params"]["bias"].shape[0]
     names = ("encoder", "classifier") + ("projector",) * bool(opened.tap)
     self.variables = {
@@ -115,7 +114,7 @@ def _logits(config, teacher, source, mesh):
   images = embed.eval_set(source, config, mesh)
   out = embed.embed(jax.jit(teacher.apply), teacher.variables, images, mesh)
   if len(out) != len(source):
-    raise ValueError(f"config.cache=True: {len(source) - len(out)} images are unreadable; remove them, or set it False")
+    raise UserError(f"config.cache=True: {len(source) - len(out)} images are unreadable; remove them, or set it False")
   return out
 
 
@@ -131,7 +130,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   teacher = Teacher(config.teacher)
   source, test = finetune.open_data(config)
   if teacher.num_classes != source.num_classes:
-    raise ValueError(
+    raise UserError(
       f"config.teacher={config.teacher} knows {teacher.num_classes} classes, data.train={config.data.train} has "
       f"{source.num_classes}: name the data it was fine-tuned on"
     )

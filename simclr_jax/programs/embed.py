@@ -21,6 +21,7 @@ from simclr_jax.evaluation import embed, features
 from simclr_jax.programs import trained
 from simclr_jax.runtime import files, processes
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 from simclr_jax.runtime.progress import duration
 
 BATCH = 256
@@ -41,11 +42,11 @@ def run(
   output = files.absolute(output)
   features.check_output(output)
   if images_per_part < 1:
-    raise ValueError(f"--images_per_part={images_per_part}: expected at least 1")
+    raise UserError(f"--images_per_part={images_per_part}: expected at least 1")
   if output.exists() and not overwrite:
-    raise ValueError(f"--output={output} exists: add --overwrite or name another file")
+    raise UserError(f"--output={output} exists: add --overwrite or name another file")
   if not any((files.absolute(encoder) / name).exists() for name in ("card.json", "config.json")):
-    raise ValueError(f"--encoder={encoder}: neither a run (config.json) nor an export (card.json)")
+    raise UserError(f"--encoder={encoder}: neither a run (config.json) nor an export (card.json)")
   start = trained.open_start(encoder)
   source = data.open_source(spec, data_dir=data_dir)
   mesh = mesh_lib.make_mesh(jax.local_devices())
@@ -74,7 +75,7 @@ def run(
 def _claim(folder, settings):
   plan = folder / "embed.json"
   if plan.exists() and json.loads(plan.read_text()) != settings:
-    raise ValueError(f"{folder} holds parts of other settings ({plan.read_text()}): delete it or name another --output")
+    raise UserError(f"{folder} holds parts of other settings ({plan.read_text()}): delete it or name another --output")
   folder.mkdir(parents=True, exist_ok=True)
   files.write_text(plan, json.dumps(settings))
 

@@ -14,6 +14,7 @@ from simclr_jax.encoder import resnet
 from simclr_jax.exporting.folder import check_vacant
 from simclr_jax.programs import config as config_lib
 from simclr_jax.runtime import checkpoint, files
+from simclr_jax.runtime.errors import UserError
 
 
 def run(
@@ -52,13 +53,13 @@ def run(
   for name, path in targets.items():
     check_vacant(path, overwrite=overwrite)
     if exporting.FORMATS[name][1] and not importlib.util.find_spec(exporting.FORMATS[name][1]):
-      raise ValueError(f"--format={name} needs {exporting.FORMATS[name][1]}: pip install 'simclr_jax[export]'")
+      raise UserError(f"--format={name} needs {exporting.FORMATS[name][1]}: pip install 'simclr_jax[export]'")
   variables, projector, config, facts = _of_folder(encoder) if encoder else _of_run(workdir, step, head)
   facts |= {"licence": licence} if licence else {}
   if encoder and step is not None:
-    raise ValueError(f"--step={step}: a folder holds one encoder; it belongs to --workdir")
+    raise UserError(f"--step={step}: a folder holds one encoder; it belongs to --workdir")
   if head and not projector:
-    raise ValueError(f"{encoder or workdir} has no projection head: leave --head out")
+    raise UserError(f"{encoder or workdir} has no projection head: leave --head out")
   variables, projector = (jax.tree.map(np.asarray, tree) for tree in (variables, projector if head else None))
   example = None
   for name, path in targets.items():
@@ -81,9 +82,9 @@ def _checked(formats) -> list:
     if name not in exporting.FORMATS:
       near = difflib.get_close_matches(name, exporting.FORMATS, n=1)
       hint = f"did you mean {near[0]}? Known are" if near else "expected"
-      raise ValueError(f"--format={name}: {hint} {', '.join(exporting.FORMATS)}, or all")
+      raise UserError(f"--format={name}: {hint} {', '.join(exporting.FORMATS)}, or all")
   if not formats:
-    raise ValueError(f"--format is empty: expected {', '.join(exporting.FORMATS)}, or all")
+    raise UserError(f"--format is empty: expected {', '.join(exporting.FORMATS)}, or all")
   return formats
 
 
@@ -92,7 +93,7 @@ def _of_run(workdir, step, head):
   config = config_lib.from_json(checkpoint.read_config(workdir))
   made_by = config_lib.program(config)
   if made_by != "pretrain":
-    raise ValueError(
+    raise UserError(
       f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={files.absolute(workdir) / 'encoder'}"
     )
   like = jax.eval_shape(

@@ -25,6 +25,7 @@ from simclr_jax.programs import trained
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, errors, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 
 ADVICE = "lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
 
@@ -42,9 +43,9 @@ def resolve(config):
     config = config_lib.replace(config, {**networks, "augment.resize": resize})
   layers = {"nonlinear": config.projector.layers, "linear": 1, "none": 0}[config.projector.kind]
   if config.tap > layers:
-    raise ValueError(f"config.tap={config.tap}: start={config.start or 'nothing'} has {layers} layers in its head")
+    raise UserError(f"config.tap={config.tap}: start={config.start or 'nothing'} has {layers} layers in its head")
   if start and config.tap and "projector" not in start.variables:
-    raise ValueError(f"config.tap={config.tap}: {config.start} holds no projection head; use tap 0")
+    raise UserError(f"config.tap={config.tap}: {config.start} holds no projection head; use tap 0")
   return config, start
 
 
@@ -130,14 +131,14 @@ def choose(source, labels) -> np.ndarray:
     ValueError: the source has no labels, or a name of the list is not in it.
   """
   if not source.num_classes:
-    raise ValueError("data.train has no labels: name a labelled set with --config.data.train=...")
+    raise UserError("data.train has no labels: name a labelled set with --config.data.train=...")
   if not labels.list:
     return data.class_balanced(source.labels, labels.fraction, labels.seed)
   wanted = epath.Path(labels.list).read_text().split()
   at = {os.path.basename(source.name(i)): i for i in range(len(source))}
   missing = [name for name in wanted if name not in at]
   if missing:
-    raise ValueError(
+    raise UserError(
       f"labels.list={labels.list}: {len(missing)} of {len(wanted)} names are not in data.train, such as {missing[0]}"
     )
   return np.sort([at[name] for name in wanted])
@@ -147,7 +148,7 @@ def choose(source, labels) -> np.ndarray:
 def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=None) -> loop.Task:
   """A resolved config and the labelled images as the loop wants them."""
   if config.batch_size > len(source):
-    raise ValueError(f"batch_size={config.batch_size} exceeds the {len(source)} training images: lower it")
+    raise UserError(f"batch_size={config.batch_size} exceeds the {len(source)} training images: lower it")
   model = create(config, source.num_classes)
   tx, schedule = optimizer_of(config, len(source))
 
@@ -275,7 +276,7 @@ def open_data(config):
   source = data.open_source(config.data.train, data_dir=config.data.data_dir or None)
   test = data.open_source(config.data.test, data_dir=config.data.data_dir or None)
   if test.num_classes != source.num_classes or not test.num_classes:
-    raise ValueError(
+    raise UserError(
       f"data.train={config.data.train} has {source.num_classes} classes and data.test={config.data.test} "
       f"{test.num_classes}: name two labelled splits of one data set"
     )

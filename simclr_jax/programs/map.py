@@ -14,6 +14,7 @@ from simclr_jax import data, report
 from simclr_jax.evaluation import clusters, embed, features
 from simclr_jax.programs import trained
 from simclr_jax.runtime import files
+from simclr_jax.runtime.errors import UserError
 
 
 def thumbnails(source, index) -> np.ndarray:
@@ -118,7 +119,7 @@ def run(workdir=None, table=None, *, step=None, output=None, images: int = 10_00
   """
   began = time.monotonic()
   if bool(workdir) == bool(table):
-    raise ValueError("give one of --workdir=RUN and --features=FILE")
+    raise UserError("give one of --workdir=RUN and --features=FILE")
   if workdir:
     opened = trained.TrainedRun(workdir, step=step, overrides=overrides)
     spec = opened.config.data.test or opened.config.data.train
@@ -135,7 +136,7 @@ def run(workdir=None, table=None, *, step=None, output=None, images: int = 10_00
     h, labels, index, class_names = made.h[rows], made.label[rows], made.index[rows], source.class_names
     title, folder = f"Map of {made.data}", epath.Path(table).parent / "map"
   if len(h) < 2:
-    raise ValueError(f"{len(h)} image: a map needs at least two")
+    raise UserError(f"{len(h)} image: a map needs at least two")
   folder = files.absolute(output) if output else folder
   names = [source.name(int(i)) for i in index]
   pictures = thumbnails(source, index)

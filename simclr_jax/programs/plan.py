@@ -14,6 +14,7 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain
 from simclr_jax.runtime import aot, files, metrics
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 
 PROGRAMS = {"pretrain": pretrain, "finetune": finetune, "distill": distill}
 # Of data sets that are planned for before they are at hand: images, classes.
@@ -47,7 +48,7 @@ def size_of(config) -> tuple[int, int]:
   except ValueError as error:
     if config.data.train in KNOWN:
       return KNOWN[config.data.train]
-    raise ValueError(f"{error}; or give --num_examples and --num_classes") from None
+    raise UserError(f"{error}; or give --num_examples and --num_classes") from None
 
 
 def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
@@ -294,7 +295,7 @@ def draw(path, rows):
   """An SVG of what bounds each step, of the plans that fit."""
   rows = [row for row in rows if row["changes"] is not None]
   if not rows:
-    raise ValueError(f"--picture={path}: nothing fits, there is no step to draw")
+    raise UserError(f"--picture={path}: nothing fits, there is no step to draw")
   report.step_times_svg(files.absolute(path), rows)
 
 

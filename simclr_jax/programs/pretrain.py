@@ -21,6 +21,7 @@ from simclr_jax.programs import scores
 from simclr_jax.runtime import checkpoint, errors, files, loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
+from simclr_jax.runtime.errors import UserError
 
 SHOW = {"contrastive_accuracy": "contrastive acc %", "online_accuracy": "online %", "knn": "kNN %"}
 ADVICE = "lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
@@ -184,7 +185,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
 def _check_batch(config, mesh):
   mesh_lib.check_divisible(config.batch_size, mesh)
   if config.batch_size % (config.microbatches * mesh.size):
-    raise ValueError(
+    raise UserError(
       f"microbatches={config.microbatches}: batch_size={config.batch_size} on {mesh.size} devices has "
       f"{config.batch_size // mesh.size} images a device, which is no multiple"
     )
@@ -195,7 +196,7 @@ def _open_data(config):
   train, test = config.data.train, config.data.test or config.data.train
   train_source, test_source = (data.open_source(spec, data_dir=config.data.data_dir or None) for spec in (train, test))
   if test_source.num_classes != train_source.num_classes:
-    raise ValueError(
+    raise UserError(
       f"data.train={train} has {train_source.num_classes} classes and data.test={test} "
       f"{test_source.num_classes}: name two splits of one data set, or set data.test=''"
     )

@@ -19,6 +19,7 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import trained
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 
 
 @flax.struct.dataclass
@@ -54,7 +55,7 @@ def make_task(opened: trained.TrainedRun, source) -> loop.Task:
   """SGD-Nesterov, momentum 0.9, base_lr * batch / 256 with cosine decay and no warm-up, crop+flip (App. B.6)."""
   c = opened.config
   if c.probe.batch_size > len(source):
-    raise ValueError(f"probe.batch_size={c.probe.batch_size} exceeds the {len(source)} training images: lower it")
+    raise UserError(f"probe.batch_size={c.probe.batch_size} exceeds the {len(source)} training images: lower it")
   rule = config_lib.replace(
     c,
     {

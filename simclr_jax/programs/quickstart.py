@@ -21,6 +21,7 @@ from simclr_jax.programs import embed, pretrain
 from simclr_jax.programs import map as map_lib
 from simclr_jax.runtime import checkpoint, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 from simclr_jax.runtime.progress import duration
 
 RECIPE = "folder"
@@ -85,9 +86,7 @@ def short_side(source) -> int:
     except data.BadImage as reason:
       last = f"{source.name(int(i))}: {reason}"
   if not sides:
-    raise ValueError(
-      f"none of the {min(LOOKED_AT, len(source))} images that were tried can be read; the last is {last}"
-    )
+    raise UserError(f"none of the {min(LOOKED_AT, len(source))} images that were tried can be read; the last is {last}")
   return int(np.median(sides))
 
 
@@ -211,19 +210,19 @@ def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, ove
   """
   began = time.monotonic()
   if not minutes > 0:
-    raise ValueError(f"--minutes={minutes}: expected a number above 0")
+    raise UserError(f"--minutes={minutes}: expected a number above 0")
   root = os.path.abspath(os.path.expanduser(folder))
   spec = f"files:{root}"
   source = data.open_source(spec)
   if len(source) < FEWEST:
-    raise ValueError(f"{folder} holds {len(source)} images: quickstart needs {FEWEST} at least, hundreds to be useful")
+    raise UserError(f"{folder} holds {len(source)} images: quickstart needs {FEWEST} at least, hundreds to be useful")
   mesh = mesh_lib.make_mesh()
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
   plan = workdir / "quickstart.json"
   if plan.exists():
     kept = json.loads(plan.read_text())
     if kept["folder"] != root:
-      raise ValueError(f"--workdir={workdir} is a quickstart of {kept['folder']}: name another folder for {root}")
+      raise UserError(f"--workdir={workdir} is a quickstart of {kept['folder']}: name another folder for {root}")
     config, why = config_lib.from_json(checkpoint.read_config(workdir)), kept["why"]
   else:
     config, why = choose(source, spec, mesh, minutes, began)

@@ -9,6 +9,7 @@ import urllib.parse
 from simclr_jax import report
 from simclr_jax.programs import config as config_lib
 from simclr_jax.runtime import metrics as metrics_lib
+from simclr_jax.runtime.errors import UserError
 
 INSIDE_A_RUN = ("checkpoints", "encoder", "map")  # folders that are not searched
 NUMBERS = {  # column: (key, factor)
@@ -118,10 +119,10 @@ def run(folder, output=None) -> list[RunSummary]:
     ValueError: no run in or below the folder.
   """
   if not os.path.isdir(folder):
-    raise ValueError(f"{folder} is not a folder: name one with runs in it")
+    raise UserError(f"{folder} is not a folder: name one with runs in it")
   runs = find(folder)
   if not runs:
-    raise ValueError(f"{folder}: no run in or below it (a run has a config.json); `simclr pretrain` makes one")
+    raise UserError(f"{folder}: no run in or below it (a run has a config.json); `simclr pretrain` makes one")
   head, rows = table(runs)
   print(report.aligned([head, *rows]))
   different = differences(runs)

@@ -13,6 +13,7 @@ from simclr_jax.evaluation import embed
 from simclr_jax.programs import config as config_lib
 from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class TrainedRun:
     self.config = config_lib.override(config_lib.from_json(checkpoint.read_config(workdir)), overrides)
     made_by = config_lib.program(self.config)
     if made_by != "pretrain":
-      raise ValueError(
+      raise UserError(
         f"--workdir={workdir} is a run of simclr {made_by}: its encoder is in {self.workdir / 'encoder'}; score that "
         "with simclr transfer"
       )
@@ -91,7 +92,7 @@ class TrainedRun:
     """
     spec = self.config.data.test
     if not spec or not self.train_source.num_classes:
-      raise ValueError(
+      raise UserError(
         f"data.train={self.config.data.train}, data.test={spec or 'none'}: evaluation needs labels in both; "
         "name labelled sets with --config.data.train=... --config.data.test=..."
       )

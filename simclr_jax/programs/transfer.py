@@ -21,6 +21,7 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, trained
 from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 
 ROWS = "food101 cifar10 cifar100 birdsnap sun397 cars aircraft voc2007 dtd pets caltech101 flowers".split()
 # arXiv 2002.05709, Table 8 (ResNet-50 4x) and App. B.8 (1x), in percent, in the order of ROWS.
@@ -58,7 +59,7 @@ def open_split(spec: str, data_dir=None) -> Split:
   if several is not None:
     return Split(source, several, several.shape[1])
   if source.labels is None:
-    raise ValueError(f"{spec}: has no labels, so nothing can be scored on it: leave it out of config.rows")
+    raise UserError(f"{spec}: has no labels, so nothing can be scored on it: leave it out of config.rows")
   return Split(source, source.labels, source.num_classes)
 
 
@@ -99,7 +100,7 @@ class Encoder:
     images = embed.eval_set(source, self._config, self._mesh, resize=self.start.resize, max_bad_fraction=0.001)
     h = embed.embed(self._apply, self._variables, images, self._mesh)
     if len(h) != len(source):
-      raise ValueError(f"{len(source) - len(h)} of {len(source)} images are unreadable: remove or repair them")
+      raise UserError(f"{len(source) - len(h)} of {len(source)} images are unreadable: remove or repair them")
     return h
 
 
@@ -107,7 +108,7 @@ def splits(row, data_dir):
   """(training images with the validation ones at the end, bool [n] of the latter, test images) of a row's config."""
   train, test = open_split(row.train, data_dir), open_split(row.test, data_dir)
   if train.num_classes != test.num_classes:
-    raise ValueError(
+    raise UserError(
       f"{row.train} has {train.num_classes} classes, {row.test} {test.num_classes}: name two splits of a set"
     )
   if not row.validation:
@@ -160,7 +161,7 @@ def fine_tune(config, encoder, start, train: Split, held_out, test: Split, metri
     return finetune.ClassifierEvaluation(c, train.num_classes, tested, mesh).logits(state)[0]
 
   if train.targets.ndim > 1:
-    raise ValueError(
+    raise UserError(
       "fine-tuning on images with several labels is not supported: leave 'finetune' out of config.methods"
     )
   fit, held = (data.Selection(train.source, np.flatnonzero(part)) for part in (~held_out, held_out))

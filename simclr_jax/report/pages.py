@@ -8,6 +8,7 @@ import numpy as np
 from simclr_jax.report import charts, pictures, render, tables
 from simclr_jax.report.map import map_data
 from simclr_jax.runtime import files
+from simclr_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def _confusion(confusion, class_names):
   c = len(confusion)
   names = [str(name) for name in (range(c) if class_names is None else class_names)]
   if confusion.shape != (c, c) or len(names) != c:
-    raise ValueError(
+    raise UserError(
       f"confusion has shape {list(confusion.shape)} and there are {len(names)} class names, expected [c, c] "
       "and c: pass counts, rows the true class, and one name a class"
     )

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from simclr_jax.runtime import files
+from simclr_jax.runtime.errors import UserError
 
 SMALLEST_SIDE = 84  # a view is enlarged by a whole factor to at least this many pixels: 28 → 84, 32 → 96
 GUTTER = 14  # between one pair (or row) and the next, and around the sheet
@@ -95,7 +96,7 @@ def checked_views(views):
   """Views [n, 2, h, w, 3] as uint8."""
   views = _pixels(views)
   if views.ndim != 5 or views.shape[1] != 2 or views.shape[-1] != 3 or not views.size:
-    raise ValueError(f"views have shape {list(views.shape)}, expected [n, 2, h, w, 3]: pass pairs of images")
+    raise UserError(f"views have shape {list(views.shape)}, expected [n, 2, h, w, 3]: pass pairs of images")
   return views
 
 
@@ -103,14 +104,14 @@ def checked_neighbors(queries, neighbors, same_label=None):
   """(queries [m, h, w, 3] as uint8, neighbors [m, k, h, w, 3] as uint8, same_label [m, k] as bool or None)."""
   queries, neighbors = _pixels(queries), _pixels(neighbors)
   if neighbors.ndim != 5 or queries.shape != neighbors.shape[:1] + neighbors.shape[2:] or not neighbors.size:
-    raise ValueError(
+    raise UserError(
       f"queries {list(queries.shape)} and neighbors {list(neighbors.shape)} don't fit, "
       "expected [m, h, w, 3] and [m, k, h, w, 3]: pass k neighbor images for each query"
     )
   if same_label is not None:
     same_label = np.asarray(same_label, bool)
     if same_label.shape != neighbors.shape[:2]:
-      raise ValueError(
+      raise UserError(
         f"same_label has shape {list(same_label.shape)}, expected {list(neighbors.shape[:2])}: "
         "pass one bool for each neighbor"
       )

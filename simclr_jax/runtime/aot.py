@@ -15,6 +15,8 @@ import re
 
 import jax
 
+from simclr_jax.runtime.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -56,7 +58,7 @@ def prepare():
     ValueError: libtpu is not installed.
   """
   if importlib.util.find_spec("libtpu") is None:
-    raise ValueError("compiling for TPUs needs the package libtpu, and no TPU: pip install libtpu")
+    raise UserError("compiling for TPUs needs the package libtpu, and no TPU: pip install libtpu")
   jax.config.update("jax_platforms", "cpu")  # JAX has read JAX_PLATFORMS when it was imported
   quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
   alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -73,13 +75,13 @@ def topology(name: str):
 
   generation, _, shape = name.partition(":")
   if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-    raise ValueError(f"--topology={name}: expected {', '.join(CHIPS)} and a shape, such as v4:4x4x8 or v5e:16x16")
+    raise UserError(f"--topology={name}: expected {', '.join(CHIPS)} and a shape, such as v4:4x4x8 or v5e:16x16")
   chip = CHIPS[generation]
   try:
     return chip, topologies.get_topology_desc(name, platform="tpu", **dict(chip.options)).devices
   except Exception as error:
     reason = " ".join(str(error).split())[:200]
-    raise ValueError(f"--topology={name}: the compiler knows no such pod ({reason})") from None
+    raise UserError(f"--topology={name}: the compiler knows no such pod ({reason})") from None
 
 
 def compile_for(jitted, *arguments):

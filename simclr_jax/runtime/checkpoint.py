@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from simclr_jax.runtime import files, processes
+from simclr_jax.runtime.errors import UserError
 
 
 def folder(workdir) -> epath.Path:
@@ -34,7 +35,7 @@ def claim_workdir(workdir, *, resume: bool, overwrite: bool) -> epath.Path:
       nothing to resume, or it cannot be written.
   """
   if resume and overwrite:
-    raise ValueError("--resume and --overwrite contradict each other: give one of them")
+    raise UserError("--resume and --overwrite contradict each other: give one of them")
   processes.run_on_primary(lambda: _claim(workdir, resume or overwrite, overwrite))
   return files.absolute(workdir)
 
@@ -42,16 +43,16 @@ def claim_workdir(workdir, *, resume: bool, overwrite: bool) -> epath.Path:
 def _claim(workdir, filled_is_fine, overwrite):
   path = files.absolute(workdir)
   if path.exists() and not path.is_dir():
-    raise ValueError(f"--workdir={workdir} is a file: name a folder")
+    raise UserError(f"--workdir={workdir} is a file: name a folder")
   # Another process may have put a compiled program there already.
   filled = path.exists() and any(entry.name != "compiled" for entry in path.iterdir())
   if filled and not filled_is_fine:
-    raise ValueError(
+    raise UserError(
       f"--workdir={workdir} is not empty: add --resume to go on, --overwrite to start again, or name another"
     )
   if overwrite and filled:
     if not (path / "config.json").exists():
-      raise ValueError(
+      raise UserError(
         f"--workdir={workdir} --overwrite: the folder has no config.json, so it is no run; delete it yourself"
       )
     path.rmtree()
@@ -62,12 +63,10 @@ def _claim(workdir, filled_is_fine, overwrite):
     probe.unlink()
     (path / "COMPLETE").unlink(missing_ok=True)  # of the run before, which goes on
   except OSError as error:
-    raise ValueError(
-      f"--workdir={workdir} cannot be written ({error.strerror or error}): name another folder"
-    ) from None
+    raise UserError(f"--workdir={workdir} cannot be written ({error.strerror or error}): name another folder") from None
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
   """A checkpoint does not hold what was written."""
 
 
@@ -209,7 +208,7 @@ def _find_step(workdir, step):
   steps = _steps(workdir)
   if not steps or (step is not None and step not in steps):
     have = ", ".join(map(str, steps)) or "none"
-    raise ValueError(
+    raise UserError(
       f"--workdir={workdir}: no checkpoint{'' if step is None else f' of step {step}'}; steps there: {have}"
     )
   step = steps[-1] if step is None else step
@@ -269,7 +268,7 @@ def _compare(saved: dict, wanted: dict, where):
   if different:
     key = different[0]
     has, needs = (f"{v[1]}{list(v[0])}" if v else "nothing" for v in (saved.get(key), wanted.get(key)))
-    raise ValueError(
+    raise UserError(
       f"checkpoint {where} is of another architecture: {key} is {has} there and {needs} in this config "
       f"({len(different)} such differences): use the config it was made with, or another --workdir"
     )
@@ -290,7 +289,7 @@ def read_config(workdir) -> str:
   """
   path = files.absolute(workdir) / "config.json"
   if not path.exists():
-    raise ValueError(f"--workdir={workdir}: no run here (config.json is missing); `simclr pretrain` makes one")
+    raise UserError(f"--workdir={workdir}: no run here (config.json is missing); `simclr pretrain` makes one")
   return path.read_text()
 
 

@@ -23,6 +23,7 @@ from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 from simclr_jax.runtime import progress as progress_lib
+from simclr_jax.runtime.errors import UserError
 
 State = Any  # a pytree dataclass with an int32 `step`
 Batch = Mapping[str, Any]
@@ -72,12 +73,12 @@ class Rollback:
 
   def __post_init__(self):
     if not (isinstance(self.times, int) and self.times >= 0):
-      raise ValueError(f"config.rollback.times={self.times!r}: expected a whole number of at least 0")
+      raise UserError(f"config.rollback.times={self.times!r}: expected a whole number of at least 0")
     if not self.spike >= 0:
-      raise ValueError(f"config.rollback.spike={self.spike!r}: expected 0 (off), or standard deviations such as 6")
+      raise UserError(f"config.rollback.spike={self.spike!r}: expected 0 (off), or standard deviations such as 6")
 
 
-class Diverged(ValueError):
+class Diverged(UserError):
   """The loss is not finite any more, or has leapt."""
 
 

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from simclr_jax.runtime.errors import UserError
+
 
 def make_mesh(devices=None) -> Mesh:
   """A one-axis mesh `data` over `devices` (default: all devices of all processes).
@@ -59,4 +61,4 @@ def check_divisible(batch_size: int, mesh: Mesh, name: str = "batch_size"):
   if batch_size % mesh.size:
     below, above = batch_size // mesh.size * mesh.size, -(-batch_size // mesh.size) * mesh.size
     nearest = " or ".join(str(b) for b in (below, above) if b)
-    raise ValueError(f"{name}={batch_size} cannot be split over {mesh.size} devices: use {nearest}")
+    raise UserError(f"{name}={batch_size} cannot be split over {mesh.size} devices: use {nearest}")

@@ -15,6 +15,7 @@ import jax
 from PIL import Image
 
 from simclr_jax.runtime import files
+from simclr_jax.runtime.errors import UserError
 
 
 class Writer:
@@ -98,7 +99,7 @@ class _Board:
 def _wandb_run(workdir, project: str):
   """The run of this folder at Weights & Biases, taken up again if it is there."""
   if importlib.util.find_spec("wandb") is None:
-    raise ValueError(f"config.log.wandb={project}: the package is not installed: pip install wandb")
+    raise UserError(f"config.log.wandb={project}: the package is not installed: pip install wandb")
   import wandb
 
   workdir = files.absolute(workdir)

@@ -11,6 +11,7 @@ from jax._src import distributed as _distributed
 from jax.experimental import multihost_utils
 
 from simclr_jax.runtime import watchdog
+from simclr_jax.runtime.errors import UserError
 
 _client = None  # of the coordination service, in a run with several processes
 _calls = itertools.count()  # names what the processes agree on: they all call the same functions in the same order
@@ -28,12 +29,12 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
   given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
   missing = [flag for flag, value in given.items() if value is None]
   if 0 < len(missing) < 3:
-    raise ValueError(f"{', '.join(missing)} missing: give all of --coordinator --num_processes --process_id, or none")
+    raise UserError(f"{', '.join(missing)} missing: give all of --coordinator --num_processes --process_id, or none")
   if not missing:
     if ":" not in coordinator:
-      raise ValueError(f"--coordinator={coordinator}: expected host:port of process 0, such as 10.0.0.2:8476")
+      raise UserError(f"--coordinator={coordinator}: expected host:port of process 0, such as 10.0.0.2:8476")
     if not 0 <= process_id < num_processes:
-      raise ValueError(f"--process_id={process_id}: expected 0 to {num_processes - 1}, below --num_processes")
+      raise UserError(f"--process_id={process_id}: expected 0 to {num_processes - 1}, below --num_processes")
   timeouts = {"heartbeat_timeout_seconds": 60, "shutdown_timeout_seconds": 30, "initialization_timeout": 600}
   if not missing:
     # The service answers anybody who can reach it: on one machine it listens to that machine only.
@@ -48,7 +49,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     except ValueError as error:
       if "coordinator_address should be defined" in str(error):  # no cluster was found
         return
-      raise ValueError(f"a cluster was found but cannot be joined: {error}") from None
+      raise UserError(f"a cluster was found but cannot be joined: {error}") from None
   global _client
   if jax.process_count() > 1:
     _client = _distributed.global_state.client
@@ -72,13 +73,15 @@ def run_on_primary(what):
     try:
       answer = {"result": what()}
     except (ValueError, OSError) as error:
-      _client.key_value_set(key, json.dumps({"kind": type(error).__name__, "error": str(error)}))
+      _client.key_value_set(
+        key, json.dumps({"kind": "OSError" if isinstance(error, OSError) else "UserError", "error": str(error)})
+      )
       raise
     _client.key_value_set(key, json.dumps(answer))
     return answer["result"]
   answer = json.loads(_client.blocking_key_value_get(key, _timeout_ms()))
   if "error" in answer:
-    raise (ValueError if answer["kind"] == "ValueError" else OSError)(answer["error"])
+    raise (OSError if answer["kind"] == "OSError" else UserError)(answer["error"])
   return answer["result"]
 
 

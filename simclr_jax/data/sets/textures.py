@@ -10,6 +10,8 @@ Every image is a pure function of (seed, index): nothing is stored, downloaded o
 
 import numpy as np
 
+from simclr_jax.runtime.errors import UserError
+
 CLASS_NAMES = (
   "stripes_h",
   "stripes_v",
@@ -74,7 +76,7 @@ def image(seed: int, index: int, *, size: int = 32) -> tuple[np.ndarray, int]:
     (uint8 [size, size, 3], label in 0..9, naming CLASS_NAMES[label]).
   """
   if size not in (32, 64):
-    raise ValueError(f"size={size}: textures are drawn at 32 or 64 pixels; use one of these")
+    raise UserError(f"size={size}: textures are drawn at 32 or 64 pixels; use one of these")
   rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
   label = index % 10
   (turn, frequency, phase_u, phase_v, warp, warp_u, warp_v, share, softness, cast_strength, light, light_angle) = (
