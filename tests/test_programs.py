@@ -103,10 +103,12 @@ def test_probe_by_sgd_trains_the_classifier_and_nothing_else(finished):
   losses = []
   step = jax.jit(task.step)
   for _ in range(5):
-    state, metrics = step(state, batch)
+    state, metrics = step(state, batch, *task.constants)
     losses.append(float(metrics["loss"]))
   assert losses[-1] < losses[0]
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.frozen), before.frozen)
+  (frozen,) = task.constants
+  jax.tree.map(np.testing.assert_array_equal, frozen, opened.variables)
+  assert {path[0].name for path, _ in jax.tree_util.tree_leaves_with_path(state)} == {"step", "params", "opt_state"}
   assert not np.array_equal(state.params["kernel"], before.params["kernel"])
   assert 0 <= probe.run(workdir, overrides=overrides) <= 1
 

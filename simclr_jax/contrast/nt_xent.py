@@ -20,7 +20,7 @@ def nt_xent(z, temperature, *, normalize=True, reduction="mean", precision="high
     precision: of the similarities. "highest" is float32; "high" is three bfloat16 passes on a TPU; "default"
       rounds z to bfloat16 and accumulates in float32, on every platform as a TPU does it unasked.
     bank, banked: [k, d] further negatives of every anchor, taken as they are, of which the first `banked` count: the
-      memory of SimCLRv2 (memory.py).  The metrics leave them out.
+      memory of SimCLRv2 (methods/memory.py).  The metrics leave them out.
 
   Returns:
     loss, a float32 scalar, and metrics, float32 scalars without gradient:
