@@ -45,9 +45,8 @@ def seeds(n):
 
 @pytest.mark.parametrize("resize", ["bicubic", "bicubic_tf1", "bilinear"])
 @pytest.mark.parametrize(
-  "height, width, size, proportion",
-  [(28, 28, 28, 1.0), (28, 28, 33, 0.875), (31, 47, 32, 0.875), (120, 97, 15, 0.875), (269, 466, 224, 1.0), (1, 9, 5, 0.3)],
-)  # fmt: skip
+  "height, width, size, proportion", [(28, 28, 28, 1.0), (120, 97, 15, 0.875), (269, 466, 224, 1.0)]
+)
 def test_center_crop(resize, height, width, size, proportion):
   """Whole images, images on larger canvases, and floating-point images: what the host makes of them."""
   options = dict(size=size, proportion=proportion, resize=resize)

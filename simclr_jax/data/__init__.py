@@ -41,11 +41,11 @@ SPECS = (
 def open_source(spec: str, *, data_dir: str | None = None) -> Source:
   """Opens a data set by name.
 
-  fashion:train|test      the first 10,000 / 2,000 images of Fashion-MNIST, inside this package, 28 pixels, grey
-  textures:train|test     5,000 / 2,000 procedural colour images of 32 pixels; textures64: of 64 pixels
+  fashion:train|test      the first 10,000 / 2,000 images of Fashion-MNIST, inside this package, 28 pixels, gray
+  textures:train|test     5,000 / 2,000 procedural color images of 32 pixels; textures64: of 64 pixels
   npz:FILE[:SPLIT]        uint8 arrays `images` or `x`, optionally `labels` or `y`; with SPLIT: `SPLIT_images`,
                           `x_SPLIT`, ... and likewise for labels
-  folder:PATH             image files, labelled by sub-folder or not at all; see FolderSource
+  folder:PATH             image files, labeled by sub-folder or not at all; see FolderSource
   files:PATH              image files at any depth, without labels; see FilesSource
   tfds:NAME[/CONFIG][:SPLIT]  any prepared TensorFlow Datasets set with an image, e.g. tfds:imagenet2012:train[:10%];
                           looked for in data_dir, else in $TFDS_DATA_DIR, else in ~/tensorflow_datasets

@@ -14,7 +14,7 @@ class FolderSource(Source):
 
   Every sub-folder (hidden ones apart) is a class, in alphabetical order, and owns the images at any depth below it;
   empty ones count, so that a training and a validation folder number their classes alike.  Without sub-folders, or
-  when none holds an image, the images directly inside are unlabelled.  Files without an image's suffix are ignored.
+  when none holds an image, the images directly inside are unlabeled.  Files without an image's suffix are ignored.
   """
 
   def __init__(self, path: str):

@@ -100,7 +100,7 @@ def _numbers(labels) -> tuple[str, ...]:
 
 
 class _Examples(ShardSource):
-  """Records that are serialised tf.train.Example messages: bytes under one of IMAGE_KEYS, int64 of LABEL_KEYS."""
+  """Records that are serialized tf.train.Example messages: bytes under one of IMAGE_KEYS, int64 of LABEL_KEYS."""
 
   def item(self, i):
     import tensorflow as tf

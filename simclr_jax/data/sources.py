@@ -62,7 +62,7 @@ class ArraySource(Source):
   """Images in memory.
 
   Args:
-    images: uint8 [N, h, w], [N, h, w, 1] or [N, h, w, 3]; grey becomes three equal channels when read.
+    images: uint8 [N, h, w], [N, h, w, 1] or [N, h, w, 3]; gray becomes three equal channels when read.
     labels: integers [N] or [N, 1], >= 0, or None.
     class_names: names of the labels; by default their numbers.
     title: what messages call the set.

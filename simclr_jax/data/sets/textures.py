@@ -1,9 +1,9 @@
-"""`textures`: a procedural colour set in which colour identifies the image and says nothing of its class.
+"""`textures`: a procedural color set in which color identifies the image and says nothing of its class.
 
-SimCLR (arXiv:2002.05709, section 3.1 and figure 6) explains why cropping needs colour distortion beside it: two
-crops of one image share a colour histogram, so a network can solve the contrastive task by colour alone.  This
+SimCLR (arXiv:2002.05709, section 3.1 and figure 6) explains why cropping needs color distortion beside it: two
+crops of one image share a color histogram, so a network can solve the contrastive task by color alone.  This
 set isolates that effect.  The ten classes are patterns; frequency, phase, warp, rotation, polarity, covered
-share, palette, colour cast and illumination are drawn independently of the class.
+share, palette, color cast and illumination are drawn independently of the class.
 
 Every image is a pure function of (seed, index): nothing is stored, downloaded or licensed.
 """
@@ -94,22 +94,22 @@ def image(seed: int, index: int, *, size: int = 32) -> tuple[np.ndarray, int]:
   periods = np.float32(2 + 2.5 * frequency)
   field = _field(label, periods * u + np.float32(8 * phase_u), periods * v + np.float32(8 * phase_v), rng)
 
-  # Cut at a quantile: the covered share, and with it the colour histogram, is then independent of the class.
+  # Cut at a quantile: the covered share, and with it the color histogram, is then independent of the class.
   rank = int((0.3 + 0.4 * share) * size * size)
   level = np.partition(field, rank, axis=None)[rank]
   spread = np.float32(0.1 + 0.4 * softness) * (field.std() + np.float32(1e-6))
   ink = np.clip((field - level) / spread + np.float32(0.5), 0, 1)[..., None]
 
-  # Two random colours that differ in luminance by at least 0.25 (the shape must be visible in grey too), either
+  # Two random colors that differ in luminance by at least 0.25 (the shape must be visible in gray too), either
   # of which may be the brighter (polarity); a cast and a light gradient over both.
-  colours = rng.random((2, 3), dtype=np.float32)
+  colors = rng.random((2, 3), dtype=np.float32)
   luminance = np.array([0.299, 0.587, 0.114], np.float32)
-  while abs(float((colours[0] - colours[1]) @ luminance)) < 0.25:
-    colours = rng.random((2, 3), dtype=np.float32)
+  while abs(float((colors[0] - colors[1]) @ luminance)) < 0.25:
+    colors = rng.random((2, 3), dtype=np.float32)
   cast = 1 + np.float32(0.4 * cast_strength) * (rng.random(3, dtype=np.float32) - np.float32(0.5))
   slope = np.cos(light_angle * _TAU) * x + np.sin(light_angle * _TAU) * y
   shade = (1 + np.float32(0.5 * light) * slope)[..., None]
-  picture = (colours[0] + ink * (colours[1] - colours[0])) * cast * shade
+  picture = (colors[0] + ink * (colors[1] - colors[0])) * cast * shade
   picture += np.float32(0.03) * rng.standard_normal(picture.shape, dtype=np.float32)
   return (np.clip(picture, 0, 1) * 255 + np.float32(0.5)).astype(np.uint8), label
 
