@@ -9,6 +9,7 @@ from test_finetune import filled
 from simclr_jax import augment, exporting, model
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune
+from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.views import Batch
 
@@ -82,12 +83,8 @@ def test_the_program(teacher, tmp_path, capsys):
   spec = tiny.npz(tmp_path / "tiny.npz")
   result = distill.run(config(teacher[0], spec), tmp_path / "run")
   assert "its teacher" in capsys.readouterr().out and 0 <= result["scores"]["accuracy"] <= 1
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    jax.device_get(result["state"].teacher["params"]["classifier"]),
-    teacher[1].params["classifier"],
-  )
-  # Going on from the end finds everything in the checkpoint, the teacher included.
+  # The teacher is a constant of the task: no checkpoint holds it, and resuming opens it again.
+  assert set(checkpoint.read_run_state(tmp_path / "run")[1]) <= {"step", "params", "batch_stats", "opt_state", "extra"}
   again = distill.run(config(teacher[0], spec), tmp_path / "run", resume=True)
   assert again["scores"] == result["scores"]
   exporting.write(tmp_path / "bare", model.keep_encoder(teacher[1]), config(teacher[0], spec), scores={}, step=1)
