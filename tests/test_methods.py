@@ -46,6 +46,7 @@ def one_negative(monkeypatch):
   monkeypatch.setitem(methods.METHODS, "one_negative", lambda config, mesh: OneNegative())
 
 
+@pytest.mark.slow
 def test_a_new_method_trains_resumes_evaluates_and_exports(one_negative, tmp_path, capsys):
   spec = tiny.npz(tmp_path / "set.npz")
   changes = {"method": "one_negative", "data.train": spec, "data.test": spec, "checkpoint.every_steps": 2}
@@ -67,6 +68,7 @@ def test_a_new_method_trains_resumes_evaluates_and_exports(one_negative, tmp_pat
   assert encode(np.zeros((2, 16, 16, 3), np.float32)).shape == (2, card["feature_dimension"])
 
 
+@pytest.mark.slow
 def test_microbatches_and_whole_batches_agree_on_the_extra_state(one_negative):
   """With BatchNorm exact, encoding in two parts changes neither the loss nor what the method remembers."""
   mesh, found = mesh_lib.make_mesh(jax.devices()[:1]), []

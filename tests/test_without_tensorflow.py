@@ -78,6 +78,7 @@ assert len(features.h) == 20
   )
 
 
+@pytest.mark.slow
 def test_a_resident_run(tmp_path):
   out = python(
     """

@@ -12,7 +12,7 @@ from clu.parameter_overview import count_parameters
 from simclr_jax import contrast, data, optimizer, report
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain
-from simclr_jax.runtime import aot, files, metrics
+from simclr_jax.runtime import aot, files, progress
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -221,7 +221,7 @@ def table(row: dict) -> str:
     ),
     (
       "run",
-      f"{row['steps']:,} steps, {metrics.duration(3600 * row['hours'])} of steps, {row['chip_hours']:,.1f} chip-hours, "
+      f"{row['steps']:,} steps, {progress.duration(3600 * row['hours'])} of steps, {row['chip_hours']:,.1f} chip-hours, "
       "without evaluation and checkpoints",
     ),
   ]
