@@ -164,9 +164,9 @@ def few_labels(labels, per_class: int, rng):
   return np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in np.unique(labels)])
 
 
-def linear_evaluation(x, y, test_x, test_y, *, num_classes: int, seed: int = SPLIT_SEED) -> float:
+def linear_evaluation(x, y, test_x, test_y, *, num_classes: int, seed: int = SPLIT_SEED, mesh=None) -> float:
   """Test accuracy with all labels."""
-  return accuracy(logistic_regression(x, y, num_classes=num_classes, seed=seed), test_x, test_y)
+  return accuracy(logistic_regression(x, y, num_classes=num_classes, seed=seed, mesh=mesh), test_x, test_y)
 
 
 def few_label_evaluation(

@@ -84,7 +84,7 @@ class PretrainEvaluation:
     return {
       "representation": name,
       "knn": self.knn(train_x, test_x),
-      "linear": linear.linear_evaluation(train_x, y, test_x, test_y, num_classes=self.num_classes),
+      "linear": linear.linear_evaluation(train_x, y, test_x, test_y, num_classes=self.num_classes, mesh=self._mesh),
       "linear_10": linear.few_label_evaluation(train_x, y, test_x, test_y, num_classes=self.num_classes),
     }
 
