@@ -41,16 +41,16 @@ def programs(canvas):
   precise = functools.partial(device.color_and_blur, precision="highest")
   return {
     "cast alone": (views(lambda x: x.astype(jnp.float32) / 255), [crops]),
-    "colour, any order": (views(color), [crops, seed]),
+    "color, any order": (views(color), [crops, seed]),
     "blur alone, banded matmul": (views(blur_alone), [crops, seed]),
-    "colour and blur (where=device)": (views(device.color_and_blur), [crops, seed]),
-    "colour in fixed order and blur": (views(fixed), [crops, seed]),
-    "colour and blur, float32 products": (views(precise), [crops, seed]),
+    "color and blur (where=device)": (views(device.color_and_blur), [crops, seed]),
+    "color in fixed order and blur": (views(fixed), [crops, seed]),
+    "color and blur, float32 products": (views(precise), [crops, seed]),
     f"crop from {canvas} x {canvas}": (
       views(functools.partial(device.random_crops, size=SIZE)),
       [whole, extent, seed],
     ),
-    f"crop, colour, blur from {canvas} (where=device_crop)": (
+    f"crop, color, blur from {canvas} (where=device_crop)": (
       views(functools.partial(device.two_views, size=SIZE)),
       [whole, extent, seed],
     ),

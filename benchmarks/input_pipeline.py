@@ -9,7 +9,7 @@ of the official pipeline's time in the same round.  The files of tf2/ (data.py, 
 prepared TensorFlow Datasets set of the same TFRecord shards that we read; with blur, as its model.py does it on the
 device, here on the host.  --torch_python names a Python with torch, torchvision and lightly (none is needed).
 
-The pictures are made here: 1/f noise in correlated colours with sensor noise, 500 x 375 and 375 x 500, JPEGs of
+The pictures are made here: 1/f noise in correlated colors with sensor noise, 500 x 375 and 375 x 500, JPEGs of
 quality 90 and about 100 kB, as ImageNet's.  The second table is of 32-pixel arrays in memory.
 """
 

@@ -6,7 +6,7 @@ Command:   simclr pretrain --config=configs/ablations.py:temperature-0.05 --work
            (Figure 8), compose-FIRST-SECOND (Figure 5; names of augment.EXTRA, on one branch alone)
 Hardware:  the paper used 128 TPU v3 cores, 1.5 hours for 100 epochs at batch 4,096; nobody has run this file yet
 Expected:  linear evaluation top-1 on ImageNet: TOP_1 below; head-nonlinear 3 points above head-linear, those more than 10
-           above head-none, whatever D; Figure 5 is a picture: of its cells crop with colour is the best
+           above head-none, whatever D; Figure 5 is a picture: of its cells crop with color is the best
 Source:    arXiv 2002.05709: Tables 1, 4, 5 and B.1, Figure 8, section 3.2.  Not published: learning rate and margin
            of the losses of Table 4, tuned over 0.01, 0.1, 0.3, 0.5, 1 and 0, 0.4, 0.8, 1.6 (App. B.10)
 Data:      a prepared TFDS imagenet2012 in --config.data.data_dir

@@ -1,4 +1,4 @@
-"""Distillation as SimCLR v2: a fine-tuned teacher's predictions on unlabelled images train a student.
+"""Distillation as SimCLR v2: a fine-tuned teacher's predictions on unlabeled images train a student.
 
 Command:   simclr distill --config=configs/distill.py:r50_1x_sk0 --config.teacher=RUN_OF_FINETUNE --workdir=runs/student
            (:DEPTH_WIDTH_SK is the student; :r152_3x_sk1-self is self-distillation, with its temperature;

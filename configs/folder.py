@@ -1,4 +1,4 @@
-"""Your own images: a folder, labelled by sub-folder or not at all, at 96 pixels on one machine.
+"""Your own images: a folder, labeled by sub-folder or not at all, at 96 pixels on one machine.
 
 Command:   simclr pretrain --config=configs/folder.py --config.data.train=folder:/my/images --workdir=runs/mine
 Hardware:  a GPU for tens of thousands of images; a CPU for hundreds (then add --config.train_epochs=20.0)

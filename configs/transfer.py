@@ -52,7 +52,7 @@ def get_config(arg=""):
       methods=("linear",) if arg in ("linear", "small") else ("linear", "finetune"),
       rows=rows,
       augment=dict(size=20 if small else 224, crop_area=(0.4, 1.0) if small else (0.08, 1.0)),
-      evaluate=dict(crop=1.0),  # shorter side to 224, then its centre
+      evaluate=dict(crop=1.0),  # shorter side to 224, then its center
       finetune=dict(
         recipe="finetune.py:small" if small else "finetune.py:supervised",
         train_steps=300 if small else 20000,

@@ -1,9 +1,9 @@
-"""The family T of SimCLR: random crop and resize, flip, colour distortion, Gaussian blur.
+"""The family T of SimCLR: random crop and resize, flip, color distortion, Gaussian blur.
 
 `two_views` draws the positive pair of one image, t(x) and t'(x) with t, t' ~ T (arXiv:2002.05709, section 2.1 and
 appendix A).  Every function is a pure function of its arguments, works eagerly and inside tf.data, and has the
 numerics of the official code (google-research/simclr, tf2/data_util.py) unless a named option says otherwise.
-Images have channels last and values in [0, 1]; like the official encoders' input, they are not normalised further.
+Images have channels last and values in [0, 1]; like the official encoders' input, they are not normalized further.
 """
 
 import numpy as np
@@ -33,13 +33,13 @@ def two_views(
   extra=None,
   one_sided=False,
 ):
-  """Two independent views of one image: crop, resize, flip, colour distortion, blur, in this order.
+  """Two independent views of one image: crop, resize, flip, color distortion, blur, in this order.
 
   Args:
     image: [h, w, 3], uint8, or floating point in [0, 1].
     seed: [2] integers.  The views are a pure function of (image, seed).
     size: side of the views, in pixels.
-    color_strength: s of appendix A, at most 1.25; 0 switches off both jitter and greyscale, as in tf2/.
+    color_strength: s of appendix A, at most 1.25; 0 switches off both jitter and grayscale, as in tf2/.
     blur: whether views are blurred.  Under 20 pixels they never are: a tenth of the side makes a 1-tap kernel.
     crop_sampler, crop_area: see `sample_box`.
     brightness, color_order: see `color_distort`.
@@ -215,9 +215,9 @@ def resize_image(image, size, *, kind="bicubic"):
   Args:
     image: [h, w, c], uint8, or floating point in [0, 1].
     size: side of the result, in pixels.
-    kind: "bicubic" has Keys' kernel, a = -0.5, and half-pixel centres (tf2/); "bicubic_tf1" has a = -0.75 and no
-      half-pixel centres, the legacy kernel of the TF1 code that trained the released checkpoints; "bilinear" has
-      half-pixel centres and is cheaper.
+    kind: "bicubic" has Keys' kernel, a = -0.5, and half-pixel centers (tf2/); "bicubic_tf1" has a = -0.75 and no
+      half-pixel centers, the legacy kernel of the TF1 code that trained the released checkpoints; "bilinear" has
+      half-pixel centers and is cheaper.
   Returns:
     [size, size, c] float32.
   Raises:
@@ -238,16 +238,16 @@ def _resize(image, size, kind):
 
 
 def color_distort(image, seed, *, strength, brightness="v2", jitter_prob=0.8, grayscale_prob=0.2, order="random"):
-  """Colour jitter, then greyscale (arXiv:2002.05709, appendix A; tf2/data_util.py `random_color_jitter`).
+  """Color jitter, then grayscale (arXiv:2002.05709, appendix A; tf2/data_util.py `random_color_jitter`).
 
   With probability `jitter_prob`, in an order drawn uniformly from the 24, each followed by a clip to [0, 1]:
   brightness, contrast about the mean of each channel, and saturation, by factors uniform in [1 - 0.8 s, 1 + 0.8 s],
-  and hue, turned by up to 0.2 s of the circle.  Independently, with probability `grayscale_prob`, greyscale.
+  and hue, turned by up to 0.2 s of the circle.  Independently, with probability `grayscale_prob`, grayscale.
 
   Args:
     image: [h, w, 3] float32 in [0, 1], up to bicubic overshoot.
     seed: [2] integers.
-    strength: s, in [0, 1.25]; 0 leaves the image as it is, greyscale included, as in tf2/.
+    strength: s, in [0, 1.25]; 0 leaves the image as it is, grayscale included, as in tf2/.
     brightness: "v2" multiplies, as the official code does now; "v1" adds a number uniform in [-0.8 s, 0.8 s], as it
       did for the results of arXiv:2002.05709.
     order: "random"; or "fixed", that in which the four are named above, as `random_order=False` in tf2/.
@@ -386,7 +386,7 @@ def _banded(x, half, length):
 
 
 def _convolve(shifts, half):
-  """Sum of 2 r + 1 shifted images under a symmetric kernel, given as its centre and one side: [r + 1]."""
+  """Sum of 2 r + 1 shifted images under a symmetric kernel, given as its center and one side: [r + 1]."""
   radius = len(shifts) // 2
   x = half[0] * shifts[radius]
   negative = tf.unstack(-half, num=radius + 1)
@@ -415,7 +415,7 @@ def clip(image):
 def _check_image(image):
   image = tf.convert_to_tensor(image)
   if not image.shape.is_compatible_with([None, None, 3]):
-    raise ValueError(f"image of shape {image.shape}: expected [h, w, 3]; repeat a grey image's channel three times")
+    raise ValueError(f"image of shape {image.shape}: expected [h, w, 3]; repeat a gray image's channel three times")
   if image.dtype != tf.uint8 and not image.dtype.is_floating:
     raise ValueError(f"image of dtype {image.dtype.name}: expected uint8 (0 to 255) or a float type (0 to 1)")
   return tf.ensure_shape(image, [None, None, 3])

@@ -62,11 +62,11 @@ def motion_blur(image, seed):
 
 
 def cutout(image, seed):
-  """A grey square of half the height about a random pixel, cut off at the border (arXiv:1708.04552)."""
+  """A gray square of half the height about a random pixel, cut off at the border (arXiv:1708.04552)."""
   height, width, _ = augment.check_static(image)
-  centre = tf.random.stateless_uniform([2], seed) * [height, width]
+  center = tf.random.stateless_uniform([2], seed) * [height, width]
   y, x = tf.range(height, dtype=tf.float32) + 0.5, tf.range(width, dtype=tf.float32) + 0.5
-  inside = (tf.abs(y - centre[0]) < height / 4)[:, None] & (tf.abs(x - centre[1]) < height / 4)[None]
+  inside = (tf.abs(y - center[0]) < height / 4)[:, None] & (tf.abs(x - center[1]) < height / 4)[None]
   return tf.where(inside[..., None], 0.5, image)
 
 
@@ -155,8 +155,8 @@ def autoaugment_op(name, levels, magnitude, sign):
   def blend(other, factor):  # Pillow's enhancers: 1 leaves the image, 0 gives the other, above 1 goes away from it
     return tf.floor(tf.clip_by_value(other + factor * (levels - other), 0.0, 255.0))
 
-  def move(a, b, c, d, centre):  # the pixel at centre + [a b; c d] (p - centre), nothing interpolated, black beyond
-    u, v = centre
+  def move(a, b, c, d, center):  # the pixel at center + [a b; c d] (p - center), nothing interpolated, black beyond
+    u, v = center
     transform = [a, b, u - a * u - b * v, c, d, v - c * u - d * v, 0.0, 0.0]
     return tf.raw_ops.ImageProjectiveTransformV3(
       images=levels[None], transforms=tf.stack([tf.stack([tf.cast(x, tf.float32) for x in transform])]),

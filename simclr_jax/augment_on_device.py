@@ -1,10 +1,10 @@
-"""The family T on the accelerator: crop, colour distortion and blur of whole batches, inside the training step.
+"""The family T on the accelerator: crop, color distortion and blur of whole batches, inside the training step.
 
 The same operations with the same numbers as augment.py, which does them one image at a time on the host; only the
 random draws differ.  They come from a key for every example, so a view depends on its example's seed and on nothing
 else: not on the batch it is in, the number of devices or of hosts.
 
-Every image has its own order of the four colour operations, yet there is no branch: brightness and contrast are affine,
+Every image has its own order of the four color operations, yet there is no branch: brightness and contrast are affine,
 saturation and hue are one step in the HSV hexcone and commute, so every order of the four is a choice of what the slots
 
     HSV, affine, HSV, affine, HSV
@@ -74,7 +74,7 @@ def color_and_blur(
   color_order="random",
   precision="default",
 ):
-  """Colour distortion and blur of crops, with the options of augment.two_views.
+  """Color distortion and blur of crops, with the options of augment.two_views.
 
   Args:
     views: [n, 2, h, w, 3], uint8 as `augment.two_crops` leaves them, or floating point in [0, 1].
@@ -122,7 +122,7 @@ def color_and_blur(
   return jnp.stack(planes, axis=-1).reshape(views.shape)
 
 
-# ---- colour ----------------------------------------------------------------------------------------------------
+# ---- color ----------------------------------------------------------------------------------------------------
 
 
 def color_jitter(images, factors, order, *, brightness="v2"):
@@ -155,7 +155,7 @@ def _color_jitter(planes, factors, order, brightness):
   planes = _choose(both_first, tuple(jnp.clip(x, 0, 1) for x in planes), planes)
   for slot in range(3):
     if slot:
-      # Materialised, or the compiler computes everything before the mean once for the mean and once more for its use.
+      # Materialized, or the compiler computes everything before the mean once for the mean and once more for its use.
       planes = jax.lax.optimization_barrier(planes)
       first = bright < contrast if slot == 1 else contrast < bright
       planes = _affine(planes, factors[:, 0], factors[:, 1], first, brightness)
@@ -432,7 +432,7 @@ def view_keys(seed, purpose):
 
 
 def sample_color(keys, *, strength, jitter_prob=0.8, grayscale_prob=0.2):
-  """What a colour distortion draws, by the law of augment.sample_color.
+  """What a color distortion draws, by the law of augment.sample_color.
 
   Returns:
     (jitter, gray, factors, order) for the n keys: two booleans [n]; [n, 4] float32, the factors of brightness,

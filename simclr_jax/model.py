@@ -55,7 +55,7 @@ class SimCLR(nn.Module):
   def __call__(self, views, train: bool = False):
     """views [n, 2, height, width, 3] -> Outputs.
 
-    The two views of an image stay neighbours all the way: folding [n, 2, ...] to [2n, ...] is a reshape, which
+    The two views of an image stay neighbors all the way: folding [n, 2, ...] to [2n, ...] is a reshape, which
     moves nothing between devices, whereas concatenating all first views with all second ones would move images.
     """
     n, two = views.shape[:2]

@@ -31,7 +31,7 @@ class Projector(nn.Module):
     kind: "nonlinear"; "linear", its last layer alone; or "none", z = h.  Figure 8 of arXiv 2002.05709.
 
   `tap=k` returns element k of [h, layer 0 after its ReLU, ..., z]; below 0 it counts from the end.  Layers past the tap
-  are computed nevertheless when initialising, so that parameters do not depend on it.
+  are computed nevertheless when initializing, so that parameters do not depend on it.
 
   Raises ValueError, in one line, for any other value.
   """

@@ -12,7 +12,7 @@ from simclr_jax import data
 
 
 def gradient(height=24, width=40):
-  """A smooth colour picture, uint8 [height, width, 3], with no symmetry: survives JPEG within a few levels."""
+  """A smooth color picture, uint8 [height, width, 3], with no symmetry: survives JPEG within a few levels."""
   y, x = np.mgrid[:height, :width]
   return np.stack([255 * x / width, 255 * y / height, 128 + 100 * x * y / (width * height)], -1).astype(np.uint8)
 
@@ -34,13 +34,13 @@ def numbered(n, size=4):
   return np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None], (n, size, size)).copy()
 
 
-def png(width, height, depth, colour, raw):
+def png(width, height, depth, color, raw):
   """A PNG written by hand, for headers and depths that Pillow does not write."""
 
   def chunk(name, body):
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-  header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+  header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
   return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
 

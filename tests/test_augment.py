@@ -329,7 +329,7 @@ def test_jitter_sees_the_overshoot_unclipped(monkeypatch):
     np.testing.assert_array_equal(tf.clip_by_value(before, 0, 1), after)
 
 
-def test_color_strength_zero_switches_off_greyscale_too():
+def test_color_strength_zero_switches_off_grayscale_too():
   image = noise(24, 24, 3)
   options = dict(size=24, blur=False, color_jitter_prob=1.0, grayscale_prob=1.0, flip=False, **WHOLE)
   views = augment.two_views(image, (1, 2), color_strength=0.0, **options)

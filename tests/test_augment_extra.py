@@ -61,8 +61,8 @@ def test_rotate():
 
 
 def test_noise():
-  grey = np.full((64, 64, 3), 0.5, np.float32)
-  spreads = [np.std(augment_extra.noise(grey, (0, k))) for k in range(40)]
+  gray = np.full((64, 64, 3), 0.5, np.float32)
+  spreads = [np.std(augment_extra.noise(gray, (0, k))) for k in range(40)]
   assert min(spreads) < 0.03 and 0.16 < max(spreads) < 0.205 and np.mean(spreads) == pytest.approx(0.1, abs=0.03)
 
 

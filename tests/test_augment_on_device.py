@@ -29,7 +29,7 @@ def jitted(fn, **options):
 
 
 def images(n, size=12, seed=0, overshoot=0.0):
-  """Random pictures with flat, grey and black pixels among them, where hue and saturation are not defined."""
+  """Random pictures with flat, gray and black pixels among them, where hue and saturation are not defined."""
   x = np.random.default_rng(seed).uniform(-overshoot, 1 + overshoot, (n, size, size, 3)).astype(np.float32)
   x[:, 0, 0], x[:, 0, 1], x[:, 0, 2] = 0, 1, 0.5
   x[:, 1, 0, 1:] = x[:, 1, 0, :1]

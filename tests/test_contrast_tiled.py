@@ -241,7 +241,7 @@ def test_choice():
   assert ["ppermute" in t for t in text] == [False, True]
 
 
-def test_compiled_program_is_small_and_sends_only_neighbour_to_neighbour():
+def test_compiled_program_is_small_and_sends_only_neighbor_to_neighbor():
   n, d, devices = 4096, 128, 8
   mesh = make_mesh(devices)
   z = jax.ShapeDtypeStruct((n, 2, d), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
@@ -323,5 +323,5 @@ def test_compiled_for_tpus(topology):
   (row,) = json.loads(output.splitlines()[-1])
   assert row["temporaries_mib"] <= 16
   assert row["gathers"] == 0
-  # Only the return of the travelling results is not overlapped: it happens once a pass, not once a hop.
+  # Only the return of the traveling results is not overlapped: it happens once a pass, not once a hop.
   assert row["hops_overlapped"] == row["hops_in_loops"] > 0

@@ -42,13 +42,13 @@ def rotated():
   return jpeg(exif=exif)
 
 
-grey = gradient()[..., 0]
-rgba = np.dstack([gradient(), grey])
+gray = gradient()[..., 0]
+rgba = np.dstack([gradient(), gray])
 # name: (bytes, shape, or the words of the reason for refusing it)
 CASES = {
   "plain jpeg": (jpeg, (64, 96)),
   "progressive jpeg": (lambda: jpeg(progressive=True), (64, 96)),
-  "grey jpeg": (lambda: encoded(grey, "JPEG"), (24, 40)),
+  "gray jpeg": (lambda: encoded(gray, "JPEG"), (24, 40)),
   "cmyk jpeg": (lambda: encoded(Image.fromarray(np.dstack([rgba]), "CMYK"), "JPEG"), (24, 40)),
   "rotated by exif": (rotated, (96, 64)),
   "trailing bytes": (lambda: jpeg() + b"junk" * 9, (64, 96)),
@@ -58,7 +58,7 @@ CASES = {
   "gif": (lambda: encoded(gradient(), "GIF"), (24, 40)),
   "webp": (lambda: encoded(gradient(), "WEBP"), (24, 40)),
   "palette png": (lambda: encoded(Image.fromarray(gradient()).quantize(64), "PNG"), (24, 40)),
-  "16-bit grey png": (lambda: encoded(grey.astype(np.uint16) * 257, "PNG"), (24, 40)),
+  "16-bit gray png": (lambda: encoded(gray.astype(np.uint16) * 257, "PNG"), (24, 40)),
   "rgba png": (lambda: encoded(rgba, "PNG"), (24, 40)),
   "one pixel": (lambda: encoded(np.zeros((1, 1, 3), np.uint8), "PNG"), (1, 1)),
   "empty": (lambda: b"", "empty"),

@@ -26,11 +26,11 @@ def test_decode_progressive_jpeg():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_decode_grey(kind):
-  grey = gradient()[..., 0]
-  decoded = data.decode(encoded(grey, kind, **({"lossless": True} if kind == "WEBP" else {"quality": 95})))
-  assert decoded.shape == (*grey.shape, 3)
-  assert np.abs(decoded.astype(int) - grey[..., None]).max() <= 4
+def test_decode_gray(kind):
+  gray = gradient()[..., 0]
+  decoded = data.decode(encoded(gray, kind, **({"lossless": True} if kind == "WEBP" else {"quality": 95})))
+  assert decoded.shape == (*gray.shape, 3)
+  assert np.abs(decoded.astype(int) - gray[..., None]).max() <= 4
   assert (decoded[..., 0] == decoded[..., 1]).all() and (decoded[..., 0] == decoded[..., 2]).all()
 
 
@@ -44,7 +44,7 @@ def test_decode_cmyk_jpeg():
   assert np.abs(decoded[8, 8::16].astype(int) - expected).max() <= 6
 
 
-def test_decode_16_bit_grey_png():
+def test_decode_16_bit_gray_png():
   values = np.linspace(0, 65535, 24 * 40).reshape(24, 40).astype(np.uint16)
   decoded = data.decode(encoded(values, "PNG"))
   np.testing.assert_array_equal(decoded, np.repeat((values // 256).astype(np.uint8)[..., None], 3, -1))

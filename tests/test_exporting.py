@@ -273,11 +273,11 @@ def test_a_run_and_its_head(tmp_path, capsys):
   checkpoint.Checkpoints(tmp_path / "run").save(3, state, {"encoder": model.keep_encoder(state)}, text)
   (tmp_path / "run/config.json").write_text(text)
   out = tmp_path / "out"
-  argv = ["export", f"--workdir={tmp_path / 'run'}", f"--output={out}", "--format=stablehlo", "--licence=CC0-1.0"]
+  argv = ["export", f"--workdir={tmp_path / 'run'}", f"--output={out}", "--format=stablehlo", "--license=CC0-1.0"]
   assert command.main([*argv, "--head"]) == 0, capsys.readouterr().err
   assert differences(capsys.readouterr().out)["stablehlo"] <= 1e-5
   card = check_card(out, "stablehlo", jax.device_get(model.keep_encoder(state)))
-  assert card["licence"] == "CC0-1.0" and card["data"] == "npz:/gone.npz" and card["projector"]["out_dim"] == 16
+  assert card["license"] == "CC0-1.0" and card["data"] == "npz:/gone.npz" and card["projector"]["out_dim"] == 16
   weights = np.load(out / "weights.npz")
   np.testing.assert_array_equal(
     weights["projector/params/dense0/kernel"], state.params["projector"]["dense0"]["kernel"]

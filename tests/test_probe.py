@@ -11,12 +11,12 @@ from simclr_jax.runtime import mesh as mesh_lib
 def blobs(n, d, classes, spread, seed=0):
   rng = np.random.default_rng(seed)
   y = rng.integers(classes, size=n)
-  centres = np.random.default_rng(99).standard_normal((classes, d))
-  return (centres[y] + spread * rng.standard_normal((n, d))).astype(np.float32), y.astype(np.int32)
+  centers = np.random.default_rng(99).standard_normal((classes, d))
+  return (centers[y] + spread * rng.standard_normal((n, d))).astype(np.float32), y.astype(np.int32)
 
 
 def float64_regression(x, y, classes, l2, steps=20000):
-  """Gradient descent in float64 on the standardised features, to the optimum of the same objective."""
+  """Gradient descent in float64 on the standardized features, to the optimum of the same objective."""
   x = (x - x.mean(0)) / np.sqrt(x.var(0).mean())
   kernel, bias = np.zeros((x.shape[1], classes)), np.zeros(classes)
   onehot = np.eye(classes)[y]
@@ -122,7 +122,7 @@ def test_mean_per_class_worked_by_hand():
 
 
 def test_penalty_is_chosen_on_held_out_examples():
-  """With 200 dimensions of noise and 120 examples a strong penalty generalises best, and is what is picked."""
+  """With 200 dimensions of noise and 120 examples a strong penalty generalizes best, and is what is picked."""
   x, y = blobs(120, 4, 2, 1.5)
   x = np.concatenate([x, np.random.default_rng(5).standard_normal((120, 200)).astype(np.float32)], 1)
   classifier = linear.logistic_regression(x, y, num_classes=2, folds=5)

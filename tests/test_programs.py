@@ -164,8 +164,8 @@ def test_profile_tensorboard_and_wandb(tmp_path, monkeypatch):
   from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
   board = EventAccumulator(str(tmp_path / "run")).Reload()
-  assert {"views", "neighbours"} <= {tag.partition("/")[0] for tag in board.Tags()["images"] + board.Tags()["tensors"]}
-  assert (tmp_path / "run/neighbours.png").exists()
+  assert {"views", "neighbors"} <= {tag.partition("/")[0] for tag in board.Tags()["images"] + board.Tags()["tensors"]}
+  assert (tmp_path / "run/neighbors.png").exists()
   from google.protobuf import text_format
   from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
@@ -175,8 +175,8 @@ def test_profile_tensorboard_and_wandb(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_unlabelled_images(tmp_path):
-  """No labels: no classifier and no scores, but a verdict, neighbours, an export and a page."""
+def test_unlabeled_images(tmp_path):
+  """No labels: no classifier and no scores, but a verdict, neighbors, an export and a page."""
   images = np.stack([tiny.source().read(i) for i in range(48)])
   np.savez(tmp_path / "plain.npz", images=images)
   config = tiny.config(**{"data.train": f"npz:{tmp_path / 'plain.npz'}", "data.test": "", "train_steps": 2})

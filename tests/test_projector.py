@@ -14,7 +14,7 @@ def count(params):
 
 
 def random_variables(model, h):
-  """Initialised variables with every leaf changed, so that each matters."""
+  """Initialized variables with every leaf changed, so that each matters."""
   variables = model.init(jax.random.key(0), h)
   leaves, tree = jax.tree.flatten(variables)
   rng = np.random.default_rng(1)
@@ -82,7 +82,7 @@ def test_parameters():
       assert np.all(value == path.endswith("scale")), path
 
 
-def test_tap_does_not_change_what_is_initialised():
+def test_tap_does_not_change_what_is_initialized():
   h = jnp.zeros((2, 16))
   full, tapped = (jax.eval_shape(lambda t=tap: Projector().init(jax.random.key(0), h, tap=t)) for tap in (None, 0))
   assert jax.tree.structure(full) == jax.tree.structure(tapped)

@@ -88,7 +88,7 @@ def full_arguments(folder):
     files={folder / "report.html": "the page", folder / "encoder": "the encoder", folder / "none": "nothing"},
     snippet="import simclr_jax\nx = 1 < 2\n",
     views=rng.random((30, 2, 28, 28, 3), np.float32),
-    neighbours=(rng.random((3, 28, 28, 3)), rng.random((3, 5, 28, 28, 3)), rng.random((3, 5)) < 0.5),
+    neighbors=(rng.random((3, 28, 28, 3)), rng.random((3, 5, 28, 28, 3)), rng.random((3, 5)) < 0.5),
     confusion=np.array([[8, 2], [1, 9]]),
     class_names=["cat", "dog"],
     seconds={"compile": 20.0, "train": 3600.0},
@@ -142,7 +142,7 @@ def test_a_missing_section_leaves_no_heading(tmp_path):
   everything = full_arguments(tmp_path)
   for gone, heading in [
     *(("scores", "Scores"), ("history", "Curves"), ("views", "View pairs"), ("seconds", "Time budget")),
-    *(("neighbours", "Nearest neighbors"), ("snippet", "Load the encoder"), ("files", "Files")),
+    *(("neighbors", "Nearest neighbors"), ("snippet", "Load the encoder"), ("files", "Files")),
     ("map_of_images", "Map"),
   ]:
     page = Page(write(tmp_path, **{k: v for k, v in everything.items() if k != gone}))
@@ -426,8 +426,8 @@ def test_embedded_pictures_are_the_views(tmp_path):
   head, pixels = picture(Page(write(tmp_path, views=photo)).all("img")[0][0]["src"])
   assert head == "data:image/jpeg;base64" and pixels.shape == (128, 128, 3)
 
-  queries, neighbors, same = arguments["neighbours"]
-  page = Page(write(tmp_path, neighbours=(queries, neighbors, same)))
+  queries, neighbors, same = arguments["neighbors"]
+  page = Page(write(tmp_path, neighbors=(queries, neighbors, same)))
   assert len(page.all("span", "same")) == same.sum() and len(page.all("span", "other")) == (~same).sum()
   assert f"{100 * same.mean():.1f} % of 15 neighbors agree" in page.texts("p")[0]
   _, pixels = picture(page.all("img")[1 * 6 + 3][0]["src"])  # second row, third neighbor
@@ -463,7 +463,7 @@ def test_neighbors_are_framed_by_their_label(tmp_path):
   queries = rng.random((2, 40, 40, 3))
   neighbors = rng.integers(0, 256, (2, 3, 40, 40, 3), np.uint8)
   same = np.array([[True, False, True], [False, False, True]])
-  report.neighbours_png(tmp_path / "n.png", queries, neighbors, same)
+  report.neighbors_png(tmp_path / "n.png", queries, neighbors, same)
   sheet = np.asarray(Image.open(tmp_path / "n.png")).astype(int)
   size = 120  # three times 40
   assert sheet.shape == (14 + 2 * (size + 20), 14 + 4 * (size + 20) + 14, 3)
@@ -476,7 +476,7 @@ def test_neighbors_are_framed_by_their_label(tmp_path):
       assert np.array_equal(sheet[y : y + size : 3, x : x + size : 3], neighbors[i, j])
       red, green, _ = sheet[y + 50, x - 1]
       assert (green > red) == same[i, j] and np.array_equal(sheet[y - 3, x - 3], sheet[y + size + 2, x + size + 2])
-  report.neighbours_png(tmp_path / "plain.png", queries, neighbors)
+  report.neighbors_png(tmp_path / "plain.png", queries, neighbors)
   assert tuple(np.asarray(Image.open(tmp_path / "plain.png"))[17, 14 + 154]) == pictures.INK
 
 
@@ -485,9 +485,9 @@ def test_neighbors_are_framed_by_their_label(tmp_path):
   [
     (lambda p: report.view_pairs_png(p, np.zeros((4, 28, 28, 3))), r"\[4, 28, 28, 3\].*\[n, 2, h, w, 3\]"),
     (lambda p: report.view_pairs_png(p, np.zeros((0, 2, 28, 28, 3))), "pass pairs"),
-    (lambda p: report.neighbours_png(p, np.zeros((2, 8, 8, 3)), np.zeros((3, 4, 8, 8, 3))), "don't fit"),
+    (lambda p: report.neighbors_png(p, np.zeros((2, 8, 8, 3)), np.zeros((3, 4, 8, 8, 3))), "don't fit"),
     (
-      lambda p: report.neighbours_png(p, np.zeros((2, 8, 8, 3)), np.zeros((2, 4, 8, 8, 3)), [True]),
+      lambda p: report.neighbors_png(p, np.zeros((2, 8, 8, 3)), np.zeros((2, 4, 8, 8, 3)), [True]),
       r"same_label.*\[2, 4\]",
     ),
     (lambda p: report.write_report(p, **EMPTY, confusion=np.zeros((2, 3))), r"\[2, 3\]"),

@@ -89,7 +89,7 @@ def test_sharded_sources(kind, tmp_path):
   source = data.open_source(f"{kind}:{folder}")
   assert len(source) == N and source.num_classes == 4 and source.labels.tolist() == [i % 4 for i in range(N)]
   for i in (0, 9, 10, 29):
-    image, label = source.read_labelled(i)
+    image, label = source.read_labeled(i)
     assert image.shape == (9, 12, 3) and (image == 8 * i).all() and label == i % 4 and "part-" in source.name(i)
   batches = take(data.train_stream(source, crop_like, batch_size=10, seed=3), 4)
   again = data.open_source(f"{kind}:{folder}/part-*")

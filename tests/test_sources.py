@@ -31,10 +31,10 @@ def test_textures_by_name():
 
 
 def test_array_source():
-  grey = data.ArraySource(numbered(3))
-  assert grey.labels is None and grey.num_classes == 0 and grey.read(2).shape == (4, 4, 3) and (grey.read(2) == 2).all()
-  colour = data.ArraySource(np.stack([gradient()] * 2), np.array([[0], [4]]))
-  assert colour.num_classes == 5 and colour.read_labelled(1)[1] == 4
+  gray = data.ArraySource(numbered(3))
+  assert gray.labels is None and gray.num_classes == 0 and gray.read(2).shape == (4, 4, 3) and (gray.read(2) == 2).all()
+  color = data.ArraySource(np.stack([gradient()] * 2), np.array([[0], [4]]))
+  assert color.num_classes == 5 and color.read_labeled(1)[1] == 4
   for images, labels, message in [
     (np.zeros((3, 4, 4), np.float32), None, "float32.*give uint8"),
     (np.zeros((3, 4, 4, 4), np.uint8), None, r"\[3, 4, 4, 4\].*give uint8"),
@@ -92,7 +92,7 @@ def test_folder_without_labels(tmp_path):
   source = data.FolderSource(str(tmp_path))
   assert source.labels is None and source.num_classes == 0
   assert [source.read(i)[0, 0, 0] for i in range(3)] == [1, 2, 3]
-  assert source.read_labelled(0)[1] == -1
+  assert source.read_labeled(0)[1] == -1
 
 
 def test_folder_errors(tmp_path):

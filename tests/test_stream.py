@@ -47,7 +47,7 @@ def assert_same(batches, others):
 
 @pytest.fixture(params=["array", "folder"])
 def source(request, tmp_path):
-  """21 labelled images, image i all i, in memory or as files."""
+  """21 labeled images, image i all i, in memory or as files."""
   if request.param == "array":
     return data.ArraySource(numbered(21), np.arange(21) % 4)
   for i in range(21):
@@ -230,7 +230,7 @@ def test_eval_masks_unreadable_images(damaged):
   assert np.flatnonzero(~mask).tolist() == [5, 6, 39, *range(40, 48)]
 
 
-def test_unlabelled(tmp_path):
+def test_unlabeled(tmp_path):
   source = data.ArraySource(numbered(6))
   assert (next(data.train_stream(source, crop_like, batch_size=4, seed=0))["label"] == -1).all()
   assert (next(data.eval_batches(source, resized, batch_size=4))["label"] == -1).all()

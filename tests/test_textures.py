@@ -1,4 +1,4 @@
-"""The procedural set: a pure function of (seed, index) whose colours name the image and not the class."""
+"""The procedural set: a pure function of (seed, index) whose colors name the image and not the class."""
 
 import numpy as np
 import pytest
@@ -11,16 +11,16 @@ def splits():
   return textures.split(0, 1500), textures.split(1, 1000)
 
 
-def colour_histogram(images):
-  """Share of the pixels in each of 4 x 4 x 4 colour bins: [n, h, w, 3] -> [n, 64]."""
+def color_histogram(images):
+  """Share of the pixels in each of 4 x 4 x 4 color bins: [n, h, w, 3] -> [n, 64]."""
   code = (images // 64).astype(np.int64) @ np.array([16, 4, 1])
   return np.stack([np.bincount(one.ravel(), minlength=64) / one.size for one in code])
 
 
-def grey_pixels(images):
+def gray_pixels(images):
   """[n, 32, 32, 3] -> [n, 256]: luminance, averaged over squares of 2 x 2."""
-  grey = images @ np.array([0.299, 0.587, 0.114])
-  return grey.reshape(-1, 16, 2, 16, 2).mean((2, 4)).reshape(len(images), -1)
+  gray = images @ np.array([0.299, 0.587, 0.114])
+  return gray.reshape(-1, 16, 2, 16, 2).mean((2, 4)).reshape(len(images), -1)
 
 
 def ridge_accuracy(x, y, x_test, y_test, penalty):
@@ -55,28 +55,28 @@ def test_balanced_and_disjoint(splits):
   assert len(set(drawn)) == len(drawn) == 2500
 
 
-def test_colour_says_nothing_of_the_class(splits):
+def test_color_says_nothing_of_the_class(splits):
   (images, labels), (test_images, test_labels) = splits
-  x, x_test = colour_histogram(images), colour_histogram(test_images)
+  x, x_test = color_histogram(images), color_histogram(test_images)
   assert ridge_accuracy(x, labels, x_test, test_labels, 0.1) < 0.15  # chance 0.10, standard error 0.01
-  x, x_test = grey_pixels(images), grey_pixels(test_images)
+  x, x_test = gray_pixels(images), gray_pixels(test_images)
   assert ridge_accuracy(x, labels, x_test, test_labels, 0.1) < 0.25
 
 
-def test_colour_identifies_the_image(splits):
+def test_color_identifies_the_image(splits):
   images = splits[1][0][:500]
-  left, right = colour_histogram(images[:, :, :20]), colour_histogram(images[:, :, 12:])
+  left, right = color_histogram(images[:, :, :20]), color_histogram(images[:, :, 12:])
   nearest = ((left[:, None] - right[None]) ** 2).sum(-1).argmin(1)
   assert np.mean(nearest == np.arange(500)) > 0.75
 
 
 def test_the_class_is_visible(splits):
-  """Where colour fails, the spectrum of the luminance tells most classes apart, so the labels are learnable."""
+  """Where color fails, the spectrum of the luminance tells most classes apart, so the labels are learnable."""
   (images, labels), (test_images, test_labels) = splits
 
   def spectrum(images):
-    grey = images @ np.array([0.299, 0.587, 0.114])
-    grey = (grey - grey.mean((1, 2), keepdims=True)) / grey.std((1, 2), keepdims=True)
-    return np.log(np.abs(np.fft.rfft2(grey)) + 1).reshape(len(images), -1)
+    gray = images @ np.array([0.299, 0.587, 0.114])
+    gray = (gray - gray.mean((1, 2), keepdims=True)) / gray.std((1, 2), keepdims=True)
+    return np.log(np.abs(np.fft.rfft2(gray)) + 1).reshape(len(images), -1)
 
   assert ridge_accuracy(spectrum(images), labels, spectrum(test_images), test_labels, 0.5) > 0.5

@@ -56,7 +56,7 @@ def test_tfds_reads_what_tfds_reads(tfds_folder, cache, split):
   source = data.open_source(f"tfds:tiny:{split}", data_dir=str(tfds_folder))
   expected = tfds_pixels(tfds_folder, split)
   assert len(source) == len(expected) and source.class_names == ("even", "odd")
-  assert [(int(image[0, 0, 0]), label) for image, label in map(source.read_labelled, range(len(source)))] == expected
+  assert [(int(image[0, 0, 0]), label) for image, label in map(source.read_labeled, range(len(source)))] == expected
   assert source.labels.dtype == np.int32 and source.labels.tolist() == [label for _, label in expected]
   assert source.read(1).shape == (6 + expected[1][0] % 3, 7, 3)
   assert source.name(1) == f"tfds:tiny:{split}:1"

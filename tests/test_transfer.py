@@ -58,7 +58,7 @@ def test_splits(tmp_path):
   assert len(train.source) == 192 and held_out.tolist() == [False] * 96 + [True] * 96 and len(test.targets) == 96
   np.testing.assert_array_equal(train.source.labels, train.targets)
   np.testing.assert_array_equal(train.source.read(100), tiny.source().read(4))
-  assert train.source.read_labelled(100)[1] == train.targets[100] and train.source.name(100).endswith(":4")
+  assert train.source.read_labeled(100)[1] == train.targets[100] and train.source.name(100).endswith(":4")
   train, held_out, _ = transfer.splits(c.rows["held_out"], None)
   assert len(train.source) == 96 and 5 <= held_out.sum() <= 20
 

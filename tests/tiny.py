@@ -32,12 +32,12 @@ def config(**changes):
   )
 
 
-def source(count=96, labelled=True):
+def source(count=96, labeled=True):
   """The first images of the embedded test set."""
   full = data.open_source("fashion:test")
   images = np.stack([full.read(i) for i in range(count)])
-  labels = full.labels[:count] if labelled else None
-  return data.ArraySource(images, labels, class_names=full.class_names if labelled else (), title="tiny")
+  labels = full.labels[:count] if labeled else None
+  return data.ArraySource(images, labels, class_names=full.class_names if labeled else (), title="tiny")
 
 
 def export(path):

@@ -70,7 +70,7 @@ def debiased(z, temperature, *, class_prior=0.1, normalize=True, precision="high
 def cauchy(z, *, precision="highest"):
   """NT-Xent with a heavy-tailed similarity, for two-dimensional maps (t-SimCNE, Boehm et al., arXiv 2210.09879).
 
-  The logit of a pair is log(1 / (1 + |z_i - z_j|^2)), z as it comes: no normalisation and no temperature.
+  The logit of a pair is log(1 / (1 + |z_i - z_j|^2)), z as it comes: no normalization and no temperature.
 
   Args: z, precision: as for `nt_xent`.
   Returns: loss, the mean over the 2n anchors, and metrics as `nt_xent`, over these logits.

@@ -151,7 +151,7 @@ class _Plan:
 
 
 def _ring_order(mesh):
-  """Positions along the mesh axis in an order that steps from neighbour to neighbour on a TPU's grid of chips.
+  """Positions along the mesh axis in an order that steps from neighbor to neighbor on a TPU's grid of chips.
 
   Longer hops share links, and on some TPUs they no longer overlap with computation.
   """
@@ -216,15 +216,15 @@ def _meet_all(visit, merge, empty, start, blocks, plan):
     return rows
 
   def meet(_, carry):
-    rows, visitors, travelling = carry
+    rows, visitors, traveling = carry
     following = plan.hop(visitors, 1)
-    arriving = plan.hop(travelling, 1)  # the results so far of the blocks that visit now
+    arriving = plan.hop(traveling, 1)  # the results so far of the blocks that visit now
     rows, columns = sweep(visitors, rows, empty)
     return rows, following, merge(arriving, columns)
 
   meetings = (plan.devices - 1) // 2
-  rows, visitors, travelling = jax.lax.fori_loop(0, meetings, meet, (rows, visitors, empty))
-  returned = plan.hop(travelling, -meetings)
+  rows, visitors, traveling = jax.lax.fori_loop(0, meetings, meet, (rows, visitors, empty))
+  returned = plan.hop(traveling, -meetings)
   if plan.devices % 2 == 0:
     rows, _ = sweep(visitors, rows, None)
   return merge(rows, returned)

@@ -46,9 +46,9 @@ class Source:
 
   def read(self, i: int) -> np.ndarray:
     """Image i as uint8 [h, w, 3]; raises BadImage."""
-    return self.read_labelled(i)[0]
+    return self.read_labeled(i)[0]
 
-  def read_labelled(self, i: int) -> tuple[np.ndarray, int]:
+  def read_labeled(self, i: int) -> tuple[np.ndarray, int]:
     """(image i, its label or -1), in one read; raises BadImage."""
     item, label = self.item(i)
     return (decode(item) if isinstance(item, bytes) else item), label

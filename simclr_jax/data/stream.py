@@ -54,7 +54,7 @@ class _Reader:
     for _ in range(len(self.source)):
       if i not in self.bad:
         try:
-          return *self.source.read_labelled(i), i
+          return *self.source.read_labeled(i), i
         except BadImage as reason:
           self._count(i, str(reason))
       i = (i + 1) % len(self.source)

@@ -19,7 +19,7 @@ class TfdsSource(Source):
   `decode`.  The offsets are found once by hopping from record header to record header and kept in a small file
   under $XDG_CACHE_HOME (~/.cache), named after the sizes and times of the shards.
 
-  The labels stand inside the records.  `read_labelled` costs nothing extra; `labels` reads the whole split on its
+  The labels stand inside the records.  `read_labeled` costs nothing extra; `labels` reads the whole split on its
   first use and then keeps them beside the offsets.
   """
 

@@ -106,7 +106,7 @@ def logistic_regression(
 ):
   """Multinomial logistic regression on x [n, d] with labels y [n]; one against the rest where y is [n, num_classes].
 
-  Features are centred and divided by one number, their root mean variance (folded back into what is returned), so
+  Features are centered and divided by one number, their root mean variance (folded back into what is returned), so
   that the same penalties suit every representation.  L2 is the value of the grid with the best score on held-out
   training examples (a tenth, or `folds`-fold cross-validation), and the final fit uses all n.
 
@@ -122,7 +122,7 @@ def logistic_regression(
   x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
   mean, scale = x.mean(0), max(float(np.sqrt(x.var(0).mean())), 1e-12)
   x, basis = (x - mean) / scale, None
-  if len(x) < x.shape[1]:  # a penalised solution lies in the span of the rows: solve in coordinates of it
+  if len(x) < x.shape[1]:  # a penalized solution lies in the span of the rows: solve in coordinates of it
     basis, r = np.linalg.qr(x.T)
     x = r.T
   short = -len(x) % (mesh.size if mesh else 1)

@@ -48,9 +48,9 @@ LOADERS = pathlib.Path(__file__).parent / "loaders"
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow")
 _RESIZES = {
-  "bicubic": "bicubic, half-pixel centres, no antialiasing",
-  "bilinear": "bilinear, half-pixel centres, no antialiasing",
-  "bicubic_tf1": "bicubic_tf1: a = -0.75, no half-pixel centres, no antialiasing, as TF1 resizes",
+  "bicubic": "bicubic, half-pixel centers, no antialiasing",
+  "bilinear": "bilinear, half-pixel centers, no antialiasing",
+  "bicubic_tf1": "bicubic_tf1: a = -0.75, no half-pixel centers, no antialiasing, as TF1 resizes",
 }
 
 
@@ -101,7 +101,7 @@ class Export:
 
 
 def make_card(
-  variables, config, *, scores: dict, step: int, format: str = "orbax", licence: str = "not stated"
+  variables, config, *, scores: dict, step: int, format: str = "orbax", license: str = "not stated"
 ) -> dict:
   """card.json but for the list of files; docs/card.schema.json says what each entry is."""
   module = resnet(**config.encoder)
@@ -124,7 +124,7 @@ def make_card(
     "step": step,
     "scores": scores,
     "versions": {name: importlib.metadata.version(name) for name in _PACKAGES} | {"simclr_jax": simclr_jax.__version__},
-    "licence": licence,
+    "license": license,
     "checksum": checksum(variables),
     "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
@@ -191,7 +191,7 @@ def _upload(local, folder):
 
 
 def make_example(export: Export) -> dict:
-  """What example.npz holds: 16 images uint8 [16, size, size, 3] of squares in random colours, their h (and z) float32.
+  """What example.npz holds: 16 images uint8 [16, size, size, 3] of squares in random colors, their h (and z) float32.
 
   `rounding` beside them is how far h moves, relative to its largest element, when every pixel does by one part in 2^23.
   """
@@ -287,7 +287,7 @@ def snippet(path, size: int) -> str:
       "from simclr_jax import load_encoder",
       "",
       f'encode, variables, card = load_encoder("{path}")',
-      f"images = np.random.rand(4, {size}, {size}, 3)  # yours: floats in [0, 1], RGB, not standardised",
+      f"images = np.random.rand(4, {size}, {size}, 3)  # yours: floats in [0, 1], RGB, not standardized",
       "h = encode(images)",
       "print(h.shape)",
     )

@@ -113,7 +113,7 @@ def _timm_config(export) -> dict:
       "pool_size": None,
       "first_conv": "conv1",
       "classifier": "fc",
-      "license": export.card["licence"],
+      "license": export.card["license"],
     },
   }
 
@@ -122,7 +122,7 @@ def _readme(export, agrees) -> str:
   """The model card, with the front matter that the Hugging Face hub reads."""
   card, architecture = export.card, export.architecture
   preprocessing = card["preprocessing"]
-  licence = card["licence"].lower() if card["licence"] != "not stated" else "other"
+  license = card["license"].lower() if card["license"] != "not stated" else "other"
   load = ["import transformers", "", 'model = transformers.AutoModel.from_pretrained("FOLDER")']
   if not agrees:
     load[-1] = 'model = transformers.AutoModel.from_pretrained("FOLDER", trust_remote_code=True)  # runs FOLDER/*.py'
@@ -139,7 +139,7 @@ def _readme(export, agrees) -> str:
   return "\n".join(
     [
       "---",
-      f"license: {licence}",
+      f"license: {license}",
       "library_name: transformers",
       "pipeline_tag: image-feature-extraction",
       "tags: [simclr, self-supervised, resnet]",
@@ -149,7 +149,7 @@ def _readme(export, agrees) -> str:
       "",
       f"Maps images to h, {card['feature_dimension']} numbers; the projection head is "
       + ("in projector.safetensors." if export.projector else "thrown away."),
-      f"Trained on {card['data']}, {card['step']} steps. Licence of the weights: {card['licence']}.",
+      f"Trained on {card['data']}, {card['step']} steps. License of the weights: {card['license']}.",
       "card.json holds the recipe, the scores, the versions and the checksum.",
       "",
       "## Images",

@@ -30,7 +30,7 @@ def distillation(logits, teacher_logits, temperature: float):
 
 
 def loss(logits, batch, *, temperature: float, alpha: float):
-  """(1 - alpha) * cross-entropy of the labelled images + alpha * distillation of all (equation 3; 2 for alpha = 1).
+  """(1 - alpha) * cross-entropy of the labeled images + alpha * distillation of all (equation 3; 2 for alpha = 1).
 
   Each term is a mean over its images of the batch.  The label of an image is -1 where the
   student may not know it.
@@ -82,8 +82,8 @@ def make_task(config, start, source, *, mesh, loss, teacher, evaluators=None, ch
     cache: its logits [N, classes] of all images, where config.cache.
   """
   task = finetune.make_task(config, start, source, mesh=mesh, loss=loss, evaluators=evaluators)
-  labelled = np.zeros(len(source), bool)
-  labelled[np.asarray(chosen, int)] = config.alpha < 1
+  labeled = np.zeros(len(source), bool)
+  labeled[np.asarray(chosen, int)] = config.alpha < 1
 
   def step(state, batch, *variables):
     for frozen in variables:  # none where the logits are cached
@@ -92,7 +92,7 @@ def make_task(config, start, source, *, mesh, loss, teacher, evaluators=None, ch
 
   def stream(first):
     for batch in task.stream(first):
-      batch = batch.replace(label=np.where(labelled[batch.index], batch.label, -1))
+      batch = batch.replace(label=np.where(labeled[batch.index], batch.label, -1))
       yield batch.replace(teacher=cache[batch.index]) if config.cache else batch
 
   constants = () if config.cache else (teacher.variables,)
@@ -110,7 +110,7 @@ def abstract_step(config, mesh, source):
 
 
 def _logits(config, teacher, source, mesh):
-  """float32 [n, classes]: the teacher's, one a training image, centre-cropped."""
+  """float32 [n, classes]: the teacher's, one a training image, center-cropped."""
   images = embed.eval_set(source, config, mesh)
   out = embed.embed(jax.jit(teacher.apply), teacher.variables, images, mesh)
   if len(out) != len(source):

@@ -32,7 +32,7 @@ def run(
 ) -> epath.Path:
   """The program `simclr embed`: h of all readable images of `spec` by a run's or an export's encoder, into `output`.
 
-  Images are centre-cropped as the encoder's own evaluation does it; BatchNorm is in inference mode.  Unreadable images
+  Images are center-cropped as the encoder's own evaluation does it; BatchNorm is in inference mode.  Unreadable images
   are left out and named in OUTPUT.unreadable.txt.  A call that was stopped is gone on with by the same call.
 
   Raises:

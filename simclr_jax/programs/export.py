@@ -25,7 +25,7 @@ def run(
   formats=("orbax",),
   head: bool = False,
   step: int | None = None,
-  licence: str = "",
+  license: str = "",
   python: str = "",
   overwrite: bool = False,
 ) -> list:
@@ -38,7 +38,7 @@ def run(
     formats: keys of exporting.FORMATS, or "all".
     head: take the projection head along.
     step: checkpoint of the run, by default the newest.
-    licence: of the weights, for the card.
+    license: of the weights, for the card.
     python: the interpreter that verifies, where the libraries of the formats are; by default this one.
     overwrite: replace exports that are there.
   Returns:
@@ -55,7 +55,7 @@ def run(
     if exporting.FORMATS[name][1] and not importlib.util.find_spec(exporting.FORMATS[name][1]):
       raise UserError(f"--format={name} needs {exporting.FORMATS[name][1]}: pip install 'simclr_jax[export]'")
   variables, projector, config, facts = _of_folder(encoder) if encoder else _of_run(workdir, step, head)
-  facts |= {"licence": licence} if licence else {}
+  facts |= {"license": license} if license else {}
   if encoder and step is not None:
     raise UserError(f"--step={step}: a folder holds one encoder; it belongs to --workdir")
   if head and not projector:
@@ -115,12 +115,14 @@ def _of_run(workdir, step, head):
 def _of_folder(path):
   """The same of an exported folder."""
   _, variables, card = exporting.load_encoder(path)
+  if "licence" in card:  # the spelling of cards before 0.2
+    card["license"] = card["licence"]
   config = config_lib.from_dict(card["pretraining"])
   if card.get("format") == "safetensors":
     projector = exporting.read_safetensors(path).get("projector")
   else:
     projector = checkpoint.read_tree(files.absolute(path) / "projector")
-  return variables, projector, config, {key: card[key] for key in ("scores", "step", "licence") if key in card}
+  return variables, projector, config, {key: card[key] for key in ("scores", "step", "license") if key in card}
 
 
 def main(flags, overrides) -> int:

@@ -117,7 +117,7 @@ CROP = inspect.signature(augment.one_view).parameters.keys() - {"image", "seed"}
 
 
 def view(config):
-  """(image, seed) -> a training view: crop and flip, or a whole view of pretraining where colours are given."""
+  """(image, seed) -> a training view: crop and flip, or a whole view of pretraining where colors are given."""
   options = config_lib.options(config.augment)
   if config.augment.color_strength is not None:  # the supervised baselines of arXiv 2002.05709, Table B.3
     return lambda image, seed: augment_extra.two_views(image, seed, **options)[0]
@@ -131,7 +131,7 @@ def choose(source, labels) -> np.ndarray:
     ValueError: the source has no labels, or a name of the list is not in it.
   """
   if not source.num_classes:
-    raise UserError("data.train has no labels: name a labelled set with --config.data.train=...")
+    raise UserError("data.train has no labels: name a labeled set with --config.data.train=...")
   if not labels.list:
     return data.class_balanced(source.labels, labels.fraction, labels.seed)
   wanted = epath.Path(labels.list).read_text().split()
@@ -146,7 +146,7 @@ def choose(source, labels) -> np.ndarray:
 
 @errors.of_the_user()
 def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=None) -> loop.Task:
-  """A resolved config and the labelled images as the loop wants them."""
+  """A resolved config and the labeled images as the loop wants them."""
   if config.batch_size > len(source):
     raise UserError(f"batch_size={config.batch_size} exceeds the {len(source)} training images: lower it")
   model = create(config, source.num_classes)
@@ -210,7 +210,7 @@ def abstract_step(config, mesh, source, make=make_task, teacher=None):
 
 
 class ClassifierEvaluation:
-  """Top-1 and top-5 of a state on the test images, centre-cropped, BatchNorm in inference mode."""
+  """Top-1 and top-5 of a state on the test images, center-cropped, BatchNorm in inference mode."""
 
   def __init__(self, config, num_classes, test_source, mesh):
     self._images = embed.eval_set(test_source, config, mesh)
@@ -278,7 +278,7 @@ def open_data(config):
   if test.num_classes != source.num_classes or not test.num_classes:
     raise UserError(
       f"data.train={config.data.train} has {source.num_classes} classes and data.test={config.data.test} "
-      f"{test.num_classes}: name two labelled splits of one data set"
+      f"{test.num_classes}: name two labeled splits of one data set"
     )
   return source, test
 

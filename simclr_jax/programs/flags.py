@@ -65,7 +65,7 @@ def export(parser):
   )  # fmt: skip
   add("--head", action="store_true", help="take the projection head along: z beside h")
   add("--step", type=int, help="checkpoint of the run (default: the newest)")
-  add("--licence", default="", metavar="NAME", help="of the weights, for card.json, such as Apache-2.0")
+  add("--license", "--licence", default="", metavar="NAME", help="of the weights, for card.json, such as Apache-2.0")
   add("--python", default="", metavar="PATH", help="the Python that verifies, with the formats' libraries")
   add("--overwrite", action="store_true", help="replace the exports that are there")
 

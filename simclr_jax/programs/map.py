@@ -95,7 +95,7 @@ def write(folder, chart: dict, found: dict):
   pairs = ((names[i], names[j], round(deep, 5), round(pixels, 5)) for i, j, deep, pixels in found["duplicates"])
   _csv(folder / "duplicates.csv", ("first", "second", "cosine_of_h", "correlation_of_pixels"), pairs)
   alone = ((names[i], round(far, 5)) for i, far in found["outliers"])
-  _csv(folder / "outliers.csv", ("name", "distance_to_neighbours"), alone)
+  _csv(folder / "outliers.csv", ("name", "distance_to_neighbors"), alone)
   labels = chart["labels"] if len(chart["class_names"]) else None
   report.map_png(folder / "map.png", xy, thumbnails=chart["pictures"], labels=labels, class_names=chart["class_names"])
 

@@ -254,10 +254,10 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     str(workdir / "config.json"): "the resolved config",
   }
   pictures = {"views": workdir / "views.png"}
-  if len(result["neighbours"][0]):
-    pictures["neighbours"] = workdir / "neighbours.png"
-    report.neighbours_png(pictures["neighbours"], *result["neighbours"])
-    files[str(pictures["neighbours"])] = "nearest neighbours in h"
+  if len(result["neighbors"][0]):
+    pictures["neighbors"] = workdir / "neighbors.png"
+    report.neighbors_png(pictures["neighbors"], *result["neighbors"])
+    files[str(pictures["neighbors"])] = "nearest neighbors in h"
   metrics_lib.show(workdir, result["step"], pictures)
   snippet = exporting.snippet(workdir / "encoder", config.augment.size)
   best = {row["representation"]: row for row in result["scores"]}
@@ -274,7 +274,7 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     files=files,
     snippet=snippet,
     views=pairs,
-    neighbours=result["neighbours"],
+    neighbors=result["neighbors"],
     confusion=result["confusion"],
     class_names=result.get("class_names"),
     verdict=result["verdict"],

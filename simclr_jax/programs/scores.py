@@ -90,7 +90,7 @@ class PretrainEvaluation:
 
 
 def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
-  """Scores, neighbours and confusion at the end of a run; the encoder is exported here."""
+  """Scores, neighbors and confusion at the end of a run; the encoder is exported here."""
   train, test = evaluation.embed(state)
   numbers = diagnostics.summary(test["h"], test["z"])
   collapsed, verdict = diagnostics.verdict(numbers)
@@ -123,9 +123,9 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
   _, nearest = knn.nearest(train["h"], test["h"][queries], k=8)
   if not config.data.test:
     nearest = nearest[:, 1:]  # the query itself
-  neighbours = np.stack([evaluation.train.images(row) for row in nearest])
+  neighbors = np.stack([evaluation.train.images(row) for row in nearest])
   same = labels[nearest] == test_labels[queries][:, None] if labels is not None else None
-  out["neighbours"] = (evaluation.test.images(queries), neighbours, same)
+  out["neighbors"] = (evaluation.test.images(queries), neighbors, same)
   scores = {row["representation"]: {k: v for k, v in row.items() if k != "representation"} for row in out["scores"]}
   step = out["step"] = int(state.step)
   if not jax.process_index():

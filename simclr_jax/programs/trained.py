@@ -85,7 +85,7 @@ class TrainedRun:
     self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
 
   def test_source(self):
-    """Labelled test images.
+    """Labeled test images.
 
     Raises:
       ValueError: the run has none.
@@ -94,7 +94,7 @@ class TrainedRun:
     if not spec or not self.train_source.num_classes:
       raise UserError(
         f"data.train={self.config.data.train}, data.test={spec or 'none'}: evaluation needs labels in both; "
-        "name labelled sets with --config.data.train=... --config.data.test=..."
+        "name labeled sets with --config.data.train=... --config.data.test=..."
       )
     return data.open_source(spec, data_dir=self.config.data.data_dir or None)
 

@@ -45,7 +45,7 @@ HELD_OUT_SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Labelled images: a source; `targets` are its labels [n], or [n, classes] of 1, 0 and -1 where images have several."""
+  """Labeled images: a source; `targets` are its labels [n], or [n, classes] of 1, 0 and -1 where images have several."""
 
   source: data.Source
   targets: np.ndarray
@@ -83,7 +83,7 @@ def permutation_test(a, b, *, weight=None, samples: int = 100_000, seed: int = 0
 
 
 class Encoder:
-  """An encoder to transfer: `features(split)` -> h float32 [n, d], centre-cropped as the row's config says."""
+  """An encoder to transfer: `features(split)` -> h float32 [n, d], center-cropped as the row's config says."""
 
   def __init__(self, start: trained.Start, config, mesh, *, untrained: bool = False):
     self.start, self._config, self._mesh = start, config, mesh

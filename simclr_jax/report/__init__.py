@@ -9,7 +9,7 @@ Scores and shares (`knn`, `contrastive_accuracy`, `data_wait`, …) are fraction
 from simclr_jax.report.charts import accuracy_against_labels_svg, step_times_svg
 from simclr_jax.report.map import map_png, thumbnail_side
 from simclr_jax.report.pages import write_map, write_report, write_runs
-from simclr_jax.report.pictures import neighbours_png, view_pairs_png
+from simclr_jax.report.pictures import neighbors_png, view_pairs_png
 from simclr_jax.report.tables import Link, aligned, score_table
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
   "accuracy_against_labels_svg",
   "aligned",
   "map_png",
-  "neighbours_png",
+  "neighbors_png",
   "score_table",
   "step_times_svg",
   "thumbnail_side",

@@ -29,8 +29,8 @@ class Report:
   # drawn too, folded away. Rows may lack keys; of a step that was logged twice (after a resume) the later row counts.
   history: Sequence[dict] = ()
   views: np.ndarray | None = None  # [n, 2, h, w, 3], uint8 or float in [0, 1]; the first 24 pairs are shown
-  # The arguments of `neighbours_png`, with or without same_label; the first 12 queries and 8 neighbors are shown.
-  neighbours: tuple | None = None
+  # The arguments of `neighbors_png`, with or without same_label; the first 12 queries and 8 neighbors are shown.
+  neighbors: tuple | None = None
   confusion: np.ndarray | None = None  # counts [c, c], rows the true class, columns the predicted one
   class_names: Sequence[str] | None = None  # c names; without them classes are numbered
   seconds: dict[str, float] | None = None  # {phase: seconds}, the time budget
@@ -44,7 +44,7 @@ def write_report(path, **page):
   """Writes the page of a run to `path`, replacing it in one move; `page` has the fields of `Report`.
 
   Raises:
-    ValueError: the shapes of views, neighbours, confusion and class_names don't fit.
+    ValueError: the shapes of views, neighbors, confusion and class_names don't fit.
   """
   page = Report(**page)
   known_curves, further_curves = charts.curves(page.history)
@@ -55,7 +55,7 @@ def write_report(path, **page):
     known_curves=known_curves,
     further_curves=further_curves,
     views=None if page.views is None or not len(page.views) else list(pictures.checked_views(page.views[:24])),
-    neighbors=_neighbors(page.neighbours),
+    neighbors=_neighbors(page.neighbors),
     confusion=_confusion(page.confusion, page.class_names),
     seconds=seconds,
     total=sum(seconds.values()),

@@ -43,12 +43,12 @@ def view_pairs_png(path, views, *, columns=8, zoom=None):
   files.write_bytes(path, encode(sheet, "PNG"))
 
 
-def neighbours_png(path, queries, neighbours, same_label=None):
+def neighbors_png(path, queries, neighbors, same_label=None):
   """Writes one row for each image: the query, a gap, then its nearest neighbors, nearest first.
 
   Args:
     queries: [m, h, w, 3], uint8 or float in [0, 1].
-    neighbours: [m, k, h, w, 3], the same.
+    neighbors: [m, k, h, w, 3], the same.
     same_label: optional bool [m, k], drawn as a green (same class as the query) or a red frame.
 
   Images are enlarged as in `view_pairs_png`, to W × H: those of row i begin 17 + i·(H + 20) from the top, the query 17
@@ -57,7 +57,7 @@ def neighbours_png(path, queries, neighbours, same_label=None):
   Raises:
     ValueError: other shapes.
   """
-  queries, neighbors, same_label = checked_neighbors(queries, neighbours, same_label)
+  queries, neighbors, same_label = checked_neighbors(queries, neighbors, same_label)
   queries, neighbors = _enlarge(queries, None), _enlarge(neighbors, None)
   m, k, h, w, _ = neighbors.shape
   cell_h, cell_w = h + 2 * FRAME, w + 2 * FRAME

@@ -1,4 +1,4 @@
-"""The paper's section 3.1 in miniature: crops alone are told apart by colour and teach nothing; crop and colour do."""
+"""The paper's section 3.1 in miniature: crops alone are told apart by color and teach nothing; crop and color do."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from simclr_jax.programs import pretrain
 
 
 @pytest.mark.slow
-def test_crop_only_takes_the_colour_shortcut(tmp_path):
+def test_crop_only_takes_the_color_shortcut(tmp_path):
   linear = {}
   for recipe in ("textures", "textures:crop_only"):
     config = config_lib.load(
