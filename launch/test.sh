@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Sets up, then lints and runs the tests.  bash launch/test.sh -m slow runs the longer ones.
+# Sets up, then lints, checks types and spelling, and runs the tests on two cores.
+#   bash launch/test.sh -m slow        the longer tests
+#   PYTHON=python3.12 bash launch/test.sh
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+git ls-files | grep -v -e "^tests/golden/" -e "\.npz$" -e "\.png$" | xargs codespell
+pyright
+python -m pytest --numprocesses=2 --dist=loadfile "$@"

@@ -77,7 +77,8 @@ def _keep(file, images, labels):
   if labels is not None and len(labels) != len(images):
     raise UserError(f"{len(labels)} labels for {len(images)} images: expected as many")
   file.parent.mkdir(parents=True, exist_ok=True)
-  np.savez(file, images=images, **({} if labels is None else {"labels": np.asarray(labels)}))
+  arrays = {"images": images} | ({} if labels is None else {"labels": np.asarray(labels)})
+  np.savez(file, allow_pickle=False, **arrays)
   return file
 
 

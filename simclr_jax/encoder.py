@@ -336,8 +336,9 @@ class BatchNorm(nn.Module):
   @nn.compact
   def __call__(self, x, train):
     scale, bias = self.parameters_of(x.shape[-1])
-    sign = jax.lax.stop_gradient(jnp.where(scale < 0, -1.0, 1.0)) if self.max_pool else 1.0
+    sign: Any = 1.0
     if self.max_pool:
+      sign = jax.lax.stop_gradient(jnp.where(scale < 0, -1.0, 1.0))
       x = x * sign.astype(x.dtype)
     mean, var = self.statistics_of(x.shape[-1], train, lambda: mean_and_variance(x, sign))
     scale = scale * jax.lax.rsqrt(var + BN_EPSILON)

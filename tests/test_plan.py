@@ -111,7 +111,7 @@ def test_the_fastest_change_that_fits(monkeypatch, sizes, asked, changes):
   assert list(row["tried"])[:2] == ["", "--config.encoder.arrangement=packed"]
   assert len(compiler.asked) == asked and row["changes"] == changes
   if changes is None:
-    assert "does not fit (needs 99.0 GiB)" in plan.table(row) and "no (needs 99.0 GiB)" in plan.side_by_side([row])
+    assert "does not fit (needs 99.0 GiB)" in plan.table(row) and "no (needs 99.0 GiB)" in plan.comparison([row])
   elif "batch_size" in changes:
     assert row["batch_size"] == 1024
 
@@ -161,7 +161,7 @@ def test_what_a_person_reads(tmp_path):
   assert "--config.encoder.remat=block (as it is: does not fit; --config.encoder.remat=block: 188 ms, 17.7 GiB)" in text
   assert "arrangement plain, remat block, zero1 False, microbatches 1, nt_xent dense" in text
   assert "2 OF THEM AS LARGE AS IMAGES" in text and "keep 9 of them busy" in text and "325.0 chip-hours" in text
-  lines = plan.side_by_side([ROW, {**ROW, "batch_size": 8192}]).splitlines()
+  lines = plan.comparison([ROW, {**ROW, "batch_size": 8192}]).splitlines()
   assert len(lines) == 3 and lines[0].split()[:3] == ["pod", "batch", "fits"] and "8,192" in lines[2]
   plan.draw(tmp_path / "step.svg", [ROW, ROW])
   tree = xml.etree.ElementTree.parse(tmp_path / "step.svg")

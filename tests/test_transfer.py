@@ -73,7 +73,7 @@ def test_linear_rows(tmp_path, teacher, capsys):  # noqa: F811
   row = next(row for row in saved if row["name"] == "held_out")
   assert set(row["scores"]) == {"linear SimCLR", "linear random"} and 0 < row["p"]["linear random"] <= 1
   # The score is that of a classifier with the penalty that was chosen, on the same features.
-  encoder = transfer.Encoder(transfer.trained.open_start(teacher[0]), c, mesh_lib.make_mesh())
+  encoder = transfer.FrozenEncoder(transfer.trained.open_start(teacher[0]), c, mesh_lib.make_mesh())
   h, y = encoder.features(tiny.source()), tiny.source().labels
   chosen = linear.logistic_regression(h, y, num_classes=10, l2s=(row["chosen"]["linear SimCLR"],))
   assert linear.accuracy(chosen, h, y) == pytest.approx(row["scores"]["linear SimCLR"], abs=0.011)

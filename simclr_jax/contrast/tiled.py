@@ -215,7 +215,7 @@ def _meet_all(visit, merge, empty, start, blocks, plan):
   if plan.devices == 1:
     return rows
 
-  def meet(_, carry):
+  def one_hop(_, carry):
     rows, visitors, traveling = carry
     following = plan.hop(visitors, 1)
     arriving = plan.hop(traveling, 1)  # the results so far of the blocks that visit now
@@ -223,7 +223,7 @@ def _meet_all(visit, merge, empty, start, blocks, plan):
     return rows, following, merge(arriving, columns)
 
   meetings = (plan.devices - 1) // 2
-  rows, visitors, traveling = jax.lax.fori_loop(0, meetings, meet, (rows, visitors, empty))
+  rows, visitors, traveling = jax.lax.fori_loop(0, meetings, one_hop, (rows, visitors, empty))
   returned = plan.hop(traveling, -meetings)
   if plan.devices % 2 == 0:
     rows, _ = sweep(visitors, rows, None)
@@ -280,7 +280,7 @@ def _tile_sums(logits, exponentials, axis, plan):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _losses(y, temperature, plan):
+def _losses(y, temperature, plan) -> Any:
   """Row losses [n, 2] and what `summary` asks for; y: [n, 2, d]. No gradient through the latter."""
   return _losses_forward(y, temperature, plan)[0]
 

@@ -58,7 +58,7 @@ __all__ = [
 # ---- sections, which programs share ----------------------------------------------------------------------------------
 
 
-@frozen()
+@frozen
 class Data(Section):
   train: str = key(
     REQUIRED, "training images, such as folder:/my/images or tfds:cifar10:train",
@@ -71,7 +71,7 @@ class Data(Section):
   )  # fmt: skip
 
 
-@frozen()
+@frozen
 class Crop(Section):
   """The geometric half of the augmentation: arguments of augment.one_view."""
 
@@ -88,7 +88,7 @@ class Crop(Section):
       raise UserError(f"crop_area={self.crop_area}: expected the smallest first, such as (0.08, 1.0)")
 
 
-@frozen()
+@frozen
 class Augment(Crop):
   """The augmentation family: arguments of augment_extra.two_views, and which half of it runs where."""
 
@@ -114,7 +114,7 @@ class Augment(Crop):
   one_sided: bool = key(False, "both views share crop and flip, and only the first gets the rest (v1, Figure 5)")
 
 
-@frozen()
+@frozen
 class TuneAugment(Augment):
   """Crops and flips, unless colors are asked for."""
 
@@ -127,7 +127,7 @@ class TuneAugment(Augment):
   )
 
 
-@frozen()
+@frozen
 class Encoder(Section):
   """Arguments of encoder.resnet."""
 
@@ -154,7 +154,7 @@ class Encoder(Section):
       raise UserError(f"remat={self.remat!r}: expected none, block or group, or four of them with commas")
 
 
-@frozen()
+@frozen
 class Projector(Section):
   """Arguments of projector.Projector."""
 
@@ -163,7 +163,7 @@ class Projector(Section):
   out_dim: int = key(128, "dimension of z", at_least=1)
 
 
-@frozen()
+@frozen
 class Loss(Section):
   """Arguments of the function `name` of contrast.LOSSES, which has its own defaults; None is not passed on."""
 
@@ -186,7 +186,7 @@ class Loss(Section):
   semi_hard: bool | None = key(None, "nt_logistic, margin_triplet: use semi-hard negatives only")
 
 
-@frozen()
+@frozen
 class Memory(Section):
   """SimCLRv2's memory: arguments of methods/memory.py."""
 
@@ -194,7 +194,7 @@ class Memory(Section):
   decay: float = key(0.999, "method=memory: decay of the moving average of the weights", at_least=0, below=1)
 
 
-@frozen()
+@frozen
 class Optimizer(Section):
   name: str = key("lars", "name of the update rule", choices=("lars", "sgd", "adam", "adamw"))
   base_lr: float = key(REQUIRED, "learning rate before it is scaled with the batch size", above=0)
@@ -207,7 +207,7 @@ class Optimizer(Section):
   weight_decay: float = key(0.0, "weight decay; BatchNorm is left out, and with LARS every bias", at_least=0)
 
 
-@frozen()
+@frozen
 class Every(Section):
   every_steps: int = key(0, "interval in steps; 0: see every_epochs", at_least=0)
   every_epochs: float = key(0.0, "interval in epochs; if both are 0, only at the end", at_least=0)
@@ -218,7 +218,7 @@ class Every(Section):
       raise UserError(f"{both}: set one and leave the other 0")
 
 
-@frozen()
+@frozen
 class CenterCrop(Section):
   crop: float = key(
     0.875, "side of the center crop of evaluation, as a fraction of the shorter side", above=0, at_most=1
@@ -226,31 +226,31 @@ class CenterCrop(Section):
   batch_size: int = key(500, "images that evaluation encodes at once", at_least=1)
 
 
-@frozen()
+@frozen
 class Evaluate(CenterCrop, Every):
   """Evaluation between and after training."""
 
 
-@frozen()
+@frozen
 class EvaluateFeatures(Evaluate):
   train_examples: int = key(0, "training images that evaluation uses; 0: all", at_least=0)
   knn_k: int = key(200, "number of neighbors of kNN", at_least=1)
   knn_temperature: float = key(0.1, "temperature of the votes of kNN", above=0)
 
 
-@frozen()
+@frozen
 class Checkpoint(Every):
   keep: int = key(2, "number of checkpoints that are kept", at_least=1)
 
 
-@frozen()
+@frozen
 class Log(Section):
   every_steps: int = key(20, "interval in steps", at_least=1)
   wandb: str = key("", "project of Weights & Biases that also gets the numbers; empty: none")
   profile_steps: int = key(0, "number of steps that the profiler traces; 0: none", at_least=0)
 
 
-@frozen()
+@frozen
 class Rollback(Section):
   """What to do when training diverges."""
 
@@ -262,7 +262,7 @@ class Rollback(Section):
   )
 
 
-@frozen()
+@frozen
 class Probe(Section):
   """Linear evaluation by `simclr probe`."""
 
@@ -275,7 +275,7 @@ class Probe(Section):
   base_lr: float = key(0.1, "learning rate of SGD, which is scaled with batch_size / 256", above=0)
 
 
-@frozen()
+@frozen
 class Labels(Section):
   """Which labels a program may use."""
 
@@ -287,7 +287,7 @@ class Labels(Section):
 # ---- programs --------------------------------------------------------------------------------------------------------
 
 
-@frozen()
+@frozen
 class Training(Section):
   """What every program that trains an encoder has."""
 
@@ -307,7 +307,7 @@ class Training(Section):
       raise UserError("train_epochs=0 and config.train_steps=0: set one of them")
 
 
-@frozen()
+@frozen
 class Pretrain(Training):
   """`simclr pretrain`."""
 
@@ -336,7 +336,7 @@ class Pretrain(Training):
       object.__setattr__(self, "memory", Memory())
 
 
-@frozen()
+@frozen
 class Finetune(Training):
   """`simclr finetune`."""
 
@@ -360,7 +360,7 @@ class Finetune(Training):
           raise UserError(f"augment.{name}={self.augment[name]}: needs config.augment.color_strength")
 
 
-@frozen()
+@frozen
 class Distill(Finetune):
   """`simclr distill`."""
 
@@ -375,7 +375,7 @@ class Distill(Finetune):
   cache: bool = key(False, "the teacher sees every image once, center-cropped, before training")
 
 
-@frozen()
+@frozen
 class Downstream(Section):
   """`simclr downstream`."""
 
@@ -394,7 +394,7 @@ class Downstream(Section):
   transfer: str = key(REQUIRED, "recipe of transfer")
 
 
-@frozen()
+@frozen
 class TransferRow(Section):
   """One data set to transfer to."""
 
@@ -408,7 +408,7 @@ class TransferRow(Section):
   )
 
 
-@frozen()
+@frozen
 class Grid(Section):
   """What fine-tuning tries."""
 
@@ -422,13 +422,13 @@ class Grid(Section):
   )
 
 
-@frozen()
+@frozen
 class TuneGrid(Grid):
   recipe: str = key(REQUIRED, "recipe that gives everything else")
   batch_size: int = key(REQUIRED, "batch size of fine-tuning", at_least=1)
 
 
-@frozen()
+@frozen
 class Transfer(Section):
   """`simclr transfer`."""
 
@@ -450,13 +450,13 @@ class Transfer(Section):
   from_scratch: Grid
 
 
-@frozen()
+@frozen
 class ImportAugment(Section):
   size: int = key(REQUIRED, "side of the images, in pixels", at_least=1)
   resize: str = key("bicubic", "interpolation", choices=("bicubic", "bicubic_tf1", "bilinear"))
 
 
-@frozen()
+@frozen
 class Import(Section):
   """What `simclr import` knows of the training of an official checkpoint; it has no recipe."""
 

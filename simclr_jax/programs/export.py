@@ -115,8 +115,8 @@ def _of_run(workdir, step, head):
 def _of_folder(path):
   """The same of an exported folder."""
   _, variables, card = exporting.load_encoder(path)
-  if "licence" in card:  # the spelling of cards before 0.2
-    card["license"] = card["licence"]
+  if "licence" in card:  # the spelling of cards before 0.2 # codespell:ignore
+    card["license"] = card["licence"]  # codespell:ignore
   config = config_lib.from_dict(card["pretraining"])
   if card.get("format") == "safetensors":
     projector = exporting.read_safetensors(path).get("projector")

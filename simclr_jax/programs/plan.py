@@ -248,7 +248,7 @@ COLUMNS = {
 }
 
 
-def side_by_side(rows) -> str:
+def comparison(rows) -> str:
   """Plans as the rows of one table."""
   cells = [list(COLUMNS)]
   for row in rows:
@@ -285,7 +285,7 @@ def run(config, topologies, *, batches=(), num_examples=0, num_classes=0, as_jso
   if as_json:
     print(json.dumps(rows, indent=2))
   elif len(rows) > 1:
-    print(side_by_side(rows))
+    print(comparison(rows))
   if picture:
     draw(picture, rows)
   return rows

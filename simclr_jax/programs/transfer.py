@@ -82,7 +82,7 @@ def permutation_test(a, b, *, weight=None, samples: int = 100_000, seed: int = 0
   return (1 + extreme) / (1 + samples)
 
 
-class Encoder:
+class FrozenEncoder:
   """An encoder to transfer: `features(split)` -> h float32 [n, d], center-cropped as the row's config says."""
 
   def __init__(self, start: trained.Start, config, mesh, *, untrained: bool = False):
@@ -122,7 +122,7 @@ def splits(row, data_dir):
 
 
 def linear_evaluation(
-  encoder: Encoder, train: Split, held_out, test: Split, metric: str, *, l2s=linear.L2_GRID_45, mesh=None
+  encoder: FrozenEncoder, train: Split, held_out, test: Split, metric: str, *, l2s=linear.L2_GRID_45, mesh=None
 ):
   """(score, logits [n, classes] of the test images, l2)."""
   classifier = linear.logistic_regression(
@@ -211,10 +211,10 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   """
   mesh = mesh_lib.make_mesh()
   start = trained.open_start(config.start)
-  encoders = {"SimCLR": Encoder(start, config, mesh)}
+  encoders = {"SimCLR": FrozenEncoder(start, config, mesh)}
   if config.supervised:
-    encoders["supervised"] = Encoder(trained.open_start(config.supervised), config, mesh)
-  encoders["random"] = Encoder(start, config, mesh, untrained=True)
+    encoders["supervised"] = FrozenEncoder(trained.open_start(config.supervised), config, mesh)
+  encoders["random"] = FrozenEncoder(start, config, mesh, untrained=True)
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
   files.write_text(workdir / "config.json", config_lib.to_json(config))
   done = workdir / "transfer.json"

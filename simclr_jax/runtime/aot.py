@@ -175,7 +175,7 @@ def parts(hlo: str) -> dict:
 
   An operation that holds a convolution counts as one, with all that the compiler fused into it, sums for statistics too.
   """
-  found = dict.fromkeys(PARTS, 0)
+  found: dict[str, int] = dict.fromkeys(PARTS, 0)
   for text in computations(hlo)["ENTRY"]:
     name = re.search(r'op_name="([^"]*)"', text)
     name = name[1] if name else ""

@@ -316,9 +316,11 @@ def save_trees(path, trees: dict):
 
 def _by_this_process():
   """A checkpointer that waits for no other process."""
+  if not processes.is_multiprocess():
+    return ocp.StandardCheckpointer()
   me = jax.process_index()
   alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"p{me}")
-  return ocp.StandardCheckpointer(**({"multiprocessing_options": alone} if processes.is_multiprocess() else {}))
+  return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 def compare(tree, like, where):

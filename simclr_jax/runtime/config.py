@@ -26,7 +26,11 @@ REQUIRED = dataclasses.MISSING
 
 # ---- keys and sections -----------------------------------------------------------------------------------------------
 
-frozen = functools.partial(dataclasses.dataclass, frozen=True, kw_only=True)  # decorates every section
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
+def frozen(cls):
+  """Decorates every section."""
+  return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
 def key(
@@ -52,7 +56,7 @@ def section(kind, /, **defaults):
   return dataclasses.field(default_factory=functools.partial(kind, **defaults))
 
 
-@frozen()
+@frozen
 class Section:
   """Base of all sections and configs: values are converted to the type of their key and checked, whoever makes one.
 
@@ -359,6 +363,7 @@ def read_recipe(name: str) -> dict:
   """
   path, colon, argument = find_recipe(name).partition(":")
   spec = importlib.util.spec_from_file_location(f"recipe_{pathlib.Path(path).stem}", path)
+  assert spec and spec.loader  # find_recipe gives the path of a Python file
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)

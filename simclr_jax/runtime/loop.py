@@ -295,14 +295,14 @@ class Loop:
       return mesh_lib.global_batch(self.mesh, next(self.stream))
 
   def update(self, batch: Batch):
-    first_time = self.compiled is None
-    if first_time:
+    compiled, first_time = self.compiled, self.compiled is None
+    if compiled is None:
       with self.clock.phase("compile"):
         step = compile_step(self.task, self.mesh, self.like)
-        self.compiled = step.lower(self.state, batch, *self.constants).compile()
+        self.compiled = compiled = step.lower(self.state, batch, *self.constants).compile()
         processes.barrier("compiled")
     with self.clock.phase("step"):
-      self.state, metrics = self.compiled(self.state, batch, *self.constants)
+      self.state, metrics = compiled(self.state, batch, *self.constants)
       self.window.append(metrics)
       self.in_flight.append(metrics)
       if first_time or len(self.in_flight) > 2:  # two steps ahead of the device at most: bounds memory

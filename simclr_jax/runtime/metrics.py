@@ -32,7 +32,8 @@ class Writer:
   def __init__(self, workdir, *, resume_step: int = 0, wandb: str = ""):
     self._path = files.absolute(workdir) / "metrics.jsonl"
     self._active = jax.process_index() == 0
-    self._board = self._wandb = None
+    self._board = None
+    self._wandb = None
     self.seconds_before = 0.0  # that the rows before this start had taken
     if self._active:
       self._board = _Board(workdir)
@@ -48,7 +49,7 @@ class Writer:
 
   def scalars(self, step: int, row: dict):
     """One row of numbers and lines of text; a number that is not finite is written as null."""
-    if not self._active:
+    if not self._board:  # not the primary process
       return
     text = {k: v for k, v in row.items() if isinstance(v, str)}
     clean = {k: (float(v) if math.isfinite(v) else None) for k, v in row.items() if k not in text}
@@ -84,7 +85,7 @@ class _Board:
     from tensorboard import data_compat
     from tensorboard.compat.proto import event_pb2
 
-    event = data_compat.migrate_event(event_pb2.Event(wall_time=time.time(), **event))
+    event = data_compat.migrate_event(event_pb2.Event(wall_time=time.time(), **event))  # pyright: ignore
     self._records.write(event.SerializeToString())
     self._records.flush()
 
@@ -100,7 +101,7 @@ def _wandb_run(workdir, project: str):
   """The run of this folder at Weights & Biases, taken up again if it is there."""
   if importlib.util.find_spec("wandb") is None:
     raise UserError(f"config.log.wandb={project}: the package is not installed: pip install wandb")
-  import wandb
+  import wandb  # pyright: ignore[reportMissingImports]
 
   workdir = files.absolute(workdir)
   name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]

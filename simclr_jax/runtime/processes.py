@@ -1,7 +1,9 @@
 """The processes of one run: they start together, and agree on what one of them found out."""
 
+import functools
 import itertools
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from jax.experimental import multihost_utils
 from simclr_jax.runtime import watchdog
 from simclr_jax.runtime.errors import UserError
 
-_client = None  # of the coordination service, in a run with several processes
+_client: Any = None  # of the coordination service, in a run with several processes
 _calls = itertools.count()  # names what the processes agree on: they all call the same functions in the same order
 
 
@@ -26,24 +28,25 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
   Raises:
     ValueError: some of the three arguments are given and some are not, or they contradict each other.
   """
-  given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
-  missing = [flag for flag, value in given.items() if value is None]
-  if 0 < len(missing) < 3:
-    raise UserError(f"{', '.join(missing)} missing: give all of --coordinator --num_processes --process_id, or none")
-  if not missing:
-    if ":" not in coordinator:
+  initialize = functools.partial(
+    jax.distributed.initialize, heartbeat_timeout_seconds=60, shutdown_timeout_seconds=30, initialization_timeout=600
+  )
+  if coordinator is not None and num_processes is not None and process_id is not None:
+    host, colon, port = coordinator.rpartition(":")
+    if not colon:
       raise UserError(f"--coordinator={coordinator}: expected host:port of process 0, such as 10.0.0.2:8476")
     if not 0 <= process_id < num_processes:
       raise UserError(f"--process_id={process_id}: expected 0 to {num_processes - 1}, below --num_processes")
-  timeouts = {"heartbeat_timeout_seconds": 60, "shutdown_timeout_seconds": 30, "initialization_timeout": 600}
-  if not missing:
     # The service answers anybody who can reach it: on one machine it listens to that machine only.
-    host, _, port = coordinator.rpartition(":")
-    bind = {"coordinator_bind_address": f"{host}:{port}"} if host in ("localhost", "127.0.0.1") else {}
-    jax.distributed.initialize(coordinator, num_processes, process_id, **bind, **timeouts)
+    bind = f"{host}:{port}" if host in ("localhost", "127.0.0.1") else None
+    initialize(coordinator, num_processes, process_id, coordinator_bind_address=bind)
   else:
+    given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    missing = [flag for flag, value in given.items() if value is None]
+    if len(missing) < 3:
+      raise UserError(f"{', '.join(missing)} missing: give all of --coordinator --num_processes --process_id, or none")
     try:
-      jax.distributed.initialize(**timeouts)
+      initialize()
     except RuntimeError:  # this process has used its devices already: it runs alone, in a notebook for instance
       return
     except ValueError as error:

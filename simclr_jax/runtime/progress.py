@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -17,7 +18,7 @@ class Clock:
 
   def __init__(self):
     self.started = time.monotonic()
-    self.seconds = collections.Counter()
+    self.seconds: Any = collections.Counter()  # of float
 
   @contextlib.contextmanager
   def phase(self, name: str):
