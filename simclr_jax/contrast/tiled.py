@@ -74,7 +74,7 @@ def nt_xent_tiled(z, temperature, *, mesh=None, tile=None, normalize=True, reduc
     precision=precision,
     shift=1.0 / temperature if bounded else None,
   )
-  losses, rows = _losses(y, jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32)), plan)
+  losses, rows = _losses(y, jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32)), plan)  # pyright: ignore  (custom_vjp hides the tuple)
   rows["potential"] = jnp.sum(rows["potential"])
   return reduce(losses, reduction), metrics | summary(**jax.lax.stop_gradient(rows))
 
@@ -280,7 +280,7 @@ def _tile_sums(logits, exponentials, axis, plan):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _losses(y, temperature, plan) -> Any:
+def _losses(y, temperature, plan):
   """Row losses [n, 2] and what `summary` asks for; y: [n, 2, d]. No gradient through the latter."""
   return _losses_forward(y, temperature, plan)[0]
 
