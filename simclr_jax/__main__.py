@@ -2,11 +2,8 @@
 
 import argparse
 import importlib
-import importlib.metadata
-import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -47,6 +44,8 @@ def for_a_pod(flags):
 
 
 def for_this_machine(flags):
+  import logging
+
   from simclr_jax.runtime import cpu, tensorflow
 
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that nobody misses
@@ -201,6 +200,8 @@ def main(argv=None) -> int:
     if code == 1 and (not of_user or os.environ.get("SIMCLR_TRACEBACK")):
       if type(error).__name__ == "JaxRuntimeError" and "simclr_jax.runtime.watchdog" in sys.modules:
         sys.modules["simclr_jax.runtime.watchdog"].await_verdict()
+      import traceback
+
       traceback.print_exc()
       message = "" if of_user else f"this should not happen; please report it with the lines above ({_versions()})"
   if message:
@@ -222,6 +223,8 @@ def _run(command, flags, overrides) -> int:
 
 
 def _versions() -> str:
+  import importlib.metadata  # 30 ms, which only a report of an error has to spend
+
   packages = ("simclr_jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow")
   found = []
   for name in packages:
