@@ -48,7 +48,8 @@ def pretrain(
     images: uint8 [n, h, w, 3] or [n, h, w]; or a data set such as "folder:/my/images".
     workdir: folder of the run; arrays are kept beside it, in WORKDIR.npz, so that the run can go on by itself.
     recipe: file in configs/ that gives everything else.
-    labels: int [n], for the scores alone; training never sees them.
+    labels: int [n], for the scores alone: a tenth of every class is held out of training and scored
+      (`data.held_out`), unless `**{"data.test": ...}` names other images.
     resume, overwrite: go on with the run that is there, or delete it; without either a folder that is not empty is an error.
     changes: values of the recipe by their dotted names, `**{"encoder.width": 0.5, "train_steps": 200}`.
   Returns:
@@ -61,7 +62,7 @@ def pretrain(
     changes = {"data.train": images, "data.test": "", **changes}
   else:
     file = _keep(pathlib.Path(str(folder)).with_name(pathlib.Path(str(folder)).name + ".npz"), images, labels)
-    changes = {"data.train": f"npz:{file}", "data.test": f"npz:{file}" if labels is not None else "", **changes}
+    changes = {"data.train": f"npz:{file}", "data.test": "", **changes}
   config = config_lib.replace(config_lib.load(recipe), changes)
   program.run(config, str(workdir), resume=resume, overwrite=overwrite, recipe=recipe)
   return Encoder(*exporting.load_encoder(folder / "encoder"))

@@ -52,7 +52,14 @@ def teacher(tmp_path_factory):
 
 
 def config(teacher, spec, **changes):
-  changes = {"teacher": teacher, "data.train": spec, "data.test": spec, "batch_size": 16, "train_steps": 2, **changes}
+  changes = {
+    "teacher": teacher,
+    "data.train": spec,
+    "data.test": f"{spec}:test",
+    "batch_size": 16,
+    "train_steps": 2,
+    **changes,
+  }
   changes |= {"augment.size": 16, "encoder.width": 0.0625, "evaluate.batch_size": 32}
   return config_lib.replace(config_lib.load("configs/distill.py:small"), changes)
 

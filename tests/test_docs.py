@@ -136,7 +136,7 @@ def shortened(words, stand_ins, spec):
   words = line.split("\0")
   extra = [f"--config.{value}" for value in SHORTER.get(words[0], ())]
   if words[0] in ("finetune", "distill") or (words[0] == "pretrain" and "folder:" not in line):
-    extra += [f"--config.data.train={spec}", f"--config.data.test={spec}"]
+    extra += [f"--config.data.train={spec}", f"--config.data.test={spec}:test"]
   if words[0] in ("pretrain", "finetune", "distill"):
     words += ["--overwrite"]
   if words[0] == "quickstart":

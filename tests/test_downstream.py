@@ -63,7 +63,13 @@ def test_the_program(tmp_path, capsys):
   spec = tiny.npz(tmp_path / "tiny.npz")
   rows = {"again": dict(train=spec, validation="", test=spec, metric="top_1")}
   changes = {
-    "smoke": {"data.train": spec, "data.test": spec, "batch_size": 16, "encoder.width": 0.0625, "augment.size": 16},
+    "smoke": {
+      "data.train": spec,
+      "data.test": f"{spec}:test",
+      "batch_size": 16,
+      "encoder.width": 0.0625,
+      "augment.size": 16,
+    },
     "finetune": {"train_steps": 3, "batch_size": 8, "evaluate.batch_size": 96},
     "distill": {"train_steps": 3, "batch_size": 16, "encoder.width": 0.0625},
     "transfer": {"rows": rows, "samples": 100},

@@ -112,7 +112,7 @@ def test_a_whole_run_in_a_bucket(tmp_path, monkeypatch):
     checkpoint, "save_trees", lambda path, trees: [files.write_text(path / name / "x", "") for name in trees]
   )
   spec = tiny.npz(tmp_path / "tiny.npz")
-  config = tiny.config(**{"data.train": spec, "data.test": spec, "encoder.width": 0.015625, "train_steps": 2})
+  config = tiny.config(**{"data.train": spec, "data.test": f"{spec}:test", "encoder.width": 0.015625, "train_steps": 2})
   with bucket.buckets(tmp_path / "buckets"):
     pretrain.run(config, "gs://mine/run")
   found = {file.name for file in (tmp_path / "buckets/mine/run").iterdir()}

@@ -166,7 +166,7 @@ def test_a_list_of_names(tmp_path):
 def test_the_program(start, tmp_path, capsys):
   """Trains, scores, exports with its heads, and goes on from what it left."""
   spec = tiny.npz(tmp_path / "tiny.npz")
-  changes = {"data.train": spec, "data.test": spec, "start": start[0], "tap": 1, "labels.fraction": 0.5}
+  changes = {"data.train": spec, "data.test": f"{spec}:test", "start": start[0], "tap": 1, "labels.fraction": 0.5}
   result = finetune.run(config(**changes), tmp_path / "run")
   assert 0 <= result["scores"]["accuracy"] <= result["scores"]["top_5"] <= 1
   assert "with 47 labels" in capsys.readouterr().out
@@ -182,7 +182,7 @@ def test_the_program(start, tmp_path, capsys):
 
 def test_mistakes_are_one_line_and_touch_nothing(start, tmp_path, capsys):
   spec = tiny.npz(tmp_path / "tiny.npz")
-  changes = {"data.train": spec, "data.test": spec, "start": start[0], "labels.fraction": 0.5}
+  changes = {"data.train": spec, "data.test": f"{spec}:test", "start": start[0], "labels.fraction": 0.5}
   with pytest.raises(ValueError, match="tap=3: start=.* has 2 layers"):
     finetune.run(config(**{**changes, "tap": 3}), tmp_path / "other")
   with pytest.raises(ValueError, match="exceeds the 47 training images"):

@@ -49,7 +49,7 @@ def one_negative(monkeypatch):
 @pytest.mark.slow
 def test_a_new_method_trains_resumes_evaluates_and_exports(one_negative, tmp_path, capsys):
   spec = tiny.npz(tmp_path / "set.npz")
-  changes = {"method": "one_negative", "data.train": spec, "data.test": spec, "checkpoint.every_steps": 2}
+  changes = {"method": "one_negative", "data.train": spec, "data.test": f"{spec}:test", "checkpoint.every_steps": 2}
   config = tiny.config(**changes)
   straight = pretrain.run(config, tmp_path / "straight")
   assert "loss at chance 0.693" in capsys.readouterr().out

@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
   spec = tiny.npz(folder / "tiny.npz")
   config = tiny.config(
-    **{"data.train": spec, "data.test": spec, "evaluate.every_steps": 2, "checkpoint.every_steps": 2}
+    **{"data.train": spec, "data.test": f"{spec}:test", "evaluate.every_steps": 2, "checkpoint.every_steps": 2}
   )
   return folder / "work", pretrain.run(config, folder / "work", recipe="smoke")
 

@@ -158,7 +158,7 @@ def same_losses(workdir, expected):
 def test_fine_tuning_and_distillation_in_two_processes(shared, one_process):
   """The same test scores, whatever the number of processes."""
   spec = tiny.npz(shared / "labeled.npz")
-  values = {"data.train": spec, "data.test": spec, "batch_size": 16, "train_steps": 4}
+  values = {"data.train": spec, "data.test": f"{spec}:test", "batch_size": 16, "train_steps": 4}
   values |= {"augment.size": 16, "evaluate.batch_size": 40, "encoder.width": 0.0625, "labels.fraction": 1.0}
   scores = {}
   for processes in (1, 2):

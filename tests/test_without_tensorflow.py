@@ -86,7 +86,7 @@ import tiny
 from simclr_jax.__main__ import main
 spec, workdir = tiny.npz(sys.argv[1] + "/tiny.npz"), sys.argv[1] + "/run"
 changes = {
-  "data.train": spec, "data.test": spec, "augment.where": "resident", "augment.size": 16, "batch_size": 16,
+  "data.train": spec, "data.test": f"{spec}:test", "augment.where": "resident", "augment.size": 16, "batch_size": 16,
   "train_epochs": 0.0, "train_steps": 2, "optimizer.warmup_epochs": 0.0, "encoder.width": 0.0625,
   "projector.out_dim": 16, "evaluate.batch_size": 32, "evaluate.every_epochs": 0.0, "checkpoint.every_epochs": 0.0,
 }

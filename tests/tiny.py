@@ -56,7 +56,14 @@ def export(path):
 
 
 def npz(path, count=96):
-  """The same images as a file that data.train can name, labels included; returns its spec."""
-  s = source(count)
-  np.savez(path, images=np.stack([s.read(i) for i in range(count)]), labels=s.labels)
+  """The same images as a file that data.train can name, labels included; returns its spec.
+
+  The 32 images after them are its split `test`: `f"{spec}:test"`.
+  """
+  s = source(count + 32)
+  images = np.stack([s.read(i) for i in range(len(s))])
+  parts = {"": slice(count), "test_": slice(count, None)}
+  np.savez(
+    path, **{f"{p}{k}": a[part] for p, part in parts.items() for k, a in (("images", images), ("labels", s.labels))}
+  )
   return f"npz:{path}"

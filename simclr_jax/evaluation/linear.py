@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import scipy.optimize
 
+from simclr_jax.evaluation.rows import check_finite, labeled
 from simclr_jax.runtime import mesh as mesh_lib
 
 L2_GRID = tuple(float(x) for x in np.logspace(-6, 0, 7))  # on features of unit variance, with the loss a mean
@@ -65,14 +66,15 @@ def held_out_parts(labels, folds, rng):
 
 
 def top_1(logits, y) -> float:
-  """Share of rows of logits [n, classes] whose largest is that of their class y [n]."""
-  return float(np.mean(logits.argmax(1) == y))
+  """Fraction of the rows of logits [n, classes] with a label whose largest is that of their class y [n]."""
+  known = labeled(y)
+  return float(np.mean(logits[known].argmax(1) == y[known]))
 
 
 def mean_per_class(logits, y) -> float:
-  """The mean over the classes of y [n] of the share of their examples that are found: every class counts alike."""
+  """The mean over the classes of y [n] of the fraction of their examples that are found: every class counts alike."""
   right = logits.argmax(1) == y
-  return float(np.mean([right[y == c].mean() for c in np.unique(y)]))
+  return float(np.mean([right[y == c].mean() for c in np.unique(y[labeled(y)])]))
 
 
 def average_precision(logits, y) -> float:
@@ -111,15 +113,20 @@ def logistic_regression(
   training examples (a tenth, or `folds`-fold cross-validation), and the final fit uses all n.
 
   Args:
-    y: integers [n]; or [n, num_classes] of 1, 0 and -1, as `average_precision` takes them.
+    y: integers [n], -1 where there is no label; or [n, num_classes] of 1, 0 and -1, as `average_precision` takes them.
     held_out: bool [n], the examples on which L2 is chosen, where the data set has a split for it.
     score: one of METRICS, (logits, y) -> what is best when highest.
     mesh: the devices over which the examples are split; by default one.
 
   Returns:
     dict(kernel [d, num_classes], bias [num_classes], l2): logits = x @ kernel + bias.
+
+  Raises:
+    UserError: a feature is not finite, or nothing has a label.
   """
-  x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
+  known = labeled(y)
+  x, y = check_finite(x, "features")[known].astype(np.float32), np.asarray(y, np.int32)[known]
+  held_out = None if held_out is None else held_out[known]
   mean, scale = x.mean(0), max(float(np.sqrt(x.var(0).mean())), 1e-12)
   x, basis = (x - mean) / scale, None
   if len(x) < x.shape[1]:  # a penalized solution lies in the span of the rows: solve in coordinates of it
@@ -155,13 +162,14 @@ def logits(classifier: dict, x):
 
 
 def accuracy(classifier: dict, x, y) -> float:
-  """Share of rows of x [n, d] whose largest logit is y [n]."""
-  return top_1(logits(classifier, x), y)
+  """Fraction of the rows of x [n, d] with a label whose largest logit is y [n]; raises UserError as `logistic_regression`."""
+  return top_1(logits(classifier, check_finite(x, "features")), np.asarray(y))
 
 
 def few_labels(labels, per_class: int, rng):
   """Indices of `per_class` examples of each class (all of a class that has fewer)."""
-  return np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in np.unique(labels)])
+  classes = np.unique(labels[labeled(labels)])
+  return np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in classes])
 
 
 def linear_evaluation(x, y, test_x, test_y, *, num_classes: int, seed: int = SPLIT_SEED, mesh=None) -> float:

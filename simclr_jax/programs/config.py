@@ -64,7 +64,11 @@ class Data(Section):
     REQUIRED, "training images, such as folder:/my/images or tfds:cifar10:train",
     needed="a data set such as fashion:train",
   )  # fmt: skip
-  test: str = key("", "labeled images that are scored; empty: none")
+  test: str = key("", "labeled images that are scored; empty: see held_out")
+  held_out: float = key(
+    0.1, "fraction of every class that is kept out of training and scored where test is empty; 0: nothing is scored",
+    at_least=0, below=1,
+  )  # fmt: skip
   data_dir: str = key("", "where prepared TensorFlow Datasets are; empty: their own default")
   max_bad_fraction: float = key(
     0.001, "fraction of unreadable images above which the run stops", at_least=0, at_most=1
@@ -515,7 +519,11 @@ def from_json(text: str):
   Raises:
     UserError: as for `load`.
   """
-  return from_dict(json.loads(text))
+  values = json.loads(text)
+  part = values.get("data", {})
+  if part and not part.get("test") and "held_out" not in part:  # a run before 0.2, which trained on all images
+    values["data"] = {**part, "held_out": 0.0}
+  return from_dict(values)
 
 
 def program(config) -> str:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from simclr_jax.evaluation import embed
+from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import finetune, trained
+from simclr_jax.programs import finetune, splits, trained
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -128,7 +128,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   mesh_lib.check_divisible(config.batch_size, mesh)
   config, start = finetune.resolve(config)
   teacher = Teacher(config.teacher)
-  source, test = finetune.open_data(config)
+  source, test = splits.check_labeled(config.data, *splits.open_data(config.data))
   if teacher.num_classes != source.num_classes:
     raise UserError(
       f"config.teacher={config.teacher} knows {teacher.num_classes} classes, data.train={config.data.train} has "
@@ -143,10 +143,10 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   student_loss = functools.partial(loss, temperature=config.temperature, alpha=config.alpha)
   result = finetune.train(config, start, source, test, workdir, mesh=mesh, loss=student_loss, make=make)
   logits = _logits(config, teacher, test, mesh)
-  result["teacher"] = float(np.mean(logits.argmax(1) == test.labels))
+  result["teacher"] = linear.top_1(logits, test.labels)
   if not jax.process_index():
     print(
-      f"{config.data.test}: top-1 {100 * result['scores']['accuracy']:.2f} %, its teacher"
+      f"{splits.describe(config.data, test)}: top-1 {100 * result['scores']['accuracy']:.2f} %, its teacher"
       f" {100 * result['teacher']:.2f} %; {result['workdir']}"
     )
   return result

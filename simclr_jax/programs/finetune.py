@@ -19,9 +19,10 @@ from etils import epath
 from simclr_jax import augment, augment_extra, data, exporting, optimizer, views
 from simclr_jax import model as model_lib
 from simclr_jax.evaluation import embed
+from simclr_jax.evaluation.rows import labeled
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import trained
+from simclr_jax.programs import splits, trained
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, errors, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -224,6 +225,8 @@ class ClassifierEvaluation:
 
   def run(self, state) -> dict:
     logits, labels = self.logits(state)
+    known = labeled(labels)
+    logits, labels = logits[known], labels[known]
     own = np.take_along_axis(logits, labels[:, None], 1)
     rank = np.sum(logits > own, 1)
     return {"accuracy": float(np.mean(rank < 1)), "top_5": float(np.mean(rank < 5))}
@@ -267,22 +270,6 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
   return {"state": state, "scores": scores, "workdir": workdir, "config": config}
 
 
-def open_data(config):
-  """(training, test) images of a config.
-
-  Raises:
-    ValueError: they do not have the same classes.
-  """
-  source = data.open_source(config.data.train, data_dir=config.data.data_dir or None)
-  test = data.open_source(config.data.test, data_dir=config.data.data_dir or None)
-  if test.num_classes != source.num_classes or not test.num_classes:
-    raise UserError(
-      f"data.train={config.data.train} has {source.num_classes} classes and data.test={config.data.test} "
-      f"{test.num_classes}: name two labeled splits of one data set"
-    )
-  return source, test
-
-
 def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:
   """The program `simclr finetune`: prints and returns what `train` returns.
 
@@ -292,7 +279,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   mesh = mesh_lib.make_mesh()
   mesh_lib.check_divisible(config.batch_size, mesh)
   config, start = resolve(config)
-  source, test = open_data(config)
+  source, test = splits.check_labeled(config.data, *splits.open_data(config.data))
   chosen = choose(source, config.labels)
   source = data.Selection(source, chosen) if len(chosen) < len(source) else source
   task = make_task(config, start, source, mesh=mesh)
@@ -304,7 +291,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   s = result["scores"]
   if not jax.process_index():
     print(
-      f"{config.data.test}: top-1 {100 * s['accuracy']:.2f} %, top-5 {100 * s['top_5']:.2f} %, from "
+      f"{splits.describe(config.data, test)}: top-1 {100 * s['accuracy']:.2f} %, top-5 {100 * s['top_5']:.2f} %, from "
       f"{config.start or 'scratch'} with {len(source):,} labels; {result['workdir']}"
     )
   return result

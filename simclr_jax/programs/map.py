@@ -122,8 +122,8 @@ def run(workdir=None, table=None, *, step=None, output=None, images: int = 10_00
     raise UserError("give one of --workdir=RUN and --features=FILE")
   if workdir:
     opened = trained.TrainedRun(workdir, step=step, overrides=overrides)
+    source = opened.test_source
     spec = opened.config.data.test or opened.config.data.train
-    source = data.open_source(spec, data_dir=opened.config.data.data_dir or None)
     chosen = np.sort(data.permutation(seed, 0, len(source))[:images])
     part = embed.eval_set(data.Selection(source, chosen), opened.config, opened.mesh)
     h, labels = opened.encode(part), part.labels()

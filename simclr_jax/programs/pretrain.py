@@ -17,7 +17,7 @@ from simclr_jax import data, exporting, methods, optimizer, report, train_step, 
 from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import scores
+from simclr_jax.programs import scores, splits
 from simclr_jax.runtime import checkpoint, errors, files, loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -141,7 +141,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   _check_batch(config, mesh)
   if resume and checkpoint.folder(workdir).exists():
     config = _same_config(config, workdir)
-  train_source, test_source = _open_data(config)
+  train_source, test_source = splits.open_data(config.data)
   evaluation = scores.PretrainEvaluation(config, train_source, test_source, mesh)
   every = config_lib.every(config.evaluate, len(train_source), config.batch_size)
   name = f"unreadable_{jax.process_index()}.txt" if jax.process_count() > 1 else "unreadable.txt"
@@ -163,7 +163,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   if not jax.process_index():
     _write_about(workdir, config, task, mesh, recipe, changes)
     report.view_pairs_png(workdir / "views.png", pairs)
-    _greet(config, workdir, mesh, train_source, abstract, task)
+    _greet(config, workdir, mesh, train_source, test_source, abstract, task)
 
   state, clock = loop.run(
     task,
@@ -189,18 +189,6 @@ def _check_batch(config, mesh):
       f"microbatches={config.microbatches}: batch_size={config.batch_size} on {mesh.size} devices has "
       f"{config.batch_size // mesh.size} images a device, which is no multiple"
     )
-
-
-def _open_data(config):
-  """(training, test) images; without data.test the training images are both."""
-  train, test = config.data.train, config.data.test or config.data.train
-  train_source, test_source = (data.open_source(spec, data_dir=config.data.data_dir or None) for spec in (train, test))
-  if test_source.num_classes != train_source.num_classes:
-    raise UserError(
-      f"data.train={train} has {train_source.num_classes} classes and data.test={test} "
-      f"{test_source.num_classes}: name two splits of one data set, or set data.test=''"
-    )
-  return train_source, test_source
 
 
 def _first_views(task, pipeline):
@@ -230,11 +218,15 @@ def _same_config(config, workdir):
   return kept
 
 
-def _greet(config, workdir, mesh, source, abstract, task):
+def _greet(config, workdir, mesh, source, test, abstract, task):
   parts = {name: int(count_parameters(tree)) for name, tree in abstract.params.items()}
   device = mesh.devices.flat[0]
   print(config_lib.to_json(config))
   print(f"images      {len(source):,} from {config.data.train}, {source.num_classes or 'no'} classes")
+  if test is not source and not config.data.test:
+    print(f"scored      {splits.describe(config.data, test)}, which training does not see")
+  elif test is source and source.num_classes:
+    print("scored      nothing, for there are no images that training does not see: see data.test and data.held_out")
   print("parameters  " + ", ".join(f"{name} {count:,}" for name, count in parts.items()))
   print(
     f"devices     {mesh.size} x {device.device_kind}, {jax.process_count()} process(es); BatchNorm and negatives range over all {config.batch_size} images"

@@ -16,7 +16,7 @@ import optax
 from simclr_jax import augment, data, optimizer, views
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import trained
+from simclr_jax.programs import splits, trained
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -35,16 +35,19 @@ def train_step(state: ProbeState, batch, frozen, *, encoder, classifier, tx, sch
   """One update of the classifier; the encoder, with its variables `frozen`, runs in inference mode, BatchNorm included."""
   h = jax.lax.stop_gradient(encoder.apply(frozen, batch.pixels, train=False))
   labels = batch.label
+  known = labels >= 0
+  count = jnp.maximum(known.sum(), 1)
 
   def objective(params):
     logits = classifier.apply({"params": params}, h)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    return jnp.sum(known * losses) / count, logits
 
   (loss, logits), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   metrics = {
     "loss": loss,
-    "train_accuracy": jnp.mean(logits.argmax(1) == labels),
+    "train_accuracy": jnp.sum(logits.argmax(1) == labels) / count,
     "learning_rate": schedule(state.step),
   }
   params = optax.apply_updates(state.params, updates)
@@ -105,7 +108,8 @@ def _image(size):
 def run(workdir, *, step: int | None = None, overrides=()) -> float:
   """The program `simclr probe`: prints and returns the test linear.accuracy of linear evaluation by `config.probe.method`."""
   opened = trained.TrainedRun(workdir, step=step, overrides=overrides)
-  c, source, test = opened.config, opened.train_source, opened.test_source()
+  c = opened.config
+  source, test = splits.check_labeled(c.data, opened.train_source, opened.test_source)
   test_h, test_y = opened.h(test)
   if c.probe.method != "sgd":
     h, y = opened.h(embed.bank(source, c))
@@ -129,7 +133,7 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
   value = linear.accuracy(classifier, test_h, test_y)
   print(
     f"linear evaluation ({how}) on h of step {opened.step}: {100 * value:.2f} %  "
-    f"({len(test_y):,} test images of {c.data.test})"
+    f"({len(test_y):,} test images of {splits.describe(c.data, test)})"
   )
   return value
 

@@ -10,6 +10,7 @@ from simclr_jax import diagnostics, exporting
 from simclr_jax import model as model_lib
 from simclr_jax.data import permutation
 from simclr_jax.evaluation import embed, knn, linear
+from simclr_jax.evaluation.rows import labeled
 from simclr_jax.programs import map as map_lib
 from simclr_jax.runtime import files
 from simclr_jax.runtime import mesh as mesh_lib
@@ -35,12 +36,16 @@ def _variables(state):
 
 
 class PretrainEvaluation:
-  """kNN, collapse diagnostics and linear evaluation of a state, on the labeled train and test images."""
+  """kNN, collapse diagnostics and linear evaluation of a state, on the labeled train and test images.
+
+  Where the test images are the training images, or have no labels, there are diagnostics and neighbors but no scores.
+  """
 
   def __init__(self, config, train_source, test_source, mesh):
     model = model_lib.create(config, train_source.num_classes)
     self._apply, self._mesh, self._config = _representations(model), mesh, config
-    self.num_classes = train_source.num_classes
+    self.is_bank = test_source is train_source  # then there is nothing to score
+    self.num_classes = 0 if self.is_bank else train_source.num_classes
     make = functools.partial(embed.eval_set, config=config, mesh=mesh)
     bank = embed.bank(train_source, config)
     self.train, self.test = make(bank), make(test_source)
@@ -117,14 +122,17 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
       num_classes=evaluation.num_classes,
     )
     out["confusion"] = np.zeros((evaluation.num_classes,) * 2, int)
-    np.add.at(out["confusion"], (test_labels, predicted), 1)
+    known = labeled(test_labels)
+    np.add.at(out["confusion"], (test_labels[known], predicted[known]), 1)
     out["class_names"] = list(evaluation.test.source.class_names)
   queries = np.random.default_rng(config.seed).permutation(len(test["h"]))[:8]
   _, nearest = knn.nearest(train["h"], test["h"][queries], k=8)
-  if not config.data.test:
+  if evaluation.is_bank:
     nearest = nearest[:, 1:]  # the query itself
   neighbors = np.stack([evaluation.train.images(row) for row in nearest])
-  same = labels[nearest] == test_labels[queries][:, None] if labels is not None else None
+  same = None
+  if labels is not None:
+    same = (labels[nearest] == test_labels[queries][:, None]) & (labels[nearest] >= 0)
   out["neighbors"] = (evaluation.test.images(queries), neighbors, same)
   scores = {row["representation"]: {k: v for k, v in row.items() if k != "representation"} for row in out["scores"]}
   step = out["step"] = int(state.step)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from simclr_jax import data, exporting
+from simclr_jax import exporting
 from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed
 from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import splits
 from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -81,22 +82,8 @@ class TrainedRun:
     size = self.config.augment.size
     like = jax.eval_shape(self.encoder.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     self.step, self.variables = checkpoint.read_run_export(workdir, "encoder", like, step)
-    self.train_source = data.open_source(self.config.data.train, data_dir=self.config.data.data_dir or None)
+    self.train_source, self.test_source = splits.open_data(self.config.data)
     self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
-
-  def test_source(self):
-    """Labeled test images.
-
-    Raises:
-      ValueError: the run has none.
-    """
-    spec = self.config.data.test
-    if not spec or not self.train_source.num_classes:
-      raise UserError(
-        f"data.train={self.config.data.train}, data.test={spec or 'none'}: evaluation needs labels in both; "
-        "name labeled sets with --config.data.train=... --config.data.test=..."
-      )
-    return data.open_source(spec, data_dir=self.config.data.data_dir or None)
 
   def h(self, source):
     """(h float32 [n, d], labels int32 [n]) of all readable images of a source, BatchNorm in inference mode."""

@@ -1,0 +1,85 @@
+"""The images that a program trains on and those that it scores: never the same ones."""
+
+import os
+
+import numpy as np
+
+from simclr_jax import data
+from simclr_jax.runtime.errors import UserError
+
+SEED = 0  # of the held-out images; not the run's seed, so that runs are scored alike
+
+
+def open_data(section):
+  """(training images, images to score) that the section `data` of a config names.
+
+  Without `data.test`, the fraction `data.held_out` of every class is held out of labeled training images, the same ones
+  for every run.  Where there is nothing to score, the training images are both, for what needs no label: diagnostics,
+  neighbors and the map.
+
+  Raises:
+    UserError: their classes differ.
+  """
+  train = _open(section.train, section)
+  if section.test and _place(section.test) == _place(section.train):
+    return train, train
+  if section.test:
+    test = _open(section.test, section)
+    if test.num_classes != train.num_classes:
+      raise UserError(
+        f"data.train={section.train} has {train.num_classes} classes and data.test={section.test} "
+        f"{test.num_classes}: name two splits of one data set, or set data.test=''"
+      )
+    return train, test
+  if not train.num_classes or not section.held_out:
+    return train, train
+  held_out = hold_out(train.labels, section.held_out)
+  if not len(held_out):
+    return train, train
+  rest = np.setdiff1d(np.arange(len(train)), held_out)
+  return data.Selection(train, rest), data.Selection(train, held_out)
+
+
+def check_labeled(section, train, test):
+  """What `open_data` returned, for a program that cannot do without labels.
+
+  Raises:
+    UserError: there are no labels, or no images to score, or these are the training images.
+  """
+  if test is train and section.test:
+    raise UserError(
+      f"data.test={section.test} is data.train: a set that is scored against itself looks better than it is; name "
+      "another with --config.data.test=..."
+    )
+  if test is train or not train.num_classes:
+    raise UserError(
+      f"data.train={section.train}, data.test={section.test or 'none'}: scores need labels in both; name labeled sets "
+      "with --config.data.train=... --config.data.test=..., or hold images out with --config.data.held_out=0.1"
+    )
+  return train, test
+
+
+def describe(section, test) -> str:
+  """The scored images in a few words."""
+  return section.test or f"{len(test):,} images held out of {section.train}"
+
+
+def hold_out(labels, fraction: float) -> np.ndarray:
+  """Sorted indices of a fraction of every class of labels [n] (-1: none), of which at least one image stays."""
+  chosen = [np.zeros(0, np.int64)]
+  for c in np.unique(labels[labels >= 0]):
+    members = np.flatnonzero(labels == c)
+    count = min(max(1, round(fraction * len(members))), len(members) - 1)
+    chosen.append(members[data.permutation(SEED, int(c), len(members))][:count])
+  return np.sort(np.concatenate(chosen))
+
+
+def _open(spec, section):
+  return data.open_source(spec, data_dir=section.data_dir or None)
+
+
+def _place(spec: str) -> str:
+  """The spec with the path in it, if there is one, spelled in one way."""
+  kind, colon, rest = spec.partition(":")
+  path = os.path.expanduser(rest)
+  return f"{kind}{colon}{os.path.realpath(path) if os.path.exists(path) else rest}"

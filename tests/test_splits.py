@@ -1,0 +1,139 @@
+"""Images that are scored are never those that training sees, and only labels that are there count."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+from simclr_jax import data
+from simclr_jax.evaluation import knn, linear
+from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import splits
+from simclr_jax.runtime.errors import UserError
+
+
+def section(train, **changes):
+  return tiny.config(**{"data.train": train, "data.test": "", **changes}).data
+
+
+def save(path, n, labels=None, seed=0):
+  images = np.random.default_rng(seed).integers(0, 256, (n, 8, 8, 3), np.uint8)
+  np.savez(path, images=images, **({} if labels is None else {"labels": labels}))
+  return f"npz:{path}"
+
+
+def test_a_tenth_of_every_class_is_held_out(tmp_path):
+  labels = np.repeat([0, 1, 2], [50, 29, 1])
+  train, test = splits.open_data(section(save(tmp_path / "a.npz", 80, labels)))
+  assert np.bincount(test.labels).tolist() == [5, 3] and len(train) == 72
+  assert 2 in train.labels  # the only one of its class stays
+  names = [{source.name(i) for i in range(len(source))} for source in (train, test)]
+  assert not names[0] & names[1]
+  again = splits.open_data(section(save(tmp_path / "a.npz", 80, labels), seed=7))[1]
+  assert [again.name(i) for i in range(8)] == [test.name(i) for i in range(8)]
+  assert (labels[splits.hold_out(np.where(labels == 1, -1, labels), 0.1)] == 0).all()  # -1: not labeled
+
+
+def test_without_labels_or_a_fraction_there_is_nothing_to_score(tmp_path):
+  plain, labeled = save(tmp_path / "plain.npz", 20), save(tmp_path / "labeled.npz", 20, np.arange(20) % 2)
+  for spec, changes in ((plain, {}), (labeled, {"data.held_out": 0.0})):
+    train, test = splits.open_data(section(spec, **changes))
+    assert test is train and len(train) == 20
+    with pytest.raises(UserError, match="scores need labels in both"):
+      splits.check_labeled(section(spec, **changes), train, test)
+
+
+@pytest.mark.parametrize("spelled", ["{}", "{}/../a.npz", "link"])
+def test_a_set_is_not_scored_against_itself(tmp_path, spelled):
+  spec = save(tmp_path / "a.npz", 20, np.arange(20) % 2)
+  (tmp_path / "link").symlink_to(tmp_path / "a.npz")
+  (tmp_path / "x").mkdir()
+  other = {"{}": spec, "{}/../a.npz": f"npz:{tmp_path}/x/../a.npz", "link": f"npz:{tmp_path}/link"}[spelled]
+  chosen = section(spec, **{"data.test": other})
+  train, test = splits.open_data(chosen)
+  assert test is train
+  with pytest.raises(UserError, match="is data.train: a set that is scored against itself"):
+    splits.check_labeled(chosen, train, test)
+
+
+def test_two_splits_of_a_file_are_two_sets(tmp_path):
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  train, test = splits.open_data(section(spec, **{"data.test": f"{spec}:test"}))
+  assert (len(train), len(test)) == (96, 32)
+
+
+def test_a_run_before_held_out_trained_on_everything():
+  values = config_lib.to_dict(tiny.config(**{"data.test": ""}))
+  del values["data"]["held_out"]
+  assert config_lib.from_json(json.dumps(values)).data.held_out == 0
+  values["data"]["test"] = "fashion:test"
+  assert config_lib.from_json(json.dumps(values)).data.held_out == 0.1
+
+
+@pytest.fixture
+def blobs():
+  """h [120, 8] around three centers, and their classes."""
+  rng = np.random.default_rng(0)
+  y = np.arange(120) % 3
+  return (3 * np.eye(8)[y] + 0.3 * rng.normal(size=(120, 8))).astype(np.float32), y
+
+
+def test_rows_without_a_label_take_no_part_in_a_score(blobs):
+  h, y = blobs
+  some = y.copy()
+  some[::2] = -1
+  known = some >= 0
+  for bank, queries in ((some, y), (y, some), (some, some)):
+    assert knn.accuracy(h, bank, h, queries, k=5, num_classes=3) == 1
+    classifier = linear.logistic_regression(h, bank, num_classes=3)
+    assert linear.accuracy(classifier, h, queries) == 1
+    assert linear.mean_per_class(linear.logits(classifier, h), queries) == 1
+  alone = linear.logistic_regression(h[known], y[known], num_classes=3)
+  np.testing.assert_array_equal(linear.logistic_regression(h, some, num_classes=3)["kernel"], alone["kernel"])
+  assert (some[linear.few_labels(some, 5, np.random.default_rng(0))] >= 0).all()
+  with pytest.raises(UserError, match="none of the 120 images has a label"):
+    knn.accuracy(h, np.full(120, -1), h, y, num_classes=3)
+
+
+def test_a_held_out_part_is_of_the_labeled_rows(blobs):
+  h, y = blobs
+  some = np.where(np.arange(120) % 4 == 0, -1, y)
+  held_out = np.arange(120) < 40
+  found = linear.logistic_regression(h, some, num_classes=3, held_out=held_out)
+  known = some >= 0
+  alone = linear.logistic_regression(h[known], some[known], num_classes=3, held_out=held_out[known])
+  assert found["l2"] == alone["l2"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_named(blobs, value):
+  h, y = blobs
+  broken = h.copy()
+  broken[7, 3] = value
+  classifier = linear.logistic_regression(h, y, num_classes=3)
+  for score in (
+    lambda: knn.accuracy(broken, y, h, y, num_classes=3),
+    lambda: knn.accuracy(h, y, broken, y, num_classes=3),
+    lambda: linear.logistic_regression(broken, y, num_classes=3),
+    lambda: linear.accuracy(classifier, broken, y),
+  ):
+    with pytest.raises(UserError, match="1 of 120 rows hold NaN or infinity, row 7 first"):
+      score()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.002, 1e-6])
+def test_no_temperature_makes_the_votes_of_knn_vanish(blobs, temperature):
+  h, y = blobs
+  far = h[:60] + 40 * np.eye(8, dtype=np.float32)[7]  # cosines well below 1
+  other = h[60:] - 40 * np.eye(8, dtype=np.float32)[7]
+  right = knn.accuracy(far, y[:60], -other, y[60:], k=5, temperature=temperature, num_classes=3)
+  assert right == knn.accuracy(far, y[:60], -other, y[60:], k=5, temperature=1.0, num_classes=3)
+  assert len(set(knn.predict(h, y, h + 1, temperature=temperature, num_classes=3).tolist())) == 3
+
+
+def test_a_tenth_is_of_the_source(tmp_path):
+  train, test = splits.open_data(section("fashion:train"))
+  full = data.open_source("fashion:train")
+  assert len(train) + len(test) == len(full) and abs(len(test) - len(full) / 10) < 10
+  np.testing.assert_array_equal(np.bincount(train.labels) + np.bincount(test.labels), np.bincount(full.labels))
