@@ -11,5 +11,5 @@ os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8"
   + " --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-  + " --xla_backend_optimization_level=0"
+  + " --xla_backend_optimization_level=1"
 )

@@ -88,8 +88,11 @@ def test_pairs_of_pixels_are_the_same_block(bottleneck, stride):
 @pytest.mark.parametrize("arrangement", ["plain", "packed"])
 @pytest.mark.parametrize(
   "arguments",
-  [dict(depth=18, stem="cifar"), dict(depth=50), dict(depth=50, sk_ratio=0.0625)],
-  ids=["r18-cifar", "r50", "r50-sk"],
+  [
+    pytest.param(dict(depth=18, stem="cifar"), id="r18-cifar"),
+    pytest.param(dict(depth=50), id="r50", marks=pytest.mark.slow),
+    pytest.param(dict(depth=50, sk_ratio=0.0625), id="r50-sk", marks=pytest.mark.slow),
+  ],
 )
 def test_moments_of_the_batch_are_those_that_training_normalizes_by(arrangement, arguments):
   """What accumulate.py relies on, in encoder and head: `batch_moments` of the first BatchNorm of a chain, in inference

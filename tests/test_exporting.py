@@ -37,10 +37,10 @@ SCHEMA = json.loads((ROOT / "docs/card.schema.json").read_text())
 HEAD = dict(kind="nonlinear", layers=3, out_dim=16)
 FAST = {
   "r18-cifar": (dict(depth=18, width=0.25, stem="cifar"), 32),
-  "r50-sk": (dict(depth=50, width=0.125, sk_ratio=0.0625), 64),
 }
 # Odd sides as well: there the two paddings of the max-pool agree.
 SLOW = {
+  "r50-sk": (dict(depth=50, width=0.125, sk_ratio=0.0625), 64),
   "r50": (dict(depth=50, width=0.125), 64),
   "r18-sk-se-odd": (dict(depth=18, width=0.125, sk_ratio=0.25, se_ratio=0.25), 67),
   "r50-sk-se-cifar-odd": (
