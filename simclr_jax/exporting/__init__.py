@@ -27,6 +27,7 @@ from flax import traverse_util
 
 import simclr_jax
 from simclr_jax.encoder import resnet
+from simclr_jax.exporting import image_check
 from simclr_jax.exporting.folder import read_card, save_export, write_card
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, files
@@ -171,7 +172,7 @@ def write_format(path, export: Export, example: dict, python: str, overwrite: bo
     with tempfile.TemporaryDirectory() if "://" in str(folder) else contextlib.nullcontext(folder) as local:
       local = pathlib.Path(local)
       module.write(local, export)
-      export.copy(local, verify="verify.py")
+      export.copy(local, verify="verify.py", card_check="card_check.py", image_check=pathlib.Path(image_check.__file__))
       np.savez_compressed(local / "example.npz", **example)
       write_card(epath.Path(local), export.card)  # load.py reads it
       proof, line = prove(local, export, python)
@@ -242,16 +243,21 @@ def load_encoder(path):
   """Opens a folder that `simclr export` or a finished run wrote; nothing else is needed.
 
   Returns:
-    (apply, variables, card): `apply(images)` maps float images [n, h, w, 3] in [0, 1] to h float32 [n, d], jitted,
-    in float32 whatever it was trained in, BatchNorm in inference mode; `variables` is {"params", "batch_stats"} as
-    numpy, for `resnet(...).apply`; `card` is card.json.
+    (apply, variables, card): `apply(images)` maps images [n, size, size, 3], floats in [0, 1] or uint8, to h float32
+    [n, d], jitted, in float32 whatever it was trained in, BatchNorm in inference mode; it raises ValueError for images
+    of another size or range than the card's, and inside of jit of another size.  `variables` is {"params",
+    "batch_stats"} as numpy, for `resnet(...).apply`, which takes any size; `card` is card.json.
 
   Raises:
-    ValueError: the folder is no export, is damaged, does not match its card, or is in a format of others.
+    ValueError: the folder is not an export, is damaged, does not match its card, or is in a format of others.
   """
   card = read_card(path)
-  arguments = _arguments(card)
-  like = jax.eval_shape(resnet(**arguments).init, jax.random.key(0), _images(card["preprocessing"]["size"]))
+  arguments, size = _arguments(card), card["preprocessing"]["size"]
+  try:
+    encoder = resnet(**arguments | {"dtype": "float32"})
+    like = jax.eval_shape(encoder.init, jax.random.key(0), _images(size))
+  except (TypeError, ValueError) as error:
+    raise UserError(f"{path}: card.json describes no encoder ({error}): export it again") from None
   kind = card.get("format", "orbax")
   if kind == "orbax":
     variables = checkpoint.restore(files.absolute(path) / "encoder", like)
@@ -260,8 +266,14 @@ def load_encoder(path):
     checkpoint.compare(variables, like, path)
   else:
     raise UserError(f"{path} is an export to {kind}: its load.py opens it; load_encoder reads orbax and safetensors")
-  encoder = resnet(**arguments | {"dtype": "float32"})
-  apply = jax.jit(lambda images: encoder.apply(variables, jnp.asarray(images, jnp.float32), train=False))
+  jitted = jax.jit(lambda images: encoder.apply(variables, jnp.asarray(images, jnp.float32), train=False))
+
+  def apply(images):
+    if isinstance(images, jax.core.Tracer):  # values are not known here
+      image_check.check_shape(images, size)
+      return jitted(images / 255 if images.dtype == jnp.uint8 else images)
+    return jitted(image_check.check_images(images, size))
+
   return apply, variables, card
 
 
@@ -276,7 +288,7 @@ def _arguments(card) -> dict:
 
 
 def _images(size):
-  return jnp.zeros((1, size, size, 3))
+  return jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
 
 
 def snippet(path, size: int) -> str:

@@ -4,6 +4,7 @@ Layout: <folder>/{card.json, manifest.json}, the files of its format, and what o
 """
 
 import json
+import os
 
 from etils import epath
 
@@ -11,6 +12,10 @@ from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime.errors import UserError
 
 SCHEMA_VERSION = 2  # of card.json, docs/card.schema.json; version 1 called the key card_version
+LARGEST = 8192  # side of the images that a card may speak of, in pixels
+# What opening an encoder needs of its card, and how the types are called in JSON.
+_NEEDED = {"architecture": dict, "preprocessing": dict, "pretraining": dict, "feature_dimension": int}
+_KINDS = {dict: "an object", int: "a number"}
 
 
 def check_vacant(path, *, overwrite: bool) -> epath.Path:
@@ -71,16 +76,46 @@ def write_card(path, card: dict):
 def read_card(path) -> dict:
   """card.json of an export whose files are those that were written.
 
+  A folder may come from anybody: nothing in it is run, and nothing but plain files inside of it is read.
+
   Raises:
-    ValueError: not such a folder, one that is damaged, or a card of an unknown version.
+    ValueError: not such a folder, one that is damaged, or a card of an unknown version or without what it should say.
   """
   path = files.absolute(path)
   card_path = path / "card.json"
   if not card_path.exists():
-    raise UserError(f"{path} is no exported encoder (card.json is missing): give the folder `simclr export` wrote")
-  card = json.loads(card_path.read_text())
+    raise UserError(f"{path} is not an exported encoder (card.json is missing): give the folder `simclr export` wrote")
+  card = _read_json(card_path)
   version = card.get("schema_version", card.get("card_version"))
   if version not in range(1, SCHEMA_VERSION + 1):
     raise UserError(f"{card_path}: schema_version {version}, this package reads 1 to {SCHEMA_VERSION}")
+  for key, kind in _NEEDED.items():
+    if not isinstance(value := card.get(key), kind):
+      raise UserError(f"{card_path}: {key} is {value!r}, expected {_KINDS[kind]}; export it again")
+  size = card["preprocessing"].get("size")
+  if type(size) is not int or not 0 < size <= LARGEST:
+    raise UserError(f"{card_path}: preprocessing.size is {size!r}, expected 1 to {LARGEST} pixels; export it again")
+  for name in _read_json(path / "manifest.json") if (path / "manifest.json").exists() else ():
+    if name.startswith("/") or ".." in name.split("/"):
+      raise UserError(f"{path}/manifest.json names {name}, which is not inside of the folder: do not trust it")
+    _check_plain(path / name)
   checkpoint.verify(path)
   return card
+
+
+def _check_plain(path):
+  """Raises UserError for a pipe, a device or the like, of which reading would not end."""
+  if not files.is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
+    raise UserError(f"{path} is not a plain file: do not trust this folder")
+
+
+def _read_json(path) -> dict:
+  """What is in a JSON file of an export, which has to be an object."""
+  _check_plain(path)
+  try:
+    value = json.loads(path.read_text())
+  except ValueError:  # UnicodeDecodeError too
+    value = None
+  if not isinstance(value, dict):
+    raise UserError(f"{path} is damaged: it is not the JSON that was written; export it again")
+  return value

@@ -1,17 +1,11 @@
 """The variables of this folder as a function of images: resnet.py applied to them, and head.py if the head is here."""
 
-import json
-import pathlib
-
 import jax
 from resnet import resnet
 
-HERE = pathlib.Path(__file__).resolve().parent
 
-
-def from_variables(trees):
+def from_variables(trees, card):
   """images float32 [n, h, w, 3] in [0, 1] -> h [n, d], or (h, z); `trees` maps "encoder" (and "projector") to variables."""
-  card = json.loads((HERE / "card.json").read_text())
   encoder = resnet(
     **{key: value for key, value in card["architecture"].items() if key != "name"} | {"dtype": "float32"}
   )

@@ -1,4 +1,4 @@
-"""h of this folder with transformers: images float32 [n, h, w, 3] in [0, 1] -> h [n, d].
+"""h of this folder with transformers: images [n, size, size, 3], floats in [0, 1] or uint8 -> h [n, d].
 
 encode = load()
 h = encode(images)          # or h, z where the folder has the head
@@ -8,6 +8,7 @@ import pathlib
 
 import torch
 import transformers
+from card_check import checked, read_card
 from from_numpy import from_numpy
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -26,5 +27,6 @@ def load_model() -> torch.nn.Module:
 
 
 def load():
+  card = read_card()
   model = load_model()
-  return from_numpy(lambda images: model(images).pooler_output.flatten(1))
+  return checked(from_numpy(lambda images: model(images).pooler_output.flatten(1)), card)

@@ -1,4 +1,4 @@
-"""h of this folder with jax, flax and Orbax: images float32 [n, h, w, 3] in [0, 1] -> h [n, d].
+"""h of this folder with jax, flax and Orbax: images [n, size, size, 3], floats in [0, 1] or uint8 -> h [n, d].
 
 encode = load()
 h = encode(images)          # or h, z where the folder has the head
@@ -7,6 +7,7 @@ h = encode(images)          # or h, z where the folder has the head
 import pathlib
 
 import orbax.checkpoint as ocp
+from card_check import checked, read_card
 from from_variables import from_variables
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -14,5 +15,7 @@ LIBRARIES = ("jax", "flax", "orbax-checkpoint")
 
 
 def load():
+  card = read_card()
   there = [name for name in ("encoder", "projector") if (HERE / name).exists()]
-  return from_variables({name: ocp.StandardCheckpointer().restore(HERE / name) for name in there})
+  trees = {name: ocp.StandardCheckpointer().restore(HERE / name) for name in there}
+  return checked(from_variables(trees, card), card)

@@ -1,4 +1,4 @@
-"""h of this folder with TensorFlow alone: images float32 [n, size, size, 3] in [0, 1], any n -> h [n, d].
+"""h of this folder with TensorFlow alone: images [n, size, size, 3], floats in [0, 1] or uint8 -> h [n, d].
 
 encode = load()
 h = encode(images)          # or h, z where the folder has the head
@@ -7,12 +7,14 @@ h = encode(images)          # or h, z where the folder has the head
 import pathlib
 
 import tensorflow as tf
+from card_check import checked, read_card
 
 HERE = pathlib.Path(__file__).resolve().parent
 LIBRARIES = ("tensorflow",)
 
 
 def load():
+  card = read_card()
   model = tf.saved_model.load(str(HERE / "model"))
 
   def encode(images):
@@ -20,4 +22,4 @@ def load():
     return tuple(outputs[name].numpy() for name in ("h", "z")) if "z" in outputs else outputs["h"].numpy()
 
   encode.model = model  # its variables live as long as it does
-  return encode
+  return checked(encode, card)

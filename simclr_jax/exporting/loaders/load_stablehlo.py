@@ -1,4 +1,4 @@
-"""h of this folder with jax alone: images float32 [n, size, size, 3] in [0, 1], any n -> h [n, d].
+"""h of this folder with jax alone: images [n, size, size, 3], floats in [0, 1] or uint8 -> h [n, d].
 
 encode = load()
 h = encode(images)          # or h, z where the folder has the head
@@ -8,6 +8,7 @@ import pathlib
 
 import jax
 import numpy as np
+from card_check import checked, read_card
 from jax import export
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -15,6 +16,7 @@ LIBRARIES = ("jax",)
 
 
 def load():
+  card = read_card()
   weights = dict(np.load(HERE / "weights.npz", allow_pickle=False))
   program = jax.jit(export.deserialize((HERE / "encode.stablehlo").read_bytes()).call)
 
@@ -22,4 +24,4 @@ def load():
     outputs = program(weights, images)
     return outputs if len(outputs) > 1 else outputs[0]
 
-  return encode
+  return checked(encode, card)

@@ -1,13 +1,13 @@
-"""h of this folder with torchvision: images float32 [n, h, w, 3] in [0, 1] -> h [n, d].
+"""h of this folder with torchvision: images [n, size, size, 3], floats in [0, 1] or uint8 -> h [n, d].
 
 encode = load()
 h = encode(images)          # or h, z where the folder has the head
 """
 
-import json
 import pathlib
 
 import torch
+from card_check import checked, read_card
 from from_numpy import from_numpy
 from safetensors.torch import load_file
 from torchvision.models.resnet import Bottleneck, ResNet
@@ -19,7 +19,7 @@ BLOCKS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3], 200: [3, 24,
 
 def load_model() -> torch.nn.Module:
   """images [n, 3, h, w] -> h [n, d], in evaluation mode."""
-  architecture = json.loads((HERE / "card.json").read_text())["architecture"]
+  architecture = read_card()["architecture"]
   model = ResNet(Bottleneck, BLOCKS[architecture["depth"]])
   model.fc = torch.nn.Identity()
   model.load_state_dict(load_file(HERE / "model.safetensors"), strict=True)
@@ -31,4 +31,4 @@ def load_model() -> torch.nn.Module:
 
 
 def load():
-  return from_numpy(load_model())
+  return checked(from_numpy(load_model()), read_card())
