@@ -149,3 +149,51 @@ def test_two_processes_write_what_one_writes(encoder, spec, tmp_path):
   both = [command(encoder, spec, tmp_path / "two.npz", *several, f"--process_id={i}") for i in range(2)]
   assert [p.wait(300) for p in both] == [0, 0], [p.stdout.read() for p in both]
   assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+  """Anywhere, in every format; the npz files of the first version had checksums already."""
+  rng = np.random.default_rng(0)
+  names = np.asarray([f"images/{i}.png" for i in range(8)])
+  made = features.Features(
+    rng.normal(size=(8, 4)).astype(np.float32), names, np.arange(8, dtype=np.int32), np.arange(8), "files:x", "e", "w"
+  )
+  for ending in features.FORMATS:
+    if ending == ".parquet":
+      pytest.importorskip("pyarrow")
+    path = tmp_path / f"h{ending}"
+    features.write(path, made)
+    content = path.read_bytes()
+    assert features.load(path).about == made.about
+    silent = 0
+    for bit in rng.permutation(8 * len(content))[:200]:
+      damaged = bytearray(content)
+      damaged[bit // 8] ^= 1 << bit % 8
+      path.write_bytes(damaged)
+      try:
+        found = features.load(path)
+      except ValueError:
+        continue
+      same = all(np.array_equal(getattr(found, key), getattr(made, key)) for key in features.ARRAYS)
+      silent += not same or found.about != made.about
+    assert silent == 0, ending
+
+
+def test_damaged_parts_are_made_again(encoder, spec, tmp_path, monkeypatch, capsys):
+  whole = embed.run(encoder, spec, tmp_path / "whole.npz", images_per_part=10).read_bytes()
+  join = embed._join
+  monkeypatch.setattr(embed, "_join", lambda *_: None)
+  embed.run(encoder, spec, tmp_path / "h.npz", images_per_part=10)
+  parts = sorted((tmp_path / "h.npz.parts").glob("part-*"))
+  content = [part.read_bytes() for part in parts]
+  middle = len(content[4]) // 2
+  parts[1].write_bytes(content[2])  # exchanged
+  parts[2].write_bytes(content[1])
+  parts[3].write_bytes(content[3][:middle])
+  parts[4].write_bytes(content[4][:middle] + bytes([content[4][middle] ^ 4]) + content[4][middle + 1 :])
+  parts[5].write_bytes(b"")
+  (tmp_path / "h.npz.parts/embed.json").write_bytes(b"{")
+  monkeypatch.setattr(embed, "_join", join)
+  capsys.readouterr()
+  assert embed.run(encoder, spec, tmp_path / "h.npz", images_per_part=10).read_bytes() == whole
+  assert "2 of 7 parts are there already" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The file of features that `simclr embed` writes: h of a data set with the names of its images, in one of three formats."""
 
 import dataclasses
+import hashlib
 import io
 import json
 
@@ -12,6 +13,7 @@ from simclr_jax.runtime import files
 
 FORMATS = (".npz", ".parquet", ".safetensors")
 ARRAYS = ("h", "name", "label", "index")
+ABOUT = ("encoder", "weights", "data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,15 @@ class Features:
 
   @property
   def about(self) -> dict:
-    return {"encoder": self.encoder, "weights": self.weights, "data": self.data}
+    """The strings that stand beside the arrays; `sha256` is of all the rest, for two of the formats notice no flipped bit."""
+    about = {"encoder": self.encoder, "weights": self.weights, "data": self.data}
+    sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for key in ("h", "label", "index"):
+      array = np.ascontiguousarray(getattr(self, key))
+      sha.update(f"{key} {array.dtype.str} {list(array.shape)}\n".encode())
+      sha.update(array.data)
+    sha.update(json.dumps([_utf8(name) for name in self.name.tolist()]).encode())
+    return {**about, "sha256": sha.hexdigest()}
 
 
 def check_output(path):
@@ -60,7 +70,7 @@ def load(path) -> Features:
   """Opens a file that `simclr embed` wrote.
 
   Raises:
-    ValueError: there is none, or it is something else.
+    ValueError: there is none, it is something else, or it is damaged.
   """
   path = files.absolute(path)
   if not path.exists() or path.is_dir() or path.suffix not in FORMATS:
@@ -69,10 +79,15 @@ def load(path) -> Features:
   try:
     with files.local(path) as local:
       found = decode(local)
-    arrays = {key: np.asarray(found[key]) for key in ARRAYS}
-    return Features(**arrays, **{key: str(found[key]) for key in ("data", "encoder", "weights")})
+    made = Features(
+      **{key: np.asarray(found.pop(key)) for key in ARRAYS}, **{key: str(found.pop(key)) for key in ABOUT}
+    )
+    digest = str(found.pop("sha256", made.about["sha256"]))  # the first version had none
   except Exception as error:  # zipfile.BadZipFile, EOFError, KeyError, pyarrow's own, ...
     raise ValueError(f"--features={path}: not a file of simclr embed ({type(error).__name__}: {error})") from None
+  if digest != made.about["sha256"] or found.keys() - {"ARROW:schema"}:
+    raise ValueError(f"--features={path} is damaged: it does not hold what was written; run simclr embed again")
+  return made
 
 
 def _npz(features) -> bytes:
@@ -90,12 +105,16 @@ def _from_npz(local):
 def _parquet(features) -> bytes:
   arrow, parquet = _pyarrow()
   h = arrow.FixedSizeListArray.from_arrays(arrow.array(features.h.ravel()), features.h.shape[1])
-  # A column of strings is UTF-8, which the name of a file need not be.
-  name = [name.encode("utf-8", "backslashreplace").decode() for name in features.name.tolist()]
+  name = [_utf8(name) for name in features.name.tolist()]
   table = arrow.table({"name": name, "label": features.label, "index": features.index, "h": h})
   buffer = io.BytesIO()
   parquet.write_table(table.replace_schema_metadata(features.about), buffer)
   return buffer.getvalue()
+
+
+def _utf8(name: str) -> str:
+  """A column of strings is UTF-8, which the name of a file need not be."""
+  return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _from_parquet(local):

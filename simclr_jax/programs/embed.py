@@ -1,12 +1,14 @@
 """`simclr embed`: h of every image of a data set, in one file.
 
-The images are worked off in parts, each written whole to OUTPUT.parts and never made again: a run that was stopped
-goes on there.  Part k belongs to process k modulo the number of processes, which need nothing from each other until
+The images are processed in parts, each written whole to OUTPUT.parts and not made again: a run that was stopped resumes
+there, and makes a part again that is damaged or not what its name says.  Part k belongs to process k modulo the number of processes, which need nothing from each other until
 process 0 joins the parts.  A part is a function of the encoder and its images alone, so the file has the same bytes
 however often and wherever the work was interrupted.
 """
 
+import contextlib
 import functools
+import hashlib
 import io
 import json
 import time
@@ -33,7 +35,7 @@ def run(
   """The program `simclr embed`: h of all readable images of `spec` by a run's or an export's encoder, into `output`.
 
   Images are center-cropped as the encoder's own evaluation does it; BatchNorm is in inference mode.  Unreadable images
-  are left out and named in OUTPUT.unreadable.txt.  A call that was stopped is gone on with by the same call.
+  are left out and named in OUTPUT.unreadable.txt.  The same call resumes one that was stopped.
 
   Raises:
     ValueError: the output's ending is none of features.FORMATS, it exists already, its parts are of another encoder or data set,
@@ -59,12 +61,12 @@ def run(
   }  # fmt: skip
   processes.run_on_primary(lambda: _claim(folder, settings))
   began, mine = time.monotonic(), [k for k in range(count) if k % jax.process_count() == jax.process_index()]
-  todo = [k for k in mine if not (folder / f"part-{k:05}.npz").exists()]
+  todo = [k for k in mine if _read(folder, k, settings) is None]
   if len(todo) < len(mine):
     print(f"{len(mine) - len(todo):,} of {len(mine):,} parts are there already")
   for done, k in enumerate(todo, 1):
     rows = work.part(k * images_per_part, min((k + 1) * images_per_part, len(source)))
-    _save(folder / f"part-{k:05}.npz", rows)
+    _save(folder / f"part-{k:05}.npz", {**rows, "stamp": np.asarray(_stamp(k, settings))})
     left = (time.monotonic() - began) / done * (len(todo) - done)
     print(f"part {k + 1:,} of {count:,}, {len(rows['h']):,} images, {duration(left)} left", flush=True)
   processes.barrier("parts")
@@ -74,8 +76,14 @@ def run(
 
 def _claim(folder, settings):
   plan = folder / "embed.json"
-  if plan.exists() and json.loads(plan.read_text()) != settings:
-    raise UserError(f"{folder} holds parts of other settings ({plan.read_text()}): delete it or name another --output")
+  before = settings
+  if plan.exists():
+    with contextlib.suppress(ValueError):  # damaged; each part knows what it is of
+      before = json.loads(files.read_text(plan))
+  if before != settings:
+    raise UserError(
+      f"{folder} holds parts of other settings ({json.dumps(before)}): delete it or name another --output"
+    )
   folder.mkdir(parents=True, exist_ok=True)
   files.write_text(plan, json.dumps(settings))
 
@@ -112,6 +120,20 @@ class _Work:
     return f"{self._source.name(i)}\tcould not be read once"
 
 
+def _stamp(k: int, settings: dict) -> str:
+  return hashlib.sha256(json.dumps([k, settings], sort_keys=True).encode()).hexdigest()
+
+
+def _read(folder, k: int, settings: dict) -> dict | None:
+  """The arrays of part k; None where it is not there, damaged (its checksums are those of zip), or another part."""
+  try:
+    with (folder / f"part-{k:05}.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+      part = dict(arrays)
+    return part if str(part.pop("stamp", "")) == _stamp(k, settings) else None
+  except Exception:  # OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, ...
+    return None
+
+
 def _save(path, arrays):
   buffer = io.BytesIO()
   np.savez(buffer, **arrays)
@@ -122,8 +144,10 @@ def _join(output, folder, count, settings):
   """Writes the file, then deletes the parts."""
   parts = []
   for k in range(count):
-    with (folder / f"part-{k:05}.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-      parts.append(dict(arrays))
+    part = _read(folder, k, settings)
+    if part is None:
+      raise OSError(f"{folder}/part-{k:05}.npz cannot be read: run the same command again, which makes that part again")
+    parts.append(part)
   bad = np.concatenate([part.pop("bad") for part in parts]).tolist()
   whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
   features.write(output, features.Features(**whole, **{key: settings[key] for key in ("encoder", "weights", "data")}))
