@@ -2,9 +2,8 @@
 
 import os
 
-import numpy as np
-
-from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage
+from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage, is_junk
+from simclr_jax.data.labels import make_labels
 from simclr_jax.data.sources import Source
 from simclr_jax.runtime.errors import UserError
 
@@ -37,8 +36,9 @@ class FolderSource(Source):
         f"folder:{path}: no image in {self._root}; expected files ending in {' '.join(IMAGE_SUFFIXES)}, directly"
         " inside or in one sub-folder a class"
       )
-    self._labels = np.asarray(labels, np.int32) if self._files else None
-    self.class_names = tuple(folders) if self._files else ()
+    self._labels, self.class_names = None, ()
+    if self._files:
+      self._labels, self.class_names = make_labels(labels, folders, what=f"folder:{path}: labels")
     self._files = self._files or loose
 
   @property
@@ -90,12 +90,12 @@ class FilesSource(FolderSource):
 
 
 def _scan_folder(path: str) -> tuple[list[str], list[str]]:
-  """Sorted names of the image files and of the folders directly inside `path`, hidden ones left out."""
+  """Sorted names of the image files and of the folders directly inside `path`, without hidden and system ones."""
   files, folders = [], []
   try:
     with os.scandir(path) as entries:
       for entry in entries:
-        if entry.name.startswith("."):
+        if is_junk("", entry.name):
           continue
         if entry.is_dir():
           folders.append(entry.name)

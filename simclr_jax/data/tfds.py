@@ -7,7 +7,8 @@ import numpy as np
 from etils import epath
 
 from simclr_jax.data.decode import BadImage
-from simclr_jax.data.records import cache_file, load_cache, read_range, save_cache, scan_tfrecords
+from simclr_jax.data.labels import make_labels
+from simclr_jax.data.records import cache_file, load_cache, read_labels, read_range, save_cache, scan_tfrecords
 from simclr_jax.data.sources import Source
 from simclr_jax.runtime.errors import UserError
 
@@ -88,10 +89,10 @@ class TfdsSource(Source):
       return None
     if "labels" not in self._offsets:
       count = len(self._offsets["shard"])
-      labels = (self._label(self._features(row)) for row in range(count))
-      self._offsets["labels"] = np.fromiter(labels, np.int32, count)
+      self._offsets["labels"] = read_labels(self._title, count, lambda row: self._label(self._features(row)))
       save_cache(self._cache, self._offsets)
-    return self._offsets["labels"][self._rows]
+    labels, _ = make_labels(self._offsets["labels"][self._rows], self.class_names, what=f"{self._title}: labels")
+    return labels if (labels >= 0).any() else None
 
   def several_labels(self):
     """Where the set has a list of classes an image (PASCAL VOC); a class that `labels` names and
@@ -111,7 +112,12 @@ class TfdsSource(Source):
     return out
 
   def _label(self, features) -> int:
-    return int(features[self._label_key].int64_list.value[0]) if self._label_key else -1
+    if not self._label_key:
+      return -1
+    (label,) = features[self._label_key].int64_list.value or (-1,)
+    if not -1 <= label < len(self.class_names):
+      raise BadImage(f"its label is {label}, and there are {len(self.class_names)} classes")
+    return label
 
   def _features(self, row):
     """The tf.train.Example at `row`, as a mapping from names to features."""
