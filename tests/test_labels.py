@@ -2,14 +2,19 @@
 
 import io
 import tarfile
+import types
 
 import numpy as np
 import pytest
+import tiny
 from images import encoded, gradient, numbered, save
 
 from simclr_jax import data
 from simclr_jax.data import shards
 from simclr_jax.data.records import plain_label
+from simclr_jax.evaluation import embed
+from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import finetune, pretrain, trained, transfer
 
 EYE = np.eye(3, dtype=np.float32)
 
@@ -165,15 +170,14 @@ def test_labels_in_tfrecords(tmp_path):
 
 def test_labels_in_parquet(tmp_path):
   pyarrow = pytest.importorskip("pyarrow")
-  import pyarrow.parquet
-
+  parquet = pytest.importorskip("pyarrow.parquet")
   for name, labels, numbers, names in (
     ("text", ["dog", None, "cat"], [1, -1, 0], ("cat", "dog")),
     ("id", [2**62, None, 7], [1, -1, 0], ("7", str(2**62))),
     ("float", [1.0, None, 0.0], [1, -1, 0], ("0", "1")),
   ):
     table = pyarrow.table({"image": [picture(i) for i in range(3)], "label": labels})
-    pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    parquet.write_table(table, tmp_path / f"{name}.parquet")
     source = data.open_source(f"parquet:{tmp_path}/{name}.parquet")
     assert source.labels.tolist() == numbers and source.class_names == names and source.read_labeled(0)[1] == 1
 
@@ -234,3 +238,46 @@ def test_folders_of_systems_are_no_classes(tmp_path):
   source = data.open_source(f"folder:{tmp_path}")
   assert source.class_names == ("cat", "dog") and len(source) == 2
   assert len(data.open_source(f"files:{tmp_path}")) == 2
+
+
+def set_of(folder, **counts):
+  for name, count in counts.items():
+    for i in range(count):
+      save(folder / name / f"{i}.png", np.full((8, 8, 3), 9 * i, np.uint8))
+  return f"folder:{folder}"
+
+
+def test_every_program_matches_classes_by_name(tmp_path):
+  train = set_of(tmp_path / "train", ant=1, bee=2, cat=2)
+  test, other = set_of(tmp_path / "test", bee=1, cat=1), set_of(tmp_path / "other", bee=1, dog=1)
+  config = tiny.config(**{"data.train": train, "data.test": test})
+  wrong = config_lib.replace(config, {"data.test": other})
+  opened = types.SimpleNamespace(config=config, train_source=data.open_source(train))
+  row = types.SimpleNamespace(train=train, validation=test, test=test)
+  by_transfer = transfer.splits(row, None)
+  for labels in (
+    pretrain._open_data(config)[1].labels,
+    finetune.open_data(config)[1].labels,
+    trained.TrainedRun.test_source(opened).labels,
+    by_transfer[2].targets,
+    by_transfer[0].targets[-2:],
+  ):
+    assert labels.tolist() == [1, 2]
+  for refused in (
+    lambda: pretrain._open_data(wrong),
+    lambda: finetune.open_data(wrong),
+    lambda: trained.TrainedRun.test_source(types.SimpleNamespace(**{**vars(opened), "config": wrong})),
+    lambda: transfer.splits(types.SimpleNamespace(train=train, validation="", test=other), None),
+  ):
+    with pytest.raises(ValueError, match=f"{other} has images of 1 classes that data.train does not have: dog"):
+      refused()
+
+
+def test_images_without_a_label_are_in_no_score():
+  source = data.ArraySource(numbered(5), [0, -1, 1, 1, -1])
+  images = embed.EvalSet(source, size=4, crop=1.0, batch_size=3, labeled=True)
+  assert images.labels().tolist() == [0, 1, 1] and images.rows().tolist() == [0, 2, 3] and len(images.pixels()) == 3
+  assert len(embed.EvalSet(source, size=4, crop=1.0, batch_size=3).rows()) == 5
+  source.images, source._labels = source.images[1:2], source.labels[1:2]
+  with pytest.raises(ValueError, match="none of the images of array:0 and the others of its set has a label"):
+    embed.EvalSet(source, size=4, crop=1.0, batch_size=3, labeled=True).rows()

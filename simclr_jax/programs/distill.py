@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from simclr_jax import data
 from simclr_jax.evaluation import embed
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, trained
@@ -142,6 +143,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   make = functools.partial(make_task, teacher=teacher, chosen=chosen, cache=cache)
   student_loss = functools.partial(loss, temperature=config.temperature, alpha=config.alpha)
   result = finetune.train(config, start, source, test, workdir, mesh=mesh, loss=student_loss, make=make)
+  test = data.labeled(test)
   logits = _logits(config, teacher, test, mesh)
   result["teacher"] = float(np.mean(logits.argmax(1) == test.labels))
   if not jax.process_index():

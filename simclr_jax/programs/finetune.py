@@ -213,7 +213,7 @@ class ClassifierEvaluation:
   """Top-1 and top-5 of a state on the test images, center-cropped, BatchNorm in inference mode."""
 
   def __init__(self, config, num_classes, test_source, mesh):
-    self._images = embed.eval_set(test_source, config, mesh)
+    self._images = embed.eval_set(test_source, config, mesh, labeled=True)
     self._apply = jax.jit(functools.partial(create(config, num_classes).apply, train=False))
     self._mesh = mesh
 
@@ -268,19 +268,16 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
 
 
 def open_data(config):
-  """(training, test) images of a config.
+  """(training, test) images of a config, with the same classes.
 
   Raises:
-    ValueError: they do not have the same classes.
+    ValueError: training has no labels, or the test images have other classes.
   """
   source = data.open_source(config.data.train, data_dir=config.data.data_dir or None)
   test = data.open_source(config.data.test, data_dir=config.data.data_dir or None)
-  if test.num_classes != source.num_classes or not test.num_classes:
-    raise UserError(
-      f"data.train={config.data.train} has {source.num_classes} classes and data.test={config.data.test} "
-      f"{test.num_classes}: name two labeled splits of one data set"
-    )
-  return source, test
+  if not source.num_classes:
+    raise UserError(f"data.train={config.data.train} has no labels: name a labeled set with --config.data.train=...")
+  return source, data.align(source, test, what=f"data.test={config.data.test}")
 
 
 def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:

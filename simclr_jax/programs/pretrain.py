@@ -195,12 +195,7 @@ def _open_data(config):
   """(training, test) images; without data.test the training images are both."""
   train, test = config.data.train, config.data.test or config.data.train
   train_source, test_source = (data.open_source(spec, data_dir=config.data.data_dir or None) for spec in (train, test))
-  if test_source.num_classes != train_source.num_classes:
-    raise UserError(
-      f"data.train={train} has {train_source.num_classes} classes and data.test={test} "
-      f"{test_source.num_classes}: name two splits of one data set, or set data.test=''"
-    )
-  return train_source, test_source
+  return train_source, data.align(train_source, test_source, what=f"data.test={test}")
 
 
 def _first_views(task, pipeline):

@@ -41,7 +41,7 @@ class PretrainEvaluation:
     model = model_lib.create(config, train_source.num_classes)
     self._apply, self._mesh, self._config = _representations(model), mesh, config
     self.num_classes = train_source.num_classes
-    make = functools.partial(embed.eval_set, config=config, mesh=mesh)
+    make = functools.partial(embed.eval_set, config=config, mesh=mesh, labeled=True)
     bank = embed.bank(train_source, config)
     self.train, self.test = make(bank), make(test_source)
     native = min(test_source.read(0).shape[:2])  # raw pixels compete at their own size where that is small
@@ -118,7 +118,7 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
     )
     out["confusion"] = np.zeros((evaluation.num_classes,) * 2, int)
     np.add.at(out["confusion"], (test_labels, predicted), 1)
-    out["class_names"] = list(evaluation.test.source.class_names)
+    out["class_names"] = list(evaluation.train.source.class_names)
   queries = np.random.default_rng(config.seed).permutation(len(test["h"]))[:8]
   _, nearest = knn.nearest(train["h"], test["h"][queries], k=8)
   if not config.data.test:

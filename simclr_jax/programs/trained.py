@@ -85,10 +85,10 @@ class TrainedRun:
     self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
 
   def test_source(self):
-    """Labeled test images.
+    """Labeled test images, their classes numbered as in training.
 
     Raises:
-      ValueError: the run has none.
+      ValueError: the run has none, or they have classes that training does not have.
     """
     spec = self.config.data.test
     if not spec or not self.train_source.num_classes:
@@ -96,11 +96,12 @@ class TrainedRun:
         f"data.train={self.config.data.train}, data.test={spec or 'none'}: evaluation needs labels in both; "
         "name labeled sets with --config.data.train=... --config.data.test=..."
       )
-    return data.open_source(spec, data_dir=self.config.data.data_dir or None)
+    test = data.open_source(spec, data_dir=self.config.data.data_dir or None)
+    return data.align(self.train_source, test, what=f"data.test={spec}")
 
   def h(self, source):
-    """(h float32 [n, d], labels int32 [n]) of all readable images of a source, BatchNorm in inference mode."""
-    images = embed.eval_set(source, self.config, self.mesh)
+    """(h float32 [n, d], labels int32 [n]) of all readable labeled images of a source, BatchNorm in inference mode."""
+    images = embed.eval_set(source, self.config, self.mesh, labeled=True)
     return self.encode(images), images.labels()
 
   def encode(self, images: embed.EvalSet):
