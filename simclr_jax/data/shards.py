@@ -109,6 +109,9 @@ class ShardSource(Source):
   def item(self, i):
     return self._record(i)[0], -1 if self.labels is None else int(self.labels[i])
 
+  def _listing(self):
+    return *map(os.path.basename, self._shards), *(self._facts[key] for key in sorted(self._facts) if key != "label")
+
   def _record(self, i) -> tuple[bytes, int | str | None]:
     """(the encoded image, the label as it is stored); raises BadImage."""
     raise NotImplementedError

@@ -1,14 +1,33 @@
 """Data sets by number, and what can be made of them: parts, selections, and several joined to one."""
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from simclr_jax.data.decode import decode, one_line
+from simclr_jax.data.decode import BadImage, decode, one_line
 from simclr_jax.data.labels import make_labels
 from simclr_jax.data.order import permutation
 from simclr_jax.runtime.errors import UserError
+
+SAMPLE = 32  # images whose contents are part of a fingerprint
+
+
+def digest(parts: Iterable) -> str:
+  """16 hexadecimal digits of bytes, texts or arrays, one after the other."""
+  total = hashlib.sha256()
+  for part in parts:
+    part = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+    part = memoryview(np.ascontiguousarray(part)).cast("B") if isinstance(part, np.ndarray) and part.size else part
+    total.update(len(part).to_bytes(8, "little"))
+    total.update(part)
+  return total.hexdigest()[:16]
+
+
+def spread(count: int, most: int) -> np.ndarray:
+  """Numbers below count, int64, evenly over all of them, at most so many."""
+  return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 class Source:
@@ -54,6 +73,31 @@ class Source:
     item, label = self.item(i)
     return (decode(item) if isinstance(item, bytes) else item), label
 
+  def fingerprint(self) -> dict[str, int | str]:
+    """What tells this set from itself after a change, for `json`: the number of images, and digests of the classes, of the
+    names and stored sizes, of the labels and of the contents of a fixed sample of the images.
+    """
+    return {
+      "images": len(self),
+      "classes": digest(self.class_names),
+      "names and sizes": digest(self._listing()),
+      "labels": digest(self._label_listing()),
+      "contents": digest(self._contents()),
+    }
+
+  def _listing(self) -> Iterable:
+    return map(self.name, range(len(self)))
+
+  def _label_listing(self) -> Iterable:
+    return () if self.labels is None else (self.labels,)
+
+  def _contents(self) -> Iterable:
+    for i in spread(len(self), SAMPLE).tolist():
+      try:
+        yield self.item(i)[0]
+      except BadImage:
+        yield b""
+
   def gather(self, indices: np.ndarray) -> np.ndarray:
     """The images at int [b] as uint8 [b, h, w, 3], of a source with an `array_extent`."""
     raise NotImplementedError
@@ -97,6 +141,12 @@ class ArraySource(Source):
 
   def item(self, i):
     return self.gather(np.asarray([i]))[0], -1 if self._labels is None else int(self._labels[i])
+
+  def _listing(self):
+    return (str(self.images.shape),)
+
+  def _contents(self):
+    return (self.images,)
 
   def gather(self, indices):
     images = self.images[indices]
@@ -160,6 +210,9 @@ class Relabeled(Selection):
   @property
   def labels(self):
     return None if self._source.labels is None else self._numbers[self._source.labels]
+
+  def fingerprint(self):
+    return self._source.fingerprint()
 
   def item(self, i):
     item, label = self._source.item(i)

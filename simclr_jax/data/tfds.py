@@ -9,7 +9,7 @@ from etils import epath
 from simclr_jax.data.decode import BadImage
 from simclr_jax.data.labels import make_labels
 from simclr_jax.data.records import cache_file, load_cache, read_labels, read_range, save_cache, scan_tfrecords
-from simclr_jax.data.sources import Source
+from simclr_jax.data.sources import SAMPLE, Source, spread
 from simclr_jax.runtime.errors import UserError
 
 
@@ -77,6 +77,19 @@ class TfdsSource(Source):
   def name(self, i):
     return f"{self._title}:{i}"
 
+  def _listing(self):
+    return *map(os.path.basename, self._shards), self._offsets["length"][self._rows]
+
+  def _label_listing(self):  # without reading every record; the sample's contents have theirs inside
+    return ()
+
+  def _contents(self):
+    for i in spread(len(self), SAMPLE).tolist():
+      try:
+        yield self._bytes(self._rows[i])
+      except BadImage:
+        yield b""
+
   def item(self, i):
     features = self._features(self._rows[i])
     if self._image_key not in features or not features[self._image_key].bytes_list.value:
@@ -123,12 +136,15 @@ class TfdsSource(Source):
     """The tf.train.Example at `row`, as a mapping from names to features."""
     import tensorflow as tf
 
-    shard, offset, length = (int(self._offsets[key][row]) for key in ("shard", "offset", "length"))
-    record = read_range(self._shards[shard], offset, length)
+    record = self._bytes(row)
     try:
       return tf.train.Example.FromString(record).features.feature
     except Exception as error:  # google.protobuf.message.DecodeError, a class of a package we do not depend on
-      raise BadImage(f"broken record at byte {offset} of {self._shards[shard]}") from error
+      raise BadImage("broken record") from error
+
+  def _bytes(self, row):
+    shard, offset, length = (int(self._offsets[key][row]) for key in ("shard", "offset", "length"))
+    return read_range(self._shards[shard], offset, length)
 
 
 def _prepared_folder(spec: str, name: str, root: str) -> str:

@@ -69,6 +69,9 @@ class Data(Section):
   max_bad_fraction: float = key(
     0.001, "fraction of unreadable images above which the run stops", at_least=0, at_most=1
   )  # fmt: skip
+  changed: str = key(
+    "refuse", "what resuming does with data that have changed since the run began", choices=("refuse", "accept")
+  )
 
 
 @frozen

@@ -21,7 +21,7 @@ from simclr_jax import model as model_lib
 from simclr_jax.evaluation import embed
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import trained
+from simclr_jax.programs import same, trained
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, errors, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -294,9 +294,11 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   source = data.Selection(source, chosen) if len(chosen) < len(source) else source
   task = make_task(config, start, source, mesh=mesh)
   jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
+  fingerprints = same.check_data(workdir, resume, config.data.changed, {"data.train": source, "data.test": test})
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
   if resume and checkpoint.folder(workdir).exists():
-    config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
+    same.same_config(config, workdir)
+  same.keep_data(workdir, fingerprints)
   result = train(config, start, source, test, workdir, mesh=mesh)
   s = result["scores"]
   if not jax.process_index():
