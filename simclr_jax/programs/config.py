@@ -283,7 +283,7 @@ class Labels(Section):
   """Which labels a program may use."""
 
   fraction: float = key(1.0, "class-balanced fraction of the labels", above=0, at_most=1)
-  list: str = key("", "file with the names of the labeled images instead")
+  list: str = key("", "file with the names of the labeled images instead, one a line, as name or class/name")
   seed: int = key(0, "seed of the draw", at_least=0)
 
 

@@ -8,13 +8,12 @@ baseline.  Training sees crops and flips, BatchNorm ranges over the global batch
 import functools
 import inspect
 import json
-import os
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 
 from simclr_jax import augment, augment_extra, data, exporting, optimizer, views
 from simclr_jax import model as model_lib
@@ -125,23 +124,45 @@ def view(config):
 
 
 def choose(source, labels) -> np.ndarray:
-  """Indices of the images whose labels may be used: a file of names, or a class-balanced share.
+  """Sorted indices of the images whose labels may be used: a file of names, or a class-balanced share.
+
+  The file has a name a line: a file's, or enough of its path to tell it from others, such as class/name.
 
   Raises:
-    ValueError: the source has no labels, or a name of the list is not in it.
+    ValueError: the source has no labels, or a name of the list is that of no image or of several.
   """
   if not source.num_classes:
     raise UserError("data.train has no labels: name a labeled set with --config.data.train=...")
   if not labels.list:
     return data.class_balanced(source.labels, labels.fraction, labels.seed)
-  wanted = epath.Path(labels.list).read_text().split()
-  at = {os.path.basename(source.name(i)): i for i in range(len(source))}
-  missing = [name for name in wanted if name not in at]
-  if missing:
+  if not files.absolute(labels.list).is_file():
+    raise UserError(f"labels.list={labels.list}: there is no such file; give one with a name of an image a line")
+  wanted = [line.strip("\r") for line in files.read_text(labels.list).split("\n")]
+  wanted = list(dict.fromkeys(name for name in wanted if name.strip()))
+  places = {}
+  for i in range(len(source)):
+    places.setdefault(_last(source.name(i)), []).append(i)
+  chosen, missing = [], []
+  for name in wanted:
+    found = [i for i in places.get(_last(name), ()) if re.search("(^|[/:])" + re.escape(name) + "$", source.name(i))]
+    if len(found) > 1:
+      raise UserError(
+        f"labels.list={labels.list}: {name} is {source.name(found[0])} and {source.name(found[1])}; write which, as"
+        " class/name"
+      )
+    chosen += found
+    missing += [] if found else [name]
+  if missing or not wanted:
     raise UserError(
-      f"labels.list={labels.list}: {len(missing)} of {len(wanted)} names are not in data.train, such as {missing[0]}"
+      f"labels.list={labels.list}: {len(missing)} of {len(wanted)} names are not in data.train"
+      + (f", such as {missing[0]}" if missing else "; give one a line")
     )
-  return np.sort([at[name] for name in wanted])
+  return np.unique(chosen)
+
+
+def _last(name: str) -> str:
+  """The last part of a path, or of a name such as set:index."""
+  return re.split("[/:]", name)[-1]
 
 
 @errors.of_the_user()
