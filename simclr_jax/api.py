@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simclr_jax import exporting
+from simclr_jax import data, exporting
 from simclr_jax.evaluation import embed as embed_lib
 from simclr_jax.evaluation import linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain as program
+from simclr_jax.programs import same
 from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime.errors import UserError
 
@@ -48,8 +49,8 @@ def pretrain(
     images: uint8 [n, h, w, 3] or [n, h, w]; or a data set such as "folder:/my/images".
     workdir: folder of the run; arrays are kept beside it, in WORKDIR.npz, so that the run can go on by itself.
     recipe: file in configs/ that gives everything else.
-    labels: int [n], for the scores alone: a tenth of every class is held out of training and scored
-      (`data.held_out`), unless `**{"data.test": ...}` names other images.
+    labels: whatever `data.make_labels` takes, for the scores alone: a tenth of every class is held out of training and
+      scored (`data.held_out`), unless `**{"data.test": ...}` names other images.
     resume, overwrite: go on with the run that is there, or delete it; without either a folder that is not empty is an error.
     changes: values of the recipe by their dotted names, `**{"encoder.width": 0.5, "train_steps": 200}`.
   Returns:
@@ -61,14 +62,16 @@ def pretrain(
   if isinstance(images, str):
     changes = {"data.train": images, "data.test": "", **changes}
   else:
-    file = _keep(pathlib.Path(str(folder)).with_name(pathlib.Path(str(folder)).name + ".npz"), images, labels)
+    file = pathlib.Path(str(folder)).with_name(pathlib.Path(str(folder)).name + ".npz")
+    _keep(file, images, labels, resume and changes.get("data.changed") != "accept")
     changes = {"data.train": f"npz:{file}", "data.test": "", **changes}
   config = config_lib.replace(config_lib.load(recipe), changes)
   program.run(config, str(workdir), resume=resume, overwrite=overwrite, recipe=recipe)
   return Encoder(*exporting.load_encoder(folder / "encoder"))
 
 
-def _keep(file, images, labels):
+def _keep(file, images, labels, same_only):
+  """Writes the arrays to `file`; raises UserError if it holds others and `same_only`."""
   images = np.asarray(images)
   if images.dtype != np.uint8 or images.ndim not in (3, 4):
     raise UserError(
@@ -77,10 +80,17 @@ def _keep(file, images, labels):
     )
   if labels is not None and len(labels) != len(images):
     raise UserError(f"{len(labels)} labels for {len(images)} images: expected as many")
+  arrays = {"images": images}
+  if labels is not None:
+    arrays["labels"], class_names = data.make_labels(labels, count=len(images))
+    arrays["class_names"] = np.asarray(class_names, np.str_)
+  if same_only and file.exists():
+    now = data.ArraySource(images, arrays.get("labels"), class_names=arrays.get("class_names", ())).fingerprint()
+    what = same.difference(data.open_source(f"npz:{file}").fingerprint(), now)
+    if what:
+      same.refuse_changed("images", what)
   file.parent.mkdir(parents=True, exist_ok=True)
-  arrays = {"images": images} | ({} if labels is None else {"labels": np.asarray(labels)})
   np.savez(file, allow_pickle=False, **arrays)
-  return file
 
 
 def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:

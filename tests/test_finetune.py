@@ -162,6 +162,31 @@ def test_a_list_of_names(tmp_path):
     finetune.choose(source, labels)
 
 
+def test_a_list_of_paths_and_of_names_with_spaces(tmp_path):
+  from PIL import Image
+
+  for name in ("a b/1.png", "a b/2 3.png", "c/1.png"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / name)
+  source = data.open_source(f"folder:{tmp_path}")
+  labels = config_lib.Labels(list=str(tmp_path / "some.txt"))
+  for text, chosen in (("c/1.png\r\n2 3.png\n\n", [1, 2]), (f"{tmp_path}/a b/1.png\na b/1.png", [0])):
+    (tmp_path / "some.txt").write_text(text)
+    assert finetune.choose(source, labels).tolist() == chosen
+  (tmp_path / "some.txt").write_text("2 3.png\n1.png\n")
+  with pytest.raises(ValueError, match="1.png is .*/a b/1.png and .*/c/1.png; write which, as class/name") as raised:
+    finetune.choose(source, labels)
+  assert "\n" not in str(raised.value)
+  (tmp_path / "some.txt").write_text(" \n")
+  with pytest.raises(ValueError, match="0 of 0 names are not in data.train; give one a line"):
+    finetune.choose(source, labels)
+  with pytest.raises(ValueError, match="absent.txt: there is no such file"):
+    finetune.choose(source, config_lib.Labels(list=str(tmp_path / "absent.txt")))
+  arrays = data.ArraySource(np.zeros((12, 4, 4), np.uint8), [0] * 12, title="npz:/x/set.npz")
+  (tmp_path / "some.txt").write_text("11\nset.npz:2\n")
+  assert finetune.choose(arrays, labels).tolist() == [2, 11]
+
+
 @pytest.mark.slow
 def test_the_program(start, tmp_path, capsys):
   """Trains, scores, exports with its heads, and goes on from what it left."""

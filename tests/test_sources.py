@@ -41,7 +41,7 @@ def test_array_source():
     (numbered(3)[:0], None, "no images"),
     (numbered(3), np.zeros(2, int), "for 3 images"),
     (numbered(3), np.zeros(3), "float64.*integers"),
-    (numbered(3), np.array([0, -1, 2]), "integers >= 0"),
+    (numbered(3), np.array([0, -2, 2]), "-2 is among them.*integers >= 0"),
   ]:
     with pytest.raises(ValueError, match=message):
       data.ArraySource(images, labels)

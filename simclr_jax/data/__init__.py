@@ -6,8 +6,10 @@ A `Source` (sources.py) answers `len(source)` and `source.read(i)`; `open_source
 
 import functools
 
+from simclr_jax.data.classes import align, labeled
 from simclr_jax.data.decode import MAX_PIXELS, BadImage, decode, jpeg_header, sniff
 from simclr_jax.data.folders import FilesSource, FolderSource
+from simclr_jax.data.labels import make_labels
 from simclr_jax.data.order import draws, example_seeds, permutation
 from simclr_jax.data.sets import fashion, textures
 from simclr_jax.data.shards import ArrayRecordSource, ParquetSource, TFRecordSource, WebDatasetSource
@@ -28,8 +30,8 @@ from simclr_jax.runtime.errors import UserError
 __all__ = [
   "MAX_PIXELS", "AbstractSource", "ArrayRecordSource", "ArraySource", "BadImage", "FilesSource", "FolderSource", "Joined",
   "ParquetSource", "Selection", "Source", "Stream", "Subset", "TFRecordSource", "TfdsSource", "WebDatasetSource",
-  "class_balanced", "decode", "draws", "eval_batches", "example_seeds", "in_memory", "jpeg_header", "open_source",
-  "permutation", "sniff", "train_stream",
+  "align", "class_balanced", "decode", "draws", "eval_batches", "example_seeds", "in_memory", "jpeg_header", "labeled",
+  "make_labels", "open_source", "permutation", "sniff", "train_stream",
 ]  # fmt: skip
 SPECS = (
   "fashion:SPLIT, textures:SPLIT, textures64:SPLIT, npz:FILE[:SPLIT], folder:PATH, files:PATH,"
@@ -43,8 +45,8 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
 
   fashion:train|test      the first 10,000 / 2,000 images of Fashion-MNIST, inside this package, 28 pixels, gray
   textures:train|test     5,000 / 2,000 procedural color images of 32 pixels; textures64: of 64 pixels
-  npz:FILE[:SPLIT]        uint8 arrays `images` or `x`, optionally `labels` or `y`; with SPLIT: `SPLIT_images`,
-                          `x_SPLIT`, ... and likewise for labels
+  npz:FILE[:SPLIT]        uint8 arrays `images` or `x`, optionally `labels` or `y` and `class_names`; with
+                          SPLIT: `SPLIT_images`, `x_SPLIT`, ... and likewise for labels
   folder:PATH             image files, labeled by sub-folder or not at all; see FolderSource
   files:PATH              image files at any depth, without labels; see FilesSource
   tfds:NAME[/CONFIG][:SPLIT]  any prepared TensorFlow Datasets set with an image, e.g. tfds:imagenet2012:train[:10%];

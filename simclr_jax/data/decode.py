@@ -10,6 +10,10 @@ MAX_PIXELS = 64_000_000
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
+# Folders that systems and file servers make beside what people keep; hidden ones begin with a dot.
+JUNK = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+
+
 class BadImage(Exception):
   """One image cannot be used; the message is the reason, in a few words."""
 
@@ -25,6 +29,11 @@ _UPRIGHT = {
   7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
   8: lambda a: a[:, ::-1].swapaxes(0, 1),
 }
+
+
+def is_junk(folder: str, name: str) -> bool:
+  """Whether a file or folder `name` in `folder`, a relative path, is hidden or a system's: never a class or an image."""
+  return any(part in JUNK or (part.startswith(".") and part != ".") for part in (*folder.split("/"), name))
 
 
 def sniff(data: bytes) -> str | None:

@@ -2,11 +2,12 @@
 
 import os
 
-import numpy as np
-
-from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage
-from simclr_jax.data.sources import Source
+from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage, is_junk
+from simclr_jax.data.labels import make_labels
+from simclr_jax.data.sources import Source, spread
 from simclr_jax.runtime.errors import UserError
+
+SIZES = 10_000  # files whose sizes are part of a fingerprint: seconds where a look at each of a million takes minutes
 
 
 class FolderSource(Source):
@@ -37,8 +38,9 @@ class FolderSource(Source):
         f"folder:{path}: no image in {self._root}; expected files ending in {' '.join(IMAGE_SUFFIXES)}, directly"
         " inside or in one sub-folder a class"
       )
-    self._labels = np.asarray(labels, np.int32) if self._files else None
-    self.class_names = tuple(folders) if self._files else ()
+    self._labels, self.class_names = None, ()
+    if self._files:
+      self._labels, self.class_names = make_labels(labels, folders, what=f"folder:{path}: labels")
     self._files = self._files or loose
 
   @property
@@ -50,6 +52,14 @@ class FolderSource(Source):
 
   def name(self, i):
     return os.path.join(self._root, self._files[i])
+
+  def _listing(self):
+    yield from self._files
+    for i in spread(len(self), SIZES).tolist():
+      try:
+        yield str(os.path.getsize(os.path.join(self._root, self._files[i])))
+      except OSError:
+        yield ""
 
   def item(self, i):
     try:
@@ -90,12 +100,12 @@ class FilesSource(FolderSource):
 
 
 def _scan_folder(path: str) -> tuple[list[str], list[str]]:
-  """Sorted names of the image files and of the folders directly inside `path`, hidden ones left out."""
+  """Sorted names of the image files and of the folders directly inside `path`, without hidden and system ones."""
   files, folders = [], []
   try:
     with os.scandir(path) as entries:
       for entry in entries:
-        if entry.name.startswith("."):
+        if is_junk("", entry.name):
           continue
         if entry.is_dir():
           folders.append(entry.name)

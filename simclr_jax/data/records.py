@@ -1,11 +1,12 @@
 """Records inside large files: where they lie, found once and cached, and reading one of them."""
 
+import functools
 import hashlib
 import io
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from etils import epath
@@ -17,13 +18,20 @@ from simclr_jax.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 
+CACHE_VERSION = 2  # of what is kept
+
+
+class ReadError(BadImage):
+  """Bytes cannot be read, now; the record may be good."""
+
+
 def is_remote(path: str) -> bool:
   """True for gs://bucket/... and the like, which TensorFlow reads and the operating system does not."""
   return "://" in path
 
 
 def read_range(path: str, offset: int, length: int) -> bytes:
-  """`length` bytes of a file from byte `offset` on; raises BadImage where the file is gone, cut off or unreadable."""
+  """`length` bytes of a file from byte `offset` on; raises ReadError where the file is gone, cut off or unreadable."""
   try:
     if is_remote(path):
       with epath.Path(path).open("rb") as file:
@@ -37,9 +45,9 @@ def read_range(path: str, offset: int, length: int) -> bytes:
       finally:
         os.close(file)
   except Exception as error:  # OSError, and what TensorFlow's file systems raise
-    raise BadImage(f"{path}: {getattr(error, 'strerror', None) or one_line(error)}") from error
+    raise ReadError(f"{path}: {getattr(error, 'strerror', None) or one_line(error)}") from error
   if len(data) != length:
-    raise BadImage(f"{path}: ends after {offset + len(data)} bytes, {offset + length} were there before")
+    raise ReadError(f"{path}: ends after {offset + len(data)} bytes, {offset + length} were there before")
   return data
 
 
@@ -48,24 +56,68 @@ def open_shard(path: str):
   return epath.Path(path).open("rb") if is_remote(path) else open(path, "rb", buffering=0)
 
 
+def refuse_gzip(path: str, file):
+  """Raises UserError for a compressed shard, of which no part can be read without what is before it."""
+  file.seek(0)
+  if file.read(3) == b"\x1f\x8b\x08":
+    raise UserError(
+      f"{path}: is compressed with GZIP, so that no record can be read by itself; decompress it once with gunzip"
+    )
+  file.seek(0)
+
+
+@functools.cache
+def _crc_table() -> np.ndarray:
+  table = np.arange(256, dtype=np.uint32)
+  for _ in range(8):
+    table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
+  return table
+
+
+def masked_crcs(rows: np.ndarray) -> np.ndarray:
+  """The checksums of TFRecord, uint32 [n], of short rows of bytes, uint8 [n, m]: CRC-32C, rotated and shifted."""
+  crc = np.full(len(rows), 0xFFFFFFFF, np.uint32)
+  for column in rows.T:
+    crc = _crc_table()[(crc ^ column) & 0xFF] ^ (crc >> 8)
+  crc = ~crc
+  return ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
+
+
 def scan_tfrecords(shards: Sequence[str]) -> dict[str, np.ndarray]:
-  """Where the records of TFRecord files lie: int32 shard [N], int64 offset [N] and length [N] of the payloads."""
+  """Where the records of TFRecord files lie: int32 shard [N], int64 offset [N] and length [N] of the payloads.
+
+  The checksum of every length is compared; that of a payload is when it is read.
+
+  Raises:
+    UserError: a shard is cut off, damaged, compressed or cannot be read.
+  """
   shard_of, offsets, lengths = [], [], []
   for shard, path in enumerate(shards):
-    with open_shard(path) as file:
-      size, at = file.seek(0, os.SEEK_END) or file.tell(), 0
-      # A record: length (8 bytes, little-endian), its checksum (4), the payload, the payload's checksum (4).
-      while at + 12 <= size:
-        file.seek(at)
-        length = int.from_bytes(file.read(8), "little")
-        if at + 16 + length > size:
-          break
-        shard_of.append(shard)
-        offsets.append(at + 12)
-        lengths.append(length)
-        at += 16 + length
-    if at != size:
+    headers, places = [], []
+    try:
+      with open_shard(path) as file:
+        size, at = file.seek(0, os.SEEK_END) or file.tell(), 0
+        # A record: length (8 bytes, little-endian), its checksum (4), the payload, the payload's checksum (4).
+        while at + 12 <= size:
+          file.seek(at)
+          header = file.read(12)
+          headers.append(header)
+          places.append(at)
+          at += 16 + int.from_bytes(header[:8], "little")
+        rows = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, 12)
+        wrong = np.flatnonzero(masked_crcs(rows[:, :8]) != rows[:, 8:].copy().view("<u4")[:, 0])
+        if len(wrong) and not wrong[0]:
+          refuse_gzip(path, file)
+    except UserError:
+      raise
+    except Exception as error:  # OSError, a short read, and what TensorFlow's file systems raise
+      raise UserError(f"{path}: cannot be read ({one_line(error)}); try again when it is readable") from error
+    if len(wrong) or at != size:
+      at = places[wrong[0]] if len(wrong) else places[-1] if at > size else at
       raise UserError(f"{path}: is cut off or damaged after {at} of {size} bytes; copy or prepare it again")
+    shard_of += [shard] * len(places)
+    offsets += [place + 12 for place in places]
+    lengths += rows[:, :8].copy().view("<u8")[:, 0].tolist()
   return {
     "shard": np.asarray(shard_of, np.int32),
     "offset": np.asarray(offsets, np.int64),
@@ -75,7 +127,7 @@ def scan_tfrecords(shards: Sequence[str]) -> dict[str, np.ndarray]:
 
 def cache_file(spec: str, shards: Sequence[str]) -> pathlib.Path:
   try:
-    facts = []
+    facts = [CACHE_VERSION]
     for path in shards:
       status = epath.Path(path).stat() if is_remote(path) else os.stat(path)
       facts.append(
@@ -85,6 +137,50 @@ def cache_file(spec: str, shards: Sequence[str]) -> pathlib.Path:
     raise UserError(f"{spec}: cannot read the shard {error.filename} ({error.strerror}); prepare it again") from error
   folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "simclr_jax"
   return folder / f"tfrecord-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.npz"
+
+
+def read_labels(spec: str, count: int, label: Callable[[int], object]) -> np.ndarray:
+  """`label` of every record from 0 to before count, as integers or texts [count], for the cache and for `make_labels`.
+
+  A damaged record has no label: -1.
+
+  Raises:
+    UserError: a record cannot be read now, so nothing may be kept of it.
+  """
+  found = []
+  for i in range(count):
+    try:
+      found.append(label(i))
+    except ReadError as error:
+      raise UserError(f"{spec}: the labels cannot be read ({error}); try again when the file is readable") from error
+    except BadImage:
+      found.append(None)
+  if any(isinstance(one, str) for one in found) or max((one for one in found if one is not None), default=0) >= 2**63:
+    return np.asarray(["" if one is None else str(one) for one in found], np.str_)
+  return np.asarray([-1 if one is None else one for one in found], np.int64)
+
+
+def plain_label(value, what: str) -> int | str | None:
+  """The label that a record holds, from whatever type it is stored in: a number, a text, or None.
+
+  Raises:
+    UserError: a number with a fraction, or a list that is not one-hot.
+  """
+  if isinstance(value, list | tuple | np.ndarray) and len(value) > 1:
+    if not set(value) <= {0, 1} or sum(value) > 1:
+      raise UserError(f"{what}: its label is a list of {len(value)} values; expected a single one, or a one-hot row")
+    return list(value).index(1) if sum(value) else None
+  if isinstance(value, list | tuple | np.ndarray):
+    value = value[0] if len(value) else None
+  if isinstance(value, bytes):
+    return value.decode("utf-8", "surrogateescape")
+  if value is None or isinstance(value, str):
+    return value
+  if isinstance(value, float) and value != value:  # how tables store a number that is missing
+    return None
+  if value != int(value):
+    raise UserError(f"{what}: its label is {value}; expected a whole number or a text")
+  return int(value)
 
 
 def load_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:

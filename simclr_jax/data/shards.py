@@ -16,17 +16,22 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage
+from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage, is_junk, one_line
+from simclr_jax.data.labels import make_labels
 from simclr_jax.data.records import (
   cache_file,
   is_remote,
   load_cache,
   open_shard,
+  plain_label,
+  read_labels,
   read_range,
+  refuse_gzip,
   save_cache,
   scan_tfrecords,
 )
 from simclr_jax.data.sources import Source
+from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 IMAGE_KEYS = ("image/encoded", "image", "jpg", "jpeg", "png", "webp", "img", "bytes")
@@ -59,6 +64,7 @@ class ShardSource(Source):
 
   def __init__(self, kind: str, rest: str, suffixes: Sequence[str], scan: Callable[[Sequence[str]], dict]):
     self._spec, self._shards = f"{kind}:{rest}", find(kind, rest, suffixes)
+    self._lock, self._made = threading.Lock(), None
     self._cache = cache_file(self._spec, self._shards)
     self._facts = load_cache(self._cache)
     if self._facts is None:
@@ -73,39 +79,51 @@ class ShardSource(Source):
   def name(self, i):
     return f"{self._shards[self._facts['shard'][i]]}:{i}"
 
-  @functools.cached_property
-  def labels(self):
-    """From the cache; else the whole set is read once."""
+  def _classes(self):
+    """(int32 [N] or None, names of the classes), from the cache; else the whole set is read once."""
+    with self._lock:  # the threads of a stream
+      if self._made is None:
+        self._made = self._make_classes()
+    return self._made
+
+  def _make_classes(self):
     if "label" not in self._facts:
-      self._facts["label"] = np.asarray([self._label(i) for i in range(len(self))], np.int32)
+      self._facts["label"] = self._read_labels()
       save_cache(self._cache, self._facts)
-    return self._facts["label"] if self._facts["label"].max() >= 0 else None
-
-  def _label(self, i) -> int:
-    try:
-      return self.item(i)[1]
-    except BadImage:
-      return -1
-
-  @functools.cached_property
-  def class_names(self):
-    if self.labels is None:
-      return ()
     listed = epath.Path(self._shards[0]).parent / CLASSES
-    return tuple(json.loads(listed.read_text())) if listed.exists() else _numbers(self.labels)
+    names = json.loads(files.read_text(listed)) if listed.exists() else ()
+    labels, names = make_labels(self._facts["label"], names, what=f"{self._spec}: labels")
+    return (labels, names) if (labels >= 0).any() else (None, ())
 
+  def _read_labels(self) -> np.ndarray:
+    return read_labels(self._spec, len(self), lambda i: self._record(i)[1])
 
-def _numbers(labels) -> tuple[str, ...]:
-  return tuple(str(c) for c in range(int(labels.max()) + 1))
+  @property
+  def labels(self):
+    return self._classes()[0]
+
+  @property
+  def class_names(self):
+    return self._classes()[1]
+
+  def item(self, i):
+    return self._record(i)[0], -1 if self.labels is None else int(self.labels[i])
+
+  def _listing(self):
+    return *map(os.path.basename, self._shards), *(self._facts[key] for key in sorted(self._facts) if key != "label")
+
+  def _record(self, i) -> tuple[bytes, int | str | None]:
+    """(the encoded image, the label as it is stored); raises BadImage."""
+    raise NotImplementedError
 
 
 class _Examples(ShardSource):
-  """Records that are serialized tf.train.Example messages: bytes under one of IMAGE_KEYS, int64 of LABEL_KEYS."""
+  """Records that are serialized tf.train.Example messages: bytes under one of IMAGE_KEYS, a label of LABEL_KEYS."""
 
-  def item(self, i):
+  def _record(self, i):
     import tensorflow as tf
 
-    record = self._record(i)
+    record = self._bytes(i)
     try:
       features = tf.train.Example.FromString(record).features.feature
     except Exception as error:  # google.protobuf.message.DecodeError, a class of a package we do not depend on
@@ -115,10 +133,11 @@ class _Examples(ShardSource):
       raise BadImage(
         f"no image under {', '.join(IMAGE_KEYS)}; the record has {', '.join(sorted(features)) or 'nothing'}"
       )
-    label = next((key for key in LABEL_KEYS if key in features and features[key].int64_list.value), None)
-    return features[found].bytes_list.value[0], features[label].int64_list.value[0] if label else -1
+    stored = next((features[key] for key in LABEL_KEYS if key in features), None)
+    label = None if stored is None else getattr(stored, stored.WhichOneof("kind") or "int64_list").value
+    return features[found].bytes_list.value[0], plain_label(list(label or ()), self.name(i))
 
-  def _record(self, i) -> bytes:
+  def _bytes(self, i) -> bytes:
     raise NotImplementedError
 
 
@@ -128,7 +147,7 @@ class TFRecordSource(_Examples):
   def __init__(self, rest):
     super().__init__("tfrecord", rest, (".tfrecord", ".tfrecords"), scan_tfrecords)
 
-  def _record(self, i):
+  def _bytes(self, i):
     return read_range(*self._where(i))
 
   def _where(self, i):
@@ -160,7 +179,7 @@ class ArrayRecordSource(_Examples):
     self._open = array_record_module.ArrayRecordReader
     self._local = threading.local()
 
-  def _record(self, i):
+  def _bytes(self, i):
     path = self._shards[self._facts["shard"][i]]
     # A reader a thread and shard; a file that has gone since is still open, and so still readable.
     readers = self._local.__dict__
@@ -176,7 +195,10 @@ class ArrayRecordSource(_Examples):
 
 
 class WebDatasetSource(ShardSource):
-  """Tar files whose members share a name up to the first dot: 0001.jpg with 0001.cls, a number in ASCII."""
+  """Tar files whose members share a path up to the first dot of the base name: 0001.jpg with 0001.cls.
+
+  A .cls file holds a number, or the name of a class.
+  """
 
   def __init__(self, rest):
     super().__init__("webdataset", rest, (".tar",), functools.partial(_scan_tars, f"webdataset:{rest}"))
@@ -184,9 +206,9 @@ class WebDatasetSource(ShardSource):
   def name(self, i):
     return f"{self._shards[self._facts['shard'][i]]}:{self._facts['name'][i]}"
 
-  def item(self, i):
+  def _record(self, i):
     shard, offset, length = (int(self._facts[key][i]) for key in ("shard", "offset", "length"))
-    return read_range(self._shards[shard], offset, length), int(self._facts["label"][i])
+    return read_range(self._shards[shard], offset, length), self._facts["label"][i]
 
 
 def _scan_tars(spec, shards):
@@ -194,20 +216,30 @@ def _scan_tars(spec, shards):
   for shard, path in enumerate(shards):
     labels, images = {}, []
     try:
-      with open_shard(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-          key, _, ending = member.name.partition(".")
-          if not member.isfile():
-            continue
-          if f".{ending.lower()}" in IMAGE_SUFFIXES:
-            images.append((key, member.name, member.offset_data, member.size))
-          elif ending == "cls":
-            labels[key] = int(tar.extractfile(member).read())
+      with open_shard(path) as file:
+        refuse_gzip(path, file)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+          for member in tar:
+            folder, name = os.path.split(member.name.removeprefix("./"))
+            if not member.isfile() or is_junk(folder, name):
+              continue
+            key, _, ending = name.partition(".")
+            key = os.path.join(folder, key)
+            if f".{ending.lower()}".endswith(IMAGE_SUFFIXES):
+              images.append((key, member.name, member.offset_data, member.size))
+            elif ending.lower() == "cls":
+              labels[key] = tar.extractfile(member).read().decode("utf-8", "surrogateescape").strip()
+          # After a damaged header tarfile takes what it has found for all there is.
+          file.seek(tar.offset)
+          if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"damaged at byte {tar.offset}")
     except (tarfile.TarError, ValueError) as error:
-      raise UserError(f"{spec}: {path} is no plain tar file, or damaged ({error}); make it again") from error
-    rows += [(shard, name, offset, size, labels.get(key, -1)) for key, name, offset, size in images]
+      raise UserError(f"{spec}: {path} is not a plain tar file, or damaged ({error}); make it again") from error
+    except OSError as error:
+      raise UserError(f"{spec}: {path} cannot be read ({one_line(error)}); try again when it is readable") from error
+    rows += [(shard, name, offset, size, labels.get(key, "")) for key, name, offset, size in images]
   columns = list(zip(*rows, strict=True)) or [()] * 5
-  kinds = (np.int32, np.str_, np.int64, np.int64, np.int32)
+  kinds = (np.int32, np.str_, np.int64, np.int64, np.str_)
   names = ("shard", "name", "offset", "length", "label")
   return {name: np.asarray(column, kind) for name, column, kind in zip(names, columns, kinds, strict=True)}
 
@@ -253,20 +285,29 @@ class ParquetSource(ShardSource):
   def _read_group(self, shard, group):
     path = self._shards[shard]
     try:
-      columns = [self._image] + [self._label_column] * bool(self._label_column)
-      return self._parquet.ParquetFile(path).read_row_group(group, columns=columns)
+      return self._parquet.ParquetFile(path).read_row_group(group, columns=[self._image])
     except Exception as error:  # pyarrow.ArrowException and OSError
       raise BadImage(f"{path}: row group {group} cannot be read") from error
 
-  def item(self, i):
+  def _read_labels(self):
+    if not self._label_column:
+      return np.full(len(self), -1, np.int64)
+    columns = []
+    for path in self._shards:
+      try:
+        columns += self._parquet.read_table(path, columns=[self._label_column])[self._label_column].to_pylist()
+      except Exception as error:  # pyarrow.ArrowException and OSError
+        raise UserError(f"{self._spec}: {path}: the labels cannot be read ({one_line(error)}); try again") from error
+    return read_labels(self._spec, len(self), lambda i: plain_label(columns[i], self.name(i)))
+
+  def _record(self, i):
     shard, group, place = (int(self._facts[key][i]) for key in ("shard", "group", "place"))
     table = self._group(shard, group)
     image = table[self._image][place].as_py()
     image = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(image, bytes):
       raise BadImage(f"no bytes in column {self._image}")
-    label = table[self._label_column][place].as_py() if self._label_column else None
-    return image, -1 if label is None else int(label)
+    return image, None
 
 
 def write_tfrecord(path: str, items) -> int:

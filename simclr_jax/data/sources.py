@@ -1,13 +1,33 @@
 """Data sets by number, and what can be made of them: parts, selections, and several joined to one."""
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from simclr_jax.data.decode import decode, one_line
+from simclr_jax.data.decode import BadImage, decode, one_line
+from simclr_jax.data.labels import make_labels
 from simclr_jax.data.order import permutation
 from simclr_jax.runtime.errors import UserError
+
+SAMPLE = 32  # images whose contents are part of a fingerprint
+
+
+def digest(parts: Iterable) -> str:
+  """16 hexadecimal digits of bytes, texts or arrays, one after the other."""
+  total = hashlib.sha256()
+  for part in parts:
+    part = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+    part = memoryview(np.ascontiguousarray(part)).cast("B") if isinstance(part, np.ndarray) and part.size else part
+    total.update(len(part).to_bytes(8, "little"))
+    total.update(part)
+  return total.hexdigest()[:16]
+
+
+def spread(count: int, most: int) -> np.ndarray:
+  """Numbers below count, int64, evenly over all of them, at most so many."""
+  return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 class Source:
@@ -26,7 +46,7 @@ class Source:
 
   @property
   def labels(self) -> np.ndarray | None:
-    """int32 [N], or None where there are no labels."""
+    """int32 [N], -1 for an image that has none; or None where no image has one."""
     return None
 
   def several_labels(self) -> np.ndarray | None:
@@ -53,6 +73,31 @@ class Source:
     item, label = self.item(i)
     return (decode(item) if isinstance(item, bytes) else item), label
 
+  def fingerprint(self) -> dict[str, int | str]:
+    """What tells this set from itself after a change, for `json`: the number of images, and digests of the classes, of the
+    names and stored sizes, of the labels and of the contents of a fixed sample of the images.
+    """
+    return {
+      "images": len(self),
+      "classes": digest(self.class_names),
+      "names and sizes": digest(self._listing()),
+      "labels": digest(self._label_listing()),
+      "contents": digest(self._contents()),
+    }
+
+  def _listing(self) -> Iterable:
+    return map(self.name, range(len(self)))
+
+  def _label_listing(self) -> Iterable:
+    return () if self.labels is None else (self.labels,)
+
+  def _contents(self) -> Iterable:
+    for i in spread(len(self), SAMPLE).tolist():
+      try:
+        yield self.item(i)[0]
+      except BadImage:
+        yield b""
+
   def gather(self, indices: np.ndarray) -> np.ndarray:
     """The images at int [b] as uint8 [b, h, w, 3], of a source with an `array_extent`."""
     raise NotImplementedError
@@ -63,8 +108,8 @@ class ArraySource(Source):
 
   Args:
     images: uint8 [N, h, w], [N, h, w, 1] or [N, h, w, 3]; gray becomes three equal channels when read.
-    labels: integers [N] or [N, 1], >= 0, or None.
-    class_names: names of the labels; by default their numbers.
+    labels: whatever `make_labels` takes, or None.
+    class_names: names of the labels; by default their numbers or texts.
     title: what messages call the set.
   """
 
@@ -79,14 +124,8 @@ class ArraySource(Source):
     if not len(images):
       raise UserError(f"{title}: holds no images; give at least one")
     if labels is not None:
-      labels = np.asarray(labels)
-      if labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise UserError(
-          f"{title}: labels are {labels.dtype} {list(labels.shape)} for {len(images)} images; give integers >= 0 of"
-          f" shape [{len(images)}], or none"
-        )
-      labels = labels.reshape(-1).astype(np.int32)
-      class_names = tuple(class_names) or tuple(str(c) for c in range(int(labels.max()) + 1))
+      labels, class_names = make_labels(labels, class_names, count=len(images), what=f"{title}: labels")
+      labels = labels if class_names else None
     self.images, self.class_names, self._labels, self._title = images, class_names, labels, title
     self.array_extent = images.shape[1:3]
 
@@ -102,6 +141,12 @@ class ArraySource(Source):
 
   def item(self, i):
     return self.gather(np.asarray([i]))[0], -1 if self._labels is None else int(self._labels[i])
+
+  def _listing(self):
+    return (str(self.images.shape),)
+
+  def _contents(self):
+    return (self.images,)
 
   def gather(self, indices):
     images = self.images[indices]
@@ -155,6 +200,25 @@ class Selection(Subset):
     self._source, self.class_names, self._chosen = source, source.class_names, np.asarray(indices)
 
 
+class Relabeled(Selection):
+  """The images of another source, class c of which is class numbers[c] of `class_names`, or -1: unlabeled."""
+
+  def __init__(self, source: Source, numbers, class_names: Sequence[str]):
+    super().__init__(source, np.arange(len(source)))
+    self.class_names, self._numbers = class_names, np.append(np.asarray(numbers, np.int32), np.int32(-1))
+
+  @property
+  def labels(self):
+    return None if self._source.labels is None else self._numbers[self._source.labels]
+
+  def fingerprint(self):
+    return self._source.fingerprint()
+
+  def item(self, i):
+    item, label = self._source.item(i)
+    return item, int(self._numbers[label])
+
+
 class Joined(Source):
   """The images of several sources with the same classes, one source after the other."""
 
@@ -185,10 +249,10 @@ class Joined(Source):
 def class_balanced(labels, fraction: float, seed: int) -> np.ndarray:
   """Sorted indices of a share of every class of labels [n], at least one image of each, drawn by `seed`.
 
-  Of two shares of one seed the smaller is part of the larger.
+  Of two shares of one seed the smaller is part of the larger.  Images without a label, -1, belong to none.
   """
-  chosen = []
-  for c in np.unique(labels):
+  chosen = [np.zeros(0, np.int64)]
+  for c in np.unique(labels[labels >= 0]):
     members = np.flatnonzero(labels == c)
     chosen.append(members[permutation(seed, int(c), len(members))][: max(1, round(fraction * len(members)))])
   return np.sort(np.concatenate(chosen))
@@ -209,6 +273,7 @@ def open_npz(rest: str) -> ArraySource:
       label_key = next((key for key in labels_keys if key in present), None)
       images = arrays[image_key] if image_key else None
       labels = arrays[label_key] if label_key else None
+      class_names = arrays["class_names"].tolist() if "class_names" in present and label_key else ()
   except Exception as error:  # zipfile.BadZipFile, OSError, and ValueError for pickled objects or a plain .npy
     raise UserError(f"npz:{rest}: cannot read {path} ({one_line(error)}); save it with numpy.savez") from error
   if images is None:
@@ -216,4 +281,4 @@ def open_npz(rest: str) -> ArraySource:
       f"npz:{rest}: holds the arrays {', '.join(present)}; expected images under {' or '.join(images_keys)} and, if"
       f" any, labels under {' or '.join(labels_keys)}; name another split as npz:FILE:SPLIT"
     )
-  return ArraySource(images, labels, title=f"npz:{rest}")
+  return ArraySource(images, labels, class_names=class_names, title=f"npz:{rest}")

@@ -7,8 +7,9 @@ import numpy as np
 from etils import epath
 
 from simclr_jax.data.decode import BadImage
-from simclr_jax.data.records import cache_file, load_cache, read_range, save_cache, scan_tfrecords
-from simclr_jax.data.sources import Source
+from simclr_jax.data.labels import make_labels
+from simclr_jax.data.records import cache_file, load_cache, read_labels, read_range, save_cache, scan_tfrecords
+from simclr_jax.data.sources import SAMPLE, Source, spread
 from simclr_jax.runtime.errors import UserError
 
 
@@ -76,6 +77,19 @@ class TfdsSource(Source):
   def name(self, i):
     return f"{self._title}:{i}"
 
+  def _listing(self):
+    return *map(os.path.basename, self._shards), self._offsets["length"][self._rows]
+
+  def _label_listing(self):  # without reading every record; the sample's contents have theirs inside
+    return ()
+
+  def _contents(self):
+    for i in spread(len(self), SAMPLE).tolist():
+      try:
+        yield self._bytes(self._rows[i])
+      except BadImage:
+        yield b""
+
   def item(self, i):
     features = self._features(self._rows[i])
     if self._image_key not in features or not features[self._image_key].bytes_list.value:
@@ -88,10 +102,10 @@ class TfdsSource(Source):
       return None
     if "labels" not in self._offsets:
       count = len(self._offsets["shard"])
-      labels = (self._label(self._features(row)) for row in range(count))
-      self._offsets["labels"] = np.fromiter(labels, np.int32, count)
+      self._offsets["labels"] = read_labels(self._title, count, lambda row: self._label(self._features(row)))
       save_cache(self._cache, self._offsets)
-    return self._offsets["labels"][self._rows]
+    labels, _ = make_labels(self._offsets["labels"][self._rows], self.class_names, what=f"{self._title}: labels")
+    return labels if (labels >= 0).any() else None
 
   def several_labels(self):
     """Where the set has a list of classes an image (PASCAL VOC); a class that `labels` names and
@@ -111,18 +125,26 @@ class TfdsSource(Source):
     return out
 
   def _label(self, features) -> int:
-    return int(features[self._label_key].int64_list.value[0]) if self._label_key else -1
+    if not self._label_key:
+      return -1
+    (label,) = features[self._label_key].int64_list.value or (-1,)
+    if not -1 <= label < len(self.class_names):
+      raise BadImage(f"its label is {label}, and there are {len(self.class_names)} classes")
+    return label
 
   def _features(self, row):
     """The tf.train.Example at `row`, as a mapping from names to features."""
     import tensorflow as tf
 
-    shard, offset, length = (int(self._offsets[key][row]) for key in ("shard", "offset", "length"))
-    record = read_range(self._shards[shard], offset, length)
+    record = self._bytes(row)
     try:
       return tf.train.Example.FromString(record).features.feature
     except Exception as error:  # google.protobuf.message.DecodeError, a class of a package we do not depend on
-      raise BadImage(f"broken record at byte {offset} of {self._shards[shard]}") from error
+      raise BadImage("broken record") from error
+
+  def _bytes(self, row):
+    shard, offset, length = (int(self._offsets[key][row]) for key in ("shard", "offset", "length"))
+    return read_range(self._shards[shard], offset, length)
 
 
 def _prepared_folder(spec: str, name: str, root: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from simclr_jax import augment_on_device, data
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import processes
+from simclr_jax.runtime.errors import UserError
 
 CACHE_BYTES = 1 << 30  # evaluation images kept in memory between evaluations, at most
 
@@ -56,20 +57,22 @@ class Crop:
 class EvalSet:
   """The images of a source as evaluation sees them: float32 [size, size, 3] in [0, 1], center-cropped.
 
-  Sets that fit in CACHE_BYTES are decoded once and kept.
+  Sets that fit in CACHE_BYTES are decoded once and kept.  `labeled` leaves out the images without a label of a set that
+  has labels: they take part in no score.
   """
 
   def __init__(
-    self, source, *, size: int, crop: float, batch_size: int, resize: str = "bicubic", max_bad_fraction: float = 0.001
-  ):
-    self.source = source
+    self, source, *, size: int, crop: float, batch_size: int, resize: str = "bicubic", max_bad_fraction: float = 0.001,
+    labeled: bool = False,
+  ):  # fmt: skip
+    self.source, self._labeled = source, labeled and source.num_classes > 0
     self._crop = Crop(size, crop, resize)
     self._batch_size, self._max_bad_fraction = batch_size, max_bad_fraction
     self._cache = self._rows = self._seen = None
 
   def batches(self):
     """This process's rows of every batch in order: dict(image [b, size, size, 3], label, mask, index [b]); mask is
-    false in padding and unreadable rows."""
+    false in padding and in rows that are left out or unreadable."""
     if self._cache is not None:
       return iter(self._cache)
     batches = self._noted(
@@ -110,6 +113,8 @@ class EvalSet:
     """The batches, of which indices, labels and masks are kept: images need not be read again for them."""
     seen = []
     for batch in batches:
+      if self._labeled:
+        batch["mask"] = batch["mask"] & (batch["label"] >= 0)
       seen.append((np.stack([batch["index"], batch["label"]], 1), batch["mask"]))
       yield batch
     self._seen = seen
@@ -122,6 +127,8 @@ class EvalSet:
           pass
       parts = [(processes.gather_rows(rows), processes.gather_rows(mask)) for rows, mask in self._seen]
       self._rows = np.concatenate([rows[mask] for rows, mask in parts]).T
+      if self._labeled and not self._rows.size:
+        raise UserError(f"none of the images of {self.source.name(0)} and the others of its set has a label")
     return self._rows
 
   def rows(self):
@@ -138,7 +145,9 @@ def crop_of(config) -> Crop:
   return Crop(config.augment.size, config.evaluate.crop, config.augment.resize or "bicubic")
 
 
-def eval_set(source, config, mesh, *, size=None, crop=None, resize=None, max_bad_fraction=None) -> EvalSet:
+def eval_set(
+  source, config, mesh, *, size=None, crop=None, resize=None, max_bad_fraction=None, labeled=False
+) -> EvalSet:
   """The images of a source as `config` evaluates them, or in another way; batches divide over the mesh."""
   return EvalSet(
     source,
@@ -147,6 +156,7 @@ def eval_set(source, config, mesh, *, size=None, crop=None, resize=None, max_bad
     batch_size=-(-config.evaluate.batch_size // mesh.size) * mesh.size,
     resize=resize or config.augment.resize or "bicubic",
     max_bad_fraction=config.data.max_bad_fraction if max_bad_fraction is None else max_bad_fraction,
+    labeled=labeled,
   )
 
 

@@ -73,6 +73,9 @@ class Data(Section):
   max_bad_fraction: float = key(
     0.001, "fraction of unreadable images above which the run stops", at_least=0, at_most=1
   )  # fmt: skip
+  changed: str = key(
+    "refuse", "what resuming does with data that have changed since the run began", choices=("refuse", "accept")
+  )
 
 
 @frozen
@@ -284,7 +287,7 @@ class Labels(Section):
   """Which labels a program may use."""
 
   fraction: float = key(1.0, "class-balanced fraction of the labels", above=0, at_most=1)
-  list: str = key("", "file with the names of the labeled images instead")
+  list: str = key("", "file with the names of the labeled images instead, one a line, as name or class/name")
   seed: int = key(0, "seed of the draw", at_least=0)
 
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from simclr_jax import data
 from simclr_jax.evaluation import embed, linear
-from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import finetune, splits, trained
+from simclr_jax.programs import finetune, same, splits, trained
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -135,13 +135,16 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       f"{source.num_classes}: name the data it was fine-tuned on"
     )
   chosen = finetune.choose(source, config.labels) if config.alpha < 1 else np.zeros(0, int)
+  fingerprints = same.check_data(workdir, resume, config.data.changed, {"data.train": source, "data.test": test})
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
   if resume and checkpoint.folder(workdir).exists():
-    config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
+    same.same_config(config, workdir)
+  same.keep_data(workdir, fingerprints)
   cache = _logits(config, teacher, source, mesh) if config.cache else None
   make = functools.partial(make_task, teacher=teacher, chosen=chosen, cache=cache)
   student_loss = functools.partial(loss, temperature=config.temperature, alpha=config.alpha)
   result = finetune.train(config, start, source, test, workdir, mesh=mesh, loss=student_loss, make=make)
+  test = data.labeled(test)
   logits = _logits(config, teacher, test, mesh)
   result["teacher"] = linear.top_1(logits, test.labels)
   if not jax.process_index():

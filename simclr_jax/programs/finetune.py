@@ -8,13 +8,12 @@ baseline.  Training sees crops and flips, BatchNorm ranges over the global batch
 import functools
 import inspect
 import json
-import os
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 
 from simclr_jax import augment, augment_extra, data, exporting, optimizer, views
 from simclr_jax import model as model_lib
@@ -22,7 +21,7 @@ from simclr_jax.evaluation import embed
 from simclr_jax.evaluation.rows import labeled
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import splits, trained
+from simclr_jax.programs import same, splits, trained
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, errors, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -126,23 +125,45 @@ def view(config):
 
 
 def choose(source, labels) -> np.ndarray:
-  """Indices of the images whose labels may be used: a file of names, or a class-balanced share.
+  """Sorted indices of the images whose labels may be used: a file of names, or a class-balanced share.
+
+  The file has a name a line: a file's, or enough of its path to tell it from others, such as class/name.
 
   Raises:
-    ValueError: the source has no labels, or a name of the list is not in it.
+    ValueError: the source has no labels, or a name of the list is that of no image or of several.
   """
   if not source.num_classes:
     raise UserError("data.train has no labels: name a labeled set with --config.data.train=...")
   if not labels.list:
     return data.class_balanced(source.labels, labels.fraction, labels.seed)
-  wanted = epath.Path(labels.list).read_text().split()
-  at = {os.path.basename(source.name(i)): i for i in range(len(source))}
-  missing = [name for name in wanted if name not in at]
-  if missing:
+  if not files.absolute(labels.list).is_file():
+    raise UserError(f"labels.list={labels.list}: there is no such file; give one with a name of an image a line")
+  wanted = [line.strip("\r") for line in files.read_text(labels.list).split("\n")]
+  wanted = list(dict.fromkeys(name for name in wanted if name.strip()))
+  places = {}
+  for i in range(len(source)):
+    places.setdefault(_last(source.name(i)), []).append(i)
+  chosen, missing = [], []
+  for name in wanted:
+    found = [i for i in places.get(_last(name), ()) if re.search("(^|[/:])" + re.escape(name) + "$", source.name(i))]
+    if len(found) > 1:
+      raise UserError(
+        f"labels.list={labels.list}: {name} is {source.name(found[0])} and {source.name(found[1])}; write which, as"
+        " class/name"
+      )
+    chosen += found
+    missing += [] if found else [name]
+  if missing or not wanted:
     raise UserError(
-      f"labels.list={labels.list}: {len(missing)} of {len(wanted)} names are not in data.train, such as {missing[0]}"
+      f"labels.list={labels.list}: {len(missing)} of {len(wanted)} names are not in data.train"
+      + (f", such as {missing[0]}" if missing else "; give one a line")
     )
-  return np.sort([at[name] for name in wanted])
+  return np.unique(chosen)
+
+
+def _last(name: str) -> str:
+  """The last part of a path, or of a name such as set:index."""
+  return re.split("[/:]", name)[-1]
 
 
 @errors.of_the_user()
@@ -214,7 +235,7 @@ class ClassifierEvaluation:
   """Top-1 and top-5 of a state on the test images, center-cropped, BatchNorm in inference mode."""
 
   def __init__(self, config, num_classes, test_source, mesh):
-    self._images = embed.eval_set(test_source, config, mesh)
+    self._images = embed.eval_set(test_source, config, mesh, labeled=True)
     self._apply = jax.jit(functools.partial(create(config, num_classes).apply, train=False))
     self._mesh = mesh
 
@@ -284,9 +305,11 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   source = data.Selection(source, chosen) if len(chosen) < len(source) else source
   task = make_task(config, start, source, mesh=mesh)
   jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
+  fingerprints = same.check_data(workdir, resume, config.data.changed, {"data.train": source, "data.test": test})
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
   if resume and checkpoint.folder(workdir).exists():
-    config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
+    same.same_config(config, workdir)
+  same.keep_data(workdir, fingerprints)
   result = train(config, start, source, test, workdir, mesh=mesh)
   s = result["scores"]
   if not jax.process_index():

@@ -17,7 +17,7 @@ from simclr_jax import data, exporting, methods, optimizer, report, train_step, 
 from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import scores, splits
+from simclr_jax.programs import same, scores, splits
 from simclr_jax.runtime import checkpoint, errors, files, loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -140,7 +140,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   mesh = mesh_lib.make_mesh()
   _check_batch(config, mesh)
   if resume and checkpoint.folder(workdir).exists():
-    config = _same_config(config, workdir)
+    config = same.same_config(config, workdir)
   train_source, test_source = splits.open_data(config.data)
   evaluation = scores.PretrainEvaluation(config, train_source, test_source, mesh)
   every = config_lib.every(config.evaluate, len(train_source), config.batch_size)
@@ -156,8 +156,12 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   with errors.of_the_user():
     pipeline.check()
   abstract = jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
+  fingerprints = same.check_data(
+    workdir, resume, config.data.changed, {"data.train": train_source, "data.test": test_source}
+  )
 
   workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  same.keep_data(workdir, fingerprints)
   pairs = _first_views(task, pipeline)
   changes = config_lib.difference(config_lib.load(recipe), config) if recipe else None
   if not jax.process_index():
@@ -209,13 +213,6 @@ def _write_about(workdir, config, task, mesh, recipe, changes):
     "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
   }
   files.write_text(workdir / "run.json", json.dumps(about, indent=2))
-
-
-def _same_config(config, workdir):
-  """Resuming goes on with the config that the run began with; a different one is refused."""
-  kept = config_lib.from_json(checkpoint.read_config(workdir))
-  config_lib.check_same(kept, config)
-  return kept
 
 
 def _greet(config, workdir, mesh, source, test, abstract, task):

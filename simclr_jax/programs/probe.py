@@ -118,6 +118,7 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
     how = f"L-BFGS, l2 {classifier['l2']:.0e} chosen on held-out training images"
   else:
     mesh_lib.check_divisible(c.probe.batch_size, opened.mesh, "probe.batch_size")
+    source = data.labeled(source)
     # One folder a setting, so that a probe with other settings never goes on from this one's classifier.
     folder = f"step{opened.step}-{c.probe.train_epochs:g}ep-b{c.probe.batch_size}-lr{c.probe.base_lr:g}"
     state, _ = loop.run(

@@ -10,7 +10,6 @@ from simclr_jax import diagnostics, exporting
 from simclr_jax import model as model_lib
 from simclr_jax.data import permutation
 from simclr_jax.evaluation import embed, knn, linear
-from simclr_jax.evaluation.rows import labeled
 from simclr_jax.programs import map as map_lib
 from simclr_jax.runtime import files
 from simclr_jax.runtime import mesh as mesh_lib
@@ -46,7 +45,7 @@ class PretrainEvaluation:
     self._apply, self._mesh, self._config = _representations(model), mesh, config
     self.is_bank = test_source is train_source  # then there is nothing to score
     self.num_classes = 0 if self.is_bank else train_source.num_classes
-    make = functools.partial(embed.eval_set, config=config, mesh=mesh)
+    make = functools.partial(embed.eval_set, config=config, mesh=mesh, labeled=True)
     bank = embed.bank(train_source, config)
     self.train, self.test = make(bank), make(test_source)
     native = min(test_source.read(0).shape[:2])  # raw pixels compete at their own size where that is small
@@ -122,9 +121,8 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
       num_classes=evaluation.num_classes,
     )
     out["confusion"] = np.zeros((evaluation.num_classes,) * 2, int)
-    known = labeled(test_labels)
-    np.add.at(out["confusion"], (test_labels[known], predicted[known]), 1)
-    out["class_names"] = list(evaluation.test.source.class_names)
+    np.add.at(out["confusion"], (test_labels, predicted), 1)
+    out["class_names"] = list(evaluation.train.source.class_names)
   queries = np.random.default_rng(config.seed).permutation(len(test["h"]))[:8]
   _, nearest = knn.nearest(train["h"], test["h"][queries], k=8)
   if evaluation.is_bank:

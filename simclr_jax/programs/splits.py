@@ -18,19 +18,13 @@ def open_data(section):
   neighbors and the map.
 
   Raises:
-    UserError: their classes differ.
+    UserError: there are test classes that training does not know.
   """
   train = _open(section.train, section)
   if section.test and _place(section.test) == _place(section.train):
     return train, train
   if section.test:
-    test = _open(section.test, section)
-    if test.num_classes != train.num_classes:
-      raise UserError(
-        f"data.train={section.train} has {train.num_classes} classes and data.test={section.test} "
-        f"{test.num_classes}: name two splits of one data set, or set data.test=''"
-      )
-    return train, test
+    return train, data.align(train, _open(section.test, section), what=f"data.test={section.test}")
   if not train.num_classes or not section.held_out:
     return train, train
   held_out = hold_out(train.labels, section.held_out)

@@ -86,8 +86,8 @@ class TrainedRun:
     self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
 
   def h(self, source):
-    """(h float32 [n, d], labels int32 [n]) of all readable images of a source, BatchNorm in inference mode."""
-    images = embed.eval_set(source, self.config, self.mesh)
+    """(h float32 [n, d], labels int32 [n]) of all readable labeled images of a source, BatchNorm in inference mode."""
+    images = embed.eval_set(source, self.config, self.mesh, labeled=True)
     return self.encode(images), images.labels()
 
   def encode(self, images: embed.EvalSet):

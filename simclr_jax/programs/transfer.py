@@ -60,7 +60,20 @@ def open_split(spec: str, data_dir=None) -> Split:
     return Split(source, several, several.shape[1])
   if source.labels is None:
     raise UserError(f"{spec}: has no labels, so nothing can be scored on it: leave it out of config.rows")
+  source = data.labeled(source)
   return Split(source, source.labels, source.num_classes)
+
+
+def align(train: Split, other: Split, spec: str) -> Split:
+  """The other split with its classes numbered as in the training split."""
+  if train.targets.ndim == 1 == other.targets.ndim:
+    source = data.align(train.source, other.source, what=spec)
+    return Split(source, source.labels, source.num_classes)
+  if train.targets.shape[1:] != other.targets.shape[1:]:
+    raise UserError(
+      f"{spec} has {other.num_classes} classes, the training images {train.num_classes}: name two splits of a set"
+    )
+  return other
 
 
 def permutation_test(a, b, *, weight=None, samples: int = 100_000, seed: int = 0) -> float:
@@ -106,15 +119,12 @@ class FrozenEncoder:
 
 def splits(row, data_dir):
   """(training images with the validation ones at the end, bool [n] of the latter, test images) of a row's config."""
-  train, test = open_split(row.train, data_dir), open_split(row.test, data_dir)
-  if train.num_classes != test.num_classes:
-    raise UserError(
-      f"{row.train} has {train.num_classes} classes, {row.test} {test.num_classes}: name two splits of a set"
-    )
+  train = open_split(row.train, data_dir)
+  test = align(train, open_split(row.test, data_dir), row.test)
   if not row.validation:
     held_out = linear.held_out_parts(train.targets, 1, np.random.default_rng(HELD_OUT_SEED))[0]
     return train, held_out, test
-  more = open_split(row.validation, data_dir)
+  more = align(train, open_split(row.validation, data_dir), row.validation)
   joined = Split(
     data.Joined([train.source, more.source]), np.concatenate([train.targets, more.targets]), train.num_classes
   )

@@ -1,0 +1,133 @@
+"""A run that is resumed finds the data that it began with, or says what has changed."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+from images import numbered, save
+
+from simclr_jax import api, data
+from simclr_jax.programs import distill, finetune, pretrain, same
+
+
+def picture(i):
+  return np.full((4, 4, 3), i, np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for i in range(12):
+    save(tmp_path / f"set/{'ab'[i % 2]}/{i:02}.png", picture(i))
+  return tmp_path / "set"
+
+
+def changed(folder):
+  """What is said of the folder after each change."""
+  before = data.open_source(f"folder:{folder}").fingerprint()
+  return lambda: same.difference(before, json.loads(json.dumps(data.open_source(f"folder:{folder}").fingerprint())))
+
+
+def add(folder):
+  save(folder / "a/20.png", picture(20))
+
+
+def delete(folder):
+  (folder / "a/00.png").unlink()
+
+
+def rename(folder):
+  (folder / "a").rename(folder / "c")
+
+
+def replace_all(folder):
+  for path in folder.rglob("*.png"):
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+def replace_one_by_a_larger(folder):
+  save(folder / "b/11.png", np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    (add, "13 images instead of 12 and other names, labels, contents"),
+    (delete, "11 images instead of 12 and other names, labels, contents"),
+    (rename, "other classes, names, contents"),
+    (replace_all, "other contents"),
+    (replace_one_by_a_larger, "other names and sizes, contents"),
+    (lambda folder: None, ""),
+  ],
+)
+def test_what_has_changed_in_a_folder(folder, change, words):
+  said = changed(folder)
+  change(folder)
+  assert said() == words.replace("names,", "names and sizes,")
+
+
+def test_a_folder_may_move(folder, tmp_path):
+  before = data.open_source(f"folder:{folder}").fingerprint()
+  shutil.move(folder, tmp_path / "elsewhere")
+  assert data.open_source(f"folder:{tmp_path}/elsewhere").fingerprint() == before
+
+
+def test_arrays_are_compared_whole():
+  images, labels = np.zeros((300, 4, 4), np.uint8), np.arange(300) % 3
+  before = data.ArraySource(images, labels).fingerprint()
+  assert data.ArraySource(images.copy(), labels, title="other").fingerprint() == before
+  other = images.copy()
+  other[137, 0, 0] = 1
+  assert same.difference(before, data.ArraySource(other, labels).fingerprint()) == "other contents"
+  assert same.difference(before, data.ArraySource(images, labels[::-1]).fingerprint()) == "other labels"
+  names = data.ArraySource(images, labels, class_names="abc").fingerprint()
+  assert same.difference(before, names) == "other classes"
+  relabeled = data.align(data.ArraySource(images, labels, class_names="cab"), data.ArraySource(images, labels, class_names="abc"))  # fmt: skip
+  assert relabeled.fingerprint() == names  # of the set itself
+
+
+def test_only_a_sample_of_a_folder_is_read(folder, monkeypatch):
+  read = []
+  source = data.open_source(f"folder:{folder}")
+  monkeypatch.setattr(data.FolderSource, "item", lambda self, i: (read.append(i), (b"", 0))[1])
+  monkeypatch.setattr("simclr_jax.data.sources.SAMPLE", 4)
+  source.fingerprint()
+  assert read == [0, 4, 7, 11]
+
+
+def test_runs_refuse_changed_data(folder, tmp_path):
+  """Before anything in the folder of the run is touched; `accept` goes on."""
+  spec, workdir = f"folder:{folder}", tmp_path / "run"
+  workdir.mkdir()
+  (workdir / "COMPLETE").touch()
+  source = data.open_source(spec)
+  same.keep_data(workdir, same.check_data(workdir, True, "refuse", {"data.train": source, "data.test": source}))
+  delete(folder)
+  config = tiny.config(**{"data.train": spec, "data.test": spec, "batch_size": 8})
+  with pytest.raises(ValueError, match="data.train is not what the run began with: 11 images instead of 12.*; restore") as raised:  # fmt: skip
+    pretrain.run(config, workdir, resume=True)
+  assert "\n" not in str(raised.value) and "--config.data.changed=accept" in str(raised.value)
+  assert (workdir / "COMPLETE").exists()
+  now = {"data.train": data.open_source(spec)}
+  assert same.check_data(workdir, True, "accept", now)["data.train"]["images"] == 11
+  assert same.check_data(workdir, False, "refuse", now)  # a new run
+
+
+def test_other_arrays_from_a_notebook(tmp_path):
+  """They do not replace those of the run."""
+  file = tmp_path / "run.npz"
+  np.savez(file, images=numbered(3), labels=[0, 1, 0])
+  with pytest.raises(ValueError, match="images is not what the run began with: other contents"):
+    api._keep(file, numbered(3)[::-1], [0, 1, 0], True)
+  np.testing.assert_array_equal(np.load(file)["images"], numbered(3))
+  api._keep(file, numbered(3), ["a", "b", "a"], False)
+  assert data.open_source(f"npz:{file}").class_names == ("a", "b")
+
+
+def test_every_program_that_trains_checks():
+  import inspect
+
+  for program in (pretrain, finetune, distill):
+    text = inspect.getsource(program.run)
+    assert text.index("same.check_data(") < text.index("claim_workdir(") < text.index("same.keep_data(")
