@@ -15,6 +15,7 @@ from etils import epath
 from simclr_jax.evaluation import embed
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, trained
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -135,7 +136,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       f"{source.num_classes}: name the data it was fine-tuned on"
     )
   chosen = finetune.choose(source, config.labels) if config.alpha < 1 else np.zeros(0, int)
-  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  specs = (config.data.train, config.data.test)
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
   if resume and checkpoint.folder(workdir).exists():
     config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
   cache = _logits(config, teacher, source, mesh) if config.cache else None

@@ -13,6 +13,7 @@ import numpy as np
 from simclr_jax import report
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain, transfer
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, files
 
 
@@ -93,8 +94,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   Raises:
     ValueError: a mistake in the config or the data, on one line.
   """
-  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
-  files.write_text(workdir / "config.json", config_lib.to_json(config))
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite)
+  checkpoint.write_config(workdir, config_lib.to_json(config))
   results = [one_seed(config, seed, workdir / f"seed{seed}") for seed in config.seeds]
   rows = [
     {"seed": seed, "what": name, "share": share, "accuracy": value}

@@ -22,6 +22,7 @@ from simclr_jax.evaluation import embed
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import trained
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, errors, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -238,8 +239,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
   every = config_lib.every(config.evaluate, len(source), config.batch_size)
   evaluation = ClassifierEvaluation(config, source.num_classes, test_source, mesh)
   task = make(config, start, source, mesh=mesh, loss=loss, evaluators={"test": loop.Evaluator(evaluation.run, every)})
-  if not jax.process_index():
-    files.write_text(workdir / "config.json", config_lib.to_json(config))
+  checkpoint.write_config(workdir, config_lib.to_json(config))
   state, clock = loop.run(
     task,
     loop.LoopConfig.from_config(config, len(source)),
@@ -297,7 +297,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   source = data.Selection(source, chosen) if len(chosen) < len(source) else source
   task = make_task(config, start, source, mesh=mesh)
   jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
-  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  specs = (config.data.train, config.data.test)
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
   if resume and checkpoint.folder(workdir).exists():
     config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
   result = train(config, start, source, test, workdir, mesh=mesh)
