@@ -59,7 +59,7 @@ def test_a_folder_of_images_is_never_taken_over(tmp_path, flag, more):
   photos = {f"{i}.jpg" for i in range(48)} | set(more)
   for name in photos:
     (tmp_path / name).write_text("{}")
-  with pytest.raises(ValueError, match=f"--{flag}: the folder is not a run .it holds 0.jpg and neither"):
+  with pytest.raises(ValueError, match=f"--{flag}: the folder is not a run .it holds 0.jpg and no file RUN"):
     claim(tmp_path, **{flag: True})
   assert names(tmp_path) == photos
 

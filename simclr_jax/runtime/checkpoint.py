@@ -73,7 +73,7 @@ def _claim(workdir, resume, overwrite, writes, data):
   if filled and not _is_run(names, foreign):
     flag = "resume" if resume else "overwrite"
     raise UserError(
-      f"--workdir={workdir} --{flag}: the folder is not a run (it holds {filled[0]} and neither RUN nor config.json); "
+      f"--workdir={workdir} --{flag}: the folder is not a run (it holds {filled[0]} and no file RUN); "
       "name an empty or a new one"
     )
   if overwrite and foreign:
@@ -180,6 +180,17 @@ def _manifest(path) -> _Manifest:
     raise Damaged(f"{path}/manifest.json is not the JSON that was written") from None
 
 
+def not_in_manifest(path) -> list[str]:
+  """The files below `path` that were added after it was sealed, without hidden ones and those of Python's own cache; all of
+  them if the manifest is missing or damaged."""
+  try:
+    known = _manifest(path).files
+  except Damaged:
+    known = {}
+  added = (name for name in _file_names(path) if name not in known)
+  return [name for name in added if not any(part[0] == "." or part == "__pycache__" for part in name.split("/"))]
+
+
 def verify(path, *, step: int | None = None, run: str | None = None):
   """Raises Damaged, on one line, unless `path` holds the files of its manifest, which are of this step and run."""
   manifest = _manifest(path)
@@ -264,7 +275,7 @@ class Checkpoints:
       logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # or each array that failed prints a traceback of its own
       last = self._newest
       survivor = f"step {last} in {self._folder} is complete" if last is not None else "no checkpoint exists yet"
-      reason = "the disk is full" if disk_is_full(error, self._folder) else " ".join(str(error).split())[:200]
+      reason = "the disk is full" if files.disk_is_full(error, self._folder) else " ".join(str(error).split())[:200]
       raise OSError(
         f"could not save step {step}: {reason}; {survivor}; free space and run again with --resume"
       ) from None
@@ -392,13 +403,6 @@ def _compare(saved: dict, wanted: dict, where):
       f"checkpoint {where} is of another architecture: {key} is {has} there and {needs} in this config "
       f"({len(different)} such differences): use the config it was made with, or another --workdir"
     )
-
-
-def disk_is_full(error, path) -> bool:
-  """Whether that is why writing below `path` failed; Orbax raises many types of error for it."""
-  text = str(error)
-  free = shutil.disk_usage(path).free if os.path.isdir(path) else 1 << 40
-  return "No space left" in text or "RESOURCE_EXHAUSTED" in text or free < 1 << 20
 
 
 def write_config(workdir, config_json: str):

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import shutil
 import tempfile
 
 from etils import epath
@@ -110,6 +111,13 @@ def create_text(path, text: str) -> bool:
   except FileExistsError:
     return False
   return True
+
+
+def disk_is_full(error, path) -> bool:
+  """Whether that is why writing below `path` failed; Orbax raises many types of error for it."""
+  text = str(error)
+  free = shutil.disk_usage(path).free if os.path.isdir(path) else 1 << 40
+  return "No space left" in text or "RESOURCE_EXHAUSTED" in text or free < 1 << 20
 
 
 def user_cache() -> pathlib.Path:
