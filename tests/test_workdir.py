@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from simclr_jax.programs import workdir as of_programs
-from simclr_jax.runtime import checkpoint, files, lock
+from simclr_jax.runtime import checkpoint, files, lock, loop
 
 MARKS = {"LOCK", "RUN", "RUN.sha256"}
 
@@ -106,6 +106,68 @@ def test_a_run_and_its_data_lie_apart(tmp_path):
   of_programs.claim(tmp_path / "run", resume=False, overwrite=False, specs=(f"npz:{tmp_path}/run.npz:train",))
   with pytest.raises(ValueError, match="cannot lie in each other"):
     claim("gs://b/data/run", data=["gs://b/data"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "skipped.json", "RUN"])
+def test_a_damaged_file_that_a_resume_reads_is_named(tmp_path, name):
+  claim(tmp_path)
+  checkpoint.write_config(tmp_path, '{"seed": 0, "temperature": 0.2}')
+  skipped = loop._Skipped(tmp_path)
+  skipped.add(4, 2)
+  read = {
+    "config.json": lambda: checkpoint.read_config(tmp_path),
+    "skipped.json": lambda: loop._Skipped(tmp_path)._rows,
+    "RUN": lambda: checkpoint.run_id(tmp_path),
+  }[name]
+  file, before = tmp_path / name, read()
+  content = file.read_bytes()
+  for damaged in (b"", content[:-3], *(flipped(content, bit) for bit in range(0, 8 * len(content), 5))):
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"{name} is damaged: its SHA-256 is not the one in {name}.sha256") as error:
+      read()
+    assert "\n" not in str(error.value)
+  file.unlink()
+  if name != "RUN":  # which may be missing, in a run of an earlier version
+    with pytest.raises(ValueError, match=f"{name} is missing, although its seal"):
+      read()
+  (tmp_path / f"{name}.sha256").unlink()
+  file.write_bytes(content)  # as an earlier version left it
+  assert read() == before
+
+
+def flipped(content, bit):
+  out = bytearray(content)
+  out[bit // 8] ^= 1 << bit % 8
+  return bytes(out)
+
+
+@pytest.mark.parametrize("content", ["", "[[1]]", "{}{", "[4]", "nothing"])
+def test_unsealed_files_of_earlier_versions_are_checked_for_what_they_hold(tmp_path, content):
+  (tmp_path / "skipped.json").write_text(content)
+  with pytest.raises(ValueError, match="skipped.json is damaged: it is not what was written"):
+    loop._Skipped(tmp_path)
+  (tmp_path / "config.json").write_text(content)
+  with pytest.raises(ValueError, match="config.json is damaged: it is not a JSON object"):
+    checkpoint.read_config(tmp_path)
+
+
+def test_a_process_that_is_killed_between_seal_and_file_leaves_a_file_that_can_be_read(tmp_path, monkeypatch):
+  path = tmp_path / "config.json"
+  files.write_sealed(path, "first")
+  write = files.write_bytes
+
+  def killed(where, content):
+    if str(where) == str(path):
+      raise KeyboardInterrupt
+    write(where, content)
+
+  monkeypatch.setattr(files, "write_bytes", killed)
+  with pytest.raises(KeyboardInterrupt):
+    files.write_sealed(path, "second")
+  assert files.read_sealed(path) == "first"
+  monkeypatch.setattr(files, "write_bytes", write)
+  files.write_sealed(path, "third")
+  assert files.read_sealed(path) == "third"
 
 
 HOLDER = """

@@ -22,7 +22,7 @@ def part(run, config, folder) -> dict:
   done = folder / "scores.json"
   if not done.exists():
     run(config, folder, resume=folder.exists(), overwrite=False)
-  return json.loads(done.read_text())["scores"]
+  return json.loads(files.read_sealed(done))["scores"]
 
 
 def changed(recipe: str, changes: dict):
@@ -69,7 +69,7 @@ def one_seed(config, seed: int, folder) -> dict:
   done = folder / "transfer" / "transfer.json"
   if not done.exists():
     transfer.run(moved, folder / "transfer", resume=(folder / "transfer").exists())
-  for row in json.loads(done.read_text()):
+  for row in json.loads(files.read_sealed(done)):
     for name, value in row["scores"].items():
       out[f"transfer to {row['name']}, {name}", 1.0] = value
   return out

@@ -261,7 +261,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
       heads=heads,
       overwrite=True,
     )
-    files.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
+    files.write_sealed(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
     print(f"time {clock.text()}")
   checkpoint.mark_complete(workdir, step)
   return {"state": state, "scores": scores, "workdir": workdir, "config": config}

@@ -421,6 +421,8 @@ def read_config(workdir) -> str:
     text = files.read_sealed(files.absolute(workdir) / "config.json")
   except FileNotFoundError:
     raise UserError(f"--workdir={workdir}: no run here (config.json is missing); `simclr pretrain` makes one") from None
+  except UserError as error:
+    raise UserError(f"{error} (a copy is in {folder(workdir)}/STEP/config/metadata)") from None
   try:
     if not isinstance(json.loads(text), dict):
       raise ValueError
