@@ -60,11 +60,9 @@ def for_this_machine(flags):
 
 
 def for_training(flags):
-  if "jax" not in sys.modules:
-    # What a run has compiled it does not compile again when it goes on; JAX reads this when it is imported.
-    folder = flags.workdir if "://" in flags.workdir else os.path.abspath(flags.workdir)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")  # XLA's own, on GPUs, know no gs://
+  from simclr_jax.runtime import compiled
+
+  compiled.prepare()
   for_this_machine(flags)
 
 

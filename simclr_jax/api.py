@@ -15,7 +15,7 @@ from simclr_jax.evaluation import linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain as program
 from simclr_jax.programs import same
-from simclr_jax.runtime import checkpoint
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime.errors import UserError
 
 
@@ -58,7 +58,8 @@ def pretrain(
   Raises:
     ValueError: a mistake in the arguments, on one line.
   """
-  folder = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  specs = (images,) if isinstance(images, str) else ()
+  folder = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
   if isinstance(images, str):
     changes = {"data.train": images, "data.test": "", **changes}
   else:

@@ -6,6 +6,8 @@ from unittest import mock
 
 from etils.epath import backend, gpath
 
+from simclr_jax.runtime import lock
+
 
 class Buckets(backend._OsPathBackend):
   """Folders need not be made, and appending writes a new object, as it does with gcsfs."""
@@ -69,4 +71,7 @@ def buckets(root):
     mock.patch.object(gpath, "_GCS_BACKENDS", {fake}),
     mock.patch.object(gpath, "_is_tf_installed", lambda: False),
   ):
-    yield
+    try:
+      yield
+    finally:
+      lock._release_all()  # or it happens when the process ends, at the real gs://

@@ -1,8 +1,10 @@
 """Checkpoints: exact round trips, refusals that name the cure, and a full disk that costs nothing already saved."""
 
 import os
+import pathlib
 import shutil
 import subprocess
+import tempfile
 
 import jax
 import numpy as np
@@ -26,7 +28,7 @@ def state(task):
 
 
 def test_round_trip_on_another_number_of_devices(tmp_path, task, state):
-  saved = checkpoint.Checkpoints(tmp_path)
+  saved, state = checkpoint.Checkpoints(tmp_path), state.replace(step=state.step + 3)
   saved.save(3, state, {"encoder": model.keep_encoder(state)}, "{}")
   saved.close()
   mesh = mesh_lib.make_mesh(jax.devices()[:2])
@@ -133,23 +135,100 @@ def test_a_damaged_step_is_skipped_and_saved_again(tmp_path, two_steps, task, st
   assert checkpoint.Checkpoints(workdir).restore_newest(like)[0] == 2
 
 
-def test_workdir_rules(tmp_path):
-  run = tmp_path / "run"
-  checkpoint.claim_workdir(str(run), resume=False, overwrite=False)
-  checkpoint.claim_workdir(str(run), resume=False, overwrite=False)  # still empty
-  (run / "notes.txt").write_text("mine")
-  with pytest.raises(ValueError, match="is not empty: add --resume to go on, --overwrite"):
-    checkpoint.claim_workdir(str(run), resume=False, overwrite=False)
-  with pytest.raises(ValueError, match="has no config.json, so it is no run"):
-    checkpoint.claim_workdir(str(run), resume=False, overwrite=True)
-  assert (run / "notes.txt").read_text() == "mine"
-  (run / "config.json").write_text("{}")
-  checkpoint.claim_workdir(str(run), resume=True, overwrite=False)
-  assert (run / "notes.txt").exists()
-  checkpoint.claim_workdir(str(run), resume=False, overwrite=True)
-  assert list(run.iterdir()) == []
-  with pytest.raises(ValueError, match="is a file"):
-    checkpoint.claim_workdir(__file__, resume=False, overwrite=False)
+def small(step, value=1.0):
+  return {"step": np.int32(step), "w": np.full(3, value)}
+
+
+def saved_steps(workdir, *steps, keep=3):
+  saved = checkpoint.Checkpoints(workdir, keep=keep)
+  for step in steps:
+    saved.save(step, small(step), {}, "{}", {"recent": [0.1 * step]})
+  saved.close()
+
+
+def test_the_last_sealed_step_is_deleted_only_after_the_next_is_sealed(tmp_path, monkeypatch):
+  saved = checkpoint.Checkpoints(tmp_path, keep=1)
+  saved.save(1, small(1), {}, "{}")
+  seal = checkpoint.seal
+
+  def killed(path, **keywords):
+    assert (tmp_path / "checkpoints/1/manifest.json").exists() and (tmp_path / "checkpoints/2").exists()
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(checkpoint, "seal", killed)
+  with pytest.raises(OSError, match="could not save step 2: the disk is full; step 1 in .*checkpoints is complete"):
+    saved.save(2, small(2), {}, "{}")
+  monkeypatch.setattr(checkpoint, "seal", seal)
+  again = checkpoint.Checkpoints(tmp_path, keep=1)
+  assert again.latest_step() == 1
+  again.save(2, small(2), {}, "{}")
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_step_under_another_name_or_of_another_run_is_not_resumed(tmp_path, capsys):
+  run, other = tmp_path / "run", tmp_path / "other"
+  for workdir in (run, other):
+    checkpoint.claim_workdir(str(workdir), resume=False, overwrite=False)
+    checkpoint.write_config(workdir, "{}")
+    saved_steps(workdir, 1, 2)
+  steps = run / "checkpoints"
+  (steps / "2").rename(steps / "20")
+  assert checkpoint.Checkpoints(run).latest_step() == 1
+  assert (
+    "checkpoint of step 20 skipped: " in (said := capsys.readouterr().out) and "is the checkpoint of step 2;" in said
+  )
+  shutil.copytree(other / "checkpoints/2", steps / "2")
+  with pytest.raises(ValueError, match="checkpoints/2 belongs to another run"):
+    checkpoint.read_run_state(run)
+  assert checkpoint.Checkpoints(run).latest_step() == 1
+  assert "belongs to another run; moved to" in capsys.readouterr().out
+  shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("RUN*", "LOCK", "damaged"))
+  checkpoint.claim_workdir(str(tmp_path / "copy"), resume=True, overwrite=False)  # knows itself by its checkpoints
+  assert checkpoint.run_id(tmp_path / "copy") == checkpoint.run_id(run)
+  assert checkpoint.Checkpoints(tmp_path / "copy").latest_step() == 1
+
+
+def test_a_state_of_another_step_than_its_folder_is_refused(tmp_path, two_steps, task):
+  """Where the manifest says neither step nor run, as those of earlier versions."""
+  workdir = tmp_path / "run"
+  shutil.copytree(two_steps, workdir)
+  (workdir / "checkpoints/2").rename(workdir / "checkpoints/20")
+  checkpoint.seal(workdir / "checkpoints/20")
+  with pytest.raises(checkpoint.Damaged, match="checkpoints/20 holds the state of step 2: give the folder that name"):
+    checkpoint.Checkpoints(workdir).restore_newest(loop.abstract_state(task, mesh_lib.make_mesh()))
+
+
+def test_strays_beside_the_steps_do_not_matter(tmp_path):
+  saved_steps(tmp_path, 1, 2)
+  steps = tmp_path / "checkpoints"
+  (steps / "7").write_text("a file")
+  (steps / "notes.txt").write_text("mine")
+  for stray in ("0004", "2 (copy)", "9_backup"):
+    shutil.copytree(steps / "2", steps / stray)
+  saved_steps(tmp_path, 3, 4, 5)
+  assert {p.name for p in steps.iterdir()} == {"3", "4", "5", "7", "notes.txt", "0004", "2 (copy)", "9_backup"}
+  assert checkpoint.Checkpoints(tmp_path).latest_step() == 5
+
+
+def test_a_damaged_step_on_another_disk_is_moved_aside(tmp_path, monkeypatch):
+  """checkpoints/ may be a link to another disk, from which nothing can be renamed into the workdir."""
+  if os.stat("/dev/shm").st_dev == os.stat(tmp_path).st_dev:
+    pytest.skip("one disk only")
+  disk = pathlib.Path(tempfile.mkdtemp(dir="/dev/shm"))
+  try:
+    (tmp_path / "checkpoints").symlink_to(disk)
+    saved_steps(tmp_path, 1, 2)
+    (disk / "2/manifest.json").unlink()
+    assert checkpoint.Checkpoints(tmp_path).latest_step() == 1
+    assert (tmp_path / "damaged/2.0/state").is_dir() and not (disk / "2").exists()
+  finally:
+    shutil.rmtree(disk)
+
+
+def test_what_the_loop_keeps_is_saved_with_the_step(tmp_path):
+  saved_steps(tmp_path, 1, 2)
+  assert checkpoint.Checkpoints(tmp_path).loop() == {"recent": [0.2]}
+  assert checkpoint.Checkpoints(tmp_path / "new").loop() == {}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system has to be mounted")
@@ -159,7 +238,7 @@ def test_a_full_disk_keeps_the_last_good_step(tmp_path, task, state):
   if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
     pytest.skip("mount is not permitted here")
   try:
-    saved = checkpoint.Checkpoints(disk, keep=10)
+    saved, state = checkpoint.Checkpoints(disk, keep=10), state.replace(step=state.step + 1)
     saved.save(1, state, {"encoder": model.keep_encoder(state)}, "{}")
     (disk / "filler").write_bytes(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 100_000))
     with pytest.raises(OSError, match="could not save step 2: the disk is full; step 1 in .* is complete") as error:

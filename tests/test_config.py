@@ -143,6 +143,39 @@ def test_mistakes(override, message):
   assert message in one_line(error)
 
 
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("stranger/config.json", "stranger/config.json is not a recipe, which is a Python file"),
+    ("stranger/config", "no such recipe; stranger/config is not a file"),
+    ("v1.5", "no such recipe; v1.5 is not a file; did you mean 'v1'?"),
+    ("v1.yaml", "v1.yaml is not a file"),
+    ("smoke.py", "smoke.py is not a file; did you mean 'smoke'?"),
+    ("/nonexistent/smoke", "/nonexistent/smoke is not a file"),
+    ("my/own/smoke.py", "my/own/smoke.py is not a file"),
+    ("my/own/smoke.py:variant", "my/own/smoke.py is not a file"),
+    ("", "no such recipe"),
+    ("configs/../smoke.py", "is not a file"),
+  ],
+)
+def test_nothing_runs_but_what_was_named(name, message, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "stranger").mkdir()
+  for file in ("stranger/config.json", "stranger/config.py"):
+    (tmp_path / file).write_text("raise SystemExit('executed')")
+  with pytest.raises(UserError) as error:
+    config_lib.load(name)
+  assert message in one_line(error)
+
+
+def test_a_bare_name_is_a_recipe_that_ships_and_a_path_is_a_file(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "smoke.py").write_text("raise SystemExit('executed')")
+  for name in ("smoke", "configs/smoke.py", "configs/smoke"):
+    assert config_lib.find_recipe(name) == str(config_lib.recipe_folder() / "smoke.py")
+  assert config_lib.find_recipe("smoke.py") == "smoke.py" and config_lib.find_recipe("./smoke.py:2") == "./smoke.py:2"
+
+
 def test_unknown_recipe_names_the_nearest():
   with pytest.raises(ValueError) as error:
     config_lib.load("configs/smok.py")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from images import gradient, save
 from PIL import Image
 
@@ -32,6 +33,21 @@ def test_inspect(folder, tmp_path, capsys):
     assert words in out, words
   assert Image.open(tmp_path / "sheet.png").size == (768, 288)
   assert dataset.inspect(f"folder:{folder}", limit=5)["images"] == 25
+
+
+def test_prepare_leaves_other_folders_alone_and_says_that_the_disk_is_full(folder, tmp_path, monkeypatch):
+  before = sorted(folder.rglob("*"))
+  with pytest.raises(ValueError, match="--output=.* holds a and no prepared shards: name an empty or a new folder"):
+    dataset.prepare(f"folder:{folder}", str(folder))
+  assert sorted(folder.rglob("*")) == before
+
+  def full(path, items):
+    raise tf.errors.ResourceExhaustedError(None, None, f"{path}; No space left on device")
+
+  monkeypatch.setattr(shards, "write_tfrecord", full)
+  with pytest.raises(OSError, match="images-00000-of-00003.tfrecord: the disk is full; free space and run") as error:
+    dataset.prepare(f"folder:{folder}", str(tmp_path / "full"), images_per_shard=10)
+  assert error.value.errno is None and "\n" not in str(error.value)
 
 
 def test_prepare_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, capsys):

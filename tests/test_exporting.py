@@ -335,6 +335,12 @@ def test_mistakes_are_one_line(small, tmp_path, capsys, monkeypatch):
   (tmp_path / "theirs").mkdir()
   (tmp_path / "theirs/thesis.tex").write_text("")
   assert "delete it yourself" in refused(source, f"--output={tmp_path / 'theirs'}", "--overwrite", capsys=capsys)
+  export_of_theirs = tmp_path / "small_copy"
+  shutil.copytree(small, export_of_theirs)
+  (export_of_theirs / "thesis.tex").write_text("")
+  said = refused(source, f"--output={export_of_theirs}", "--overwrite", capsys=capsys)
+  assert "small_copy/thesis.tex is not part of the export there: move it elsewhere" in said
+  assert (export_of_theirs / "thesis.tex").exists()
   assert "it belongs to --workdir" in refused(source, output, "--step=3", capsys=capsys)
   assert "does not start" in refused(source, output, "--python=/no/python", capsys=capsys)
   no_head = config_lib.from_dict(json.loads((small / "card.json").read_text())["pretraining"])

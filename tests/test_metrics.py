@@ -1,5 +1,6 @@
 """The numbers of a run: rows, TensorBoard without TensorFlow, and the line of progress."""
 
+import json
 import subprocess
 import sys
 
@@ -36,6 +37,37 @@ def test_tensorboard_without_tensorflow(tmp_path):
   (shown,) = board.Tensors("views")
   assert list(shown.tensor_proto.string_val) == [b"20", b"10", picture.read_bytes()]
   assert board.SummaryMetadata("views").plugin_data.plugin_name == "images"
+
+
+def test_damaged_rows_are_left_out_and_repaired_when_a_run_resumes(tmp_path):
+  good = [{"step": 1, "loss": 2.5}, {"step": 3, "loss": 1.5}]
+  lines = [json.dumps(good[0]).encode(), b'{"step": 2, "lo\xff": 2.0}', b"[2]", b'{"loss": 2.0}', b'{"step": "4"}']
+  (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, json.dumps(good[1]).encode(), b'{"step": 4, "lo']))
+  assert metrics.read(tmp_path) == good
+  writer = metrics.Writer(tmp_path, resume_step=3)
+  writer.scalars(4, {"loss": 1.0})
+  writer.close()
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert rows == [*good, {"step": 4, "loss": 1.0}]
+
+
+def test_tensorboard_shows_no_step_twice(tmp_path):
+  # The one behind TensorBoard's pages.
+  from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+  for resume, last in ((0, 6), (4, 7), (4, 9)):  # killed twice, after steps that were not saved
+    writer = metrics.Writer(tmp_path, resume_step=resume)
+    for step in range(resume + 1, last + 1):
+      writer.scalars(step, {"loss": last + step / 100})
+    writer.close()
+  writer = metrics.Writer(tmp_path, resume_step=9)
+  writer.scalars(10, {"loss": 1.0})
+  writer.rewind(8)  # as a run does that diverges
+  writer.scalars(9, {"loss": 0.5})
+  writer.close()
+  board = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+  shown = [(e.step, round(float(e.tensor_proto.float_val[0]), 2)) for e in board.Tensors("loss")]
+  assert shown == [(s, 6 + s / 100) for s in range(1, 5)] + [(s, 9 + s / 100) for s in range(5, 9)] + [(9, 0.5)]
 
 
 def test_the_line_of_progress(capsys):

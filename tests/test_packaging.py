@@ -32,6 +32,7 @@ def test_a_wheel_builds_from_the_source_distribution(tmp_path):
 @pytest.mark.slow
 def test_an_installed_wheel_runs_the_smoke_recipe(tmp_path):
   environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+  environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
 
   def call(*argv):
     done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -49,6 +50,8 @@ def test_an_installed_wheel_runs_the_smoke_recipe(tmp_path):
   values = ("train_epochs=0.0", "train_steps=3", "optimizer.warmup_epochs=0.0")
   out = call(simclr, "pretrain", "--config=smoke", "--workdir=run", *(f"--config.{value}" for value in values))
   assert "SimCLR h" in out and (tmp_path / "run/report.html").exists()
-  assert list((tmp_path / "run/compiled").glob("jit_train_step*"))  # a resumed run does not compile again
+  # A resumed run does not compile again, and trusts no program that lies in its workdir.
+  assert list((tmp_path / "cache/simclr_jax/compiled").glob("jit_train_step*"))
+  assert not (tmp_path / "run/compiled").exists()
   snippet = out.partition("Load the encoder:")[2]
   assert "(4, " in call(python, "-c", snippet)

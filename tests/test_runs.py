@@ -67,6 +67,12 @@ def test_damaged_files_do_not_stop_it(folder, capsys):
   (folder / "c/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
   found = {run.name: run for run in runs.find(folder)}
   assert found["a"].config == {} and found["c"].step == 1
+  assert found["a"].damaged == ("config.json is damaged",) and not found["c"].damaged
+  (folder / "deeper/b/run.json").write_text('{"total_steps": "four"}')
+  assert cli.main(["runs", str(folder)]) == 0
+  out = capsys.readouterr().out
+  assert "a: config.json is damaged" in out and "deeper/b: ValueError: invalid literal for int()" in out
+  assert re.search(r"c +configs/smoke.py +1 of 4 +not complete", out)
   assert cli.main(["runs", str(folder / "none")]) == 1
   assert cli.main(["runs", str(folder / "a/checkpoints/..")]) == 0
   (folder / "empty").mkdir()

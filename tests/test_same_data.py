@@ -130,4 +130,4 @@ def test_every_program_that_trains_checks():
 
   for program in (pretrain, finetune, distill):
     text = inspect.getsource(program.run)
-    assert text.index("same.check_data(") < text.index("claim_workdir(") < text.index("same.keep_data(")
+    assert text.index("same.check_data(") < text.index("workdir_lib.claim(") < text.index("same.keep_data(")

@@ -135,8 +135,7 @@ def cache_file(spec: str, shards: Sequence[str]) -> pathlib.Path:
       )
   except OSError as error:
     raise UserError(f"{spec}: cannot read the shard {error.filename} ({error.strerror}); prepare it again") from error
-  folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "simclr_jax"
-  return folder / f"tfrecord-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.npz"
+  return files.user_cache() / f"tfrecord-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.npz"
 
 
 def read_labels(spec: str, count: int, label: Callable[[int], object]) -> np.ndarray:

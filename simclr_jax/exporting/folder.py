@@ -32,6 +32,8 @@ def check_vacant(path, *, overwrite: bool) -> epath.Path:
       raise UserError(f"{path} is not empty: add --overwrite or name another folder")
     if not (path / "card.json").exists():
       raise UserError(f"{path} has no card.json, so it is no export: delete it yourself")
+    if foreign := checkpoint.not_in_manifest(path):
+      raise UserError(f"{path}/{foreign[0]} is not part of the export there: move it elsewhere, or name another folder")
   return path
 
 
@@ -57,7 +59,7 @@ def save_export(path, fill, *, overwrite: bool = False) -> epath.Path:
       path.rmtree()
     temporary.rename(path)
   except Exception as error:
-    full = checkpoint.disk_is_full(error, temporary)
+    full = files.disk_is_full(error, temporary)
     temporary.rmtree(missing_ok=True)
     if full:
       raise OSError(f"could not write {path}: the disk is full; free space or name another folder") from None

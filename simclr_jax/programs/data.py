@@ -15,7 +15,7 @@ from etils import epath
 
 from simclr_jax import data
 from simclr_jax.data import shards
-from simclr_jax.runtime import aot
+from simclr_jax.runtime import aot, files
 from simclr_jax.runtime.errors import UserError
 from simclr_jax.runtime.progress import duration
 
@@ -151,17 +151,23 @@ def prepare(
   """
   source = data.open_source(spec, data_dir=data_dir)
   folder = epath.Path(os.path.abspath(os.path.expanduser(output)))
+  plan = folder / "prepare.json"
+  if (
+    folder.exists()
+    and not plan.exists()
+    and (there := sorted(path.name for path in folder.iterdir() if path.name[0] != "."))
+  ):
+    raise UserError(f"--output={output} holds {there[0]} and no prepared shards: name an empty or a new folder")
   folder.mkdir(parents=True, exist_ok=True)
   count = -(-len(source) // images_per_shard)
   settings = {
     "spec": spec, "images": len(source), "images_per_shard": images_per_shard, "short_side": short_side
   }  # fmt: skip
-  plan = folder / "prepare.json"
   if plan.exists() and json.loads(plan.read_text()) != settings:
     raise UserError(f"{folder} holds shards of other settings ({plan.read_text()}); use another --output")
-  plan.write_text(json.dumps(settings))
+  files.write_text(plan, json.dumps(settings))
   if source.num_classes:
-    (folder / shards.CLASSES).write_text(json.dumps(list(source.class_names)))
+    files.write_text(folder / shards.CLASSES, json.dumps(list(source.class_names)))
 
   def load(i):
     try:
@@ -184,13 +190,21 @@ def prepare(
         loaded = list(pool.map(load, mine))
         bad = [f"{where}\t{reason}\n" for item, reason, where in loaded if item is None]
         # Before the shard: one that is there is finished in every respect.
-        unreadable.write_text("".join(bad))
-        shards.write_tfrecord(os.fspath(folder / name), (row for row in loaded if row[0] is not None))
+        files.write_text(unreadable, "".join(bad))
+        try:
+          shards.write_tfrecord(os.fspath(folder / name), (row for row in loaded if row[0] is not None))
+        except Exception as error:  # TensorFlow has types of its own for a full disk
+          if not files.disk_is_full(error, folder):
+            raise
+          raise OSError(
+            f"could not write {folder / name}: the disk is full; free space and run the same command again, which keeps the "
+            "shards that are there"
+          ) from None
         _progress(k + 1, count, began, "shard")
       written += len(mine) - len(unreadable.read_text().splitlines())
   lists = sorted(folder.glob("unreadable-*.txt"))
   bad = "".join(path.read_text() for path in lists)
-  (folder / "unreadable.txt").write_text(bad)
+  files.write_text(folder / "unreadable.txt", bad)
   print(f"{written:,} images in {count:,} shards, {len(bad.splitlines()):,} unreadable ones listed in unreadable.txt")
   print(f"train on them with --config.data.train=tfrecord:{folder}")
   return written

@@ -15,6 +15,7 @@ from etils import epath
 from simclr_jax import data
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import finetune, same, splits, trained
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -136,7 +137,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     )
   chosen = finetune.choose(source, config.labels) if config.alpha < 1 else np.zeros(0, int)
   fingerprints = same.check_data(workdir, resume, config.data.changed, {"data.train": source, "data.test": test})
-  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  specs = (config.data.train, config.data.test)
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
   if resume and checkpoint.folder(workdir).exists():
     same.same_config(config, workdir)
   same.keep_data(workdir, fingerprints)

@@ -13,6 +13,7 @@ import numpy as np
 from simclr_jax import report
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain, transfer
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, files
 
 
@@ -21,7 +22,7 @@ def part(run, config, folder) -> dict:
   done = folder / "scores.json"
   if not done.exists():
     run(config, folder, resume=folder.exists(), overwrite=False)
-  return json.loads(done.read_text())["scores"]
+  return json.loads(files.read_sealed(done))["scores"]
 
 
 def changed(recipe: str, changes: dict):
@@ -68,7 +69,7 @@ def one_seed(config, seed: int, folder) -> dict:
   done = folder / "transfer" / "transfer.json"
   if not done.exists():
     transfer.run(moved, folder / "transfer", resume=(folder / "transfer").exists())
-  for row in json.loads(done.read_text()):
+  for row in json.loads(files.read_sealed(done)):
     for name, value in row["scores"].items():
       out[f"transfer to {row['name']}, {name}", 1.0] = value
   return out
@@ -93,8 +94,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   Raises:
     ValueError: a mistake in the config or the data, on one line.
   """
-  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
-  files.write_text(workdir / "config.json", config_lib.to_json(config))
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite)
+  checkpoint.write_config(workdir, config_lib.to_json(config))
   results = [one_seed(config, seed, workdir / f"seed{seed}") for seed in config.seeds]
   rows = [
     {"seed": seed, "what": name, "share": share, "accuracy": value}

@@ -22,6 +22,7 @@ from simclr_jax.evaluation.rows import labeled
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import same, splits, trained
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, errors, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -262,8 +263,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
   every = config_lib.every(config.evaluate, len(source), config.batch_size)
   evaluation = ClassifierEvaluation(config, source.num_classes, test_source, mesh)
   task = make(config, start, source, mesh=mesh, loss=loss, evaluators={"test": loop.Evaluator(evaluation.run, every)})
-  if not jax.process_index():
-    files.write_text(workdir / "config.json", config_lib.to_json(config))
+  checkpoint.write_config(workdir, config_lib.to_json(config))
   state, clock = loop.run(
     task,
     loop.LoopConfig.from_config(config, len(source)),
@@ -285,7 +285,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
       heads=heads,
       overwrite=True,
     )
-    files.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
+    files.write_sealed(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
     print(f"time {clock.text()}")
   checkpoint.mark_complete(workdir, step)
   return {"state": state, "scores": scores, "workdir": workdir, "config": config}
@@ -306,7 +306,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   task = make_task(config, start, source, mesh=mesh)
   jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
   fingerprints = same.check_data(workdir, resume, config.data.changed, {"data.train": source, "data.test": test})
-  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  specs = (config.data.train, config.data.test)
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
   if resume and checkpoint.folder(workdir).exists():
     same.same_config(config, workdir)
   same.keep_data(workdir, fingerprints)

@@ -18,6 +18,7 @@ from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import same, scores, splits
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, errors, files, loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -160,7 +161,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
     workdir, resume, config.data.changed, {"data.train": train_source, "data.test": test_source}
   )
 
-  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  specs = (config.data.train, config.data.test)
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
   same.keep_data(workdir, fingerprints)
   pairs = _first_views(task, pipeline)
   changes = config_lib.difference(config_lib.load(recipe), config) if recipe else None
@@ -204,7 +206,7 @@ def _first_views(task, pipeline):
 
 def _write_about(workdir, config, task, mesh, recipe, changes):
   """config.json, and run.json for `simclr runs`."""
-  files.write_text(workdir / "config.json", config_lib.to_json(config))
+  checkpoint.write_config(workdir, config_lib.to_json(config))
   about = {
     "program": "pretrain",
     "recipe": recipe,

@@ -19,6 +19,7 @@ from simclr_jax.evaluation import features
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import embed, pretrain
 from simclr_jax.programs import map as map_lib
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -217,10 +218,10 @@ def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, ove
   if len(source) < FEWEST:
     raise UserError(f"{folder} holds {len(source)} images: quickstart needs {FEWEST} at least, hundreds to be useful")
   mesh = mesh_lib.make_mesh()
-  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=(spec,))
   plan = workdir / "quickstart.json"
   if plan.exists():
-    kept = json.loads(plan.read_text())
+    kept = json.loads(files.read_sealed(plan))
     if kept["folder"] != root:
       raise UserError(f"--workdir={workdir} is a quickstart of {kept['folder']}: name another folder for {root}")
     config, why = config_lib.from_json(checkpoint.read_config(workdir)), kept["why"]
@@ -228,8 +229,8 @@ def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, ove
     config, why = choose(source, spec, mesh, minutes, began)
   for what, value, reason in why:
     print(f"{what:12}{value} ({reason})")
-  files.write_text(workdir / "config.json", config_lib.to_json(config))
-  files.write_text(plan, json.dumps({"folder": root, "why": why}))
+  checkpoint.write_config(workdir, config_lib.to_json(config))
+  files.write_sealed(plan, json.dumps({"folder": root, "why": why}))
   trained = pretrain.run(config, workdir, resume=True, recipe=RECIPE)
 
   print("\nwhat is in the folder")

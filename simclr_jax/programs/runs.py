@@ -8,6 +8,7 @@ import urllib.parse
 
 from simclr_jax import report
 from simclr_jax.programs import config as config_lib
+from simclr_jax.runtime import files
 from simclr_jax.runtime import metrics as metrics_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -39,28 +40,42 @@ class RunSummary:
   numbers: dict
   verdict: str
   history: list
+  damaged: tuple[str, ...] = ()  # files that are not what was written
 
 
 def find(folder) -> list[RunSummary]:
   """Every run in or below a folder, sorted by name."""
   found = []
-  for path, folders, files in os.walk(folder):
+  for path, folders, names in os.walk(folder):
     folders[:] = sorted(name for name in folders if name not in INSIDE_A_RUN and not name.startswith("."))
-    if "config.json" in files:
-      found.append(open_run(pathlib.Path(path), os.path.relpath(path, folder)))
+    if "config.json" in names:
+      where, name = pathlib.Path(path), os.path.relpath(path, folder)
+      try:
+        found.append(open_run(where, name))
+      except Exception as error:  # whatever a damaged file leads to: the other runs are shown
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        found.append(RunSummary(name, "", "", {}, 0, 0, False, 0.0, {}, "", [], damaged=(why,)))
   return found
 
 
-def _json(path) -> dict:
-  try:
-    return json.loads(path.read_text())
-  except (OSError, json.JSONDecodeError):
+def _json(path, damaged: list) -> dict:
+  """A JSON object; {} if there is none, and its name in `damaged` if there is something else."""
+  if not path.exists():
     return {}
+  try:
+    found = json.loads(files.read_sealed(path))
+  except (OSError, ValueError):
+    found = None
+  if not isinstance(found, dict):
+    damaged.append(f"{path.name} is damaged")
+    return {}
+  return found
 
 
 def open_run(path: pathlib.Path, name: str) -> RunSummary:
   """What the folder of a run says about it; whatever is missing or truncated is left out."""
-  config, about, scores = (_json(path / f"{file}.json") for file in ("config", "run", "scores"))
+  damaged = []
+  config, about, scores = (_json(path / f"{file}.json", damaged) for file in ("config", "run", "scores"))
   history = metrics_lib.read(path)
   numbers = {}
   for row in history:
@@ -79,6 +94,7 @@ def open_run(path: pathlib.Path, name: str) -> RunSummary:
     numbers=numbers,
     verdict=str(numbers.get("verdict", "")),
     history=history,
+    damaged=tuple(damaged),
   )
 
 
@@ -103,7 +119,7 @@ def table(runs) -> tuple[list[str], list[list[str]]]:
   rows = []
   for run in runs:
     cells = [run.name, run.recipe or run.program, f"{run.step:,}" + (f" of {run.total:,}" if run.total else "")]
-    cells.append("complete" if run.complete else "not complete")
+    cells.append("damaged" if run.damaged else "complete" if run.complete else "not complete")
     for key, factor in known.values():
       value = run.numbers.get(key)
       cells.append("–" if value is None else f"{factor * value:.3f}" if factor == 1 else f"{factor * value:.1f}")
@@ -125,6 +141,9 @@ def run(folder, output=None) -> list[RunSummary]:
     raise UserError(f"{folder}: no run in or below it (a run has a config.json); `simclr pretrain` makes one")
   head, rows = table(runs)
   print(report.aligned([head, *rows]))
+  for one in runs:
+    for why in one.damaged:
+      print(f"{one.name}: {why}")
   different = differences(runs)
   if len(runs) > 1 and different:
     print(f"\nconfigs, where they differ from {runs[0].name}")

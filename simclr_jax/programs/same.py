@@ -50,7 +50,7 @@ def check_data(workdir, resume: bool, changed: str, sources: dict[str, Source]) 
   """
   now = {name: source.fingerprint() for name, source in sources.items()}
   file = files.absolute(workdir) / FILE
-  kept = json.loads(files.read_text(file)) if resume and file.exists() else {}
+  kept = json.loads(files.read_sealed(file)) if resume and file.exists() else {}
   for name, fingerprint in now.items():
     what = difference(kept[name], fingerprint) if name in kept else ""
     if what and changed == "refuse":
@@ -61,4 +61,4 @@ def check_data(workdir, resume: bool, changed: str, sources: dict[str, Source]) 
 def keep_data(workdir, fingerprints: dict):
   """Keeps the fingerprints of the data in the claimed folder of a run."""
   if not jax.process_index():
-    files.write_text(workdir / FILE, json.dumps(fingerprints, indent=2))
+    files.write_sealed(workdir / FILE, json.dumps(fingerprints, indent=2))

@@ -137,7 +137,7 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
   if not jax.process_index():
     kept = model_lib.keep_encoder(state)
     numbers |= {"collapsed": collapsed, "verdict": verdict}
-    files.write_text(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
+    files.write_sealed(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
     out["map"] = _map(evaluation.test, test["h"], config.seed)
     metrics_lib.projector(workdir, test["h"][:ON_THE_MAP], None if labels is None else test_labels[:ON_THE_MAP])
     exporting.write(workdir / "encoder", kept, config, scores=scores, step=step, overwrite=True)

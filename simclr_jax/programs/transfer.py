@@ -19,6 +19,7 @@ from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, trained
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -225,10 +226,10 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   if config.supervised:
     encoders["supervised"] = FrozenEncoder(trained.open_start(config.supervised), config, mesh)
   encoders["random"] = FrozenEncoder(start, config, mesh, untrained=True)
-  workdir = checkpoint.claim_workdir(str(workdir), resume=resume, overwrite=overwrite)
-  files.write_text(workdir / "config.json", config_lib.to_json(config))
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, writes=tuple(config.rows))
+  checkpoint.write_config(workdir, config_lib.to_json(config))
   done = workdir / "transfer.json"
-  rows = json.loads(done.read_text()) if done.exists() else []
+  rows = json.loads(files.read_sealed(done)) if done.exists() else []
   for name in sorted(config.rows, key=lambda name: (*ROWS, name).index(name)):  # the paper's in its order, then others
     row = config.rows[name]
     if any(kept["name"] == name for kept in rows):
@@ -248,7 +249,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
         first = logits[f"{method} SimCLR"]
         out["p"][key] = significance(first, logits[key], test.targets, row.metric, config.samples)
     rows.append(out)
-    files.write_text(done, json.dumps(rows, indent=2))
+    files.write_sealed(done, json.dumps(rows, indent=2))
     print(f"{name}: " + ", ".join(f"{key} {100 * value:.2f} %" for key, value in out["scores"].items()), flush=True)
   text = table(rows)
   files.write_text(workdir / "transfer.txt", text + "\n")

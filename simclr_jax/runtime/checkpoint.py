@@ -1,25 +1,30 @@
 """Checkpoints: Orbax behind a few functions.
 
-Layout of a run's checkpoint:  <workdir>/checkpoints/<step>/{state, config, manifest.json} and a folder for each export
+Layout of a run's checkpoint:  <workdir>/checkpoints/<step>/{state, config, loop.json, manifest.json} and a folder for each
+export
 Orbax writes under a temporary name and renames when complete, so a run that dies while saving keeps the last good step.
-It does not notice a damaged file: a flipped bit loads as another number.  manifest.json holds the SHA-256 of every file;
-it is written last, and nothing is loaded that does not agree with it.
+It does not notice a damaged file: a flipped bit loads as another number.  manifest.json holds the SHA-256 of every file, the
+step and the id of the run; it is written last, and nothing is loaded that does not agree with it.  An older step is deleted
+only after that.
 """
 
+import contextlib
 import errno
+import fnmatch
 import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from simclr_jax.runtime import files, processes
+from simclr_jax.runtime import files, lock, processes
 from simclr_jax.runtime.errors import UserError
 
 
@@ -27,43 +32,109 @@ def folder(workdir) -> epath.Path:
   return files.absolute(workdir) / "checkpoints"
 
 
-def claim_workdir(workdir, *, resume: bool, overwrite: bool) -> epath.Path:
-  """The absolute workdir, made if needed.
+# What the loop and the programs on it leave at the top of a workdir; a program has more names of its own.
+WRITES = (
+  "RUN", "RUN.sha256", "LOCK", "COMPLETE", "config.json", "config.json.sha256", "skipped.json", "skipped.json.sha256",
+  "metrics.jsonl", "checkpoints", "damaged", "compiled", "profile", "wandb", "events.out.tfevents.*", "h.tsv",
+  "labels.tsv", "projector_config.pbtxt",
+)  # fmt: skip
+BEFORE_A_RUN = {"RUN", "RUN.sha256", "LOCK", "compiled"}  # what a folder may hold in which no run has begun
+
+
+def claim_workdir(workdir, *, resume: bool, overwrite: bool, writes=(), data=()) -> epath.Path:
+  """The absolute workdir, made if needed, marked as that of a run, and locked until the run or the process ends.
+
+  Args:
+    writes: patterns of the names that the program leaves in it, beside WRITES; --overwrite deletes nothing else.
+    data: paths of the training data, which may not lie in the workdir, nor the workdir in one of them.
 
   Raises:
-    ValueError: the folder holds something and neither resume nor overwrite was asked for, or both were, or there is
-      nothing to resume, or it cannot be written.
+    ValueError: the folder holds something and neither resume nor overwrite was asked for, or both were, or what it holds
+      is not a run, or was not written by one, or another run is using it, or it cannot be written.
   """
   if resume and overwrite:
     raise UserError("--resume and --overwrite contradict each other: give one of them")
-  processes.run_on_primary(lambda: _claim(workdir, resume or overwrite, overwrite))
+  processes.run_on_primary(lambda: _claim(workdir, resume, overwrite, (*WRITES, *writes), data))
   return files.absolute(workdir)
 
 
-def _claim(workdir, filled_is_fine, overwrite):
+def _claim(workdir, resume, overwrite, writes, data):
+  _check_apart(workdir, data)
   path = files.absolute(workdir)
   if path.exists() and not path.is_dir():
     raise UserError(f"--workdir={workdir} is a file: name a folder")
-  # Another process may have put a compiled program there already.
-  filled = path.exists() and any(entry.name != "compiled" for entry in path.iterdir())
-  if filled and not filled_is_fine:
+  names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+  filled = [name for name in names if name not in BEFORE_A_RUN]
+  foreign = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in writes)]
+  if filled and not (resume or overwrite):
     raise UserError(
       f"--workdir={workdir} is not empty: add --resume to go on, --overwrite to start again, or name another"
     )
-  if overwrite and filled:
-    if not (path / "config.json").exists():
-      raise UserError(
-        f"--workdir={workdir} --overwrite: the folder has no config.json, so it is no run; delete it yourself"
-      )
-    path.rmtree()
+  if filled and not _is_run(names, foreign):
+    flag = "resume" if resume else "overwrite"
+    raise UserError(
+      f"--workdir={workdir} --{flag}: the folder is not a run (it holds {filled[0]} and no file RUN); "
+      "name an empty or a new one"
+    )
+  if overwrite and foreign:
+    raise UserError(
+      f"--workdir={workdir} --overwrite: {foreign[0]} was not written by a run; move it elsewhere, or name another folder"
+    )
   try:
     path.mkdir(parents=True, exist_ok=True)
-    probe = path / ".writable"
-    probe.write_text("written and deleted")
-    probe.unlink()
+    lock.take(path)
+    if overwrite:
+      _empty_workdir(path, names)
     (path / "COMPLETE").unlink(missing_ok=True)  # of the run before, which goes on
+    if not (path / "RUN").exists():
+      files.write_sealed(path / "RUN", f"{_id_in_checkpoints(path) or uuid.uuid4().hex}\n")
+    run_id(path)  # or it is damaged
   except OSError as error:
     raise UserError(f"--workdir={workdir} cannot be written ({error.strerror or error}): name another folder") from None
+
+
+def _check_apart(workdir, data):
+  """Raises UserError where the run would write into its data, or delete it."""
+  for given in data:
+    where, what = (os.path.realpath(p) for p in (workdir, given))
+    if files.is_remote(workdir) or files.is_remote(given):
+      where, what = (os.fspath(p).rstrip("/") for p in (workdir, given))
+    if where == what or where.startswith(f"{what}/") or what.startswith(f"{where}/"):
+      raise UserError(f"--workdir={workdir}: the data is in {given}; a run and its data cannot lie in each other")
+
+
+def _is_run(names, foreign) -> bool:
+  """Whether a folder is that of a run: it is marked, or of an earlier version, which left no mark."""
+  known = {"checkpoints", "metrics.jsonl", "run.json"}
+  return "RUN" in names or "config.json" in names and bool(known.intersection(names) or not foreign)
+
+
+def _empty_workdir(path, names):
+  for entry in (path / name for name in names if name != lock.NAME):
+    if entry.is_dir() and not files.is_remote(entry) and os.path.islink(entry):
+      raise UserError(
+        f"{entry} is a symbolic link to {os.path.realpath(entry)}: delete what you do not need, and the link"
+      )
+    entry.rmtree() if entry.is_dir() else entry.unlink()
+
+
+def run_id(workdir) -> str | None:
+  """What tells this run from every other, or None for one of an earlier version.
+
+  Raises:
+    UserError: the file RUN is damaged.
+  """
+  path = files.absolute(workdir) / "RUN"
+  return files.read_sealed(path).strip() if path.exists() else None
+
+
+def _id_in_checkpoints(workdir) -> str | None:
+  """Of the newest checkpoint that says which run it is of."""
+  for step in reversed(_steps(workdir)):
+    with contextlib.suppress(Damaged):
+      if found := _manifest(folder(workdir) / str(step)).run:
+        return found
+  return None
 
 
 class Damaged(UserError):
@@ -84,45 +155,78 @@ def _file_names(path, below=""):
       yield name
 
 
-def seal(path):
-  """Writes manifest.json, the digests of what is below `path`."""
-  files.write_text(path / "manifest.json", json.dumps(digests(path), indent=0))
+class _Manifest(NamedTuple):
+  files: dict  # name -> SHA-256
+  step: int | None  # of a checkpoint; None in an export, and where an earlier version wrote it
+  run: str | None
 
 
-def verify(path):
-  """Raises Damaged, on one line, unless `path` holds the files of its manifest."""
+def seal(path, *, step: int | None = None, run: str | None = None):
+  """Writes manifest.json: the digests of what is below `path`, for a checkpoint with its step and the id of its run."""
+  found = digests(path)
+  manifest = found if step is None else {"files": found, "step": step, "run": run}
+  files.write_text(path / "manifest.json", json.dumps(manifest, indent=0))
+
+
+def _manifest(path) -> _Manifest:
   try:
-    manifest = json.loads((path / "manifest.json").read_text())
-    wanted = dict(manifest)
+    found = json.loads(files.read_text(path / "manifest.json"))
+    if isinstance(found.get("files"), dict):
+      return _Manifest(dict(found["files"]), int(found["step"]), found["run"])
+    return _Manifest(dict(found), None, None)
   except FileNotFoundError:
     raise Damaged(f"{path} has no manifest.json: it was not written to the end") from None
-  except (ValueError, TypeError):
+  except (ValueError, TypeError, KeyError, AttributeError):
     raise Damaged(f"{path}/manifest.json is not the JSON that was written") from None
-  for name in sorted(wanted):
+
+
+def not_in_manifest(path) -> list[str]:
+  """The files below `path` that were added after it was sealed, without hidden ones and those of Python's own cache; all of
+  them if the manifest is missing or damaged."""
+  try:
+    known = _manifest(path).files
+  except Damaged:
+    known = {}
+  added = (name for name in _file_names(path) if name not in known)
+  return [name for name in added if not any(part[0] == "." or part == "__pycache__" for part in name.split("/"))]
+
+
+def verify(path, *, step: int | None = None, run: str | None = None):
+  """Raises Damaged, on one line, unless `path` holds the files of its manifest, which are of this step and run."""
+  manifest = _manifest(path)
+  if step is not None and manifest.step not in (step, None):
+    raise Damaged(f"{path} is the checkpoint of step {manifest.step}")
+  if run is not None and manifest.run not in (run, None):
+    raise Damaged(f"{path} belongs to another run")
+  for name in sorted(manifest.files):
     if not (path / name).exists():
       raise Damaged(f"{path}/{name} is missing")
-    if files.sha256(path / name) != wanted[name]:
+    if files.sha256(path / name) != manifest.files[name]:
       raise Damaged(f"{path}/{name} is damaged: its SHA-256 is not the one in manifest.json")
 
 
 def _newest_complete(workdir) -> int | None:
   """The newest step that is what was written; damaged ones are named and moved to <workdir>/damaged."""
   for step in reversed(_steps(workdir)):
+    path = folder(workdir) / str(step)
     try:
-      verify(folder(workdir) / str(step))
+      verify(path, step=step, run=run_id(workdir))
       return step
     except Damaged as why:
       aside = files.absolute(workdir) / "damaged"
       aside.mkdir(exist_ok=True)
       target = next(t for n in range(1000) if not (t := aside / f"{step}.{n}").exists())
-      (folder(workdir) / str(step)).rename(target)
+      # Where checkpoints/ is a link to another disk, a folder is not renamed but copied.
+      path.rename(target) if files.is_remote(path) else shutil.move(path, target)
       print(f"checkpoint of step {step} skipped: {why}; moved to {target}", flush=True)
   return None
 
 
 def _steps(workdir) -> list[int]:
+  """The steps that have a folder; whatever else lies beside them is left alone."""
   path = folder(workdir)
-  return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.exists() else []
+  found = [p.name for p in path.iterdir() if p.is_dir()] if path.exists() else []
+  return sorted(int(name) for name in found if name.isdecimal() and name == str(int(name)))
 
 
 class Checkpoints:
@@ -131,42 +235,64 @@ class Checkpoints:
   def __init__(self, workdir, *, keep: int = 3):
     self._folder = folder(workdir)
     self._newest = processes.run_on_primary(lambda: _newest_complete(workdir))
+    self._workdir, self._keep = files.absolute(workdir), keep
+    # Old steps are deleted here, once the new one is sealed, and not by Orbax, before.
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
+      max_to_keep=None, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
     )
     self._manager = ocp.CheckpointManager(self._folder, options=options)
 
   def latest_step(self) -> int | None:
-    return self._manager.latest_step()
+    """The newest step that is sealed."""
+    return self._newest
 
-  def save(self, step: int, state, exports: Mapping[str, Any], config_json: str):
+  def save(self, step: int, state, exports: Mapping[str, Any], config_json: str, loop: Mapping[str, Any] | None = None):
     """Writes one step: the state to resume from, the config, and each tree of `exports` as an item of its name.
 
-    Does nothing if the step is there already.
+    Once it is sealed, the oldest steps are deleted.  Does nothing if the step is there already.
+
+    Args:
+      loop: what the loop keeps beside the state, of JSON values; `loop` returns it.
 
     Raises:
       OSError: the disk is full or gone; names the step that is still good.
     """
-    if step in self._manager.all_steps():
+    if step == self._newest:
       return
+    processes.run_on_primary(lambda: lock.check(self._workdir))
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
       config=ocp.args.JsonSave(json.loads(config_json)),
       **{name: ocp.args.StandardSave(tree) for name, tree in exports.items()},
     )
-    last = self.latest_step()
     try:
       self._manager.save(step, args=args, force=True)
       self._manager.wait_until_finished()
-      processes.run_on_primary(lambda: seal(self._folder / str(step)))
+      processes.run_on_primary(lambda: self._seal(step, loop or {}))
       self._newest = step
+      processes.run_on_primary(self._delete_old)
     except Exception as error:  # Orbax raises many types here, with many-line messages
       logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # or each array that failed prints a traceback of its own
+      last = self._newest
       survivor = f"step {last} in {self._folder} is complete" if last is not None else "no checkpoint exists yet"
-      reason = "the disk is full" if disk_is_full(error, self._folder) else " ".join(str(error).split())[:200]
+      reason = "the disk is full" if files.disk_is_full(error, self._folder) else " ".join(str(error).split())[:200]
       raise OSError(
         f"could not save step {step}: {reason}; {survivor}; free space and run again with --resume"
       ) from None
+
+  def _seal(self, step, loop):
+    path = self._folder / str(step)
+    files.write_text(path / "loop.json", json.dumps(loop))
+    seal(path, step=step, run=run_id(self._workdir))
+
+  def _delete_old(self):
+    for step in _steps(self._workdir)[: -self._keep]:
+      (self._folder / str(step)).rmtree()
+
+  def loop(self) -> dict:
+    """What was given to `save` as `loop` with the newest step; {} where an earlier version wrote it."""
+    path = self._folder / str(self._newest) / "loop.json"
+    return json.loads(files.read_text(path)) if path.exists() else {}
 
   def restore_newest(self, like):
     """(step, the state of the newest undamaged checkpoint, placed as `like`); (0, None) if there is none.
@@ -175,11 +301,16 @@ class Checkpoints:
       like: a tree of jax.ShapeDtypeStruct with shardings, on whatever devices there are now.
 
     Raises:
-      ValueError: the checkpoint is of another architecture; names the first difference.
+      ValueError: the checkpoint is of another architecture, of which it names the first difference, or it holds the state
+        of another step.
     """
     if self._newest is None:
       return 0, None
-    return self._newest, _restore(self._folder / str(self._newest) / "state", like)
+    path = self._folder / str(self._newest)
+    state = _restore(path / "state", like)
+    if hasattr(state, "step") and int(state.step) != self._newest:
+      raise Damaged(f"{path} holds the state of step {int(state.step)}: give the folder that name again, or delete it")
+    return self._newest, state
 
   def close(self):
     self._manager.close()
@@ -212,7 +343,7 @@ def _find_step(workdir, step):
       f"--workdir={workdir}: no checkpoint{'' if step is None else f' of step {step}'}; steps there: {have}"
     )
   step = steps[-1] if step is None else step
-  verify(folder(workdir) / str(step))
+  verify(folder(workdir) / str(step), step=step, run=run_id(workdir))
   return step
 
 
@@ -274,29 +405,37 @@ def _compare(saved: dict, wanted: dict, where):
     )
 
 
-def disk_is_full(error, path) -> bool:
-  """Whether that is why writing below `path` failed; Orbax raises many types of error for it."""
-  text = str(error)
-  free = shutil.disk_usage(path).free if os.path.isdir(path) else 1 << 40
-  return "No space left" in text or "RESOURCE_EXHAUSTED" in text or free < 1 << 20
+def write_config(workdir, config_json: str):
+  """config.json of a run, sealed; by process 0."""
+  if not jax.process_index():
+    files.write_sealed(files.absolute(workdir) / "config.json", config_json)
 
 
 def read_config(workdir) -> str:
   """config.json of a run.
 
   Raises:
-    ValueError: there is no run in this folder.
+    ValueError: there is no run in this folder, or the file is damaged.
   """
-  path = files.absolute(workdir) / "config.json"
-  if not path.exists():
-    raise UserError(f"--workdir={workdir}: no run here (config.json is missing); `simclr pretrain` makes one")
-  return path.read_text()
+  try:
+    text = files.read_sealed(files.absolute(workdir) / "config.json")
+  except FileNotFoundError:
+    raise UserError(f"--workdir={workdir}: no run here (config.json is missing); `simclr pretrain` makes one") from None
+  except UserError as error:
+    raise UserError(f"{error} (a copy is in {folder(workdir)}/STEP/config/metadata)") from None
+  try:
+    if not isinstance(json.loads(text), dict):
+      raise ValueError
+  except ValueError:
+    raise UserError(f"{workdir}/config.json is damaged: it is not a JSON object; restore it from a copy") from None
+  return text
 
 
 def mark_complete(workdir, step: int):
-  """Leaves a file COMPLETE in a run's folder: everything that the run was to do and write is there."""
+  """Leaves a file COMPLETE in a run's folder, which is no longer locked: what the run was to do and write is there."""
   if not jax.process_index():
     files.write_text(files.absolute(workdir) / "COMPLETE", f"step {step}\n")
+    lock.release(workdir)
 
 
 def save_trees(path, trees: dict):

@@ -338,21 +338,29 @@ def recipe_folder() -> pathlib.Path:
 
 
 def find_recipe(name: str) -> str:
-  """`smoke`, `smoke.py`, `configs/smoke.py` or a path to a file (all with an optional `:argument`) -> `path[:argument]`.
+  """The file of a recipe: `path[:argument]`.
+
+  A bare name such as `smoke`, also written `configs/smoke.py`, is one that ships with the package; everything else, which
+  has a folder or a suffix, is the path of a Python file.  Each may have an `:argument`.
 
   Raises:
-    UserError: no such file; names the nearest recipe.
+    UserError: no such file, or not a Python file; names the nearest recipe.
   """
   path, colon, argument = name.partition(":")
-  candidates = [pathlib.Path(path), recipe_folder() / pathlib.Path(path).name]
-  for candidate in candidates:
-    candidate = candidate if candidate.suffix == ".py" else candidate.with_suffix(".py")
-    if candidate.is_file():
-      return f"{candidate}{colon}{argument}"
+  given = pathlib.Path(path)
+  bare = path and path == given.name and not given.suffix
+  shipped = recipe_folder() / f"{given.stem}.py"
+  if not bare and given.is_file():
+    if given.suffix != ".py":
+      raise UserError(f"--config={name}: {path} is not a recipe, which is a Python file with a function get_config")
+    return f"{path}{colon}{argument}"
+  if (bare or path in (f"configs/{given.stem}", f"configs/{given.stem}.py")) and shipped.is_file():
+    return f"{shipped}{colon}{argument}"
   known = sorted(p.stem for p in recipe_folder().glob("[!_]*.py"))
-  near = difflib.get_close_matches(pathlib.Path(path).stem, known, n=1)
+  near = difflib.get_close_matches(given.stem, known, n=1)
   hint = f"did you mean {near[0]!r}?" if near else f"known recipes: {', '.join(known)}"
-  raise UserError(f"--config={name}: no such recipe; {hint}")
+  what = "no such recipe" if bare else f"no such recipe; {path} is not a file"
+  raise UserError(f"--config={name}: {what}; {hint}")
 
 
 def read_recipe(name: str) -> dict:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax.runtime import checkpoint, files, processes
+from simclr_jax.runtime import checkpoint, files, lock, processes
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -212,7 +212,6 @@ class Loop:
     self.like = abstract_state(task, mesh)
     self.skipped = _Skipped(workdir)
     self.window, self.in_flight = [], collections.deque()
-    self.recent_losses = collections.deque(maxlen=128)
     self.tracing = False
     self.restore(seed)
     self.writer = metrics_lib.Writer(workdir, resume_step=self.first, wandb=config.wandb)
@@ -222,6 +221,14 @@ class Loop:
   def run(self) -> tuple[State, progress_lib.Clock]:
     if self.first:
       self.progress.note(f"resuming from step {self.first} of {self.task.total_steps}")
+    try:
+      self.train()
+    except BaseException:  # whoever goes on may be another process
+      lock.release(self.workdir)
+      raise
+    return self.state, self.clock
+
+  def train(self):
     with _Signals() as self.signals:
       self.open_stream(self.first)
       while self.step < self.task.total_steps:
@@ -235,7 +242,6 @@ class Loop:
           self.interrupted()
     self.trace(False)
     self.close()
-    return self.state, self.clock
 
   def one_step(self) -> bool:
     """One update and what is due after it; returns whether a signal asks the run to stop."""
@@ -261,9 +267,15 @@ class Loop:
       if self.state is None:
         placed = jax.tree.map(lambda x: x.sharding, self.like)
         self.state = self.task.warm_start(jax.jit(self.task.init, out_shardings=placed)(jax.random.key(seed)))
+      self.restore_losses()
       self.constants = jax.device_put(self.task.constants, mesh_lib.replicated(self.mesh))
     self.step = self.first
     self.compiled = None
+
+  def restore_losses(self):
+    """The losses before the restored step, with which the next ones are compared."""
+    kept = self.checkpoints.loop().get("recent_losses", [])
+    self.recent_losses = collections.deque(map(np.float32, kept), maxlen=128)
 
   def open_stream(self, after: int):
     """Opens the batches that follow the state of step `after`."""
@@ -280,7 +292,7 @@ class Loop:
     self.progress.note(f"{error}; going back to step {good} and past its next {self.step - good} batches")
     self.window, self.last_logged = [], good
     self.in_flight.clear()
-    self.recent_losses.clear()
+    self.restore_losses()
     self.writer.rewind(good)
     self.step = good
     self.open_stream(good)
@@ -376,7 +388,8 @@ class Loop:
   def save(self):
     self.log()
     with self.clock.phase("save"):
-      self.checkpoints.save(self.step, self.state, self.task.exports(self.state), self.config_json)
+      losses = {"recent_losses": [float(loss) for loss in self.recent_losses]}
+      self.checkpoints.save(self.step, self.state, self.task.exports(self.state), self.config_json, losses)
 
   def trace_when_due(self):
     begin = self.first + 10
@@ -408,11 +421,21 @@ class _Skipped:
   """The batches that a run went past after it had diverged, in skipped.json: [[after step, batches], ...].
 
   With it the batch of every step stays a function of the seed, the step and this file.
+
+  Raises:
+    UserError: the file is damaged.
   """
 
   def __init__(self, workdir):
     self._path = epath.Path(workdir) / "skipped.json"
-    self._rows = json.loads(self._path.read_text()) if self._path.exists() else []
+    try:
+      self._rows = [[int(after), int(count)] for after, count in json.loads(files.read_sealed(self._path))]
+    except FileNotFoundError:
+      self._rows = []
+    except (ValueError, TypeError) as error:
+      if isinstance(error, UserError):
+        raise
+      raise UserError(f"{self._path} is damaged: it is not what was written; restore it from a copy") from None
 
   @property
   def times(self) -> int:
@@ -429,4 +452,4 @@ class _Skipped:
   def add(self, after: int, count: int):
     self._rows.append([after, count])
     if not jax.process_index():
-      files.write_text(self._path, json.dumps(self._rows))
+      files.write_sealed(self._path, json.dumps(self._rows))

@@ -31,11 +31,10 @@ class Writer:
 
   def __init__(self, workdir, *, resume_step: int = 0, wandb: str = ""):
     self._path = files.absolute(workdir) / "metrics.jsonl"
-    self._active = jax.process_index() == 0
     self._board = None
     self._wandb = None
     self.seconds_before = 0.0  # that the rows before this start had taken
-    if self._active:
+    if not jax.process_index():
       self._board = _Board(workdir)
       self.rewind(resume_step)
       self._wandb = _wandb_run(workdir, wandb) if wandb else None
@@ -43,9 +42,10 @@ class Writer:
 
   def rewind(self, step: int):
     """Drops the rows past a step: they belong to updates that are about to be made again."""
-    if self._active:
+    if self._board:
       rows = [row for row in read(self._path.parent) if row["step"] <= step] if step else []
       files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+      self._board.start_after(step)
 
   def scalars(self, step: int, row: dict):
     """One row of numbers and lines of text; a number that is not finite is written as null."""
@@ -93,6 +93,10 @@ class _Board:
     """`values` are the fields of a Summary.Value each."""
     self._write(step=step, summary={"value": values})
 
+  def start_after(self, step: int):
+    """What earlier records, in other files too, say of later steps is void: TensorBoard shows no step twice."""
+    self._write(step=step + 1, session_log={"status": 1})  # SessionLog.START
+
   def close(self):
     self._closing.close()
 
@@ -134,10 +138,12 @@ def show(workdir, step: int, pictures: dict):
 
 
 def read(workdir) -> list[dict]:
-  """Rows of metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
+  """Rows of metrics.jsonl, oldest first; a line that is not a row, cut short by a crash or damaged, is left out."""
   path = files.absolute(workdir) / "metrics.jsonl"
   rows = []
-  for line in path.read_text().splitlines() if path.exists() else []:
-    with contextlib.suppress(json.JSONDecodeError):
-      rows.append(json.loads(line))
+  for line in path.read_bytes().splitlines() if path.exists() else []:
+    with contextlib.suppress(ValueError):  # not JSON, or not UTF-8
+      row = json.loads(line)
+      if isinstance(row, dict) and isinstance(row.get("step"), int):
+        rows.append(row)
   return rows

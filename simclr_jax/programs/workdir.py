@@ -1,0 +1,38 @@
+"""The folder of a run: what the programs leave in it, and where their data may not lie."""
+
+import os
+
+from etils import epath
+
+from simclr_jax.runtime import checkpoint
+
+WRITES = (  # beside checkpoint.WRITES: patterns of names at the top of a workdir
+  "run.json", "data.json*", "scores.json*", "views.png", "neighbors.png", "report.html", "encoder", "export", "map", "probe",
+  "unreadable*.txt", "quickstart.json*", "features.npz", "features.npz.parts", "features.npz.unreadable.txt",
+  "downstream.*", "seed[0-9]*", "transfer", "transfer.*",
+)  # fmt: skip
+ON_DISK = ("npz", "folder", "files", "tfrecord", "array_record", "webdataset", "parquet")  # data sets KIND:PATH
+
+
+def claim(workdir, *, resume: bool, overwrite: bool, specs=(), writes=()) -> epath.Path:
+  """checkpoint.claim_workdir for a program.
+
+  Args:
+    specs: the data sets that the run reads, as in `config.data`; those on a disk may not lie in the workdir.
+    writes: further names that the program leaves in the workdir.
+  """
+  data = [path for spec in specs for path in paths(spec)]
+  return checkpoint.claim_workdir(
+    str(workdir), resume=resume, overwrite=overwrite, writes=(*WRITES, *writes), data=data
+  )
+
+
+def paths(spec: str) -> list[str]:
+  """The paths that a data set such as folder:/my/images is read from; none for one that is in no place of the user's."""
+  kind, _, rest = spec.partition(":")
+  if kind not in ON_DISK:
+    return []
+  rest = os.path.expanduser(rest)
+  if kind == "npz" and not epath.Path(rest).exists() and ":" in rest:
+    rest = rest.rpartition(":")[0]  # FILE:SPLIT
+  return [rest]

@@ -1,0 +1,175 @@
+"""One run at a time in a workdir: a file LOCK says who has it, and shows every BEAT seconds that its owner is alive."""
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+
+from simclr_jax.runtime import files
+from simclr_jax.runtime.errors import UserError
+
+NAME = "LOCK"
+BEAT = 10.0  # seconds between two signs of life
+SILENCE = 60.0  # seconds without one, after which an owner on another machine counts as dead
+
+_held = {}  # path of a lock of this process -> its text; kept up to date by one thread
+_lost = {}  # path of a lock that was taken over -> who has it
+_guard = threading.Lock()
+
+
+def take(workdir):
+  """Takes the lock of a workdir; a lock of this process is kept.
+
+  The lock of a process that is gone is taken over: at once where that was a process of this machine, else after SILENCE
+  seconds in which nobody has renewed it.
+
+  Raises:
+    UserError: another run has it; one line with its host, process id and start time.
+  """
+  path = _of(workdir)
+  with _guard:
+    if str(path) in _held:
+      return
+  text = json.dumps(_me() | {"beat": 0})
+  while not files.create_text(path, text):
+    _wait_for_the_end(path)
+  with _guard:
+    if not _held:
+      atexit.register(_release_all)
+      threading.Thread(target=_renew, daemon=True, name="locks of workdirs").start()
+    _held[str(path)] = text
+    _lost.pop(str(path), None)
+
+
+def release(workdir):
+  """Gives the lock back; nothing happens if this process does not have it."""
+  path = _of(workdir)
+  with _guard:
+    text = _held.pop(str(path), None)
+    if text is not None and _read(path) == text:
+      path.unlink(missing_ok=True)
+
+
+def check(workdir):
+  """Raises UserError if this process had the lock of a workdir and another run has taken it over since."""
+  if owner := _lost.get(str(_of(workdir))):
+    raise UserError(
+      f"--workdir={workdir}: this run was silent for over {SILENCE:.0f} s and {owner} has taken over; nothing was saved"
+    )
+
+
+def _of(workdir):
+  return files.absolute(workdir if files.is_remote(workdir) else os.path.realpath(workdir)) / NAME
+
+
+def _me() -> dict:
+  return {
+    "host": socket.gethostname(),
+    "machine": _machine(),
+    "process": os.getpid(),
+    "ticks": _ticks(os.getpid()),
+    "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+  }
+
+
+def _machine() -> str:
+  """Tells apart machines, their starts, and containers whose process ids mean different processes; empty: unknown."""
+  try:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+      return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+  except OSError:
+    return ""
+
+
+def _ticks(process: int) -> str:
+  """When a process of this machine started, in ticks since the machine did; empty: there is no such process."""
+  try:
+    with open(f"/proc/{process}/stat") as file:
+      fields = file.read().rpartition(")")[2].split()
+  except OSError:
+    return ""
+  return "" if fields[0] in "ZX" else fields[19]
+
+
+def _read(path) -> str:
+  try:
+    return files.read_text(path)
+  except OSError:
+    return ""
+
+
+def _wait_for_the_end(path):
+  """Removes the lock of an owner that is gone, which may take up to SILENCE; raises UserError if it is alive."""
+  first = _read(path)
+  if not first:  # just made or given back; one that stays empty is of a process that was killed while it made it
+    time.sleep(1.0)
+    if not _read(path):
+      _remove(path, "")
+    return
+  try:
+    owner = json.loads(first)
+    host, process, started = owner["host"], owner["process"], owner["started"]
+    here = bool(owner["machine"]) and owner["machine"] == _machine()
+    gone = here and _ticks(process) != owner["ticks"]
+  except (ValueError, KeyError, TypeError):  # damaged
+    host, process, started, here, gone = "an unknown host", "unknown", "at an unknown time", False, False
+  if not here:
+    print(f"{path} is of process {process} on {host}: waiting up to {SILENCE:.0f} s for a sign of life", flush=True)
+    end = time.monotonic() + SILENCE
+    while time.monotonic() < end and _read(path) == first:
+      time.sleep(min(1.0, SILENCE / 10))
+    gone = _read(path) in (first, "")
+  if not gone:
+    raise UserError(
+      f"{os.path.dirname(path)} is in use by process {process} on {host}, started {started}: wait for that run, stop it, "
+      "or name another folder"
+    )
+  _remove(path, first)
+
+
+def _remove(path, text: str):
+  """Removes the lock with this content, and none that somebody else has taken in the meantime."""
+  aside = path.with_name(f".{NAME}.{os.getpid()}")
+  try:
+    path.rename(aside)
+  except OSError:  # another process was faster
+    return
+  if (found := _read(aside)) != text:
+    files.create_text(path, found)
+  aside.unlink(missing_ok=True)
+
+
+def _renew():
+  beat = 0
+  while True:
+    time.sleep(BEAT)
+    beat += 1
+    with _guard:
+      for path, text in list(_held.items()):
+        try:
+          found = _read(files.absolute(path))
+          if found == text:
+            _held[path] = json.dumps({**json.loads(text), "beat": beat})
+            files.write_text(path, _held[path])
+          elif found:
+            _lost[path] = _owner(found)
+            del _held[path]
+        except OSError:  # a full disk, or a network file system that is away for a moment
+          _held[path] = text
+
+
+def _owner(text) -> str:
+  try:
+    owner = json.loads(text)
+    return f"process {owner['process']} on {owner['host']}"
+  except (ValueError, KeyError, TypeError):
+    return "another run"
+
+
+def _release_all():
+  for path in list(_held):
+    with contextlib.suppress(Exception):  # a disk that is gone
+      release(os.path.dirname(path))
