@@ -18,12 +18,12 @@ def get_config():
     dict(
       program="downstream",
       seeds=(0, 1, 2),
-      pretrain="smoke.py",
+      pretrain="smoke",
       pretrain_epochs=8.0,
-      finetune="finetune.py:small",
+      finetune="finetune:small",
       shares=(0.01, 0.1),
-      distill="distill.py:small",
+      distill="distill:small",
       distill_share=0.1,  # of the labels, that the teacher was fine-tuned on
-      transfer="transfer.py:small",
+      transfer="transfer:small",
     )
   )

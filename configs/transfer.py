@@ -54,7 +54,7 @@ def get_config(arg=""):
       augment=dict(size=20 if small else 224, crop_area=(0.4, 1.0) if small else (0.08, 1.0)),
       evaluate=dict(crop=1.0),  # shorter side to 224, then its center
       finetune=dict(
-        recipe="finetune.py:small" if small else "finetune.py:supervised",
+        recipe="finetune:small" if small else "finetune:supervised",
         train_steps=300 if small else 20000,
         batch_size=64 if small else 256,
         base_lrs=(0.03, 0.1) if small else rates,

@@ -17,23 +17,25 @@ def test_finished_parts_are_kept_and_unfinished_ones_go_on(tmp_path):
   def program(config, folder, *, resume, overwrite):
     calls.append(resume)
     folder.mkdir(exist_ok=True)
-    if len(calls) > 1:
+    if len(calls) > 1:  # the first is killed after its scores are written and before its encoder is
       (folder / "scores.json").write_text(json.dumps({"scores": {"accuracy": 0.5}}))
-    else:
+    if len(calls) < 3:
       raise KeyboardInterrupt
+    (folder / "COMPLETE").write_text("")
 
-  with pytest.raises(KeyboardInterrupt):
-    downstream.part(program, None, tmp_path / "run")
+  for _ in range(2):
+    with pytest.raises(KeyboardInterrupt):
+      downstream.part(program, None, tmp_path / "run")
   for _ in range(2):
     assert downstream.part(program, None, tmp_path / "run") == {"accuracy": 0.5}
-  assert calls == [False, True]
+  assert calls == [False, True, True]
 
 
 def test_changed_values_are_checked():
-  config = downstream.changed("finetune.py:small", {"labels.fraction": 0.1, "encoder": {"depth": 34}, "start": "x"})
+  config = downstream.changed("finetune:small", {"labels.fraction": 0.1, "encoder": {"depth": 34}, "start": "x"})
   assert (config.labels.fraction, config.encoder.depth, config.start) == (0.1, 34, "x")
   with pytest.raises(ValueError, match="labels.fraction=2.0"):
-    downstream.changed("finetune.py:small", {"labels.fraction": 2.0})
+    downstream.changed("finetune:small", {"labels.fraction": 2.0})
   config = config_lib.load("downstream")
   for recipe in (config.pretrain, config.finetune, config.distill, config.transfer):
     config_lib.load(recipe)

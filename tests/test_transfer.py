@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import scipy.stats
 import tiny
 from test_distill import teacher  # noqa: F401  an exported encoder
 
+from simclr_jax import exporting
 from simclr_jax.evaluation import linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import transfer
@@ -41,8 +43,8 @@ def test_the_papers_table():
 def rows(tmp_path, **extra):
   spec = tiny.npz(tmp_path / "tiny.npz")
   return {
-    "split": dict(train=spec, validation=spec, test=spec, metric="mean_per_class"),
-    "held_out": dict(train=spec, validation="", test=spec, metric="top_1"),
+    "split": dict(train=spec, validation=spec, test=f"{spec}:test", metric="mean_per_class"),
+    "held_out": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1"),
     **extra,
   }
 
@@ -55,7 +57,7 @@ def config(start, rows, **changes):
 def test_splits(tmp_path):
   c = config("x", rows(tmp_path))
   train, held_out, test = transfer.splits(c.rows["split"], None)
-  assert len(train.source) == 192 and held_out.tolist() == [False] * 96 + [True] * 96 and len(test.targets) == 96
+  assert len(train.source) == 192 and held_out.tolist() == [False] * 96 + [True] * 96 and len(test.targets) == 32
   np.testing.assert_array_equal(train.source.labels, train.targets)
   np.testing.assert_array_equal(train.source.read(100), tiny.source().read(4))
   assert train.source.read_labeled(100)[1] == train.targets[100] and train.source.name(100).endswith(":4")
@@ -75,8 +77,11 @@ def test_linear_rows(tmp_path, teacher, capsys):  # noqa: F811
   # The score is that of a classifier with the penalty that was chosen, on the same features.
   encoder = transfer.FrozenEncoder(transfer.trained.open_start(teacher[0]), c, mesh_lib.make_mesh())
   h, y = encoder.features(tiny.source()), tiny.source().labels
+  test = transfer.open_split(f"npz:{tmp_path / 'tiny.npz'}:test")
   chosen = linear.logistic_regression(h, y, num_classes=10, l2s=(row["chosen"]["linear SimCLR"],))
-  assert linear.accuracy(chosen, h, y) == pytest.approx(row["scores"]["linear SimCLR"], abs=0.011)
+  assert linear.accuracy(chosen, encoder.features(test.source), test.targets) == pytest.approx(
+    row["scores"]["linear SimCLR"], abs=0.011
+  )
   text = transfer.table([{**row, "name": "cifar10"}])
   assert "95.3" in text and "90.6" in text
   with pytest.raises(ValueError, match="rows.split.metric='top1': expected one of top_1"):
@@ -114,7 +119,7 @@ def test_several_labels_of_a_prepared_set(tmp_path):
 @pytest.mark.slow
 def test_fine_tuning_grid(tmp_path, teacher):  # noqa: F811
   spec = tiny.npz(tmp_path / "tiny.npz")
-  only = {"tiny": dict(train=spec, validation="", test=spec, metric="top_1")}
+  only = {"tiny": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")}
   changes = {
     "methods": ("finetune",),
     "finetune.train_steps": 2,
@@ -128,3 +133,36 @@ def test_fine_tuning_grid(tmp_path, teacher):  # noqa: F811
   assert (tmp_path / "run/tiny/SimCLR/final/checkpoints/2").exists()
   assert (tmp_path / "run/tiny/random/final/checkpoints/3").exists()
   assert (tmp_path / "run/tiny/random/final/encoder/card.json").exists()
+
+
+def test_a_set_is_not_scored_against_itself(tmp_path):
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  c = config("x", {"tiny": dict(train=spec, validation="", test=spec, metric="top_1")})
+  with pytest.raises(ValueError, match="is the training set too"):
+    transfer.splits(c.rows["tiny"], None)
+
+
+def test_finished_rows_are_handed_out_for_the_same_encoder_and_images_only(tmp_path, monkeypatch):
+  path, spec = tmp_path / "tiny.npz", tiny.npz(tmp_path / "tiny.npz")
+  encoder = tiny.export(tmp_path / "encoder")
+  c = config(str(encoder), {"tiny": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")})
+  monkeypatch.setattr(transfer, "linear_evaluation", lambda encoder, *_, **__: (0.5, np.zeros((32, 10)), 1e-3))
+  transfer.run(c, tmp_path / "run")
+  assert (tmp_path / "run/COMPLETE").exists()
+  monkeypatch.setattr(transfer, "linear_evaluation", None)  # nothing is computed again
+  assert transfer.run(c, tmp_path / "run", resume=True)["rows"][0]["scores"] == {
+    "linear SimCLR": 0.5,
+    "linear random": 0.5,
+  }
+  with pytest.raises(ValueError, match="config.samples is 200 in the run and 300 now"):
+    transfer.run(config_lib.replace(c, {"samples": 300}), tmp_path / "run", resume=True)
+  arrays = dict(np.load(path))
+  np.savez(path, **{**arrays, "test_labels": np.roll(arrays["test_labels"], 1)})
+  with pytest.raises(ValueError, match="row tiny of .*run was made with another test set"):
+    transfer.run(c, tmp_path / "run", resume=True)
+  np.savez(path, **arrays)
+  _, variables, card = exporting.load_encoder(encoder)
+  variables = jax.tree.map(lambda x: 2 * x, variables)
+  exporting.write(encoder, variables, config_lib.from_dict(card["pretraining"]), scores={}, step=0, overwrite=True)
+  with pytest.raises(ValueError, match="row tiny of .*run was made with another SimCLR encoder"):
+    transfer.run(c, tmp_path / "run", resume=True)

@@ -12,17 +12,16 @@ import numpy as np
 
 from simclr_jax import report
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import distill, finetune, pretrain, transfer
+from simclr_jax.programs import distill, finetune, pretrain, same, splits, transfer
 from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, files
 
 
 def part(run, config, folder) -> dict:
-  """scores.json of a program's run in `folder`, made if it is not there; an interrupted run goes on."""
-  done = folder / "scores.json"
-  if not done.exists():
+  """scores.json of a program's run in `folder`, made if the run is not complete; an interrupted one resumes."""
+  if not (folder / "COMPLETE").exists():
     run(config, folder, resume=folder.exists(), overwrite=False)
-  return json.loads(files.read_sealed(done))["scores"]
+  return json.loads(files.read_sealed(folder / "scores.json"))["scores"]
 
 
 def changed(recipe: str, changes: dict):
@@ -66,10 +65,7 @@ def one_seed(config, seed: int, folder) -> dict:
       "augment.size": recipe.augment.size,
     },
   )
-  done = folder / "transfer" / "transfer.json"
-  if not done.exists():
-    transfer.run(moved, folder / "transfer", resume=(folder / "transfer").exists())
-  for row in json.loads(files.read_sealed(done)):
+  for row in transfer.run(moved, folder / "transfer", resume=(folder / "transfer").exists())["rows"]:
     for name, value in row["scores"].items():
       out[f"transfer to {row['name']}, {name}", 1.0] = value
   return out
@@ -94,7 +90,13 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   Raises:
     ValueError: a mistake in the config or the data, on one line.
   """
+  recipe = config_lib.load(config.pretrain)
+  train, test = splits.open_data(recipe.data)
+  fingerprints = same.check_data(workdir, resume, "refuse", {"data.train": train, "data.test": test})
   workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite)
+  if resume and (workdir / "config.json").exists():
+    config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
+  same.keep_data(workdir, fingerprints)
   checkpoint.write_config(workdir, config_lib.to_json(config))
   results = [one_seed(config, seed, workdir / f"seed{seed}") for seed in config.seeds]
   rows = [
@@ -112,6 +114,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   curves["student"] = {config.distill_share: [result["student", config.distill_share] for result in results]}
   curves["linear on h"] = {1.0: [result["linear on h", 1.0] for result in results]}
   report.accuracy_against_labels_svg(workdir / "downstream.svg", curves)
+  checkpoint.mark_complete(workdir)
   print(f"\n{text}\n\n{workdir / 'downstream.txt'}\n{workdir / 'downstream.svg'}  accuracy against labels", flush=True)
   return {"results": results, "workdir": workdir}
 

@@ -56,10 +56,10 @@ def run(
   count = -(-len(source) // images_per_part)
   folder = output.parent / f"{output.name}.parts"
   settings = {
-    "encoder": str(encoder), "weights": exporting.checksum(start.variables["encoder"]), "data": spec, "images": len(source),
-    "images_per_part": images_per_part,
+    "encoder": str(encoder), "weights": exporting.checksum(start.variables["encoder"]), "data": spec,
+    "images_per_part": images_per_part, "fingerprint": source.fingerprint(),
   }  # fmt: skip
-  processes.run_on_primary(lambda: _claim(folder, settings))
+  processes.run_on_primary(lambda: _claim(folder, settings, overwrite))
   began, mine = time.monotonic(), [k for k in range(count) if k % jax.process_count() == jax.process_index()]
   todo = [k for k in mine if _read(folder, k, settings) is None]
   if len(todo) < len(mine):
@@ -74,16 +74,18 @@ def run(
   return output
 
 
-def _claim(folder, settings):
+def _claim(folder, settings, overwrite):
   plan = folder / "embed.json"
   before = settings
   if plan.exists():
     with contextlib.suppress(ValueError):  # damaged; each part knows what it is of
       before = json.loads(files.read_text(plan))
   if before != settings:
-    raise UserError(
-      f"{folder} holds parts of other settings ({json.dumps(before)}): delete it or name another --output"
-    )
+    other = ", ".join(key for key in sorted(before.keys() | settings.keys()) if before.get(key) != settings.get(key))
+    if not overwrite:
+      raise UserError(f"{folder} holds parts of other settings ({other}): add --overwrite or name another --output")
+    print(f"{folder} holds parts of other settings ({other}): they are made again")
+    folder.rmtree()
   folder.mkdir(parents=True, exist_ok=True)
   files.write_text(plan, json.dumps(settings))
 

@@ -6,6 +6,8 @@ paper, App. B.6).
 """
 
 import functools
+import hashlib
+import json
 
 import flax.linen as nn
 import flax.struct
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from simclr_jax import augment, data, optimizer, views
+from simclr_jax import augment, data, exporting, optimizer, views
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import splits, trained
@@ -119,8 +121,10 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
   else:
     mesh_lib.check_divisible(c.probe.batch_size, opened.mesh, "probe.batch_size")
     source = data.labeled(source)
-    # One folder a setting, so that a probe with other settings never goes on from this one's classifier.
-    folder = f"step{opened.step}-{c.probe.train_epochs:g}ep-b{c.probe.batch_size}-lr{c.probe.base_lr:g}"
+    # One folder for each encoder, data and settings: a probe never resumes from the classifier of another one.
+    made_by = [exporting.checksum(opened.variables), source.fingerprint(), config_lib.to_dict(c)]
+    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
+    folder = f"step{opened.step}-{c.probe.train_epochs:g}ep-b{c.probe.batch_size}-lr{c.probe.base_lr:g}-{digest}"
     state, _ = loop.run(
       make_task(opened, source),
       loop.LoopConfig(log_every=c.log.every_steps),

@@ -231,6 +231,8 @@ def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, ove
     print(f"{what:12}{value} ({reason})")
   checkpoint.write_config(workdir, config_lib.to_json(config))
   files.write_sealed(plan, json.dumps({"folder": root, "why": why}))
+  # A folder that grows meanwhile is looked at as it is now.
+  config = config_lib.replace(config, {"data.changed": "accept"})
   trained = pretrain.run(config, workdir, resume=True, recipe=RECIPE)
 
   print("\nwhat is in the folder")

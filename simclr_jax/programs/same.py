@@ -27,6 +27,29 @@ def difference(before: dict, now: dict) -> str:
   return " and ".join(part for part in (count, f"other {', '.join(other)}" if other else "") if part)
 
 
+def check_result(file, made_by: dict, what: str):
+  """A result may be handed out again only where the same things made it: compares them with those that `file` names.
+
+  Args:
+    file: beside the result; written if it is not there.
+    made_by: JSON values by name: weights of encoders, fingerprints of data.
+    what: the result, for the message.
+
+  Raises:
+    UserError: something else made what is there; names the first that differs.
+  """
+  if file.exists():
+    before = json.loads(files.read_sealed(file))
+    other = [name for name in sorted(before.keys() | made_by.keys()) if before.get(name) != made_by.get(name)]
+    if other:
+      raise UserError(
+        f"{what} was made with another {other[0]}: use another --workdir, or --overwrite to make everything again"
+      )
+  elif not jax.process_index():
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.write_sealed(file, json.dumps(made_by, indent=2))
+
+
 def refuse_changed(name: str, what: str):
   raise UserError(
     f"{name} is not what the run began with: {what}; restore the data, use another --workdir, or accept the change with"

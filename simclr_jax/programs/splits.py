@@ -21,7 +21,7 @@ def open_data(section):
     UserError: there are test classes that training does not know.
   """
   train = _open(section.train, section)
-  if section.test and _place(section.test) == _place(section.train):
+  if section.test and are_one(section.train, section.test):
     return train, train
   if section.test:
     return train, data.align(train, _open(section.test, section), what=f"data.test={section.test}")
@@ -70,6 +70,11 @@ def hold_out(labels, fraction: float) -> np.ndarray:
 
 def _open(spec, section):
   return data.open_source(spec, data_dir=section.data_dir or None)
+
+
+def are_one(a: str, b: str) -> bool:
+  """Whether two specs name one data set, however they spell its path."""
+  return _place(a) == _place(b)
 
 
 def _place(spec: str) -> str:

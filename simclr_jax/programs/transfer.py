@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import data, report
+from simclr_jax import data, exporting, report
 from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import finetune, trained
+from simclr_jax.programs import finetune, same, trained
+from simclr_jax.programs import splits as splits_lib
 from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime import mesh as mesh_lib
@@ -120,6 +121,8 @@ class FrozenEncoder:
 
 def splits(row, data_dir):
   """(training images with the validation ones at the end, bool [n] of the latter, test images) of a row's config."""
+  if splits_lib.are_one(row.train, row.test):
+    raise UserError(f"{row.test} is the training set too: a set that is scored against itself looks better than it is")
   train = open_split(row.train, data_dir)
   test = align(train, open_split(row.test, data_dir), row.test)
   if not row.validation:
@@ -227,14 +230,23 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     encoders["supervised"] = FrozenEncoder(trained.open_start(config.supervised), config, mesh)
   encoders["random"] = FrozenEncoder(start, config, mesh, untrained=True)
   workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, writes=tuple(config.rows))
+  if resume and (workdir / "config.json").exists():
+    config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
+  weights = {
+    f"{label} encoder": exporting.checksum(encoder.start.variables["encoder"])
+    for label, encoder in encoders.items()
+    if label != "random"
+  }
   checkpoint.write_config(workdir, config_lib.to_json(config))
   done = workdir / "transfer.json"
   rows = json.loads(files.read_sealed(done)) if done.exists() else []
   for name in sorted(config.rows, key=lambda name: (*ROWS, name).index(name)):  # the paper's in its order, then others
     row = config.rows[name]
+    train, held_out, test = splits(row, config.data_dir or None)
+    made_by = {**weights, "training set": train.source.fingerprint(), "test set": test.source.fingerprint()}
+    same.check_result(workdir / f"transfer.{name}.json", made_by, f"row {name} of {workdir}")
     if any(kept["name"] == name for kept in rows):
       continue
-    train, held_out, test = splits(row, config.data_dir or None)
     logits, out = {}, {"name": name, "metric": row.metric, "scores": {}, "p": {}, "chosen": {}}
     for method, (label, encoder) in itertools.product(config.methods, encoders.items()):
       key = f"{method} {label}"
@@ -253,6 +265,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     print(f"{name}: " + ", ".join(f"{key} {100 * value:.2f} %" for key, value in out["scores"].items()), flush=True)
   text = table(rows)
   files.write_text(workdir / "transfer.txt", text + "\n")
+  checkpoint.mark_complete(workdir)
   print(f"\n{text}\n\n{workdir / 'transfer.txt'}", flush=True)
   return {"rows": rows, "workdir": workdir}
 

@@ -431,10 +431,10 @@ def read_config(workdir) -> str:
   return text
 
 
-def mark_complete(workdir, step: int):
+def mark_complete(workdir, step: int | None = None):
   """Leaves a file COMPLETE in a run's folder, which is no longer locked: what the run was to do and write is there."""
   if not jax.process_index():
-    files.write_text(files.absolute(workdir) / "COMPLETE", f"step {step}\n")
+    files.write_text(files.absolute(workdir) / "COMPLETE", "" if step is None else f"step {step}\n")
     lock.release(workdir)
 
 
