@@ -4,7 +4,7 @@ Command:   simclr pretrain --config=configs/folder.py --config.data.train=folder
 Hardware:  a GPU for tens of thousands of images; a CPU for hundreds (then add --config.train_epochs=20.0)
 Expected:  no score without labels: watch contrastive accuracy and the collapse verdict; with labels, name held-out images
            with --config.data.test=folder:/my/held-out for kNN and linear scores beside those of raw pixels
-Source:    v1 paper's augmentation (arXiv 2002.05709, App. A); square-root scaling for small batches (App. B.1)
+Source:    v1 paper's augmentation (arXiv 2002.05709, App. A), antialiased, as photos are large; square-root scaling for small batches (App. B.1)
 """
 
 import ml_collections
@@ -16,7 +16,7 @@ def get_config():
       data=dict(train="folder:NAME_IT", max_bad_fraction=0.01),
       batch_size=256,
       train_epochs=200.0,
-      augment=dict(size=96, color_strength=0.5),
+      augment=dict(size=96, color_strength=0.5, resize="bicubic_antialias"),
       encoder=dict(depth=18),
       projector=dict(layers=2),
       loss=dict(temperature=0.2, normalize=True, reduction="official_sum", precision="highest"),

@@ -13,6 +13,8 @@ ASPECT_RANGE = (3 / 4, 4 / 3)  # width / height of a random crop
 SIGMA_RANGE = (0.1, 2.0)  # of the blur, in pixels
 MAX_STRENGTH = 1.25  # where 1 - 0.8 s, the lowest contrast and saturation factor, reaches 0
 
+RESIZES = ("bicubic", "bicubic_tf1", "bilinear", "bicubic_antialias")  # kinds of resize_image
+
 
 def two_views(
   image,
@@ -210,27 +212,30 @@ def _sample_box_torchvision(height, width, seed, low, high):
 
 
 def resize_image(image, size, *, kind="bicubic"):
-  """Resize to a square, neither antialiased nor clipped: bicubic kernels overshoot [0, 1].
+  """Resize to a square, not clipped: bicubic kernels overshoot [0, 1].
 
   Args:
     image: [h, w, c], uint8, or floating point in [0, 1].
     size: side of the result, in pixels.
     kind: "bicubic" has Keys' kernel, a = -0.5, and half-pixel centers (tf2/); "bicubic_tf1" has a = -0.75 and no
       half-pixel centers, the legacy kernel of the TF1 code that trained the released checkpoints; "bilinear" has
-      half-pixel centers and is cheaper.
+      half-pixel centers and is cheaper.  The official code antialiases none of them, so most pixels of a large photo are
+      never read; "bicubic_antialias" is "bicubic" with a kernel as wide as the pixels that it makes.
   Returns:
     [size, size, c] float32.
   Raises:
-    ValueError: size is not a positive integer, or kind is none of the three.
+    ValueError: size is not a positive integer, or kind is none of RESIZES.
   """
   # The official code converts the whole image before it crops: the same numbers, more work.
   return _resize(tf.image.convert_image_dtype(image, tf.float32), size, kind)
 
 
 def _resize(image, size, kind):
-  check_choice("resize", kind, ("bicubic", "bicubic_tf1", "bilinear"))
+  check_choice("resize", kind, RESIZES)
   if not isinstance(size, int) or size < 1:
     raise ValueError(f"size={size!r}: expected a positive integer, the side of the result in pixels")
+  if kind == "bicubic_antialias":
+    return tf.image.resize(image, (size, size), "bicubic", antialias=True)
   if kind == "bilinear":
     return tf.raw_ops.ResizeBilinear(images=image[None], size=[size, size], half_pixel_centers=True)[0]
   half_pixel_centers = kind == "bicubic"  # this flag of the op chooses the kernel as well

@@ -307,22 +307,22 @@ def center_crop(images, extent=None, *, size, proportion=0.875, resize="bicubic"
 
 
 def resize_matrix(start, length, size, canvas, mirrored=False, *, kind="bicubic"):
-  """What a resize without antialiasing is along one axis: a matrix of weights.
+  """What a resize is along one axis: a matrix of weights.
 
   Args:
     start, length: [n] int32, where the pieces to be resized lie on a canvas of `canvas` pixels.
     size: pixels after the resize.
-    mirrored: [n] boolean, or one for all: whether the piece is turned round.
-    kind: "bicubic", "bicubic_tf1" or "bilinear", see augment.resize_image.  The cubic kernels' argument is rounded to
-      1/1024, as in TensorFlow's table.
+    mirrored: [n] boolean, or one for all: whether the piece is flipped.
+    kind: one of augment.RESIZES, see augment.resize_image.  The cubic kernels' argument is rounded to 1/1024, as in
+      TensorFlow's table, which "bicubic_antialias" does not use.
   Returns:
     [n, size, canvas] float32; rows add up to 1.  Taps beyond the piece are left out, but for "bicubic_tf1", which
     repeats the pixel at the edge.
   Raises:
     ValueError: another kind.
   """
-  if kind not in ("bicubic", "bicubic_tf1", "bilinear"):
-    raise ValueError(f"resize={kind!r}: expected one of 'bicubic', 'bicubic_tf1', 'bilinear'")
+  if kind not in ("bicubic", "bicubic_tf1", "bilinear", "bicubic_antialias"):
+    raise ValueError(f"resize={kind!r}: expected one of 'bicubic', 'bicubic_tf1', 'bilinear', 'bicubic_antialias'")
   a = -0.75 if kind == "bicubic_tf1" else -0.5
   start, length, mirrored = start[:, None], length[:, None], jnp.reshape(mirrored, (-1, 1))
   pixel = jnp.where(mirrored, jnp.arange(size)[::-1], jnp.arange(size))
@@ -330,6 +330,11 @@ def resize_matrix(start, length, size, canvas, mirrored=False, *, kind="bicubic"
   # TensorFlow divides and then rounds a product; large images show it where the compiler multiplies by 1 / size or
   # fuses the subtraction.  The barrier and the maximum, which changes nothing, keep it from both.
   scale = length / jax.lax.optimization_barrier(jnp.full(length.shape, size, jnp.float32))
+  if kind == "bicubic_antialias":
+    offset = jnp.arange(canvas) - start  # [n, canvas]
+    far = jnp.abs(offset[:, None] + 0.5 - ((pixel + 0.5) * scale)[..., None]) / jnp.maximum(scale, 1)[..., None]
+    weights = jnp.where(((offset >= 0) & (offset < length))[:, None], _keys(far, a), 0)
+    return weights / weights.sum(-1, keepdims=True)
   at = jnp.maximum((pixel + half) * scale, 0) - half  # [n, size]
   floor = jnp.floor(at)
   fraction = at - floor
@@ -339,11 +344,7 @@ def resize_matrix(start, length, size, canvas, mirrored=False, *, kind="bicubic"
   weights = []  # of the four taps, each [n, size]: small arrays, which the compiler then fuses into the products
   for k in range(4):
     t = jnp.abs(k - 1 - fraction)
-    if kind != "bilinear":
-      near, far = ((a + 2) * t - (a + 3)) * t * t + 1, ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-      weight = jnp.where(t < 1, near, jnp.where(t < 2, far, 0))
-    else:
-      weight = jnp.maximum(1 - t, 0)
+    weight = _keys(t, a) if kind != "bilinear" else jnp.maximum(1 - t, 0)
     inside = (first + k >= 0) & (first + k < length)
     weights.append(weight if kind == "bicubic_tf1" else jnp.where(inside, weight, 0))
   total = sum(weights)
@@ -352,6 +353,12 @@ def resize_matrix(start, length, size, canvas, mirrored=False, *, kind="bicubic"
     tap = start + jnp.clip(first + k, 0, length - 1)  # [n, size]; taps that are left out add 0
     matrix += jnp.where(jnp.arange(canvas) == tap[..., None], (weight / total)[..., None], 0)
   return matrix
+
+
+def _keys(t, a):
+  """Keys' cubic kernel at the distance t >= 0, in pixels."""
+  near, far = ((a + 2) * t - (a + 3)) * t * t + 1, ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+  return jnp.where(t < 1, near, jnp.where(t < 2, far, 0))
 
 
 def sample_boxes(keys, height, width, *, crop_sampler="official", crop_area=(0.08, 1.0)):

@@ -43,7 +43,7 @@ def seeds(n):
 # ---- the same pixels -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resize", ["bicubic", "bicubic_tf1", "bilinear"])
+@pytest.mark.parametrize("resize", augment.RESIZES)
 @pytest.mark.parametrize(
   "height, width, size, proportion", [(28, 28, 28, 1.0), (120, 97, 15, 0.875), (269, 466, 224, 1.0)]
 )
@@ -57,7 +57,8 @@ def test_center_crop(resize, height, width, size, proportion):
   canvas[:, :height, :width] = x
   for ours in (crop(x), crop(canvas, extent), crop((x / 255).astype(np.float32))):
     assert ours.dtype == np.float32 and ours.shape == (2, size, size, 3)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
+    # A wide kernel's weights carry the rounding of where its center lies on a side of hundreds of pixels.
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 if resize == "bicubic_antialias" else 1e-6)
 
 
 @pytest.mark.parametrize("brightness", ["v2", "v1"])

@@ -51,6 +51,7 @@ _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow")
 _RESIZES = {
   "bicubic": "bicubic, half-pixel centers, no antialiasing",
   "bilinear": "bilinear, half-pixel centers, no antialiasing",
+  "bicubic_antialias": "bicubic, half-pixel centers, antialiased",
   "bicubic_tf1": "bicubic_tf1: a = -0.75, no half-pixel centers, no antialiasing, as TF1 resizes",
 }
 

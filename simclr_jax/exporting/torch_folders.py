@@ -158,7 +158,7 @@ def _readme(export, agrees) -> str:
       f"- the central square of {preprocessing['center_crop']} of the shorter side, resized to {export.size} pixels",
       f"- resize: {preprocessing['resize']}",
       "",
-      "preprocessor_config.json comes as near as an image processor can: it resizes first, in whole pixels, and with",
+      "preprocessor_config.json comes as near as an image processor can: it resizes first, in whole pixels, and always with",
       "antialiasing. For the numbers of card.json crop first and resize as above.",
       "",
       "## Load",

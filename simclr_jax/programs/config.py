@@ -55,6 +55,8 @@ __all__ = [
 ]
 
 
+RESIZES = ("bicubic", "bicubic_tf1", "bilinear", "bicubic_antialias")
+
 # ---- sections, which programs share ----------------------------------------------------------------------------------
 
 
@@ -88,7 +90,7 @@ class Crop(Section):
     (0.08, 1.0), "smallest and largest area of a crop, as fractions of the image", above=0, at_most=1
   )
   flip: bool = key(True, "mirror views left-right with probability 1/2")
-  resize: str = key("bicubic", "interpolation of crops", choices=("bicubic", "bicubic_tf1", "bilinear"))
+  resize: str = key("bicubic", "interpolation of crops", choices=RESIZES)
 
   def check(self):
     if self.crop_area[0] > self.crop_area[1]:
@@ -126,9 +128,7 @@ class TuneAugment(Augment):
   """Crops and flips, unless colors are asked for."""
 
   where: str = key("host", "where views are made", choices=("host",), option=False)
-  resize: str | None = key(
-    None, "interpolation of crops; None: as the start was trained", choices=("bicubic", "bicubic_tf1", "bilinear")
-  )
+  resize: str | None = key(None, "interpolation of crops; None: as the start was trained", choices=RESIZES)
   color_strength: float | None = key(
     None, "strength of the color distortion; None: crops and flips alone", at_least=0, at_most=1.25
   )
@@ -460,7 +460,7 @@ class Transfer(Section):
 @frozen
 class ImportAugment(Section):
   size: int = key(REQUIRED, "side of the images, in pixels", at_least=1)
-  resize: str = key("bicubic", "interpolation", choices=("bicubic", "bicubic_tf1", "bilinear"))
+  resize: str = key("bicubic", "interpolation", choices=RESIZES)
 
 
 @frozen
