@@ -70,8 +70,9 @@ class _Reader:
       with contextlib.suppress(BadImage):  # `read` meets it again, and says so
         item, label = self.source.item(index)
         if isinstance(item, bytes) and sniff(item) == "JPEG" and item.endswith(b"\xff\xd9"):
-          height, width, orientation = jpeg_header(item)
-          if orientation == 1 and max(height, width) <= (canvas or max(height, width)):
+          header = jpeg_header(item)
+          side = max(header.height, header.width)
+          if header.plain and header.orientation == 1 and side <= (canvas or side):
             return item, (0, 0), label, index
     image, label, index = self.read(index)
     image = _reduced(image, canvas) if canvas else image
