@@ -100,6 +100,7 @@ def test_sharded_sources(kind, tmp_path):
       np.testing.assert_array_equal(np.concatenate([row[key] for row in rows]), batch[key])
     np.testing.assert_array_equal(np.concatenate([row["views"]["noise"] for row in rows]), batch["views"]["noise"])
   assert sorted(np.concatenate([b["index"] for b in batches[:3]])) == list(range(N))
+  assert source.fingerprint() == again.fingerprint() and source.skipped == []
   with pytest.raises(ValueError, match=f"{kind}:{tmp_path}/none: no shards there"):
     data.open_source(f"{kind}:{tmp_path}/none")
 

@@ -4,10 +4,13 @@ import os
 
 import numpy as np
 import pytest
+import tiny
 from images import gradient, numbered, save
 
 from simclr_jax import data
 from simclr_jax.data.sets import textures
+from simclr_jax.programs import scores
+from simclr_jax.runtime import mesh as mesh_lib
 
 
 def test_fashion():
@@ -171,3 +174,19 @@ def test_the_bits_of_a_set(tmp_path, caplog):
   assert sorted(batch["views"]["image"][:, 0, 0, 2]) == sorted([6, 255, 56, gradient()[0, 0, 2]])
   save(tmp_path / "4.png", np.full((4, 4), 60000, np.uint16))
   assert data.open_source(f"folder:{tmp_path}").bits == 16
+
+
+def test_the_first_image_may_be_unreadable(tmp_path):
+  """The first readable one tells the size at which raw pixels are compared."""
+  for i in range(3):
+    save(tmp_path / f"{i}.png", np.full((6, 6, 3), i, np.uint8))
+  (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:40])
+  source = data.open_source(f"folder:{tmp_path}")
+  assert (data.first_readable(source) == 1).all()
+  config = tiny.config(**{"data.max_bad_fraction": 0.5, "evaluate.batch_size": 8})
+  evaluation = scores.PretrainEvaluation(config, source, source, mesh_lib.make_mesh())
+  assert len(evaluation.raw[1].pixels()) == 2
+  for i in range(1, 3):
+    (tmp_path / f"{i}.png").write_bytes(b"")
+  with pytest.raises(ValueError, match="none of the 3 images can be read: the last is .*2.png .empty file.$"):
+    data.first_readable(source)

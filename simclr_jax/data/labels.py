@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from simclr_jax.runtime.errors import UserError
+from simclr_jax.runtime.files import printable
 
 UNLABELED = -1
 
@@ -76,7 +77,7 @@ def _texts(array, kind, expected) -> list[str]:
   texts = []
   for item in array.tolist():
     if isinstance(item, bytes):
-      item = item.decode("utf-8", "surrogateescape")
+      item = printable(item.decode("utf-8", "surrogateescape"))
     elif isinstance(item, int | np.integer) and not isinstance(item, bool):
       item = str(item)
     elif item is not None and not isinstance(item, str):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from simclr_jax.data.decode import BadImage, one_line
+from simclr_jax.data.decode import MAX_BYTES, BadImage, one_line
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
@@ -31,7 +31,12 @@ def is_remote(path: str) -> bool:
 
 
 def read_range(path: str, offset: int, length: int) -> bytes:
-  """`length` bytes of a file from byte `offset` on; raises ReadError where the file is gone, cut off or unreadable."""
+  """`length` bytes of a file from byte `offset` on; raises ReadError where the file is gone, cut off or unreadable.
+
+  More than an image can take, as a sparse file may have, is a BadImage.
+  """
+  if length > MAX_BYTES:
+    raise BadImage(f"{length:,} bytes, above the limit of {MAX_BYTES:,} for an image")
   try:
     if is_remote(path):
       with epath.Path(path).open("rb") as file:
@@ -173,7 +178,7 @@ def plain_label(value, what: str) -> int | str | None:
   if isinstance(value, list | tuple | np.ndarray):
     value = value[0] if len(value) else None
   if isinstance(value, bytes):
-    return value.decode("utf-8", "surrogateescape")
+    return files.printable(value.decode("utf-8", "surrogateescape"))
   if value is None or isinstance(value, str):
     return value
   if isinstance(value, float) and value != value:  # how tables store a number that is missing

@@ -24,7 +24,7 @@ def digest(parts: Iterable) -> str:
   total = hashlib.sha256()
   for part in parts:
     part = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
-    part = memoryview(np.ascontiguousarray(part)).cast("B") if isinstance(part, np.ndarray) and part.size else part
+    part = np.ascontiguousarray(part).reshape(-1).view(np.uint8) if isinstance(part, np.ndarray) else part
     total.update(len(part).to_bytes(8, "little"))
     total.update(part)
   return total.hexdigest()[:16]
@@ -239,6 +239,21 @@ class Selection(Subset):
 
   def __init__(self, source: Source, indices):
     self._source, self.class_names, self._chosen = source, source.class_names, np.asarray(indices)
+
+
+def first_readable(source: Source) -> np.ndarray:
+  """The first image of a source that can be read, uint8 [h, w, 3].
+
+  Raises:
+    UserError: none can.
+  """
+  reason = "it is empty"
+  for i in range(len(source)):
+    try:
+      return source.read(i)
+    except BadImage as error:
+      reason = f"the last is {source.name(i)} ({error})"
+  raise UserError(f"none of the {len(source)} images can be read: {reason}")
 
 
 class Relabeled(Selection):

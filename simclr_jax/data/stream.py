@@ -115,7 +115,7 @@ class _Reader:
     elif count == 21:
       logger.warning("more than 20 unreadable images; the others are counted%s", "" if self._file else " but not named")
     if count == self._allowed + 1:
-      self._error = ValueError(
+      self._error = UserError(
         f"{count} of {len(self.source)} images are unreadable, more than the {self._allowed} allowed by"
         f" max_bad_fraction={self._share:g}; the last is {name} ({reason}): remove or repair them, or"
         " raise max_bad_fraction"
