@@ -1,6 +1,5 @@
 """Records inside large files: where they lie, found once and cached, and reading one of them."""
 
-import functools
 import hashlib
 import io
 import logging
@@ -11,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
+from simclr_jax.data.crc import masked_crc, masked_crcs
 from simclr_jax.data.decode import MAX_BYTES, BadImage, one_line
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
@@ -71,21 +71,13 @@ def refuse_gzip(path: str, file):
   file.seek(0)
 
 
-@functools.cache
-def _crc_table() -> np.ndarray:
-  table = np.arange(256, dtype=np.uint32)
-  for _ in range(8):
-    table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
-  return table
-
-
-def masked_crcs(rows: np.ndarray) -> np.ndarray:
-  """The checksums of TFRecord, uint32 [n], of short rows of bytes, uint8 [n, m]: CRC-32C, rotated and shifted."""
-  crc = np.full(len(rows), 0xFFFFFFFF, np.uint32)
-  for column in rows.T:
-    crc = _crc_table()[(crc ^ column) & 0xFF] ^ (crc >> 8)
-  crc = ~crc
-  return ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
+def read_record(path: str, offset: int, length: int) -> bytes:
+  """The payload of a TFRecord record; raises BadImage where its checksum is another's, and ReadError as `read_range`."""
+  stored = read_range(path, offset, length + 4)
+  data, checksum = stored[:length], int.from_bytes(stored[length:], "little")
+  if masked_crc(data) != checksum:
+    raise BadImage(f"{path}: the record at byte {offset} is damaged (its checksum does not match)")
+  return data
 
 
 def scan_tfrecords(shards: Sequence[str]) -> dict[str, np.ndarray]:

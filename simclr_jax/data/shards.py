@@ -19,6 +19,7 @@ from etils import epath
 from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage, is_junk, one_line
 from simclr_jax.data.labels import make_labels
 from simclr_jax.data.records import (
+  ReadError,
   cache_file,
   is_remote,
   load_cache,
@@ -26,6 +27,7 @@ from simclr_jax.data.records import (
   plain_label,
   read_labels,
   read_range,
+  read_record,
   refuse_gzip,
   save_cache,
   scan_tfrecords,
@@ -154,7 +156,7 @@ class TFRecordSource(_Examples):
     super().__init__("tfrecord", rest, (".tfrecord", ".tfrecords"), scan_tfrecords)
 
   def _bytes(self, i):
-    return read_range(*self._where(i))
+    return read_record(*self._where(i))
 
   def _where(self, i):
     shard, offset, length = (int(self._facts[key][i]) for key in ("shard", "offset", "length"))
@@ -197,7 +199,7 @@ class ArrayRecordSource(_Examples):
       return readers[path].read([int(self._facts["place"][i])])[0]
     except Exception as error:  # ValueError, IndexError, SystemError: pybind's choice
       readers.pop(path, None)
-      raise BadImage(f"{path}: record {self._facts['place'][i]} cannot be read") from error
+      raise ReadError(f"{path}: record {self._facts['place'][i]} cannot be read") from error
 
 
 class WebDatasetSource(ShardSource):
@@ -299,7 +301,7 @@ class ParquetSource(ShardSource):
     try:
       return self._parquet.ParquetFile(path).read_row_group(group, columns=[self._image])
     except Exception as error:  # pyarrow.ArrowException and OSError
-      raise BadImage(f"{path}: row group {group} cannot be read") from error
+      raise ReadError(f"{path}: row group {group} cannot be read") from error
 
   def _read_labels(self):
     if not self._label_column:
