@@ -175,7 +175,7 @@ def plain_label(value, what: str) -> int | str | None:
     return value
   if isinstance(value, float) and value != value:  # how tables store a number that is missing
     return None
-  if value != int(value):
+  if isinstance(value, float) and not value.is_integer() or value != int(value):
     raise UserError(f"{what}: its label is {value}; expected a whole number or a text")
   return int(value)
 
