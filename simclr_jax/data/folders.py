@@ -29,8 +29,8 @@ class FilesSource(Source):
     said = skipped_text(self.skipped)
     if not self._files:
       raise UserError(
-        f"{self.kind}:{path}: no image in {self._root}; expected files ending in {' '.join(IMAGE_SUFFIXES)}, directly"
-        " inside or in folders" + (f"; {said}" if said else "")
+        f"{self.kind}:{path}: no image in or below {self._root}; expected files ending in {' '.join(IMAGE_SUFFIXES)}"
+        + (f"; {said}" if said else "")
       )
     if said:
       say_once(f"{self.kind}:{files_lib.printable(path)}: {said}")

@@ -42,7 +42,12 @@ def make_labels(
     images = "" if count is None else f" for {count} images"
     raise UserError(f"{kind}{images}; {expected}")
   if array.ndim == 2:
-    if array.dtype.kind not in "buif" or not array.shape[1] or not np.isin(array, (0, 1)).all() or (array.sum(1, dtype=np.int64) > 1).any():
+    if (
+      array.dtype.kind not in "buif"
+      or not array.shape[1]
+      or not np.isin(array, (0, 1)).all()
+      or (array.sum(1, dtype=np.int64) > 1).any()
+    ):
       raise UserError(f"{kind} and not one-hot; {expected}, with a single 1 in a row")
     names = names or _numbers(array.shape[1])
     array = np.where(array.any(1), array.argmax(1), UNLABELED)
@@ -54,7 +59,7 @@ def make_labels(
     numbers = [int(text) if text else UNLABELED for text in texts]
     # Python's own integers have any width, and NumPy compares them too.
     array = np.asarray(numbers, np.int64 if max(numbers, default=0) < 2**63 else object)
-  elif array.dtype.kind not in "bui" and len(array):
+  elif array.dtype.kind not in "biu" and len(array):
     raise UserError(f"{kind}; {expected}")
   return _numbered(array, names, what)
 
