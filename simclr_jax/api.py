@@ -81,15 +81,15 @@ def _keep(file, images, labels, same_only):
     )
   if labels is not None and len(labels) != len(images):
     raise UserError(f"{len(labels)} labels for {len(images)} images: expected as many")
-  arrays = {"images": images}
-  if labels is not None:
-    arrays["labels"], class_names = data.make_labels(labels, count=len(images))
-    arrays["class_names"] = np.asarray(class_names, np.str_)
+  numbers, names = (None, ()) if labels is None else data.make_labels(labels, count=len(images))
   if same_only and file.exists():
-    now = data.ArraySource(images, arrays.get("labels"), class_names=arrays.get("class_names", ())).fingerprint()
+    now = data.ArraySource(images, numbers, class_names=names).fingerprint()
     what = same.difference(data.open_source(f"npz:{file}").fingerprint(), now)
     if what:
       same.refuse_changed("images", what)
+  arrays = {"images": images} | (
+    {} if numbers is None else {"labels": numbers, "class_names": np.asarray(names, np.str_)}
+  )
   file.parent.mkdir(parents=True, exist_ok=True)
   np.savez(file, allow_pickle=False, **arrays)
 

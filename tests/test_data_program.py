@@ -1,5 +1,7 @@
 """The programs that look at a data set."""
 
+import os
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -48,6 +50,30 @@ def test_prepare_leaves_other_folders_alone_and_says_that_the_disk_is_full(folde
   with pytest.raises(OSError, match="images-00000-of-00003.tfrecord: the disk is full; free space and run") as error:
     dataset.prepare(f"folder:{folder}", str(tmp_path / "full"), images_per_shard=10)
   assert error.value.errno is None and "\n" not in str(error.value)
+
+
+def test_inspect_says_what_is_not_read_and_how_16_bits_are_scaled(tmp_path, capsys):
+  save(tmp_path / "set/1.png", np.full((4, 4), 4000, np.uint16))
+  for i in range(40):
+    (tmp_path / f"set/{i}.heic").write_bytes(b"")
+  result = dataset.inspect(f"folder:{tmp_path}/set")
+  assert len(result["skipped"]) == 40 and result["bits"] == 12 and result["images"] == 1
+  out = capsys.readouterr().out
+  assert "skipped        40 files are not read as images (40 .heic), such as 0.heic" in out
+  assert "16-bit images  scaled from 12 bits, 0 to 4,095, to 0 to 255" in out
+
+
+def test_inspect_and_prepare_take_names_that_are_no_text(tmp_path, capsys):
+  for name, body in ((b"a\xff/good\xfe\t.png", None), (b"a\xff/bad\n\xff.png", b""), (b"b/1.png", None)):
+    save(tmp_path / "set" / os.fsdecode(name), gradient())
+    if body is not None:
+      (tmp_path / "set" / os.fsdecode(name)).write_bytes(body)
+  assert dataset.inspect(f"folder:{tmp_path}/set")["classes"] == {r"a\xff": 2, "b": 1}
+  assert r"a\xff/bad\n\xff.png: empty file" in capsys.readouterr().out
+  assert dataset.prepare(f"folder:{tmp_path}/set", str(tmp_path / "shards")) == 2
+  assert (tmp_path / "shards/unreadable.txt").read_text().endswith("a\\xff/bad\\n\\xff.png\tempty file\n")
+  source = data.open_source(f"tfrecord:{tmp_path}/shards")
+  assert source.class_names == (r"a\xff", "b") and source.labels.tolist() == [0, 1]
 
 
 def test_prepare_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, capsys):

@@ -5,19 +5,23 @@ import struct
 import numpy as np
 import pytest
 from images import encoded, gradient, png
-from PIL import Image
+from PIL import Image, PngImagePlugin, features
 
 from simclr_jax import data
+from simclr_jax.data.decode import may_be_deep, significant_bits
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "WEBP", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "WEBP", "JPEG", "TIFF", "AVIF"])
 def test_decode_formats(kind):
+  if kind == "AVIF" and not features.check("avif"):
+    pytest.skip("this Pillow reads no avif")
   image = gradient()
+  assert data.sniff(encoded(image, kind)) == kind
   options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}.get(kind, {})
   decoded = data.decode(encoded(image, kind, **options))
   assert decoded.shape == image.shape and decoded.dtype == np.uint8
   error = np.abs(decoded.astype(int) - image).max()
-  assert error <= {"JPEG": 12, "GIF": 80}.get(kind, 0)
+  assert error <= {"JPEG": 12, "GIF": 80, "AVIF": 40}.get(kind, 0)
 
 
 def test_decode_progressive_jpeg():
@@ -42,6 +46,59 @@ def test_decode_cmyk_jpeg():
   decoded = data.decode(encoded(Image.fromarray(inks, "CMYK"), "JPEG", quality=95))
   expected = np.array([[0, 255, 255], [255, 0, 255], [255, 255, 0], [0, 0, 0], [255, 255, 255]])
   assert np.abs(decoded[8, 8::16].astype(int) - expected).max() <= 6
+
+
+def test_decode_cmyk_jpeg_without_adobe_marker():
+  """Which TensorFlow makes black; the inks are taken as Adobe's, as Pillow does."""
+  for inks in ((0, 0, 0, 0), (255, 0, 0, 0), (0, 0, 0, 128)):
+    jpeg = encoded(Image.new("CMYK", (16, 24), inks), "JPEG", quality=95)
+    marker = jpeg.index(b"\xff\xee")
+    bare = jpeg[:marker] + jpeg[marker + 2 + int.from_bytes(jpeg[marker + 2 : marker + 4], "big") :]
+    assert not data.jpeg_header(bare).plain and data.jpeg_header(jpeg).plain
+    np.testing.assert_allclose(data.decode(bare), data.decode(jpeg), atol=2)
+  with pytest.raises(data.BadImage, match="broken jpeg"):
+    data.decode(bare[:-200])
+
+
+@pytest.mark.parametrize("kind, options", [("PNG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})])
+def test_decode_16_bit_gray_with_fewer_bits(kind, options):
+  values = np.linspace(0, 4095, 24 * 40).reshape(24, 40).astype(np.uint16)
+  stored = encoded(values, kind, **options)
+  np.testing.assert_array_equal(data.decode(stored, bits=12)[..., 1], values >> 4)
+  np.testing.assert_array_equal(data.decode(stored, bits=10)[..., 1], np.minimum(values >> 2, 255))
+  assert significant_bits(stored) == 12 and may_be_deep(stored)
+  assert significant_bits(encoded(values.astype(np.uint8), kind, **options)) is None
+
+
+@pytest.mark.parametrize("color, channels", [(2, 3), (4, 2), (6, 4)])
+def test_decode_16_bit_color_png_with_fewer_bits(color, channels):
+  values = np.full((4, 5, channels), 4095, np.uint16)
+  values[..., 0] = 16 * np.arange(5)
+  stored = png(5, 4, 16, color, b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
+  assert significant_bits(stored) == 12
+  decoded = data.decode(stored, bits=12)
+  assert decoded.shape == (4, 5, 3) and decoded[0, :, 0].tolist() == [0, 1, 2, 3, 4]
+  assert (decoded[..., 2] == (decoded[..., 0] if channels == 2 else 255)).all()
+  for body in (stored[:60], b"\x89PNG\r\n\x1a\n" + bytes(20)):
+    with pytest.raises(data.BadImage):
+      data.decode(body, bits=12)
+
+
+def test_decode_refuses_what_has_no_range():
+  for image, reason in (
+    (np.ones((4, 4), np.float32), "floating"),
+    (np.full((4, 4), 70000, np.int32), "more than 16 bits"),
+  ):
+    with pytest.raises(data.BadImage, match=f"{reason}.*convert it to 8 or 16 bits"):
+      data.decode(encoded(image, "TIFF"))
+  np.testing.assert_array_equal(data.decode(encoded(np.full((4, 4), 256, np.int32), "TIFF")), 1)
+  pages = [Image.fromarray(gradient())] * 3
+  with pytest.raises(data.BadImage, match="tiff of 3 pages"):
+    data.decode(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
+  heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+  with pytest.raises(data.BadImage, match="heic, which Pillow does not read here; convert it to jpeg"):
+    data.decode(heic)
+  assert data.sniff(b"\0\0\0\x18ftypmif1\0\0\0\0avifmif1") == "AVIF" and data.sniff(b"\0\0\0\x18ftypisom") is None
 
 
 def test_decode_16_bit_gray_png():
@@ -98,13 +155,41 @@ def test_exif_orientation(kind, orientation):
   assert np.abs(decoded.astype(int) - upright).max() <= 12
 
 
+def exif(order, kind, value):
+  """An orientation, stored in some type: 1 byte, 3 SHORT, 4 LONG."""
+  body = {1: bytes([value, 0, 0, 0]), 3: struct.pack(order + "HH", value, 0), 4: struct.pack(order + "I", value)}[kind]
+  head = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "HIHHHI", 42, 8, 1, 0x0112, kind, 1)
+  return b"Exif\0\0" + head + body + bytes(4)
+
+
+XMP = "<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:Description tiff:Orientation={} </x:xmpmeta>"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+  "where",
+  [{"exif": exif(order, type_, 6)} for order in "<>" for type_ in (1, 3, 4)]
+  + [{"xmp": XMP.format(text).encode()} for text in ('"6"', "'6'")]
+  + [
+    {"xmp": XMP.replace("Orientation=", "Orientation>").format("6<").encode()},
+    {"xmp": XMP.format('"6"').encode(), "exif": exif("<", 3, 0)},
+  ],
+)
+def test_orientation_in_any_form(kind, where):
+  if kind == "PNG" and "xmp" in where:
+    where = {**where, "pnginfo": PngImagePlugin.PngInfo()}
+    where["pnginfo"].add_itxt("XML:com.adobe.xmp", where.pop("xmp").decode())
+  decoded = data.decode(encoded(np.ascontiguousarray(np.rot90(gradient())), kind, quality=95, **where))
+  assert decoded.shape == gradient().shape and np.abs(decoded.astype(int) - gradient()).mean() < 8
+
+
 @pytest.mark.parametrize(
   "bytes_, reason",
   [
     (b"", "empty file"),
     (b"hello, not an image", "not a jpeg, png.*hello"),
     (b"<html><body>404</body></html>", "not a jpeg"),
-    (encoded(gradient(), "TIFF"), "not a jpeg"),
+    (encoded(gradient(), "TIFF")[:900], "broken tiff"),
     (encoded(gradient(200, 200), "JPEG")[:1500], "broken jpeg"),
     (encoded(gradient(200, 200), "JPEG")[:-2], "broken jpeg"),
     (encoded(gradient(200, 200), "PNG")[:400], "broken png"),
@@ -118,7 +203,7 @@ def test_exif_orientation(kind, orientation):
     "empty",
     "text",
     "html",
-    "tiff",
+    "half a tiff",
     "half a jpeg",
     "a jpeg without its end",
     "half a png",

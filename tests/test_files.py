@@ -1,5 +1,6 @@
 """Files are written whole or not at all, on a disk and in a bucket."""
 
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -140,3 +141,6 @@ def test_features(place, ending):
     assert getattr(found, key).dtype == getattr(made, key).dtype
   assert found.about == made.about and found.name[:2].tolist() == ["a.png", "é.png"]
   assert found.name[2] == (name[2] if ending != ".parquet" else "caf\\udce9.png")
+  odd = dataclasses.replace(made, data=os.fsdecode(b"folder:/\xff"))
+  features.write(path, odd)
+  assert features.load(path).data == (odd.data if ending != ".safetensors" else "folder:/\\udcff")

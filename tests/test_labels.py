@@ -124,12 +124,16 @@ def write_tar(path, members):
       tar.addfile(member, io.BytesIO(body))
 
 
-def test_tars_as_tar_makes_them(tmp_path):
+def test_tars_as_tar_makes_them(tmp_path, caplog):
   """Names with ./ and folders, dots in folders, texts as classes, and what other systems leave."""
   write_tar(tmp_path / "a.tar", [
     ("./x.y/1.png", picture(1)), ("./x.y/1.cls", b"dog\n"), ("./x.y/._1.png", b"junk"), ("./x.y/2.PNG", picture(2)),
-    ("./x.y/2.cls", b"cat"), ("./1.png", picture(3)), ("__MACOSX/3.png", b"junk"),
+    ("./x.y/2.cls", b"cat"), ("./1.png", picture(3)), ("__MACOSX/3.png", b"junk"), ("./4.heic", b"heic"),
+    ("./4.cls", b"cat"), ("./1.json", b"{}"),
   ])  # fmt: skip
+  for _ in range(2):  # and from the cache
+    assert data.open_source(f"webdataset:{tmp_path}/a.tar").skipped == ["./4.heic"]
+  assert "a.tar: 1 files are not read as images (1 .heic), such as ./4.heic" in caplog.text
   source = data.open_source(f"webdataset:{tmp_path}/a.tar")
   assert len(source) == 3 and source.class_names == ("cat", "dog")
   assert source.labels.tolist() == [1, 0, -1] and [source.read(i)[0, 0, 0] for i in range(3)] == [1, 2, 3]

@@ -100,6 +100,7 @@ def test_sharded_sources(kind, tmp_path):
       np.testing.assert_array_equal(np.concatenate([row[key] for row in rows]), batch[key])
     np.testing.assert_array_equal(np.concatenate([row["views"]["noise"] for row in rows]), batch["views"]["noise"])
   assert sorted(np.concatenate([b["index"] for b in batches[:3]])) == list(range(N))
+  assert source.fingerprint() == again.fingerprint() and source.skipped == []
   with pytest.raises(ValueError, match=f"{kind}:{tmp_path}/none: no shards there"):
     data.open_source(f"{kind}:{tmp_path}/none")
 
@@ -122,6 +123,37 @@ def test_a_shard_that_disappears_during_a_run(kind, tmp_path, caplog):
   with pytest.raises(ValueError, match="more than the 1 allowed by max_bad_fraction=0.001; .*part-1") as raised:
     take(data.train_stream(source, crop_like, batch_size=10, seed=0), 9)
   assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record", "parquet"])
+def test_labels_that_cannot_be_read_are_an_error_and_not_kept(kind, tmp_path, monkeypatch):
+  folder = sharded(kind, tmp_path)
+  source, hidden = data.open_source(f"{kind}:{folder}"), folder / f"part-1.{kind}"
+  hidden.rename(tmp_path / "hidden")
+  with pytest.raises(ValueError, match=f"{kind}:{folder}: .*part-1.*; try again") as raised:
+    source.labels  # noqa: B018
+  assert "\n" not in str(raised.value)
+  (tmp_path / "hidden").rename(hidden)
+  assert data.open_source(f"{kind}:{folder}").labels.tolist() == [i % 4 for i in range(N)]
+
+
+def test_a_scan_that_cannot_read_is_an_error_and_not_kept(tmp_path, monkeypatch):
+  for kind in ("tfrecord", "webdataset"):
+    folder = sharded(kind, tmp_path)
+
+    class Failing(io.FileIO):
+      def read(self, *size):
+        if self.tell() > 100:
+          raise OSError(5, "Input/output error")
+        return super().read(*size)
+
+    with monkeypatch.context() as patch:
+      for module in (records, shards):
+        patch.setattr(module, "open_shard", lambda path, failing=Failing: failing(path))
+      with pytest.raises(ValueError, match="part-0.* cannot be read .*Input/output error.*; try again") as raised:
+        data.open_source(f"{kind}:{folder}")
+      assert "\n" not in str(raised.value)
+    assert data.open_source(f"{kind}:{folder}").labels.tolist() == [i % 4 for i in range(N)]
 
 
 def test_damaged_shards_are_refused_at_the_start(tmp_path):

@@ -4,10 +4,13 @@ import os
 
 import numpy as np
 import pytest
+import tiny
 from images import gradient, numbered, save
 
 from simclr_jax import data
 from simclr_jax.data.sets import textures
+from simclr_jax.programs import scores
+from simclr_jax.runtime import mesh as mesh_lib
 
 
 def test_fashion():
@@ -99,10 +102,91 @@ def test_folder_errors(tmp_path):
   with pytest.raises(ValueError, match="no folder .*absent; give the path"):
     data.open_source(f"folder:{tmp_path}/absent")
   (tmp_path / "a").mkdir()
-  (tmp_path / "a/x.tiff").write_bytes(b"")
+  (tmp_path / "a/x.heic").write_bytes(b"")
   with pytest.raises(ValueError, match="no image in .*expected files ending in .jpg"):
     data.open_source(f"folder:{tmp_path}")
   save(tmp_path / "a/x.png", gradient())
   save(tmp_path / "y.png", gradient())
   with pytest.raises(ValueError, match=r"1 images \(such as y.png\) beside class folders"):
     data.open_source(f"folder:{tmp_path}")
+
+
+def test_what_is_no_image_is_counted_and_named(tmp_path, caplog):
+  for i in range(2):
+    save(tmp_path / f"a/{i}.png", gradient())
+  save(tmp_path / "a/3.TIF", gradient())
+  (tmp_path / "b").mkdir()
+  (tmp_path / "a/0.png").rename(tmp_path / "b/image")  # found by its first bytes
+  for name in ("a/1.heic", "b/2.HEIC", "b/notes", "a/x.txt", "readme.md"):
+    (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic" if name.lower().endswith("c") else b"some text")
+  source = data.open_source(f"folder:{tmp_path}")
+  assert [os.path.relpath(source.name(i), tmp_path) for i in range(3)] == ["a/1.png", "a/3.TIF", "b/image"]
+  assert sorted(source.skipped) == ["a/1.heic", "a/x.txt", "b/2.HEIC", "b/notes", "readme.md"]
+  said = f"folder:{tmp_path}: 5 files are not read as images (2 .heic, "
+  assert said in caplog.text and "such as a/1.heic" in caplog.text
+  data.open_source(f"folder:{tmp_path}")
+  assert caplog.text.count(said) == 1  # once
+  for name in ("a/1.png", "a/3.TIF", "b/image"):
+    (tmp_path / name).unlink()
+  with pytest.raises(ValueError, match="no image in .*; 5 files are not read as images"):
+    data.open_source(f"files:{tmp_path}")
+
+
+def test_names_that_are_no_text(tmp_path, caplog):
+  """Bytes that are not UTF-8, tabs and line breaks: read as they are, written in one line."""
+  names = [b"a\xff.png", b"b\tc.png", b"d\ne.png", "f\u2028\u00e9 g.png".encode(), b"h\\xff.png", b"bad\xfe\n.png"]
+  for name in names:
+    folder = tmp_path / os.fsdecode(b"class\xff")
+    save(folder / os.fsdecode(name), gradient())
+  (folder / os.fsdecode(b"skipped\xff.txt")).touch()
+  with open(os.path.join(os.fsencode(folder), names[-1]), "wb"):
+    pass
+  source = data.open_source(f"folder:{tmp_path}")
+  found = [os.path.basename(source.name(i)) for i in range(len(source))]
+  assert found == [r"a\xff.png", r"b\tc.png", r"bad\xfe\n.png", r"d\ne.png", "f\\u2028\u00e9 g.png", r"h\\xff.png"]
+  assert source.class_names == (r"class\xff",) and r"skipped\xff.txt" in caplog.text
+  stream = data.train_stream(source, None, batch_size=6, seed=0, max_bad_fraction=1.0, bad_file=tmp_path / "bad.txt")
+  next(stream)
+  assert (tmp_path / "bad.txt").read_text() == f"{tmp_path}/class\\xff/bad\\xfe\\n.png\tempty file\n"
+
+
+def test_a_file_too_large_to_be_an_image(tmp_path):
+  save(tmp_path / "0.png", gradient())
+  with open(tmp_path / "1.png", "wb") as file:
+    file.truncate(200 << 30)  # sparse
+  with pytest.raises(data.BadImage, match="214,748,364,800 bytes, above the limit of 1,073,741,824 for an image"):
+    data.open_source(f"folder:{tmp_path}").read(1)
+
+
+def test_the_bits_of_a_set(tmp_path, caplog):
+  """Images of one set are scaled alike, by the largest value of a sample; parts of a set as the set."""
+  for i, top in enumerate((100, 4095, 900)):
+    save(tmp_path / f"{i}.png", np.full((4, 4), top, np.uint16))
+  save(tmp_path / "3.png", gradient())
+  source = data.open_source(f"folder:{tmp_path}")
+  assert source.bits == 12 and caplog.text.count("scaled as such") == 1
+  assert [int(source.read(i)[0, 0, 0]) for i in range(3)] == [6, 255, 56]
+  np.testing.assert_array_equal(source.read(3), gradient())
+  part = data.Selection(source, [0])
+  assert part.bits == 12 and part.read(0)[0, 0, 0] == 6
+  assert data.Joined([part, source]).read(1)[0, 0, 0] == 6
+  batch = next(data.train_stream(source, None, batch_size=4, seed=0, canvas=64))
+  assert sorted(batch["views"]["image"][:, 0, 0, 2]) == sorted([6, 255, 56, gradient()[0, 0, 2]])
+  save(tmp_path / "4.png", np.full((4, 4), 60000, np.uint16))
+  assert data.open_source(f"folder:{tmp_path}").bits == 16
+
+
+def test_the_first_image_may_be_unreadable(tmp_path):
+  """The first readable one tells the size at which raw pixels are compared."""
+  for i in range(3):
+    save(tmp_path / f"{i}.png", np.full((6, 6, 3), i, np.uint8))
+  (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:40])
+  source = data.open_source(f"folder:{tmp_path}")
+  assert (data.first_readable(source) == 1).all()
+  config = tiny.config(**{"data.max_bad_fraction": 0.5, "evaluate.batch_size": 8})
+  evaluation = scores.PretrainEvaluation(config, source, source, mesh_lib.make_mesh())
+  assert len(evaluation.raw[1].pixels()) == 2
+  for i in range(1, 3):
+    (tmp_path / f"{i}.png").write_bytes(b"")
+  with pytest.raises(ValueError, match="none of the 3 images can be read: the last is .*2.png .empty file.$"):
+    data.first_readable(source)

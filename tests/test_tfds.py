@@ -129,6 +129,8 @@ def readable(source, i):
 def test_tfds_stream(tfds_folder, cache):
   source = data.open_source("tfds:tiny", data_dir=str(tfds_folder))
   batch = next(data.train_stream(source, crop_like, batch_size=23, seed=0))
+  assert "labels" not in source._offsets and source.fingerprint()["images"] == 23  # without reading them all
+  assert "labels" not in source._offsets
   pixels = dict(enumerate(tfds_pixels(tfds_folder, "train")))
   assert [(p[0], k) for p, k in zip(batch["views"]["pixel"], batch["label"], strict=True)] == [
     pixels[i] for i in batch["index"]

@@ -7,7 +7,7 @@ A `Source` (sources.py) answers `len(source)` and `source.read(i)`; `open_source
 import functools
 
 from simclr_jax.data.classes import align, labeled
-from simclr_jax.data.decode import MAX_PIXELS, BadImage, decode, jpeg_header, sniff
+from simclr_jax.data.decode import MAX_PIXELS, BadImage, decode, jpeg_header, significant_bits, sniff
 from simclr_jax.data.folders import FilesSource, FolderSource
 from simclr_jax.data.labels import make_labels
 from simclr_jax.data.order import draws, example_seeds, permutation
@@ -21,7 +21,9 @@ from simclr_jax.data.sources import (
   Source,
   Subset,
   class_balanced,
+  first_readable,
   open_npz,
+  skipped_text,
 )
 from simclr_jax.data.stream import Stream, eval_batches, in_memory, train_stream
 from simclr_jax.data.tfds import TfdsSource
@@ -30,8 +32,8 @@ from simclr_jax.runtime.errors import UserError
 __all__ = [
   "MAX_PIXELS", "AbstractSource", "ArrayRecordSource", "ArraySource", "BadImage", "FilesSource", "FolderSource", "Joined",
   "ParquetSource", "Selection", "Source", "Stream", "Subset", "TFRecordSource", "TfdsSource", "WebDatasetSource",
-  "align", "class_balanced", "decode", "draws", "eval_batches", "example_seeds", "in_memory", "jpeg_header", "labeled",
-  "make_labels", "open_source", "permutation", "sniff", "train_stream",
+  "align", "class_balanced", "decode", "draws", "eval_batches", "example_seeds", "first_readable", "in_memory", "jpeg_header", "labeled",
+  "make_labels", "open_source", "permutation", "significant_bits", "skipped_text", "sniff", "train_stream",
 ]  # fmt: skip
 SPECS = (
   "fashion:SPLIT, textures:SPLIT, textures64:SPLIT, npz:FILE[:SPLIT], folder:PATH, files:PATH,"

@@ -3,11 +3,14 @@
 import contextlib
 import functools
 import io
+import re
+from typing import NamedTuple
 
 import numpy as np
 
 MAX_PIXELS = 64_000_000
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+MAX_BYTES = 1 << 30  # of a stored image: more than MAX_PIXELS take without compression
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 
 # Folders that systems and file servers make beside what people keep; hidden ones begin with a dot.
@@ -18,7 +21,11 @@ class BadImage(Exception):
   """One image cannot be used; the message is the reason, in a few words."""
 
 
-_FIRST_BYTES = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF8", "GIF"), (b"BM", "BMP"))
+_FIRST_BYTES = (
+  (b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF8", "GIF"), (b"BM", "BMP"), (b"II*\0", "TIFF"),
+  (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"),
+)  # fmt: skip
+_HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
   2: lambda a: a[:, ::-1],
@@ -40,51 +47,136 @@ def sniff(data: bytes) -> str | None:
   """The image format that the first bytes announce; file names are not to be trusted."""
   if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
     return "WEBP"
+  if data[4:8] == b"ftyp":  # a brand and a minor version, then the brands that the file is compatible with
+    size = min(int.from_bytes(data[:4], "big"), 256)
+    brands = {bytes(data[i : i + 4]) for i in (8, *range(16, size, 4))}
+    return "AVIF" if brands & {b"avif", b"avis"} else "HEIC" if brands & _HEIC else None
   return next((kind for magic, kind in _FIRST_BYTES if data.startswith(magic)), None)
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-  """Decodes one JPEG, PNG, WebP, BMP or single-frame GIF to uint8 [h, w, 3], upright.
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, bits: int = 16) -> np.ndarray:
+  """Decodes one JPEG, PNG, WebP, BMP, TIFF, AVIF or single-frame GIF to uint8 [h, w, 3], upright.
 
-  Gray, palette and CMYK images become RGB; 16 bits a channel become 8; transparent pixels are laid over white; the
-  EXIF orientation is applied.  The size in the header is checked before a pixel is decoded, because a PNG of one
-  megabyte can unfold to a gigabyte.
+  Gray, palette and CMYK images become RGB; transparent pixels are laid over white; the orientation in EXIF or XMP is
+  applied.  The size in the header is checked before a pixel is decoded, because a PNG of one megabyte can unfold to a
+  gigabyte.
+
+  Args:
+    bits: of the 16 that a channel of a 16-bit image has, how many are used: 12 where values are below 4096.  Values from
+      0 to 2^bits - 1 become 0 to 255, larger ones 255.  It belongs to the set and not to one image, see `Source.bits`.
 
   Raises:
-    BadImage: empty, not an image, truncated, animated, or more than `max_pixels` pixels.
+    BadImage: empty, not an image, truncated, animated, of several pages, or more than `max_pixels` pixels.
   """
-  from PIL import Image, ImageOps
+  from PIL import Image
 
   if not data:
     raise BadImage("empty file")
   kind = sniff(data)
   if kind is None:
-    raise BadImage(f"not a jpeg, png, webp, bmp or gif: it begins with {bytes(data[:12])!r}")
+    raise BadImage(f"not a jpeg, png, webp, bmp, gif, tiff or avif: it begins with {bytes(data[:12])!r}")
   if kind == "JPEG":
-    return _decode_jpeg(data, jpeg_header(data, max_pixels=max_pixels)[2])
-  with _opened(data, kind, max_pixels) as picture:
-    if getattr(picture, "is_animated", False):
-      raise BadImage(f"animated {kind.lower()} of {picture.n_frames} frames")
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16-bit gray, whatever its byte order
-      return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+    return _decode_jpeg(data, jpeg_header(data, max_pixels=max_pixels))
+  with _loaded(data, kind, max_pixels) as picture:
+    orientation = _orientation(picture)
+    if (values := _deep(picture, data)) is not None:
+      picture = Image.fromarray(np.minimum(values >> (bits - 8), 255).astype(np.uint8))
     if picture.has_transparency_data:
       picture = picture.convert("RGBA")
       picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.asarray(picture.convert("RGB"))
+    pixels = np.asarray(picture.convert("RGB"))
+  return np.ascontiguousarray(_UPRIGHT[orientation](pixels)) if orientation in _UPRIGHT else pixels
 
 
-def jpeg_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int, int]:
-  """(height, width, EXIF orientation 1 to 8) of a JPEG, without decoding it.
+def may_be_deep(data: bytes) -> bool:
+  """Whether an image may have 16 bits a channel, by its first bytes."""
+  return sniff(data) == "TIFF" or (sniff(data) == "PNG" and data[24:25] == b"\x10")
+
+
+def significant_bits(data: bytes) -> int | None:
+  """Of a 16-bit image the bits that its largest value takes, 1 to 16; None of another or a broken one."""
+  kind = sniff(data)
+  if not may_be_deep(data):
+    return None
+  with contextlib.suppress(BadImage), _loaded(data, kind, MAX_PIXELS) as picture:
+    values = _deep(picture, data)
+    return None if values is None else int(values.max()).bit_length() or 1
+  return None
+
+
+def _deep(picture, data) -> np.ndarray | None:
+  """The values of a 16-bit image, uint16 [h, w] or [h, w, channels]; None of another."""
+  if picture.mode == "F":
+    raise BadImage("floating-point pixels; convert it to 8 or 16 bits")
+  if picture.mode.startswith("I"):  # gray, whatever its byte order
+    values = np.asarray(picture)
+    if values.min() < 0 or values.max() > 0xFFFF:
+      raise BadImage("more than 16 bits a pixel; convert it to 8 or 16 bits")
+    return values.astype(np.uint16)
+  if picture.format == "PNG" and data[24] == 16 and data[25] in (2, 4, 6):  # of color Pillow keeps the upper 8 bits
+    tf = import_tensorflow()
+    try:
+      return np.asarray(tf.io.decode_png(data, dtype=tf.uint16))
+    except tf.errors.OpError as error:
+      raise BadImage(f"broken png: {one_line(error)}") from error
+  return None
+
+
+class JpegHeader(NamedTuple):
+  """What the header of a JPEG says.
+
+  Attributes:
+    height, width: as it is stored.
+    orientation: 1 to 8, of EXIF or XMP.
+    plain: TensorFlow decodes it right.
+  """
+
+  height: int
+  width: int
+  orientation: int
+  plain: bool
+
+
+def jpeg_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> JpegHeader:
+  """The header of a JPEG, without decoding it.
 
   Raises:
     BadImage: more than `max_pixels` pixels, or no header that gives a size.
   """
   with _opened(data, "JPEG", max_pixels) as picture:
-    (width, height), orientation = picture.size, 1
-    with contextlib.suppress(Exception):  # a damaged tag does not make the pixels bad
-      orientation = picture.getexif().get(_EXIF_ORIENTATION)
-  return height, width, orientation if orientation in _UPRIGHT else 1
+    width, height = picture.size
+    # TensorFlow makes black of inks without Adobe's marker; Pillow takes them as Adobe's.
+    plain = picture.mode != "CMYK" or "adobe" in picture.info
+    return JpegHeader(height, width, _orientation(picture), plain)
+
+
+def _orientation(picture) -> int:
+  """1 to 8, of EXIF or XMP, which may store it as any type; after a damaged tag 1, as the pixels are not bad."""
+  value = None
+  with contextlib.suppress(Exception):
+    value = picture.getexif().get(_EXIF_ORIENTATION)
+    value = value[0] if isinstance(value, bytes | tuple) else value
+  if value in _UPRIGHT or value == 1:
+    return int(value)
+  text = picture.info.get("xmp") or picture.info.get("XML:com.adobe.xmp") or b""
+  text = text.encode() if isinstance(text, str) else text
+  found = re.search(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])""", text)
+  return int(found[1]) if found else 1
+
+
+@contextlib.contextmanager
+def _loaded(data, kind, max_pixels):
+  """A single image with its pixels, as Pillow decodes it."""
+  from PIL import features
+
+  if kind == "HEIC" or (kind == "AVIF" and not features.check("avif")):
+    raise BadImage(f"{kind.lower()}, which Pillow does not read here; convert it to jpeg")
+  with _opened(data, kind, max_pixels) as picture:
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1:
+      raise BadImage(f"tiff of {frames} pages" if kind == "TIFF" else f"animated {kind.lower()} of {frames} frames")
+    picture.load()
+    yield picture
 
 
 @contextlib.contextmanager
@@ -106,17 +198,20 @@ def _opened(data, kind, max_pixels):
     raise BadImage(f"broken {kind.lower()}: {one_line(error)}") from error
 
 
-def _decode_jpeg(data: bytes, orientation: int) -> np.ndarray:
+def _decode_jpeg(data: bytes, header: JpegHeader) -> np.ndarray:
   tf = import_tensorflow()
-  if b"\xff\xd9" not in data[-1024:]:  # cut off; TensorFlow would find out too, but writes to stderr that it did
+  # Cut off: TensorFlow would find out too, but writes to stderr that it did.
+  if not header.plain or b"\xff\xd9" not in data[-1024:]:
     with _opened(data, "JPEG", MAX_PIXELS) as picture:
-      picture.load()
-  try:
-    # libjpeg-turbo by way of TensorFlow: nearly twice Pillow's speed, without the interpreter's lock, CMYK handled.
-    pixels = np.asarray(tf.io.decode_jpeg(data, channels=3))
-  except tf.errors.OpError as error:
-    raise BadImage(f"broken jpeg: {one_line(error)}") from error
-  return np.ascontiguousarray(_UPRIGHT[orientation](pixels)) if orientation in _UPRIGHT else pixels
+      pixels = np.asarray(picture.convert("RGB"))
+  if header.plain:
+    try:
+      # libjpeg-turbo by way of TensorFlow: nearly twice Pillow's speed, without the interpreter's lock, CMYK handled.
+      pixels = np.asarray(tf.io.decode_jpeg(data, channels=3))
+    except tf.errors.OpError as error:
+      raise BadImage(f"broken jpeg: {one_line(error)}") from error
+  upright = _UPRIGHT.get(header.orientation)
+  return np.ascontiguousarray(upright(pixels)) if upright else pixels
 
 
 def one_line(error: Exception) -> str:

@@ -2,46 +2,42 @@
 
 import os
 
-from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage, is_junk
+from simclr_jax.data.decode import IMAGE_SUFFIXES, MAX_BYTES, BadImage, is_junk, sniff
 from simclr_jax.data.labels import make_labels
-from simclr_jax.data.sources import Source, spread
+from simclr_jax.data.sources import Source, say_once, skipped_text, spread
+from simclr_jax.runtime import files as files_lib
 from simclr_jax.runtime.errors import UserError
 
 SIZES = 10_000  # files whose sizes are part of a fingerprint: seconds where a look at each of a million takes minutes
 
 
-class FolderSource(Source):
-  """Image files below a folder, in sorted order.
+class FilesSource(Source):
+  """Every image file at any depth below a folder, in sorted order, without labels.
 
-  Every sub-folder (hidden ones apart) is a class, in alphabetical order, and owns the images at any depth below it;
-  empty ones count, so that a training and a validation folder number their classes alike.  Without sub-folders, or
-  when none holds an image, the images directly inside are unlabeled.  Files without an image's suffix are ignored.
+  Hidden folders and those of systems are left out.  An image has the suffix of a format that can be read, or has none and
+  begins as an image; what else there is, such as HEIC, is in `skipped` and, in one line, in the log.
   """
+
+  kind = "files"
 
   def __init__(self, path: str):
     self._root = os.path.abspath(os.path.expanduser(path))
+    self._labels, self.skipped = None, []
     if not os.path.isdir(self._root):
-      raise UserError(f"folder:{path}: there is no folder {self._root}; give the path of a folder of images")
-    loose, folders = _scan_folder(self._root)
-    self._files, labels = [], []
-    for label, folder in enumerate(folders):
-      files = _below(self._root, folder)
-      self._files += files
-      labels += [label] * len(files)
-    if self._files and loose:
+      raise UserError(f"{self.kind}:{path}: there is no folder {self._root}; give the path of a folder of images")
+    self._files = self._find(path)
+    said = skipped_text(self.skipped)
+    if not self._files:
       raise UserError(
-        f"folder:{path}: holds {len(loose)} images (such as {loose[0]}) beside class folders with images; move them"
-        " into class folders, or keep images without labels in a folder of their own"
+        f"{self.kind}:{path}: no image in or below {self._root}; expected files ending in {' '.join(IMAGE_SUFFIXES)}"
+        + (f"; {said}" if said else "")
       )
-    if not self._files and not loose:
-      raise UserError(
-        f"folder:{path}: no image in {self._root}; expected files ending in {' '.join(IMAGE_SUFFIXES)}, directly"
-        " inside or in one sub-folder a class"
-      )
-    self._labels, self.class_names = None, ()
-    if self._files:
-      self._labels, self.class_names = make_labels(labels, folders, what=f"folder:{path}: labels")
-    self._files = self._files or loose
+    if said:
+      say_once(f"{self.kind}:{files_lib.printable(path)}: {said}")
+
+  def _find(self, path) -> list[str]:
+    """The paths from the root of the image files."""
+    return self._below("")
 
   @property
   def labels(self):
@@ -50,67 +46,98 @@ class FolderSource(Source):
   def __len__(self):
     return len(self._files)
 
-  def name(self, i):
+  def _path(self, i):
     return os.path.join(self._root, self._files[i])
+
+  def name(self, i):
+    return files_lib.printable(self._path(i))
 
   def _listing(self):
     yield from self._files
     for i in spread(len(self), SIZES).tolist():
       try:
-        yield str(os.path.getsize(os.path.join(self._root, self._files[i])))
+        yield str(os.path.getsize(self._path(i)))
       except OSError:
         yield ""
 
   def item(self, i):
     try:
-      with open(self.name(i), "rb") as file:
+      with open(self._path(i), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+          raise BadImage(f"{size:,} bytes, above the limit of {MAX_BYTES:,} for an image")
         return file.read(), -1 if self._labels is None else int(self._labels[i])
     except OSError as error:
       raise BadImage(error.strerror or str(error)) from error
 
+  def _below(self, folder: str) -> list[str]:
+    """Sorted paths, from the root, of the image files at any depth below a folder of it."""
+    files, pending = [], [folder]
+    seen = {os.path.realpath(os.path.join(self._root, folder))}
+    while pending:
+      here = pending.pop()
+      found, below = self._scan(here)
+      files += found
+      for sub in below:
+        target = os.path.realpath(os.path.join(self._root, sub))
+        if target not in seen:  # a link may point at one of its parents
+          seen.add(target)
+          pending.append(sub)
+    return sorted(files)
 
-def _below(root: str, folder: str) -> list[str]:
-  """Sorted paths, from root, of the image files at any depth below a folder of it."""
-  files, pending = [], [folder]
-  seen = {os.path.realpath(os.path.join(root, folder))}
-  while pending:
-    here = pending.pop()
-    found, below = _scan_folder(os.path.join(root, here))
-    files += [os.path.join(here, file) for file in found]
-    for sub in (os.path.join(here, sub) for sub in below):
-      target = os.path.realpath(os.path.join(root, sub))
-      if target not in seen:  # a link may point at one of its parents
-        seen.add(target)
-        pending.append(sub)
-  return sorted(files)
+  def _scan(self, folder: str) -> tuple[list[str], list[str]]:
+    """Sorted paths, from the root, of the image files and of the folders directly inside a folder of it."""
+    files, folders = [], []
+    path = os.path.join(self._root, folder)
+    try:
+      with os.scandir(path) as entries:
+        for entry in entries:
+          name = os.path.join(folder, entry.name)
+          if is_junk("", entry.name):
+            continue
+          if entry.is_dir():
+            folders.append(name)
+          elif entry.is_file() or entry.is_symlink():  # a link to nothing is named when it is read
+            (files if _is_image(entry) else self.skipped).append(name)
+    except OSError as error:
+      reason = f"cannot be listed ({error.strerror}); check that it may be read"
+      raise UserError(f"{self.kind}:{files_lib.printable(path)}: {reason}") from error
+    return sorted(files), sorted(folders)
 
 
-class FilesSource(FolderSource):
-  """Every image file at any depth below a folder, in sorted order, without labels; hidden folders are left out."""
-
-  def __init__(self, path: str):
-    self._root = os.path.abspath(os.path.expanduser(path))
-    if not os.path.isdir(self._root):
-      raise UserError(f"files:{path}: there is no folder {self._root}; give the path of a folder of images")
-    self._files, self._labels = _below(self._root, ""), None
-    if not self._files:
-      raise UserError(
-        f"files:{path}: no image in or below {self._root}; expected files ending in {' '.join(IMAGE_SUFFIXES)}"
-      )
-
-
-def _scan_folder(path: str) -> tuple[list[str], list[str]]:
-  """Sorted names of the image files and of the folders directly inside `path`, without hidden and system ones."""
-  files, folders = [], []
+def _is_image(entry: os.DirEntry) -> bool:
+  if os.path.splitext(entry.name)[1]:
+    return entry.name.lower().endswith(IMAGE_SUFFIXES)
   try:
-    with os.scandir(path) as entries:
-      for entry in entries:
-        if is_junk("", entry.name):
-          continue
-        if entry.is_dir():
-          folders.append(entry.name)
-        elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
-          files.append(entry.name)
-  except OSError as error:
-    raise UserError(f"folder:{path}: cannot be listed ({error.strerror}); check that it may be read") from error
-  return sorted(files), sorted(folders)
+    with open(entry.path, "rb", buffering=0) as file:
+      return sniff(file.read(256)) not in (None, "HEIC")
+  except OSError:
+    return False
+
+
+class FolderSource(FilesSource):
+  """Image files below a folder, in sorted order.
+
+  Every sub-folder (hidden ones apart) is a class, in alphabetical order, and owns the images at any depth below it;
+  empty ones count, so that a training and a validation folder number their classes alike.  Without sub-folders, or
+  when none holds an image, the images directly inside are unlabeled.  Which files are images: see FilesSource.
+  """
+
+  kind = "folder"
+
+  def _find(self, path):
+    loose, folders = self._scan("")
+    files, labels = [], []
+    for label, folder in enumerate(folders):
+      below = self._below(folder)
+      files += below
+      labels += [label] * len(below)
+    if files and loose:
+      raise UserError(
+        f"folder:{path}: holds {len(loose)} images (such as {files_lib.printable(loose[0])}) beside class folders with images; move them"
+        " into class folders, or keep images without labels in a folder of their own"
+      )
+    if files:
+      names = map(files_lib.printable, folders)
+      self._labels, self.class_names = make_labels(labels, names, what=f"folder:{path}: labels")
+    return files or loose

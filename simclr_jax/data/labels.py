@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from simclr_jax.runtime.errors import UserError
+from simclr_jax.runtime.files import printable
 
 UNLABELED = -1
 
@@ -41,7 +42,12 @@ def make_labels(
     images = "" if count is None else f" for {count} images"
     raise UserError(f"{kind}{images}; {expected}")
   if array.ndim == 2:
-    if array.dtype.kind not in "buif" or not np.isin(array, (0, 1)).all() or (array.sum(1, dtype=np.int64) > 1).any():
+    if (
+      array.dtype.kind not in "buif"
+      or not array.shape[1]
+      or not np.isin(array, (0, 1)).all()
+      or (array.sum(1, dtype=np.int64) > 1).any()
+    ):
       raise UserError(f"{kind} and not one-hot; {expected}, with a single 1 in a row")
     names = names or _numbers(array.shape[1])
     array = np.where(array.any(1), array.argmax(1), UNLABELED)
@@ -53,7 +59,7 @@ def make_labels(
     numbers = [int(text) if text else UNLABELED for text in texts]
     # Python's own integers have any width, and NumPy compares them too.
     array = np.asarray(numbers, np.int64 if max(numbers, default=0) < 2**63 else object)
-  elif array.dtype.kind not in "bui" and len(array):
+  elif array.dtype.kind not in "biu" and len(array):
     raise UserError(f"{kind}; {expected}")
   return _numbered(array, names, what)
 
@@ -72,22 +78,23 @@ def _numbers(count: int) -> tuple[str, ...]:
 
 
 def _texts(array, kind, expected) -> list[str]:
-  """Texts and integers [n] as texts, empty where there is no label."""
+  """Texts and integers [n] as texts, empty where there is no label, as for -1."""
   texts = []
   for item in array.tolist():
     if isinstance(item, bytes):
-      item = item.decode("utf-8", "surrogateescape")
+      item = printable(item.decode("utf-8", "surrogateescape"))
     elif isinstance(item, int | np.integer) and not isinstance(item, bool):
       item = str(item)
     elif item is not None and not isinstance(item, str):
       raise UserError(f"{kind} with {type(item).__name__} among them; {expected}")
-    texts.append((item or "").strip())
+    text = (item or "").strip()
+    texts.append("" if text == str(UNLABELED) else text)
   return texts
 
 
 def _are_numbers(texts) -> bool:
-  """Whether texts are integers from -1 on, no two of them the same; at most as long as Python reads them."""
-  if not all(re.fullmatch("-1|[0-9]{1,4000}", text) for text in texts):
+  """Whether texts are integers, no two of them the same; at most as long as Python reads them."""
+  if not all(re.fullmatch("[0-9]{1,4000}", text) for text in texts):
     return False
   return len({int(text) for text in texts}) == len(texts)
 

@@ -1,6 +1,5 @@
 """Records inside large files: where they lie, found once and cached, and reading one of them."""
 
-import functools
 import hashlib
 import io
 import logging
@@ -11,7 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from simclr_jax.data.decode import BadImage, one_line
+from simclr_jax.data.crc import masked_crc, masked_crcs
+from simclr_jax.data.decode import MAX_BYTES, BadImage, one_line
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
@@ -31,7 +31,12 @@ def is_remote(path: str) -> bool:
 
 
 def read_range(path: str, offset: int, length: int) -> bytes:
-  """`length` bytes of a file from byte `offset` on; raises ReadError where the file is gone, cut off or unreadable."""
+  """`length` bytes of a file from byte `offset` on; raises ReadError where the file is gone, cut off or unreadable.
+
+  More than an image can take, as a sparse file may have, is a BadImage.
+  """
+  if length > MAX_BYTES:
+    raise BadImage(f"{length:,} bytes, above the limit of {MAX_BYTES:,} for an image")
   try:
     if is_remote(path):
       with epath.Path(path).open("rb") as file:
@@ -66,21 +71,13 @@ def refuse_gzip(path: str, file):
   file.seek(0)
 
 
-@functools.cache
-def _crc_table() -> np.ndarray:
-  table = np.arange(256, dtype=np.uint32)
-  for _ in range(8):
-    table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
-  return table
-
-
-def masked_crcs(rows: np.ndarray) -> np.ndarray:
-  """The checksums of TFRecord, uint32 [n], of short rows of bytes, uint8 [n, m]: CRC-32C, rotated and shifted."""
-  crc = np.full(len(rows), 0xFFFFFFFF, np.uint32)
-  for column in rows.T:
-    crc = _crc_table()[(crc ^ column) & 0xFF] ^ (crc >> 8)
-  crc = ~crc
-  return ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
+def read_record(path: str, offset: int, length: int) -> bytes:
+  """The payload of a TFRecord record; raises BadImage where its checksum is another's, and ReadError as `read_range`."""
+  stored = read_range(path, offset, length + 4)
+  data, checksum = stored[:length], int.from_bytes(stored[length:], "little")
+  if masked_crc(data) != checksum:
+    raise BadImage(f"{path}: the record at byte {offset} is damaged (its checksum does not match)")
+  return data
 
 
 def scan_tfrecords(shards: Sequence[str]) -> dict[str, np.ndarray]:
@@ -172,12 +169,12 @@ def plain_label(value, what: str) -> int | str | None:
   if isinstance(value, list | tuple | np.ndarray):
     value = value[0] if len(value) else None
   if isinstance(value, bytes):
-    return value.decode("utf-8", "surrogateescape")
+    return files.printable(value.decode("utf-8", "surrogateescape"))
   if value is None or isinstance(value, str):
     return value
   if isinstance(value, float) and value != value:  # how tables store a number that is missing
     return None
-  if value != int(value):
+  if isinstance(value, float) and not value.is_integer() or value != int(value):
     raise UserError(f"{what}: its label is {value}; expected a whole number or a text")
   return int(value)
 

@@ -19,6 +19,7 @@ from etils import epath
 from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage, is_junk, one_line
 from simclr_jax.data.labels import make_labels
 from simclr_jax.data.records import (
+  ReadError,
   cache_file,
   is_remote,
   load_cache,
@@ -26,11 +27,12 @@ from simclr_jax.data.records import (
   plain_label,
   read_labels,
   read_range,
+  read_record,
   refuse_gzip,
   save_cache,
   scan_tfrecords,
 )
-from simclr_jax.data.sources import Source
+from simclr_jax.data.sources import Source, say_once, skipped_text
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
@@ -60,7 +62,7 @@ def find(kind: str, rest: str, suffixes: Sequence[str]) -> list[str]:
 
 
 class ShardSource(Source):
-  """What the four have in common.  `_facts` are arrays of one entry a record, kept in the cache."""
+  """What the four have in common.  `_facts` are arrays of one entry a record, kept in the cache, and what was `skipped`."""
 
   def __init__(self, kind: str, rest: str, suffixes: Sequence[str], scan: Callable[[Sequence[str]], dict]):
     self._spec, self._shards = f"{kind}:{rest}", find(kind, rest, suffixes)
@@ -70,14 +72,20 @@ class ShardSource(Source):
     if self._facts is None:
       self._facts = scan(self._shards)
       save_cache(self._cache, self._facts)
+    self.skipped = self._facts.get("skipped", np.asarray([], np.str_)).tolist()
+    said = skipped_text(self.skipped)
     if not len(self._facts["shard"]):
-      raise UserError(f"{self._spec}: {len(self._shards)} shards without one image; give others")
+      raise UserError(
+        f"{self._spec}: {len(self._shards)} shards without one image; give others" + (f"; {said}" if said else "")
+      )
+    if said:
+      say_once(f"{self._spec}: {said}")
 
   def __len__(self):
     return len(self._facts["shard"])
 
   def name(self, i):
-    return f"{self._shards[self._facts['shard'][i]]}:{i}"
+    return files.printable(f"{self._shards[self._facts['shard'][i]]}:{i}")
 
   def _classes(self):
     """(int32 [N] or None, names of the classes), from the cache; else the whole set is read once."""
@@ -148,7 +156,7 @@ class TFRecordSource(_Examples):
     super().__init__("tfrecord", rest, (".tfrecord", ".tfrecords"), scan_tfrecords)
 
   def _bytes(self, i):
-    return read_range(*self._where(i))
+    return read_record(*self._where(i))
 
   def _where(self, i):
     shard, offset, length = (int(self._facts[key][i]) for key in ("shard", "offset", "length"))
@@ -191,7 +199,7 @@ class ArrayRecordSource(_Examples):
       return readers[path].read([int(self._facts["place"][i])])[0]
     except Exception as error:  # ValueError, IndexError, SystemError: pybind's choice
       readers.pop(path, None)
-      raise BadImage(f"{path}: record {self._facts['place'][i]} cannot be read") from error
+      raise ReadError(f"{path}: record {self._facts['place'][i]} cannot be read") from error
 
 
 class WebDatasetSource(ShardSource):
@@ -204,7 +212,7 @@ class WebDatasetSource(ShardSource):
     super().__init__("webdataset", rest, (".tar",), functools.partial(_scan_tars, f"webdataset:{rest}"))
 
   def name(self, i):
-    return f"{self._shards[self._facts['shard'][i]]}:{self._facts['name'][i]}"
+    return files.printable(f"{self._shards[self._facts['shard'][i]]}:{self._facts['name'][i]}")
 
   def _record(self, i):
     shard, offset, length = (int(self._facts[key][i]) for key in ("shard", "offset", "length"))
@@ -212,9 +220,9 @@ class WebDatasetSource(ShardSource):
 
 
 def _scan_tars(spec, shards):
-  rows = []
+  rows, skipped = [], []
   for shard, path in enumerate(shards):
-    labels, images = {}, []
+    labels, images, others = {}, [], {}
     try:
       with open_shard(path) as file:
         refuse_gzip(path, file)
@@ -227,8 +235,11 @@ def _scan_tars(spec, shards):
             key = os.path.join(folder, key)
             if f".{ending.lower()}".endswith(IMAGE_SUFFIXES):
               images.append((key, member.name, member.offset_data, member.size))
-            elif ending.lower() == "cls":
-              labels[key] = tar.extractfile(member).read().decode("utf-8", "surrogateescape").strip()
+              continue
+            others.setdefault(key, member.name)
+            if ending.lower() == "cls":
+              labels[key] = tar.extractfile(member).read().decode("utf-8", "surrogateescape")
+              labels[key] = files.printable(labels[key].strip())
           # After a damaged header tarfile takes what it has found for all there is.
           file.seek(tar.offset)
           if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -237,11 +248,14 @@ def _scan_tars(spec, shards):
       raise UserError(f"{spec}: {path} is not a plain tar file, or damaged ({error}); make it again") from error
     except OSError as error:
       raise UserError(f"{spec}: {path} cannot be read ({one_line(error)}); try again when it is readable") from error
+    whole = {key for key, *_ in images}
+    skipped += [name for key, name in others.items() if key not in whole]
     rows += [(shard, name, offset, size, labels.get(key, "")) for key, name, offset, size in images]
   columns = list(zip(*rows, strict=True)) or [()] * 5
   kinds = (np.int32, np.str_, np.int64, np.int64, np.str_)
   names = ("shard", "name", "offset", "length", "label")
-  return {name: np.asarray(column, kind) for name, column, kind in zip(names, columns, kinds, strict=True)}
+  facts = {name: np.asarray(column, kind) for name, column, kind in zip(names, columns, kinds, strict=True)}
+  return {**facts, "skipped": np.asarray(skipped, np.str_)}
 
 
 class ParquetSource(ShardSource):
@@ -287,7 +301,7 @@ class ParquetSource(ShardSource):
     try:
       return self._parquet.ParquetFile(path).read_row_group(group, columns=[self._image])
     except Exception as error:  # pyarrow.ArrowException and OSError
-      raise BadImage(f"{path}: row group {group} cannot be read") from error
+      raise ReadError(f"{path}: row group {group} cannot be read") from error
 
   def _read_labels(self):
     if not self._label_column:
@@ -322,7 +336,7 @@ def write_tfrecord(path: str, items) -> int:
   count, temporary = 0, f"{path}.partial"
   with tf.io.TFRecordWriter(temporary) as writer:
     for image, label, name in items:
-      features = {"image/encoded": feature(image), "image/filename": feature(name.encode())}
+      features = {"image/encoded": feature(image), "image/filename": feature(name.encode("utf-8", "surrogateescape"))}
       if label >= 0:
         features["image/class/label"] = feature(int(label))
       writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())

@@ -1,17 +1,22 @@
 """Data sets by number, and what can be made of them: parts, selections, and several joined to one."""
 
+import collections
+import functools
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from simclr_jax.data.decode import BadImage, decode, one_line
+from simclr_jax.data.decode import BadImage, decode, may_be_deep, one_line, significant_bits
 from simclr_jax.data.labels import make_labels
 from simclr_jax.data.order import permutation
+from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
-SAMPLE = 32  # images whose contents are part of a fingerprint
+SAMPLE = 32  # images that a look at the contents of a set reads
+say_once = functools.cache(logging.getLogger(__name__).warning)
 
 
 def digest(parts: Iterable) -> str:
@@ -19,10 +24,21 @@ def digest(parts: Iterable) -> str:
   total = hashlib.sha256()
   for part in parts:
     part = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
-    part = memoryview(np.ascontiguousarray(part)).cast("B") if isinstance(part, np.ndarray) and part.size else part
+    part = np.ascontiguousarray(part).reshape(-1).view(np.uint8) if isinstance(part, np.ndarray) else part
     total.update(len(part).to_bytes(8, "little"))
     total.update(part)
   return total.hexdigest()[:16]
+
+
+def skipped_text(names: Sequence[str]) -> str:
+  """How many files were skipped, of which kinds, and one of them; empty for none."""
+  if not len(names):
+    return ""
+  kinds = [os.path.splitext(name)[1].lower() or "without a suffix" for name in names]
+  counts = collections.Counter(kinds).most_common()
+  example = min(name for name, kind in zip(names, kinds, strict=True) if kind == counts[0][0])
+  listed = ", ".join(f"{count:,} {kind}" for kind, count in counts[:5]) + (" and others" if len(counts) > 5 else "")
+  return f"{len(names):,} files are not read as images ({listed}), such as {files.printable(example)}"
 
 
 def spread(count: int, most: int) -> np.ndarray:
@@ -33,12 +49,13 @@ def spread(count: int, most: int) -> np.ndarray:
 class Source:
   """Images by number.
 
-  `class_names` is empty, and `labels` None, where there are no labels.  `array_extent` is the height and width of
+  `skipped` names the files among the images that are none, or that nothing here reads.  `class_names` is empty, and `labels` None, where there are no labels.  `array_extent` is the height and width of
   images that are all in memory and of one size, which `gather` then returns; None for others.
   """
 
   class_names: Sequence[str] = ()
   array_extent: tuple[int, int] | None = None
+  skipped: Sequence[str] = ()
 
   @property
   def num_classes(self) -> int:
@@ -71,7 +88,27 @@ class Source:
   def read_labeled(self, i: int) -> tuple[np.ndarray, int]:
     """(image i, its label or -1), in one read; raises BadImage."""
     item, label = self.item(i)
-    return (decode(item) if isinstance(item, bytes) else item), label
+    return self.decode(item), label
+
+  def decode(self, item: bytes | np.ndarray) -> np.ndarray:
+    """A stored image of this set as uint8 [h, w, 3]; raises BadImage."""
+    if not isinstance(item, bytes):
+      return item
+    return decode(item, bits=self.bits if may_be_deep(item) else 16)
+
+  @functools.cached_property
+  def bits(self) -> int:
+    """How many of their 16 bits the 16-bit images of this set use: 8, 10, 12, 14 or 16.
+
+    Cameras and microscopes write 12 bits into files of 16, of which the upper 8 are nearly black.  All images of a set are
+    scaled alike, by the largest value in a fixed sample of them; where that has no 16-bit image, by 16.
+    """
+    found = [significant_bits(item) for item in self._contents() if isinstance(item, bytes)]
+    used = max((one for one in found if one), default=16)
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if bits >= used)
+    if bits < 16:
+      say_once(f"{self.name(0)} and others of its set: 16-bit images with values up to {bits} bits, scaled as such")
+    return bits
 
   def fingerprint(self) -> dict[str, int | str]:
     """What tells this set from itself after a change, for `json`: the number of images, and digests of the classes, of the
@@ -182,6 +219,10 @@ class Subset(Source):
   def name(self, i):
     return self._source.name(int(self._chosen[i]))
 
+  @property
+  def bits(self):
+    return self._source.bits
+
   def item(self, i):
     return self._source.item(int(self._chosen[i]))
 
@@ -198,6 +239,21 @@ class Selection(Subset):
 
   def __init__(self, source: Source, indices):
     self._source, self.class_names, self._chosen = source, source.class_names, np.asarray(indices)
+
+
+def first_readable(source: Source) -> np.ndarray:
+  """The first image of a source that can be read, uint8 [h, w, 3].
+
+  Raises:
+    UserError: none can.
+  """
+  reason = "it is empty"
+  for i in range(len(source)):
+    try:
+      return source.read(i)
+    except BadImage as error:
+      reason = f"the last is {source.name(i)} ({error})"
+  raise UserError(f"none of the {len(source)} images can be read: {reason}")
 
 
 class Relabeled(Selection):
@@ -244,6 +300,10 @@ class Joined(Source):
   def item(self, i):
     source, j = self._locate(i)
     return source.item(j)
+
+  def read_labeled(self, i):
+    source, j = self._locate(i)
+    return source.read_labeled(j)
 
 
 def class_balanced(labels, fraction: float, seed: int) -> np.ndarray:

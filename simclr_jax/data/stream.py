@@ -70,8 +70,9 @@ class _Reader:
       with contextlib.suppress(BadImage):  # `read` meets it again, and says so
         item, label = self.source.item(index)
         if isinstance(item, bytes) and sniff(item) == "JPEG" and item.endswith(b"\xff\xd9"):
-          height, width, orientation = jpeg_header(item)
-          if orientation == 1 and max(height, width) <= (canvas or max(height, width)):
+          header = jpeg_header(item)
+          side = max(header.height, header.width)
+          if header.plain and header.orientation == 1 and side <= (canvas or side):
             return item, (0, 0), label, index
     image, label, index = self.read(index)
     image = _reduced(image, canvas) if canvas else image
@@ -114,7 +115,7 @@ class _Reader:
     elif count == 21:
       logger.warning("more than 20 unreadable images; the others are counted%s", "" if self._file else " but not named")
     if count == self._allowed + 1:
-      self._error = ValueError(
+      self._error = UserError(
         f"{count} of {len(self.source)} images are unreadable, more than the {self._allowed} allowed by"
         f" max_bad_fraction={self._share:g}; the last is {name} ({reason}): remove or repair them, or"
         " raise max_bad_fraction"

@@ -8,7 +8,7 @@ from etils import epath
 
 from simclr_jax.data.decode import BadImage
 from simclr_jax.data.labels import make_labels
-from simclr_jax.data.records import cache_file, load_cache, read_labels, read_range, save_cache, scan_tfrecords
+from simclr_jax.data.records import cache_file, load_cache, read_labels, read_record, save_cache, scan_tfrecords
 from simclr_jax.data.sources import SAMPLE, Source, spread
 from simclr_jax.runtime.errors import UserError
 
@@ -117,7 +117,10 @@ class TfdsSource(Source):
       return None
     out = np.zeros((len(self), feature.feature.num_classes), np.int8)
     for i, row in enumerate(self._rows):
-      features = self._features(row)
+      try:
+        features = self._features(row)
+      except BadImage as error:
+        raise UserError(f"{self._title}: the labels cannot be read ({error}); copy or prepare it again") from error
       out[i, list(features["labels"].int64_list.value)] = 1
       if "labels_no_difficult" in features:
         easy = set(features["labels_no_difficult"].int64_list.value)
@@ -144,7 +147,7 @@ class TfdsSource(Source):
 
   def _bytes(self, row):
     shard, offset, length = (int(self._offsets[key][row]) for key in ("shard", "offset", "length"))
-    return read_range(self._shards[shard], offset, length)
+    return read_record(self._shards[shard], offset, length)
 
 
 def _prepared_folder(spec: str, name: str, root: str) -> str:

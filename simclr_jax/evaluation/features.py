@@ -108,7 +108,8 @@ def _parquet(features) -> bytes:
   name = [_utf8(name) for name in features.name.tolist()]
   table = arrow.table({"name": name, "label": features.label, "index": features.index, "h": h})
   buffer = io.BytesIO()
-  parquet.write_table(table.replace_schema_metadata(features.about), buffer)
+  about = {key: value.encode("utf-8", "surrogateescape") for key, value in features.about.items()}
+  parquet.write_table(table.replace_schema_metadata(about), buffer)
   return buffer.getvalue()
 
 
@@ -121,13 +122,16 @@ def _from_parquet(local):
   table = _pyarrow()[1].read_table(local)
   found = {key: table[key].to_numpy() for key in ("name", "label", "index")}
   found["h"] = table["h"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-  return found | {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+  return found | {
+    key.decode(): value.decode("utf-8", "surrogateescape") for key, value in table.schema.metadata.items()
+  }
 
 
 def _safetensors(features) -> bytes:
   """There are no strings in the format: names stand in the metadata, as JSON."""
   tensors = {key: np.ascontiguousarray(getattr(features, key)) for key in ("h", "label", "index")}
-  content = safetensors.numpy.save(tensors, {**features.about, "name": json.dumps(features.name.tolist())})
+  about = {key: value.encode("utf-8", "backslashreplace").decode() for key, value in features.about.items()}
+  content = safetensors.numpy.save(tensors, {**about, "name": json.dumps(features.name.tolist())})
   # The library writes the metadata in an order that changes from process to process.
   end = 8 + int.from_bytes(content[:8], "little")
   header = json.loads(content[8:end])

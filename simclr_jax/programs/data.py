@@ -42,7 +42,8 @@ def inspect(spec: str, *, data_dir: str | None = None, limit: int = 0, output: s
     output: a PNG file for a contact sheet of 64 images.
 
   Returns:
-    dict(images, classes {name: count}, formats {name: count}, sizes [m, 2], bytes (mean), bad {name: reason}).
+    dict(images, classes {name: count}, formats {name: count}, sizes [m, 2], bytes (mean), bad {name: reason}, skipped
+    (names of files), bits (see data.Source; 8 where no image has 16), unlabeled (their number)).
   """
   source = data.open_source(spec, data_dir=data_dir)
   chosen = np.arange(len(source))
@@ -50,11 +51,15 @@ def inspect(spec: str, *, data_dir: str | None = None, limit: int = 0, output: s
     chosen = np.sort(data.permutation(0, 0, len(source))[:limit])
   sheet = set(chosen[data.permutation(1, 0, len(chosen))[:64]].tolist())
 
+  deep = set()  # 16-bit images
+
   def look(i):
     try:
       item, _ = source.item(i)
-      pixels = data.decode(item) if isinstance(item, bytes) else item
+      pixels = source.decode(item)
       kind, length = (data.sniff(item), len(item)) if isinstance(item, bytes) else ("array", pixels.nbytes)
+      if isinstance(item, bytes) and data.significant_bits(item):
+        deep.add(i)
       return i, kind, length, pixels.shape[:2], pixels if i in sheet else None
     except data.BadImage as reason:
       return i, str(reason), 0, None, None
@@ -82,6 +87,9 @@ def inspect(spec: str, *, data_dir: str | None = None, limit: int = 0, output: s
     "sizes": np.asarray(sizes, int).reshape(-1, 2),
     "bytes": float(np.mean(lengths)) if lengths else 0.0,
     "bad": bad,
+    "skipped": source.skipped,
+    "bits": source.bits if deep else 8,
+    "unlabeled": int((source.labels < 0).sum()) if source.labels is not None else 0,
   }
   _describe(spec, result, len(chosen))
   if output and pictures:
@@ -97,6 +105,8 @@ def _describe(spec, result, looked):
     low, middle, high = (np.quantile(result["sizes"], q, axis=0).astype(int) for q in (0, 0.5, 1))
     print(f"height, width  {low[0]} x {low[1]} to {high[0]} x {high[1]}, median {middle[0]} x {middle[1]}")
     print(f"stored         {result['bytes'] / 1000:,.1f} kB an image")
+  if result["bits"] > 8:
+    print(f"16-bit images  scaled from {result['bits']} bits, 0 to {2 ** result['bits'] - 1:,}, to 0 to 255")
   classes = result["classes"]
   if classes:
     ordered = sorted(classes.items(), key=lambda item: -item[1])
@@ -106,8 +116,11 @@ def _describe(spec, result, looked):
     empty = [name for name, count in ordered if not count]
     if empty:
       print(f"               {len(empty)} without an image, such as {empty[0]}")
+    if result["unlabeled"]:
+      print(f"               {result['unlabeled']:,} images without a label, which are in no score")
   else:
     print("classes        none: no labels, so no kNN and no linear evaluation")
+  print(f"skipped        {data.skipped_text(result['skipped']) or 'no file'}")
   share = len(result["bad"]) / looked
   print(f"unreadable     {len(result['bad']):,} ({share:.3%}); a run stops above data.max_bad_fraction")
   for name, reason in itertools.islice(result["bad"].items(), 20):
@@ -172,7 +185,7 @@ def prepare(
   def load(i):
     try:
       item, label = source.item(i)
-      pixels = data.decode(item) if isinstance(item, bytes) else item
+      pixels = source.decode(item)
       if short_side and min(pixels.shape[:2]) > short_side:
         item = _encoded(_shrunk(pixels, short_side), "JPEG", quality=95)
       elif not isinstance(item, bytes):

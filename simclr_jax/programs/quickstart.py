@@ -213,7 +213,7 @@ def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, ove
   if not minutes > 0:
     raise UserError(f"--minutes={minutes}: expected a number above 0")
   root = os.path.abspath(os.path.expanduser(folder))
-  spec = f"files:{root}"
+  spec, root = f"files:{root}", files.printable(root)  # as the names of its images are
   source = data.open_source(spec)
   if len(source) < FEWEST:
     raise UserError(f"{folder} holds {len(source)} images: quickstart needs {FEWEST} at least, hundreds to be useful")

@@ -6,9 +6,8 @@ import json
 import jax
 import numpy as np
 
-from simclr_jax import diagnostics, exporting
+from simclr_jax import data, diagnostics, exporting
 from simclr_jax import model as model_lib
-from simclr_jax.data import permutation
 from simclr_jax.evaluation import embed, knn, linear
 from simclr_jax.programs import map as map_lib
 from simclr_jax.runtime import files
@@ -48,7 +47,7 @@ class PretrainEvaluation:
     make = functools.partial(embed.eval_set, config=config, mesh=mesh, labeled=True)
     bank = embed.bank(train_source, config)
     self.train, self.test = make(bank), make(test_source)
-    native = min(test_source.read(0).shape[:2])  # raw pixels compete at their own size where that is small
+    native = min(data.first_readable(test_source).shape[:2])  # raw pixels compete at their own size where that is small
     self.raw = [
       make(part, size=native, crop=1.0) if native <= 64 else made
       for part, made in ((bank, self.train), (test_source, self.test))
@@ -148,7 +147,7 @@ def _map(images: embed.EvalSet, h, seed: int) -> dict | None:
   """What the page shows of h [n, d] in the plane."""
   if len(h) < 4:
     return None
-  rows = np.sort(permutation(seed, 0, len(h))[:ON_THE_MAP])
+  rows = np.sort(data.permutation(seed, 0, len(h))[:ON_THE_MAP])
   source, index = images.source, images.rows()[rows]
   names = [source.name(int(i)) for i in index]
   labels = images.labels()[rows] if source.num_classes else None

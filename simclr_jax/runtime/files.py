@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import unicodedata
 
 from etils import epath
 
@@ -22,6 +23,20 @@ def is_remote(path) -> bool:
 def absolute(path) -> epath.Path:
   """The absolute path; one in a bucket is absolute already."""
   return epath.Path(path if is_remote(path) else os.path.abspath(path))
+
+
+def printable(name: str) -> str:
+  """The name of a file as a text of one line: control characters, backslashes and bytes that are not UTF-8 are escaped as
+  in Python's strings, such as \\n, \\\\ and \\xff.  Different names stay different.
+  """
+  if name.isprintable() and "\\" not in name:
+    return name
+  escapes = {"Cc", "Zl", "Zp", "Cs"}  # control characters, separators of lines, bytes by surrogateescape
+  return "".join(_escape(c) if c == "\\" or unicodedata.category(c) in escapes else c for c in name)
+
+
+def _escape(c: str) -> str:
+  return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
 
 
 def write_bytes(path, content: bytes):
