@@ -57,8 +57,21 @@ def for_this_machine(flags):
 
   if "coordinator" in flags:
     processes.start(flags.coordinator, flags.num_processes, flags.process_id)
+    processes.agree(_facts(flags))
   if note and not processes.process_index():
     print(note)
+
+
+def _facts(flags) -> dict:
+  """What the processes of a run have to agree on: flags, values of the config, code."""
+  from simclr_jax.programs import config as config_lib
+  from simclr_jax.runtime import processes
+
+  own = ("coordinator", "num_processes", "process_id", "config")
+  facts = {f"--{name}": value for name, value in vars(flags).items() if name not in own}
+  if "config" in flags:
+    facts |= {f"config.{name}": value for name, value in config_lib.flatten(flags.config).items()}
+  return facts | processes.of_this_program()
 
 
 def for_training(flags):

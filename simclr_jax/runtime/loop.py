@@ -6,6 +6,7 @@ so a run that stops anywhere and restores step s sees the same batch next as one
 
 import collections
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -56,6 +57,7 @@ class Task:
   show: Mapping[str, str] = dataclasses.field(default_factory=dict)  # metric -> what the progress line calls it
   log_with_every_row: Mapping[str, float] = dataclasses.field(default_factory=dict)  # such as the loss at chance
   advice: str = ""  # for a run that diverges
+  data: str = ""  # what tells the training data from other data, which has to be the same in every process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +215,11 @@ class Loop:
     self.task, self.config, self.mesh, self.workdir = task, config, mesh, epath.Path(workdir)
     self.config_json = config_json
     self.clock = progress_lib.Clock()
+    # A process that makes other steps than the rest would leave them waiting in a collective.
+    due = {name: evaluator.every for name, evaluator in task.evaluators.items()}
+    facts = {"steps": task.total_steps, "images": task.num_examples, "data": task.data, "seed": seed, "evaluators": due}
+    digest = hashlib.sha256(config_json.encode()).hexdigest()[:16]
+    processes.agree(facts | dataclasses.asdict(config) | {"config (SHA-256)": digest})
     self.checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep)
     self.like = abstract_state(task, mesh)
     self.skipped = _Skipped(workdir)
