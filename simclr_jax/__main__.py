@@ -53,11 +53,12 @@ def for_this_machine(flags):
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that nobody misses
   note = cpu.prepare()
   tensorflow.quieten()
-  from simclr_jax.runtime import processes
+  from simclr_jax.runtime import mesh, processes
 
   if "coordinator" in flags:
     processes.start(flags.coordinator, flags.num_processes, flags.process_id)
     processes.agree(_facts(flags))
+  mesh.check_devices()
   if note and not processes.process_index():
     print(note)
 

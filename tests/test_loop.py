@@ -147,3 +147,25 @@ def test_a_process_whose_others_never_come_says_so(monkeypatch, capsys):
   with processes._limited(0.01, "process 0 of 2", " at localhost:1"):
     assert left.wait(10)
   assert capsys.readouterr().err.startswith("simclr: process 0 of 2 has waited 0 s at localhost:1 for all processes of")
+
+
+@pytest.mark.parametrize(
+  "error, said",
+  [
+    (
+      RuntimeError("Unable to initialize backend 'foo': not\nknown (set JAX_PLATFORMS='' to automatically)"),
+      "'foo': not known",
+    ),
+    (AssertionError(), "this JAX has no such backend"),
+  ],
+)
+def test_a_wrong_platform_is_one_line(monkeypatch, error, said):
+  def devices():
+    raise error
+
+  monkeypatch.setattr(mesh_lib.jax, "devices", devices)
+  monkeypatch.setenv("JAX_PLATFORMS", "foo")
+  with pytest.raises(UserError) as told:
+    mesh_lib.check_devices()
+  assert str(told.value).startswith("JAX_PLATFORMS=foo: no devices (") and said in str(told.value)
+  assert "\n" not in str(told.value) and "(set" not in str(told.value)

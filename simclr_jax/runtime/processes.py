@@ -20,7 +20,7 @@ import numpy as np
 from jax._src import distributed as _distributed
 from jax.experimental import multihost_utils
 
-from simclr_jax.runtime import files, watchdog
+from simclr_jax.runtime import files, mesh, watchdog
 from simclr_jax.runtime.errors import UserError
 
 JOIN = (
@@ -72,6 +72,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
       if "coordinator_address should be defined" in str(error):  # no cluster was found
         return
       raise UserError(f"a cluster was found but cannot be joined: {error}") from None
+  mesh.check_devices()
   global _client
   if jax.process_count() > 1:
     _client = _distributed.global_state.client
