@@ -32,12 +32,14 @@ case "$action" in
       --accelerator-type="${TYPE:?}" --runtime-version="$(runtime)" ${SPOT:+--spot} ;;
   status) do_ gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' ;;
   setup)
-    everywhere "git clone ${REPOSITORY:?git address of the code} simclr_jax 2>/dev/null || git -C simclr_jax pull --ff-only; \
+    printf -v repository %q "${REPOSITORY:?git address of the code}"
+    everywhere "git clone -- $repository simclr_jax 2>/dev/null || git -C simclr_jax pull --ff-only; \
 cd simclr_jax && python3 -m venv .venv && .venv/bin/pip install --quiet -r requirements-lock.txt 'jax[tpu]==0.10.2' && .venv/bin/pip install --quiet --no-deps -e ." ;;
   run)
     # Restarted where it was preempted; its output goes to a file on each worker, so that losing ssh loses nothing.
     printf -v command '%q ' .venv/bin/simclr "$@"
-    everywhere "cd simclr_jax && nohup bash -c 'while $command; code=\$?; [ \$code = 42 ] || [ \$code -ge 128 ]; do sleep 30; done' >> run.log 2>&1 < /dev/null & disown" ;;
+    printf -v loop %q "while $command; code=\$?; [ \$code = 42 ] || [ \$code -ge 128 ]; do sleep 30; done"
+    everywhere "cd simclr_jax && nohup bash -c $loop >> run.log 2>&1 < /dev/null & disown" ;;
   logs) do_ gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="${WORKER:-0}" --command="tail -n 50 -f simclr_jax/run.log" ;;
   stop) everywhere "pkill -TERM -f bin/simclr" ;;
   delete) do_ gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet ;;

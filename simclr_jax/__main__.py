@@ -1,6 +1,7 @@
 """The `simclr` command: flags, what must be set before JAX starts, dispatch, and one-line errors."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -51,12 +52,26 @@ def for_this_machine(flags):
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that nobody misses
   note = cpu.prepare()
   tensorflow.quieten()
-  from simclr_jax.runtime import processes
+  from simclr_jax.runtime import mesh, processes
 
   if "coordinator" in flags:
     processes.start(flags.coordinator, flags.num_processes, flags.process_id)
+    processes.agree(_facts(flags))
+  mesh.check_devices()
   if note and not processes.process_index():
     print(note)
+
+
+def _facts(flags) -> dict:
+  """What the processes of a run have to agree on: flags, values of the config, code."""
+  from simclr_jax.programs import config as config_lib
+  from simclr_jax.runtime import processes
+
+  own = ("coordinator", "num_processes", "process_id", "config")
+  facts = {f"--{name}": value for name, value in vars(flags).items() if name not in own}
+  if "config" in flags:
+    facts |= {f"config.{name}": value for name, value in config_lib.flatten(flags.config).items()}
+  return facts | processes.of_this_program()
 
 
 def for_training(flags):
@@ -176,7 +191,14 @@ def split(argv) -> tuple[list[str], list[str]]:
 
 
 def main(argv=None) -> int:
-  """Runs a command; returns the exit code: 0 done, 1 error, 2 wrong flags, 42 stopped by SIGTERM and saved, 130 by SIGINT."""
+  """Runs a command; returns the exit code: 0 done, 1 error, 2 wrong flags, 42 stopped by SIGTERM or SIGHUP and saved, 130 by
+  SIGINT.
+
+  Training goes on when its output is lost; another command has failed then, unless a reader such as `head` had seen enough.
+  """
+  from simclr_jax.runtime import output
+
+  output.open_standard_files()
   if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show ends no run
     sys.stdout.reconfigure(errors="backslashreplace")
   words, overrides = split(sys.argv[1:] if argv is None else argv)
@@ -185,14 +207,35 @@ def main(argv=None) -> int:
   command = COMMANDS[flags.command]
   if overrides and not command.overrides:
     top.error(f"{overrides[0]}: {flags.command} takes no config values")
+  trains = command.prepare is for_training
+
+  def announce(error):
+    if trains:
+      print(f"simclr: standard output is lost ({error}); the run continues without it", file=sys.stderr)
+
+  with output.kept_going(announce) as out:
+    code = _outcome(command, flags, overrides, heard=trains)
+  if code == 0 and not trains and out.failure and not isinstance(out.failure, BrokenPipeError):
+    print(f"simclr: standard output cannot be written ({out.failure})", file=sys.stderr)
+    code = 1
+  return code
+
+
+def _outcome(command, flags, overrides, heard: bool) -> int:
+  """The exit code of a command, whose errors are printed; `heard`: whether signals are answered, see runtime/signals.py."""
+  stopped = ()
   try:
-    code, message = _run(command, flags, overrides), ""
-    sys.stdout.flush()
-  except BrokenPipeError:  # whoever read the output, `head` for instance, has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    code, message = 0, ""
+    with contextlib.ExitStack() as stack:
+      if heard:
+        from simclr_jax.runtime import signals
+
+        stopped = signals.Stopped
+        stack.enter_context(signals.heard())
+      code, message = _run(command, flags, overrides), ""
   except KeyboardInterrupt:
     code, message = 130, "interrupted"
+  except stopped as error:
+    code, message = error.exit_code, str(error)
   except Exception as error:
     code, message = getattr(error, "exit_code", 1), str(error)
     # An OSError without a number was raised on purpose, with words for the user.

@@ -74,4 +74,4 @@ def buckets(root):
     try:
       yield
     finally:
-      lock._release_all()  # or it happens when the process ends, at the real gs://
+      lock.release_all()  # or it happens when the process ends, at the real gs://

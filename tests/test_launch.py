@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import subprocess
+import time
 
 import jsonschema
 import kubernetes_validate
@@ -66,7 +67,10 @@ def test_dry_run(name):
     ("tpu_pod.sh", ("--dry-run", "create"), POD | {"NAME": "my run; rm"}, "NAME=my run; rm: expected"),
     ("tpu_pod.sh", ("--dry-run", "explode"), POD, "explode: expected create"),
     ("tpu_pod.sh", ("--dry-run", "create"), {"NAME": "a"}, "ZONE: zone"),
-    ("gke.sh", ("--dry-run",), GKE | {"IMAGE": 'a"b'}, "no quotes"),
+    ("gke.sh", ("--dry-run",), GKE | {"IMAGE": 'a"b'}, "IMAGE: no quotes"),
+    ("gke.sh", ("--dry-run",), GKE | {"IMAGE": "a\\b"}, "IMAGE: no quotes, backslashes"),
+    ("gke.sh", ("--dry-run",), GKE | {"WORKDIR": "gs://b/${HOSTS}"}, "WORKDIR: no quotes, backslashes"),
+    ("gke.sh", ("--dry-run",), GKE | {"NAME": "a\nb"}, "NAME: no quotes, backslashes"),
     ("gke.sh", ("--dry-run",), {k: v for k, v in GKE.items() if k != "HOSTS"}, "HOSTS: is not set"),
     ("slurm.sbatch", (), {"DRY_RUN": "1", "WORKDIR": "/x"}, "CONFIG: recipe"),
     ("multiprocess.sh", ("--dry-run",), {}, "number of processes"),
@@ -75,6 +79,54 @@ def test_dry_run(name):
 def test_mistakes(script, arguments, environment, says):
   done = bash(script, arguments, environment)
   assert done.returncode != 0 and says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def on_the_worker(*arguments, **environment) -> str:
+  """The command that tpu_pod.sh gives to a worker's shell."""
+  done = bash("tpu_pod.sh", ("--dry-run", *arguments), POD | environment)
+  assert done.returncode == 0, done.stderr
+  last = subprocess.run(
+    ["bash", "-c", f'set -- {done.stdout.rstrip()}; printf %s "${{@: -1}}"'], capture_output=True, text=True
+  )
+  assert last.stdout.startswith("--command=")
+  return last.stdout.removeprefix("--command=")
+
+
+def test_arguments_reach_the_workers_of_a_pod_as_they_were_given(tmp_path):
+  simclr = tmp_path / "simclr_jax/.venv/bin/simclr"
+  simclr.parent.mkdir(parents=True)
+  simclr.write_text("#!/bin/bash\nprintf '%s\\0' \"$@\" > got.partial\nmv got.partial got\nexit 1\n")
+  simclr.chmod(0o755)
+  arguments = ["pretrain", "--config.a=it's", 'say "x"', "two\nlines", "$(touch pwned)", "a & b; c", "back\\slash", ""]
+  subprocess.run(["bash", "-c", on_the_worker("run", *arguments)], cwd=tmp_path, check=True)
+  got, end = tmp_path / "simclr_jax/got", time.monotonic() + 20
+  while not got.exists() and time.monotonic() < end:
+    time.sleep(0.01)
+  assert got.read_text().split("\0")[:-1] == arguments
+  assert not list(tmp_path.rglob("pwned"))
+
+
+def test_the_address_of_the_repository_runs_nothing(tmp_path):
+  git = tmp_path / "bin/git"
+  git.parent.mkdir()
+  git.write_text("#!/bin/bash\nprintf '%s\\0' \"$@\" > arguments\nexit 1\n")
+  git.chmod(0o755)
+  address = "https://x.org/a b; touch pwned #'"
+  command = on_the_worker("setup", REPOSITORY=address)
+  subprocess.run(
+    ["bash", "-c", command], cwd=tmp_path, env={"PATH": f"{git.parent}:/usr/bin:/bin"}, capture_output=True
+  )
+  assert not (tmp_path / "pwned").exists()
+  assert f"clone\0--\0{address}\0simclr_jax" in subprocess.run(
+    ["bash", "-c", command.partition(" 2>")[0] + "; cat arguments"],
+    cwd=tmp_path, env={"PATH": f"{git.parent}:/usr/bin:/bin"}, capture_output=True, text=True,
+  ).stdout  # fmt: skip
+
+
+def test_the_jobset_takes_values_as_they_are():
+  manifest = yaml.safe_load(bash("gke.sh", ("--dry-run",), GKE | {"WORKDIR": "gs://b/a&b/it's/{x}"}).stdout)
+  (container,) = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+  assert "--workdir=gs://b/a&b/it's/{x}" in container["command"]
 
 
 def test_the_jobset_restarts_what_was_preempted_and_nothing_that_failed():

@@ -1,15 +1,20 @@
 """The loop on a state of two arrays, whose update takes microseconds: what a resumed run must do as one never stopped."""
 
+import concurrent.futures
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from simclr_jax import __main__ as cli
 from simclr_jax.model import TrainState
-from simclr_jax.runtime import loop
+from simclr_jax.programs import config as config_lib
+from simclr_jax.runtime import loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 
 ROWS = 8
 
@@ -65,3 +70,102 @@ def test_a_resumed_run_knows_the_losses_that_a_leap_is_measured_against(tmp_path
     np.testing.assert_array_equal(run(where, task(150, leaps), **wary), straight)
     assert (where / "skipped.json").read_text() == skipped
     assert losses(where) == losses(tmp_path / "straight")
+
+
+# ---- several processes that disagree -----------------------------------------------------------------------------------
+
+
+class Store:
+  """The coordination service's key-value store, for threads that play the processes of a run."""
+
+  def __init__(self):
+    self.values, self.changed = {}, threading.Condition()
+
+  def key_value_set(self, key, value, **_):
+    with self.changed:
+      self.values[key] = value
+      self.changed.notify_all()
+
+  def blocking_key_value_get(self, key, timeout_ms):
+    with self.changed:
+      assert self.changed.wait_for(lambda: key in self.values, timeout_ms / 1000)
+      return self.values[key]
+
+
+def agree(monkeypatch, *facts):
+  """What processes.agree raises, or None, in one process for each of `facts`."""
+  local = threading.local()
+  monkeypatch.setattr(processes, "_client", Store())
+  monkeypatch.setattr(processes.jax, "process_count", lambda: len(facts))
+  monkeypatch.setattr(processes.jax, "process_index", lambda: local.index)
+
+  class Calls:
+    def __next__(self):
+      local.calls += 1
+      return local.calls
+
+  monkeypatch.setattr(processes, "_calls", Calls())
+
+  def process(index):
+    local.index, local.calls = index, 0
+    try:
+      processes.agree(facts[index])
+    except UserError as error:
+      return str(error)
+
+  with concurrent.futures.ThreadPoolExecutor(len(facts)) as pool:
+    return list(pool.map(process, range(len(facts))))
+
+
+def test_processes_that_agree_go_on(monkeypatch):
+  facts = {"config.seed": 0, "config.augment.crop_area": (0.08, 1.0), "data": "abc"}
+  assert agree(monkeypatch, facts, facts, facts) == [None] * 3
+
+
+@pytest.mark.parametrize("name", ["config.seed", "config.loss.temperature", "code", "data", "steps"])
+def test_all_processes_stop_where_one_has_another_value(monkeypatch, name):
+  facts = {"config.seed": 0, "config.loss.temperature": 0.1, "code": "a", "data": "b", "steps": 9}
+  said = agree(monkeypatch, facts, facts, {**facts, name: 7})
+  assert len(set(said)) == 1 and "\n" not in said[0]
+  assert said[0].startswith(
+    f"process 2 has {name}=7 and process 0 has {facts[name]!r}: start all processes with the same"
+  )
+
+
+def test_the_facts_of_a_process_are_its_flags_its_config_and_its_code():
+  flags = cli.parser().parse_args(["pretrain", "--config=smoke", "--workdir=w", "--process_id=1"])
+  flags.recipe, flags.config = flags.config, config_lib.load("smoke", ["--config.seed=3"])
+  facts = cli._facts(flags)
+  assert facts["config.seed"] == 3 and facts["--workdir"] == "w" and facts["--resume"] is False
+  assert len(facts["code of simclr_jax (SHA-256)"]) == 16 and "jaxlib" in facts and "--process_id" not in facts
+  json.dumps(facts)
+
+
+def test_a_process_whose_others_never_come_says_so(monkeypatch, capsys):
+  left = threading.Event()
+  monkeypatch.setattr(processes.os, "_exit", lambda code: left.set() or None)
+  with processes._limited(0.01, "process 0 of 2", " at localhost:1"):
+    assert left.wait(10)
+  assert capsys.readouterr().err.startswith("simclr: process 0 of 2 has waited 0 s at localhost:1 for all processes of")
+
+
+@pytest.mark.parametrize(
+  "error, said",
+  [
+    (
+      RuntimeError("Unable to initialize backend 'foo': not\nknown (set JAX_PLATFORMS='' to automatically)"),
+      "'foo': not known",
+    ),
+    (AssertionError(), "this JAX has no such backend"),
+  ],
+)
+def test_a_wrong_platform_is_one_line(monkeypatch, error, said):
+  def devices():
+    raise error
+
+  monkeypatch.setattr(mesh_lib.jax, "devices", devices)
+  monkeypatch.setenv("JAX_PLATFORMS", "foo")
+  with pytest.raises(UserError) as told:
+    mesh_lib.check_devices()
+  assert str(told.value).startswith("JAX_PLATFORMS=foo: no devices (") and said in str(told.value)
+  assert "\n" not in str(told.value) and "(set" not in str(told.value)

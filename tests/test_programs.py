@@ -326,7 +326,7 @@ def test_resume_with_another_config_is_refused(finished, capfd):
 
 
 def test_sigterm_saves_and_exits_42(tmp_path):
-  """Through the real command: stopped in the middle, saved, and resumable."""
+  """Through the real command: stopped in the middle, saved, and resumable; although nobody reads its output any more."""
   changes = {"batch_size": 16, "train_steps": 5000, "augment.size": 16, "encoder.width": 0.0625}
   argv = [f"--config.{k}={v}" for k, v in changes.items()]
   argv += ["--config.log.every_steps=1", "--config.evaluate.every_epochs=0.0", f"--workdir={tmp_path / 'run'}"]
@@ -338,9 +338,14 @@ def test_sigterm_saves_and_exits_42(tmp_path):
   deadline = time.monotonic() + 240
   while not (rows.exists() and rows.read_text().count("\n") >= 3) and time.monotonic() < deadline:
     time.sleep(0.2)
+  assert process.stdout and process.stderr
+  process.stdout.close()
+  while rows.read_text().count("\n") < 15 and time.monotonic() < deadline:
+    time.sleep(0.2)
   process.send_signal(signal.SIGTERM)
-  _, stderr = process.communicate(timeout=60)
-  assert process.returncode == 42, stderr
+  stderr = process.stderr.read()
+  assert process.wait(timeout=60) == 42, stderr
+  assert "SIGTERM: stopping after this step; a second signal stops at once" in stderr
   step = int(re.search(r"SIGTERM: stopped after step (\d+) and saved it; go on with --resume", stderr)[1])
   assert (tmp_path / f"run/checkpoints/{step}").is_dir()
   assert json.loads(rows.read_text().splitlines()[-1])["step"] == step

@@ -19,7 +19,7 @@ MARKS = {"LOCK", "RUN", "RUN.sha256"}
 @pytest.fixture(autouse=True)
 def locks_are_given_back():
   yield
-  lock._release_all()
+  lock.release_all()
 
 
 def claim(path, resume=False, overwrite=False, **keywords):

@@ -56,6 +56,7 @@ __all__ = [
 
 
 RESIZES = ("bicubic", "bicubic_tf1", "bilinear", "bicubic_antialias")
+LAST_SEED = 2**32 - 1  # JAX draws the same weights from a seed of 2**32 as from 0
 
 # ---- sections, which programs share ----------------------------------------------------------------------------------
 
@@ -288,7 +289,7 @@ class Labels(Section):
 
   fraction: float = key(1.0, "class-balanced fraction of the labels", above=0, at_most=1)
   list: str = key("", "file with the names of the labeled images instead, one a line, as name or class/name")
-  seed: int = key(0, "seed of the draw", at_least=0)
+  seed: int = key(0, "seed of the draw", at_least=0, at_most=LAST_SEED)
 
 
 # ---- programs --------------------------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ class Labels(Section):
 class Training(Section):
   """What every program that trains an encoder has."""
 
-  seed: int = key(0, "seed of weights, order and augmentation", at_least=0)
+  seed: int = key(0, "seed of weights, order and augmentation", at_least=0, at_most=LAST_SEED)
   data: Data
   batch_size: int = key(REQUIRED, "images in the global batch", at_least=1)
   train_epochs: float = key(0.0, "epochs of training; 0: see train_steps", at_least=0)
@@ -319,6 +320,7 @@ class Pretrain(Training):
   """`simclr pretrain`."""
 
   program: str = key("pretrain", "program that the recipe is for", choices=("pretrain",))
+  batch_size: int = key(REQUIRED, "images in the global batch; the negatives are the others", at_least=2)
   # No choices: a new method is a line of methods.METHODS alone, which refuses unknown names.
   method: str = key("simclr", "self-supervised method, of methods.METHODS; a section memory means memory")
   microbatches: int = key(
@@ -388,7 +390,11 @@ class Downstream(Section):
 
   program: str = key("downstream", "program that the recipe is for", choices=("downstream",))
   seeds: tuple[int, ...] = key(
-    REQUIRED, "seeds, one round of programs each", at_least=0, needed="at least one seed, such as (0,)"
+    REQUIRED,
+    "seeds, one round of programs each",
+    at_least=0,
+    at_most=LAST_SEED,
+    needed="at least one seed, such as (0,)",
   )
   pretrain: str = key(REQUIRED, "recipe of pretraining")
   pretrain_epochs: float = key(REQUIRED, "epochs of pretraining", above=0)
@@ -440,7 +446,7 @@ class Transfer(Section):
   """`simclr transfer`."""
 
   program: str = key("transfer", "program that the recipe is for", choices=("transfer",))
-  seed: int = key(0, "seed of training", at_least=0)
+  seed: int = key(0, "seed of training", at_least=0, at_most=LAST_SEED)
   start: str = key(
     REQUIRED, "a run, or a folder of simclr export or import", needed="the folder of a run or an encoder"
   )

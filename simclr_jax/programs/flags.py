@@ -1,5 +1,7 @@
 """The flags of every program, which the command needs before it imports one: JAX takes seconds, an answer to a typo should not."""
 
+import argparse
+
 
 def training(parser):
   """Of programs that take a recipe and fill a folder."""
@@ -89,7 +91,14 @@ def map_of_images(parser):
   add("--step", type=int, help="checkpoint of the run to use (default: the newest)")
   add("--output", metavar="DIR", help="folder to write to (default: map, in DIR or beside FILE)")
   add("--images", type=int, default=10_000, help="most images, drawn by --seed (default: 10000)")
-  add("--seed", type=int, default=0)
+  add("--seed", type=_seed, default=0)
+
+
+def _seed(text: str) -> int:
+  """An argument that is a seed, in the range of those of the configs."""
+  if not text.isdecimal() or int(text) >= 2**32:
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 to {2**32 - 1}")
+  return int(text)
 
 
 def recipes(parser):

@@ -38,7 +38,7 @@ def take(workdir):
     _wait_for_the_end(path)
   with _guard:
     if not _held:
-      atexit.register(_release_all)
+      atexit.register(release_all)
       threading.Thread(target=_renew, daemon=True, name="locks of workdirs").start()
     _held[str(path)] = text
     _lost.pop(str(path), None)
@@ -169,7 +169,8 @@ def _owner(text) -> str:
     return "another run"
 
 
-def _release_all():
+def release_all():
+  """Gives back every lock of this process, which is about to end."""
   for path in list(_held):
     with contextlib.suppress(Exception):  # a disk that is gone
       release(os.path.dirname(path))

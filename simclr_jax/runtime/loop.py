@@ -6,6 +6,7 @@ so a run that stops anywhere and restores step s sees the same batch next as one
 
 import collections
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax.runtime import checkpoint, files, lock, processes
+from simclr_jax.runtime import checkpoint, files, lock, processes, signals
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -56,6 +57,7 @@ class Task:
   show: Mapping[str, str] = dataclasses.field(default_factory=dict)  # metric -> what the progress line calls it
   log_with_every_row: Mapping[str, float] = dataclasses.field(default_factory=dict)  # such as the loss at chance
   advice: str = ""  # for a run that diverges
+  data: str = ""  # what tells the training data from other data, which has to be the same in every process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Diverged(UserError):
 
 
 class Interrupted(Exception):
-  """SIGINT or SIGTERM arrived and the state was saved."""
+  """SIGINT, SIGTERM or SIGHUP arrived and the state was saved."""
 
   def __init__(self, message: str, exit_code: int):
     super().__init__(message)
@@ -91,18 +93,22 @@ class Interrupted(Exception):
 
 
 class _Signals:
-  """Turns SIGINT and SIGTERM into a flag that is read between steps; a second one acts at once.
+  """Turns SIGINT, SIGTERM and SIGHUP into a flag that is read between steps; a second one acts at once.
 
   Of several processes one may get the signal: JAX's preemption service, which listens to SIGTERM, then finds a step
   after which all of them stop, so SIGTERM is left to it and SIGINT is made one.
   """
 
   def __enter__(self):
-    self.received = None
+    self.received = 0  # number of the signal
     self._old = {}
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGINT,) if processes.is_multiprocess() else (signal.SIGINT, signal.SIGTERM):
-        self._old[number] = signal.signal(number, self._note)
+      for number in signals.STOPPING:
+        # JAX listens to SIGTERM in a run with several processes; under nohup SIGHUP is ignored.
+        left_alone = processes.is_multiprocess() and number == signal.SIGTERM
+        if not left_alone and signal.getsignal(number) != signal.SIG_IGN:
+          self._old[number] = signal.signal(number, self._note)
+      signals.during_steps = True
     return self
 
   def _note(self, number, frame):
@@ -119,6 +125,7 @@ class _Signals:
     return bool(self.received)
 
   def __exit__(self, *_):
+    signals.during_steps = False
     for number, handler in self._old.items():
       signal.signal(number, handler)
 
@@ -189,7 +196,7 @@ def run(
 
   Raises:
     Diverged: the loss became nan or infinite, or leapt, once too often for `config.rollback`; nothing of it is saved.
-    Interrupted: SIGINT or SIGTERM; the state was saved first.
+    Interrupted: SIGINT, SIGTERM or SIGHUP; the state was saved first.
     OSError: a checkpoint could not be written; names the one that is good.
   """
   return Loop(task, config, mesh=mesh, workdir=workdir, config_json=config_json, seed=seed).run()
@@ -208,6 +215,11 @@ class Loop:
     self.task, self.config, self.mesh, self.workdir = task, config, mesh, epath.Path(workdir)
     self.config_json = config_json
     self.clock = progress_lib.Clock()
+    # A process that makes other steps than the rest would leave them waiting in a collective.
+    due = {name: evaluator.every for name, evaluator in task.evaluators.items()}
+    facts = {"steps": task.total_steps, "images": task.num_examples, "data": task.data, "seed": seed, "evaluators": due}
+    digest = hashlib.sha256(config_json.encode()).hexdigest()[:16]
+    processes.agree(facts | dataclasses.asdict(config) | {"config (SHA-256)": digest})
     self.checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep)
     self.like = abstract_state(task, mesh)
     self.skipped = _Skipped(workdir)
@@ -238,7 +250,7 @@ class Loop:
         except Diverged as error:
           self.roll_back(error)
           continue
-        if stop and self.step < self.task.total_steps:
+        if stop:
           self.interrupted()
     self.trace(False)
     self.close()
@@ -409,7 +421,7 @@ class Loop:
     name = signal.Signals(self.signals.received).name
     raise Interrupted(
       f"{name}: stopped after step {self.step} and saved it; go on with --resume",
-      130 if self.signals.received == signal.SIGINT else 42,
+      signals.exit_code(self.signals.received),
     )
 
   def close(self):

@@ -1,6 +1,7 @@
 """Where arrays live: one mesh axis, `data`; batches are split over it, everything else is a copy on every device."""
 
 import functools
+import os
 
 import jax
 import numpy as np
@@ -17,6 +18,22 @@ def make_mesh(devices=None) -> Mesh:
   """
   devices = jax.devices() if devices is None else devices
   return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def check_devices():
+  """Raises UserError, in one line, if JAX finds no devices, as where JAX_PLATFORMS names what this machine does not have."""
+  try:
+    jax.devices()
+  except Exception as error:  # RuntimeError, or an AssertionError without a word
+    why = (
+      " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split())[:300].rstrip(".")
+      or "this JAX has no such backend"
+    )
+    given = os.environ.get("JAX_PLATFORMS")
+    setting = f"JAX_PLATFORMS={given}" if given else "JAX_PLATFORMS is not set"
+    raise UserError(
+      f"{setting}: no devices ({why}); install JAX for them, unset the variable, or set it to cpu"
+    ) from None
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

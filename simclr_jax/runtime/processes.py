@@ -1,8 +1,16 @@
 """The processes of one run: they start together, and agree on what one of them found out."""
 
+import contextlib
 import functools
+import hashlib
+import importlib.metadata
 import itertools
 import json
+import os
+import pathlib
+import sys
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,8 +20,13 @@ import numpy as np
 from jax._src import distributed as _distributed
 from jax.experimental import multihost_utils
 
-from simclr_jax.runtime import watchdog
+from simclr_jax.runtime import files, mesh, watchdog
 from simclr_jax.runtime.errors import UserError
+
+JOIN = (
+  300.0  # seconds until every process has to be there: nodes of a pod pull images and read Python at their own pace
+)
+JOIN_HERE = 60.0  # the same where all of them are on this machine
 
 _client: Any = None  # of the coordination service, in a run with several processes
 _calls = itertools.count()  # names what the processes agree on: they all call the same functions in the same order
@@ -29,7 +42,10 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     ValueError: some of the three arguments are given and some are not, or they contradict each other.
   """
   initialize = functools.partial(
-    jax.distributed.initialize, heartbeat_timeout_seconds=60, shutdown_timeout_seconds=30, initialization_timeout=600
+    jax.distributed.initialize,
+    heartbeat_timeout_seconds=60,
+    shutdown_timeout_seconds=30,
+    initialization_timeout=int(2 * JOIN),  # never reached: JAX would abort the process with a page of text
   )
   if coordinator is not None and num_processes is not None and process_id is not None:
     host, colon, port = coordinator.rpartition(":")
@@ -38,25 +54,99 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     if not 0 <= process_id < num_processes:
       raise UserError(f"--process_id={process_id}: expected 0 to {num_processes - 1}, below --num_processes")
     # The service answers anybody who can reach it: on one machine it listens to that machine only.
-    bind = f"{host}:{port}" if host in ("localhost", "127.0.0.1") else None
-    initialize(coordinator, num_processes, process_id, coordinator_bind_address=bind)
+    here = host in ("localhost", "127.0.0.1")
+    bind = f"{host}:{port}" if here else None
+    with _limited(JOIN_HERE if here else JOIN, f"process {process_id} of {num_processes}", f" at {coordinator}"):
+      initialize(coordinator, num_processes, process_id, coordinator_bind_address=bind)
   else:
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [flag for flag, value in given.items() if value is None]
     if len(missing) < 3:
       raise UserError(f"{', '.join(missing)} missing: give all of --coordinator --num_processes --process_id, or none")
     try:
-      initialize()
+      with _limited(JOIN, "this process", ""):
+        initialize()
     except RuntimeError:  # this process has used its devices already: it runs alone, in a notebook for instance
       return
     except ValueError as error:
       if "coordinator_address should be defined" in str(error):  # no cluster was found
         return
       raise UserError(f"a cluster was found but cannot be joined: {error}") from None
+  mesh.check_devices()
   global _client
   if jax.process_count() > 1:
     _client = _distributed.global_state.client
     watchdog.start(_client, jax.process_index(), jax.process_count())
+
+
+@contextlib.contextmanager
+def _limited(seconds: float, who: str, where: str):
+  """Ends the process with one line if what is within it takes longer."""
+
+  def give_up():
+    print(
+      f"simclr: {who} has waited {seconds:.0f} s{where} for all processes of the run to join: look at what the others said, "
+      "and start all of them with the same flags",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(watchdog.EXIT_LOST)
+
+  timer = threading.Timer(seconds, give_up)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+def agree(facts: Mapping[str, Any]):
+  """Checks that every process has the same facts, such as values of the config; all of them call it.
+
+  Args:
+    facts: name -> JSON value.
+
+  Raises:
+    UserError: on every process, one line with the first name that differs, its values and the process.
+  """
+  if not is_multiprocess():
+    return
+  key = f"simclr/facts/{next(_calls)}"
+  _client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(facts))
+
+  def compare():
+    mine = json.loads(json.dumps(facts))
+    for process in range(1, jax.process_count()):
+      theirs = json.loads(_client.blocking_key_value_get(f"{key}/{process}", _timeout_ms()))
+      check_agreement(mine, theirs, process)
+
+  run_on_primary(compare)
+
+
+def check_agreement(first: Mapping[str, Any], other: Mapping[str, Any], process: int):
+  """Raises UserError unless the facts of process 0 and those of another one are the same."""
+  different = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
+  if different:
+    name = different[0]
+    more = f" ({len(different)} such differences)" if len(different) > 1 else ""
+    raise UserError(
+      f"process {process} has {name}={other.get(name)!r} and process 0 has {first.get(name)!r}{more}: start all processes "
+      "with the same command, code and data"
+    )
+
+
+def of_this_program() -> dict[str, str]:
+  """What has to be the same in every process whatever it computes: this package's code, and the versions of libraries."""
+  package = pathlib.Path(__file__).resolve().parents[1]
+  digest = hashlib.sha256()
+  for path in sorted(package.rglob("*.py")):
+    digest.update(f"{path.relative_to(package)} {files.sha256(path)}\n".encode())
+  facts = {"code of simclr_jax (SHA-256)": digest.hexdigest()[:16], "Python": sys.version.split()[0]}
+  for library in ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "tensorflow"):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      facts[library] = importlib.metadata.version(library)
+  return facts
 
 
 def is_multiprocess() -> bool:

@@ -1,0 +1,84 @@
+"""What the signals that stop a run do outside of the training steps, and what a person who sends one is told at once.
+
+Python runs a handler between two bytecodes of the main thread, which may be compiling for minutes.  So a thread hears of
+each signal through Python's wakeup file descriptor, says what will happen, and on the second one ends the process.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+
+from simclr_jax.runtime import lock
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+during_steps = False  # whether the loop turns a signal into a stop after the step, see loop.py
+
+
+class Stopped(BaseException):
+  """SIGTERM or SIGHUP arrived outside of the training steps."""
+
+  exit_code = 42
+
+
+def exit_code(number: int) -> int:
+  """Of a process that a signal has stopped: 130 for Ctrl-C, else 42, with which schedulers start it again."""
+  return 130 if number == signal.SIGINT else 42
+
+
+@contextlib.contextmanager
+def heard():
+  """Within it a first signal is answered at once with one line, and a second one ends the process; in the main thread.
+
+  SIGTERM and SIGHUP raise Stopped, SIGINT raises KeyboardInterrupt as ever.  A signal that is ignored, SIGHUP under nohup
+  for instance, stays so.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  read, write = os.pipe()
+  os.set_blocking(write, False)
+  old = {n: signal.signal(n, _stop) for n in STOPPING[1:] if signal.getsignal(n) == signal.SIG_DFL}
+  before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+  listener = threading.Thread(target=_listen, args=(read,), daemon=True, name="signals")
+  listener.start()
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(before)
+    for number, handler in old.items():
+      signal.signal(number, handler)
+    os.write(write, bytes(1))  # not closed alone: a forked process may have the other copy
+    listener.join()
+    os.close(write)
+    os.close(read)
+
+
+def _stop(number, frame):
+  signal.signal(number, lambda *_: None)  # a second one is for the listener
+  name = signal.Signals(number).name
+  raise Stopped(f"{name}: stopped; what was saved is complete, go on with --resume")
+
+
+def _listen(read):
+  told = False
+  while True:
+    for number in os.read(read, 64):
+      if number == 0:
+        return
+      if number not in STOPPING:
+        continue
+      name = signal.Signals(number).name
+      if told:
+        _say(f"{name}: stopped at once; what was saved before is complete, go on with --resume")
+        with contextlib.suppress(Exception):
+          lock.release_all()
+        os._exit(exit_code(number))
+      told = True
+      when = "after this step" if during_steps else "as soon as possible"
+      _say(f"{name}: stopping {when}; a second signal stops at once")
+
+
+def _say(text):
+  print(f"simclr: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,112 @@
+"""Output that is lost and signals that stop a run, on small processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from simclr_jax.runtime import output
+
+CHILD = """
+import os, sys
+from simclr_jax.runtime import output
+output.open_standard_files()
+with open(sys.argv[1], "w") as report:
+  lost = []
+  with output.kept_going(lost.append):
+    for i in range(5000):
+      print("step", i, flush=i % 7 == 0)
+  report.write(f"{len(lost)} {report.fileno()} done")
+"""
+
+
+@pytest.mark.parametrize(
+  "how, losses",
+  [("| head -n 1", 1), (">/dev/full", 1), (">/dev/null", 0), (">&- <&- 2>&-", 0), (">&-", 0), ("2>&-", 0)],
+)
+def test_a_program_goes_on_without_its_output(tmp_path, how, losses):
+  command = f"set -o pipefail; {sys.executable} -c '{CHILD}' {tmp_path}/report {how}"
+  done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+  assert done.returncode == 0 and done.stderr == ""
+  count, number, word = (tmp_path / "report").read_text().split()
+  assert (int(count), word) == (losses, "done") and int(number) > 2
+
+
+def test_another_command_whose_output_cannot_be_written_has_failed():
+  command = [sys.executable, "-m", "simclr_jax", "recipes"]
+  with open("/dev/full", "w") as full:
+    done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+  assert done.returncode == 1
+  assert done.stderr == "simclr: standard output cannot be written ([Errno 28] No space left on device)\n"
+
+
+def test_what_is_no_loss_is_raised():
+  with output.kept_going(pytest.fail):
+    with pytest.raises(TypeError):
+      sys.stdout.write(3)  # pyright: ignore[reportArgumentType]
+    assert sys.stdout.isatty() in (True, False)
+
+
+SIGNALED = """
+import sys, time
+from simclr_jax.runtime import signals
+code = 0
+try:
+  with signals.heard():
+    signals.during_steps = sys.argv[1] == "steps"
+    print("ready", flush=True)
+    if sys.argv[1] == "compiling":  # the main thread is in a function of C
+      import hashlib
+      hashlib.pbkdf2_hmac("sha256", b"", b"", 30_000_000)
+    time.sleep(60)
+except KeyboardInterrupt:
+  code = 130
+except signals.Stopped as error:
+  code = error.exit_code
+  print(error, flush=True)
+sys.exit(code)
+"""
+
+
+def signaled(phase, *numbers, before=""):
+  process = subprocess.Popen(
+    ["bash", "-c", f"{before} exec {sys.executable} -c '{SIGNALED}' {phase}"],
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  assert process.stdout and process.stderr and process.stdout.readline() == "ready\n"
+  time.sleep(0.3 if phase == "compiling" else 0.0)  # until it is in there
+  said = []
+  for number in numbers:
+    os.kill(process.pid, number)
+    said.append(process.stderr.readline())
+  return process, said
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 42), (signal.SIGHUP, 42), (signal.SIGINT, 130)])
+def test_a_signal_outside_of_the_steps_ends_with_its_code_and_is_answered(number, code):
+  process, said = signaled("report", number)
+  assert process.wait(timeout=20) == code
+  name = signal.Signals(number).name
+  assert said == [f"simclr: {name}: stopping as soon as possible; a second signal stops at once\n"]
+  assert process.stderr.read() == ""
+
+
+def test_a_signal_is_answered_while_the_program_compiles_and_a_second_one_ends_it():
+  process, said = signaled("compiling", signal.SIGINT, signal.SIGINT)
+  assert process.wait(timeout=5) == 130
+  assert said[1] == "simclr: SIGINT: stopped at once; what was saved before is complete, go on with --resume\n"
+  assert process.stderr.read() == ""
+  process, said = signaled("steps", signal.SIGTERM, signal.SIGTERM)
+  assert process.wait(timeout=5) == 42 and "SIGTERM: stopping after this step; a second" in said[0]
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+  process, _ = signaled("report", before="trap '' HUP;")
+  os.kill(process.pid, signal.SIGHUP)
+  with pytest.raises(subprocess.TimeoutExpired):
+    process.wait(timeout=0.5)
+  process.kill()
+  process.wait()
