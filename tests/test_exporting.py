@@ -119,6 +119,7 @@ def has(python, *packages):
 def available(*formats):
   """Those formats that this interpreter can write and read."""
   needs = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxruntime")}
+  formats = [name for name in formats if name != "savedmodel" or exporting.tensorflow_reads_jax()]
   return [name for name in formats if has(sys.executable, *needs.get(name, ()))]
 
 

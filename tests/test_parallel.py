@@ -48,18 +48,21 @@ def compiled(devices, stacking=None):
 def train(devices, steps=3):
   step, task, mesh = compiled(devices)
   state = jax.jit(task.init, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(0))
+  before = jax.device_get((state.params, state.batch_stats))
   for _ in range(steps):
     state, metrics = step(state, mesh_lib.global_batch(mesh, batch_of(tiny.config())))
-  return jax.device_get((state.params, state.batch_stats, metrics))
+  after = jax.device_get((state.params, state.batch_stats))
+  return jax.tree.map(np.subtract, after, before), jax.device_get(metrics)
 
 
 def test_eight_devices_equal_one():
-  """Parameters and statistics after 3 steps: equal to rounding, which a loss or BatchNorm per device would not be."""
+  """Changes of parameters and statistics in 3 steps: those of every array agree in norm to 0.2 % (a channel that hardly
+  varies amplifies rounding, with each compiler another one), which with a loss or BatchNorm per device they would not."""
   one, eight = train(1), train(8)
-  for a, b in zip(jax.tree.leaves(one[:2]), jax.tree.leaves(eight[:2]), strict=True):
-    np.testing.assert_allclose(b, a, atol=3e-5, rtol=1e-4)
+  for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(eight[0]), strict=True):
+    assert np.linalg.norm(b - a) <= 2e-3 * np.linalg.norm(a)
   for key in ("loss", "contrastive_accuracy", "entropy"):
-    np.testing.assert_allclose(eight[2][key], one[2][key], rtol=1e-4)
+    np.testing.assert_allclose(eight[1][key], one[1][key], rtol=1e-4)
 
 
 def collectives(text):

@@ -186,6 +186,15 @@ def write_format(path, export: Export, example: dict, python: str, overwrite: bo
   print(f"{export.format}: {lines[0].format(path=path)}", flush=True)
 
 
+def tensorflow_reads_jax() -> bool:
+  """Whether the TensorFlow here reads the StableHLO that the JAX here writes.  2.21 stops at "unregistered operation
+  vhlo.custom_call_v2" of JAX 0.12."""
+  jax_version, tensorflow = (
+    tuple(map(int, importlib.metadata.version(name).split(".")[:2])) for name in ("jax", "tensorflow")
+  )
+  return jax_version < (0, 11) or tensorflow > (2, 21)
+
+
 def _upload(local, folder):
   for file in sorted(local.rglob("*")):
     target = folder / file.relative_to(local).as_posix()

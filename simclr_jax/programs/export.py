@@ -54,6 +54,11 @@ def run(
     check_vacant(path, overwrite=overwrite)
     if exporting.FORMATS[name][1] and not importlib.util.find_spec(exporting.FORMATS[name][1]):
       raise UserError(f"--format={name} needs {exporting.FORMATS[name][1]}: pip install 'simclr_jax[export]'")
+    if name == "savedmodel" and not exporting.tensorflow_reads_jax():
+      raise UserError(
+        "--format=savedmodel: TensorFlow up to 2.21 does not read the programs of JAX 0.11 and later; export with JAX 0.10"
+        " (Python 3.11), or choose onnx"
+      )
   variables, projector, config, facts = _of_folder(encoder) if encoder else _of_run(workdir, step, head)
   facts |= {"license": license} if license else {}
   if encoder and step is not None:
@@ -77,7 +82,10 @@ def run(
 
 def _checked(formats) -> list:
   formats = [name for text in formats for name in text.split(",") if name]
-  formats = list(exporting.FORMATS) if formats == ["all"] else list(dict.fromkeys(formats))
+  if formats == ["all"]:
+    formats = [name for name in exporting.FORMATS if name != "savedmodel" or exporting.tensorflow_reads_jax()]
+  else:
+    formats = list(dict.fromkeys(formats))
   for name in formats:
     if name not in exporting.FORMATS:
       near = difflib.get_close_matches(name, exporting.FORMATS, n=1)
