@@ -129,5 +129,6 @@ def test_every_program_that_trains_checks():
   import inspect
 
   for program in (pretrain, finetune, distill):
-    text = inspect.getsource(program.run)
-    assert text.index("same.check_data(") < text.index("workdir_lib.claim(") < text.index("same.keep_data(")
+    assert "same.claim(config, workdir, " in inspect.getsource(program.run)
+  text = inspect.getsource(same.claim)
+  assert text.index("check_data(") < text.index("workdir_lib.claim(") < text.index("keep_data(")

@@ -15,8 +15,7 @@ from etils import epath
 from simclr_jax import data
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import finetune, same, splits, trained
-from simclr_jax.programs import workdir as workdir_lib
-from simclr_jax.runtime import checkpoint, loop
+from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -136,12 +135,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       f"{source.num_classes}: name the data it was fine-tuned on"
     )
   chosen = finetune.choose(source, config.labels) if config.alpha < 1 else np.zeros(0, int)
-  fingerprints = same.check_data(workdir, resume, config.data.changed, {"data.train": source, "data.test": test})
-  specs = (config.data.train, config.data.test)
-  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
-  if resume and checkpoint.folder(workdir).exists():
-    same.same_config(config, workdir)
-  same.keep_data(workdir, fingerprints)
+  workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite)
   cache = _logits(config, teacher, source, mesh) if config.cache else None
   make = functools.partial(make_task, teacher=teacher, chosen=chosen, cache=cache)
   student_loss = functools.partial(loss, temperature=config.temperature, alpha=config.alpha)

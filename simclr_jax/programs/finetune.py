@@ -22,7 +22,6 @@ from simclr_jax.evaluation.rows import labeled
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import same, splits, trained
-from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, errors, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -305,12 +304,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   source = data.Selection(source, chosen) if len(chosen) < len(source) else source
   task = make_task(config, start, source, mesh=mesh)
   jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
-  fingerprints = same.check_data(workdir, resume, config.data.changed, {"data.train": source, "data.test": test})
-  specs = (config.data.train, config.data.test)
-  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
-  if resume and checkpoint.folder(workdir).exists():
-    same.same_config(config, workdir)
-  same.keep_data(workdir, fingerprints)
+  workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite)
   result = train(config, start, source, test, workdir, mesh=mesh)
   s = result["scores"]
   if not jax.process_index():

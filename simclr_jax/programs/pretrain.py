@@ -18,7 +18,6 @@ from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import same, scores, splits
-from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, errors, files, loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -157,13 +156,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   with errors.of_the_user():
     pipeline.check()
   abstract = jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
-  fingerprints = same.check_data(
-    workdir, resume, config.data.changed, {"data.train": train_source, "data.test": test_source}
-  )
-
-  specs = (config.data.train, config.data.test)
-  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
-  same.keep_data(workdir, fingerprints)
+  workdir = same.claim(config, workdir, train_source, test_source, resume=resume, overwrite=overwrite)
   pairs = _first_views(task, pipeline)
   changes = config_lib.difference(config_lib.load(recipe), config) if recipe else None
   if not jax.process_index():

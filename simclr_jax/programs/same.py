@@ -6,6 +6,7 @@ import jax
 
 from simclr_jax.data import Source
 from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime.errors import UserError
 
@@ -18,6 +19,22 @@ def same_config(config, workdir):
   kept = config_lib.replace(kept, {"data.changed": config.data.changed})
   config_lib.check_same(kept, config)
   return kept
+
+
+def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwrite: bool):
+  """The absolute workdir of a run that trains on `train` and scores `test`, made if needed.
+
+  Raises:
+    UserError: the folder is another run's or not a run's, or holds the data; or, where one is resumed, its config or data
+      are other ones.
+  """
+  if resume and checkpoint.folder(workdir).exists():
+    same_config(config, workdir)
+  fingerprints = check_data(workdir, resume, config.data.changed, {"data.train": train, "data.test": test})
+  specs = (config.data.train, config.data.test)
+  path = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
+  keep_data(path, fingerprints)
+  return path
 
 
 def difference(before: dict, now: dict) -> str:
