@@ -1,6 +1,7 @@
 """Labels of every usual kind, and classes matched by name."""
 
 import io
+import json
 import tarfile
 import types
 
@@ -184,6 +185,10 @@ def test_labels_in_parquet(tmp_path):
     parquet.write_table(table, tmp_path / f"{name}.parquet")
     source = data.open_source(f"parquet:{tmp_path}/{name}.parquet")
     assert source.labels.tolist() == numbers and source.class_names == names and source.read_labeled(0)[1] == 1
+  info = {"info": {"features": {"label": {"names": ["ant", "bee", "cat"], "_type": "ClassLabel"}}}}
+  table = pyarrow.table({"image": [picture(i) for i in range(2)], "label": [2, 0]})
+  parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), tmp_path / "named.parquet")
+  assert data.open_source(f"parquet:{tmp_path}/named.parquet").class_names == ("ant", "bee", "cat")
 
 
 # ---- the classes of a test set ----------------------------------------------------------------------------------------

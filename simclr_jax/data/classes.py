@@ -8,7 +8,8 @@ from simclr_jax.runtime.errors import UserError
 
 
 def align(train: Source, test: Source, *, what: str = "data.test") -> Source:
-  """A test source with its labels in the numbers of the training source: classes are the same where names are.
+  """A test source with its labels in the numbers of the training source: classes are the same where names are.  Its 16-bit
+  images are scaled as those of training.
 
   Classes that are only numbered, on either side, are matched by number.  A class of training without test images is
   fine; a test image of a class that training does not have is refused.
@@ -25,9 +26,7 @@ def align(train: Source, test: Source, *, what: str = "data.test") -> Source:
       f"{what} has {len(names) or 'no'} classes and data.train {len(known) or 'none'}: name two splits of one data set,"
       " both with labels"
     )
-  if known == names:
-    return test
-  numbers = _match(known, names)
+  numbers = match_classes(known, names)
   if any(n == UNLABELED for n in numbers):
     labels = test.labels
     used = set() if labels is None else set(np.unique(labels).tolist())
@@ -38,11 +37,13 @@ def align(train: Source, test: Source, *, what: str = "data.test") -> Source:
         f"{what} has images of {len(unknown)} classes that data.train does not have: {some(unknown)}; only data.train"
         f" has {some(missing) if missing else 'no other'}: name two splits of one data set"
       )
-  return Relabeled(test, numbers, known)
+  return Relabeled(test, numbers, train)
 
 
-def _match(known, names) -> np.ndarray:
-  """int32 [len(names)]: the class of training that each test class is, or -1."""
+def match_classes(known, names) -> np.ndarray:
+  """int32 [len(names)]: the number in `known` that each class of `names` has, or -1; raises UserError for equal names."""
+  if tuple(known) == tuple(names):
+    return np.arange(len(known), dtype=np.int32)
   for own in (known, names):
     twice = [name for i, name in enumerate(own) if name in own[:i]] if len(set(own)) < len(own) else []
     if twice:
