@@ -18,7 +18,7 @@ def align(train: Source, test: Source, *, what: str = "data.test") -> Source:
     what: what messages call the test set.
 
   Raises:
-    UserError: only one of the two has labels, or the test set has classes that training does not have.
+    UserError: only one of the two has labels, or the test set has images of classes that training does not have.
   """
   known, names = tuple(train.class_names), tuple(test.class_names)
   if bool(known) != bool(names):
@@ -26,15 +26,16 @@ def align(train: Source, test: Source, *, what: str = "data.test") -> Source:
       f"{what} has {len(names) or 'no'} classes and data.train {len(known) or 'none'}: name two splits of one data set,"
       " both with labels"
     )
+  if known and test.labels is None:
+    raise UserError(f"{what}: none of its images has a label, so it cannot be scored: name a labeled split")
   numbers = match_classes(known, names)
   if any(n == UNLABELED for n in numbers):
-    labels = test.labels
-    used = set() if labels is None else set(np.unique(labels).tolist())
+    used = set(np.unique(test.labels).tolist())
     unknown = [name for i, (name, n) in enumerate(zip(names, numbers, strict=True)) if n == UNLABELED and i in used]
     if unknown:
       missing = [known[n] for n in sorted(set(range(len(known))) - set(numbers))]
       raise UserError(
-        f"{what} has images of {len(unknown)} classes that data.train does not have: {some(unknown)}; only data.train"
+        f"{what} has images of classes that data.train does not have: {some(unknown)}; only data.train"
         f" has {some(missing) if missing else 'no other'}: name two splits of one data set"
       )
   return Relabeled(test, numbers, train)

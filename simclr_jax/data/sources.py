@@ -38,7 +38,8 @@ def skipped_text(names: Sequence[str]) -> str:
   counts = collections.Counter(kinds).most_common()
   example = min(name for name, kind in zip(names, kinds, strict=True) if kind == counts[0][0])
   listed = ", ".join(f"{count:,} {kind}" for kind, count in counts[:5]) + (" and others" if len(counts) > 5 else "")
-  return f"{len(names):,} files are not read as images ({listed}), such as {files.printable(example)}"
+  are = "file is" if len(names) == 1 else "files are"
+  return f"{len(names):,} {are} not read as images ({listed}), such as {files.printable(example)}"
 
 
 def spread(count: int, most: int) -> np.ndarray:
