@@ -1,14 +1,17 @@
 """Distillation against equations 2 and 3 by hand, and a whole run of a student that sees no label."""
 
+import contextlib
+import types
+
 import jax
 import numpy as np
 import pytest
 import tiny
 from test_finetune import filled
 
-from simclr_jax import augment, exporting, model
+from simclr_jax import augment, data, exporting, model
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import distill, finetune
+from simclr_jax.programs import distill, finetune, same
 from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.views import Batch
@@ -97,3 +100,18 @@ def test_the_program(teacher, tmp_path, capsys):
   exporting.write(tmp_path / "bare", model.keep_encoder(teacher[1]), config(teacher[0], spec), scores={}, step=1)
   with pytest.raises(ValueError, match="holds no classifier"):
     distill.run(config(str(tmp_path / "bare"), spec), tmp_path / "other")
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+  config = types.SimpleNamespace(teacher=str(tmp_path), data=types.SimpleNamespace(train="folder:x"))
+  source = data.ArraySource(np.zeros((2, 2, 2), np.uint8), [0, 1], class_names=["a", "b"])
+  distill.check_classes(config, source)  # its folder does not say
+  for taught, refused in ((["a", "b"], False), (["0", "1"], False), (["b", "a"], True), (["a", "c"], True)):
+    other = data.ArraySource(np.zeros((2, 2, 2), np.uint8), [0, 1], class_names=taught)
+    same.keep_data(tmp_path, {"data.train": other.fingerprint()})
+    with (
+      pytest.raises(ValueError, match="its class . is ., that of .*: name the data")
+      if refused
+      else contextlib.nullcontext()
+    ):
+      distill.check_classes(config, source)

@@ -1,6 +1,7 @@
 """Labels of every usual kind, and classes matched by name."""
 
 import io
+import json
 import tarfile
 import types
 
@@ -133,7 +134,7 @@ def test_tars_as_tar_makes_them(tmp_path, caplog):
   ])  # fmt: skip
   for _ in range(2):  # and from the cache
     assert data.open_source(f"webdataset:{tmp_path}/a.tar").skipped == ["./4.heic"]
-  assert "a.tar: 1 files are not read as images (1 .heic), such as ./4.heic" in caplog.text
+  assert "a.tar: 1 file is not read as images (1 .heic), such as ./4.heic" in caplog.text
   source = data.open_source(f"webdataset:{tmp_path}/a.tar")
   assert len(source) == 3 and source.class_names == ("cat", "dog")
   assert source.labels.tolist() == [1, 0, -1] and [source.read(i)[0, 0, 0] for i in range(3)] == [1, 2, 3]
@@ -184,9 +185,17 @@ def test_labels_in_parquet(tmp_path):
     parquet.write_table(table, tmp_path / f"{name}.parquet")
     source = data.open_source(f"parquet:{tmp_path}/{name}.parquet")
     assert source.labels.tolist() == numbers and source.class_names == names and source.read_labeled(0)[1] == 1
+  info = {"info": {"features": {"label": {"names": ["ant", "bee", "cat"], "_type": "ClassLabel"}}}}
+  table = pyarrow.table({"image": [picture(i) for i in range(2)], "label": [2, 0]})
+  parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), tmp_path / "named.parquet")
+  assert data.open_source(f"parquet:{tmp_path}/named.parquet").class_names == ("ant", "bee", "cat")
 
 
 # ---- the classes of a test set ----------------------------------------------------------------------------------------
+
+
+class AllUnlabeled(data.AbstractSource):
+  """A set that names classes, as the test split of ImageNet does, for images without labels."""
 
 
 def classes(*names, labels=None):
@@ -220,13 +229,14 @@ def test_test_classes_are_matched_by_name(train, test, labels):
 @pytest.mark.parametrize(
   "train, test, message",
   [
-    (classes("a", "b"), classes("b", "x"), "1 classes that data.train does not have: x; only data.train has a:"),
+    (classes("a", "b"), classes("b", "x"), "of classes that data.train does not have: x; only data.train has a:"),
     (classes("a", "b"), classes("a", "b", "x"), "does not have: x; only data.train has no other"),
     (classes("a", "b"), classes("0", "1", "2"), "does not have: 2;"),
     (classes("1", "2", "other"), classes("1", "3"), "does not have: 3; only data.train has 2, other"),
     (classes("a", "b"), data.ArraySource(numbered(2)), "has no classes and data.train 2"),
     (data.ArraySource(numbered(2)), classes("a", "b"), "has 2 classes and data.train none"),
     (classes("a", "a"), classes("a", "b"), "two classes are called a"),
+    (classes("a", "b"), AllUnlabeled(2, 2), "none of its images has a label"),
   ],
 )
 def test_unknown_test_classes_are_refused(train, test, message):
@@ -268,7 +278,7 @@ def test_every_program_matches_classes_by_name(tmp_path):
     lambda: splits.open_data(wrong.data),
     lambda: transfer.splits(types.SimpleNamespace(train=train, validation="", test=other), None),
   ):
-    with pytest.raises(ValueError, match=f"{other} has images of 1 classes that data.train does not have: dog"):
+    with pytest.raises(ValueError, match=f"{other} has images of classes that data.train does not have: dog"):
       refused()
 
 
@@ -278,5 +288,5 @@ def test_images_without_a_label_are_in_no_score():
   assert images.labels().tolist() == [0, 1, 1] and images.rows().tolist() == [0, 2, 3] and len(images.pixels()) == 3
   assert len(embed.EvalSet(source, size=4, crop=1.0, batch_size=3).rows()) == 5
   source.images, source._labels = source.images[1:2], source.labels[1:2]
-  with pytest.raises(ValueError, match="none of the images of array:0 and the others of its set has a label"):
+  with pytest.raises(ValueError, match="no image in the set of array:0 has a label"):
     embed.EvalSet(source, size=4, crop=1.0, batch_size=3, labeled=True).rows()

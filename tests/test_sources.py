@@ -172,8 +172,14 @@ def test_the_bits_of_a_set(tmp_path, caplog):
   assert data.Joined([part, source]).read(1)[0, 0, 0] == 6
   batch = next(data.train_stream(source, None, batch_size=4, seed=0, canvas=64))
   assert sorted(batch["views"]["image"][:, 0, 0, 2]) == sorted([6, 255, 56, gradient()[0, 0, 2]])
+  for count, top in enumerate((900, 70)):  # a darker test set is scaled as training
+    save(tmp_path / f"train/a/{count}.png", np.full((4, 4), 4000, np.uint16))
+    save(tmp_path / f"test/a/{count}.png", np.full((4, 4), top, np.uint16))
+  sets = [data.open_source(f"folder:{tmp_path}/{name}") for name in ("train", "test")]
+  assert sets[1].bits == 10 and data.align(*sets).read(0)[0, 0, 0] == 56 and data.align(sets[1], sets[1]).bits == 10
+  assert data.ArraySource(numbered(3)).bits is None
   save(tmp_path / "4.png", np.full((4, 4), 60000, np.uint16))
-  assert data.open_source(f"folder:{tmp_path}").bits == 16
+  assert data.open_source(f"files:{tmp_path}").bits == 16
 
 
 def test_the_first_image_may_be_unreadable(tmp_path):

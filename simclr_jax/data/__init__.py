@@ -6,7 +6,7 @@ A `Source` (sources.py) answers `len(source)` and `source.read(i)`; `open_source
 
 import functools
 
-from simclr_jax.data.classes import align, labeled
+from simclr_jax.data.classes import align, labeled, match_classes
 from simclr_jax.data.decode import MAX_PIXELS, BadImage, decode, jpeg_header, significant_bits, sniff
 from simclr_jax.data.folders import FilesSource, FolderSource
 from simclr_jax.data.labels import make_labels
@@ -33,7 +33,7 @@ __all__ = [
   "MAX_PIXELS", "AbstractSource", "ArrayRecordSource", "ArraySource", "BadImage", "FilesSource", "FolderSource", "Joined",
   "ParquetSource", "Selection", "Source", "Stream", "Subset", "TFRecordSource", "TfdsSource", "WebDatasetSource",
   "align", "class_balanced", "decode", "draws", "eval_batches", "example_seeds", "first_readable", "in_memory", "jpeg_header", "labeled",
-  "make_labels", "open_source", "permutation", "significant_bits", "skipped_text", "sniff", "train_stream",
+  "make_labels", "match_classes", "open_source", "permutation", "significant_bits", "skipped_text", "sniff", "train_stream",
 ]  # fmt: skip
 SPECS = (
   "fashion:SPLIT, textures:SPLIT, textures64:SPLIT, npz:FILE[:SPLIT], folder:PATH, files:PATH,"

@@ -8,7 +8,8 @@ from simclr_jax.runtime.errors import UserError
 
 
 def align(train: Source, test: Source, *, what: str = "data.test") -> Source:
-  """A test source with its labels in the numbers of the training source: classes are the same where names are.
+  """A test source with its labels in the numbers of the training source: classes are the same where names are.  Its 16-bit
+  images are scaled as those of training.
 
   Classes that are only numbered, on either side, are matched by number.  A class of training without test images is
   fine; a test image of a class that training does not have is refused.
@@ -17,7 +18,7 @@ def align(train: Source, test: Source, *, what: str = "data.test") -> Source:
     what: what messages call the test set.
 
   Raises:
-    UserError: only one of the two has labels, or the test set has classes that training does not have.
+    UserError: only one of the two has labels, or the test set has images of classes that training does not have.
   """
   known, names = tuple(train.class_names), tuple(test.class_names)
   if bool(known) != bool(names):
@@ -25,24 +26,25 @@ def align(train: Source, test: Source, *, what: str = "data.test") -> Source:
       f"{what} has {len(names) or 'no'} classes and data.train {len(known) or 'none'}: name two splits of one data set,"
       " both with labels"
     )
-  if known == names:
-    return test
-  numbers = _match(known, names)
+  if known and test.labels is None:
+    raise UserError(f"{what}: none of its images has a label, so it cannot be scored: name a labeled split")
+  numbers = match_classes(known, names)
   if any(n == UNLABELED for n in numbers):
-    labels = test.labels
-    used = set() if labels is None else set(np.unique(labels).tolist())
+    used = set(np.unique(test.labels).tolist())
     unknown = [name for i, (name, n) in enumerate(zip(names, numbers, strict=True)) if n == UNLABELED and i in used]
     if unknown:
       missing = [known[n] for n in sorted(set(range(len(known))) - set(numbers))]
       raise UserError(
-        f"{what} has images of {len(unknown)} classes that data.train does not have: {some(unknown)}; only data.train"
+        f"{what} has images of classes that data.train does not have: {some(unknown)}; only data.train"
         f" has {some(missing) if missing else 'no other'}: name two splits of one data set"
       )
-  return Relabeled(test, numbers, known)
+  return Relabeled(test, numbers, train)
 
 
-def _match(known, names) -> np.ndarray:
-  """int32 [len(names)]: the class of training that each test class is, or -1."""
+def match_classes(known, names) -> np.ndarray:
+  """int32 [len(names)]: the number in `known` that each class of `names` has, or -1; raises UserError for equal names."""
+  if tuple(known) == tuple(names):
+    return np.arange(len(known), dtype=np.int32)
   for own in (known, names):
     twice = [name for i, name in enumerate(own) if name in own[:i]] if len(set(own)) < len(own) else []
     if twice:

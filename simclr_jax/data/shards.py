@@ -98,10 +98,13 @@ class ShardSource(Source):
     if "label" not in self._facts:
       self._facts["label"] = self._read_labels()
       save_cache(self._cache, self._facts)
-    listed = epath.Path(self._shards[0]).parent / CLASSES
-    names = json.loads(files.read_text(listed)) if listed.exists() else ()
-    labels, names = make_labels(self._facts["label"], names, what=f"{self._spec}: labels")
+    labels, names = make_labels(self._facts["label"], self._known_names(), what=f"{self._spec}: labels")
     return (labels, names) if (labels >= 0).any() else (None, ())
+
+  def _known_names(self) -> Sequence[str]:
+    """The names of the classes, where the set says them."""
+    listed = epath.Path(self._shards[0]).parent / CLASSES
+    return json.loads(files.read_text(listed)) if listed.exists() else ()
 
   def _read_labels(self) -> np.ndarray:
     return read_labels(self._spec, len(self), lambda i: self._record(i)[1])
@@ -259,7 +262,8 @@ def _scan_tars(spec, shards):
 
 
 class ParquetSource(ShardSource):
-  """Parquet files with a column of encoded images, as bytes or as Hugging Face's struct of bytes and path.
+  """Parquet files with a column of encoded images, as bytes or as Hugging Face's struct of bytes and path; the names of
+  the classes are those of its metadata.
 
   Parquet reads whole row groups, so a random image costs its group.  The groups of the last few images are kept, but
   for training at speed turn the set into records once: simclr data prepare.  Needs pyarrow.
@@ -302,6 +306,11 @@ class ParquetSource(ShardSource):
       return self._parquet.ParquetFile(path).read_row_group(group, columns=[self._image])
     except Exception as error:  # pyarrow.ArrowException and OSError
       raise ReadError(f"{path}: row group {group} cannot be read") from error
+
+  def _known_names(self):
+    stored = self._parquet.read_schema(self._shards[0]).metadata or {}
+    features = json.loads(stored.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return super()._known_names() or (features.get(self._label_column) or {}).get("names") or ()
 
   def _read_labels(self):
     if not self._label_column:

@@ -38,7 +38,8 @@ def skipped_text(names: Sequence[str]) -> str:
   counts = collections.Counter(kinds).most_common()
   example = min(name for name, kind in zip(names, kinds, strict=True) if kind == counts[0][0])
   listed = ", ".join(f"{count:,} {kind}" for kind, count in counts[:5]) + (" and others" if len(counts) > 5 else "")
-  return f"{len(names):,} files are not read as images ({listed}), such as {files.printable(example)}"
+  are = "file is" if len(names) == 1 else "files are"
+  return f"{len(names):,} {are} not read as images ({listed}), such as {files.printable(example)}"
 
 
 def spread(count: int, most: int) -> np.ndarray:
@@ -94,29 +95,31 @@ class Source:
     """A stored image of this set as uint8 [h, w, 3]; raises BadImage."""
     if not isinstance(item, bytes):
       return item
-    return decode(item, bits=self.bits if may_be_deep(item) else 16)
+    return decode(item, bits=(may_be_deep(item) and self.bits) or 16)
 
   @functools.cached_property
-  def bits(self) -> int:
-    """How many of their 16 bits the 16-bit images of this set use: 8, 10, 12, 14 or 16.
+  def bits(self) -> int | None:
+    """How many of their 16 bits the 16-bit images of this set use: 8, 10, 12, 14 or 16; None without such images.
 
     Cameras and microscopes write 12 bits into files of 16, of which the upper 8 are nearly black.  All images of a set are
-    scaled alike, by the largest value in a fixed sample of them; where that has no 16-bit image, by 16.
+    scaled alike, by the largest value in a fixed sample of them; where that has no 16-bit image, by all 16.
     """
-    found = [significant_bits(item) for item in self._contents() if isinstance(item, bytes)]
-    used = max((one for one in found if one), default=16)
+    found = [significant_bits(item) for item in self._stored_sample() if isinstance(item, bytes)]
+    used = max((one for one in found if one), default=None)
+    if used is None:
+      return None
     bits = next(bits for bits in (8, 10, 12, 14, 16) if bits >= used)
     if bits < 16:
       say_once(f"{self.name(0)} and others of its set: 16-bit images with values up to {bits} bits, scaled as such")
     return bits
 
-  def fingerprint(self) -> dict[str, int | str]:
-    """What tells this set from itself after a change, for `json`: the number of images, and digests of the classes, of the
-    names and stored sizes, of the labels and of the contents of a fixed sample of the images.
+  def fingerprint(self) -> dict[str, int | str | list[str]]:
+    """What tells this set from itself after a change, for `json`: the number of images, the names of the classes, and digests
+    of the names and stored sizes, of the labels and of the contents of a fixed sample of the images.
     """
     return {
       "images": len(self),
-      "classes": digest(self.class_names),
+      "classes": list(self.class_names),
       "names and sizes": digest(self._listing()),
       "labels": digest(self._label_listing()),
       "contents": digest(self._contents()),
@@ -129,6 +132,10 @@ class Source:
     return () if self.labels is None else (self.labels,)
 
   def _contents(self) -> Iterable:
+    return self._stored_sample()
+
+  def _stored_sample(self) -> Iterable[bytes]:
+    """A fixed sample of the images as they are stored; no bytes of one that cannot be read."""
     for i in spread(len(self), SAMPLE).tolist():
       try:
         yield self.item(i)[0]
@@ -257,11 +264,17 @@ def first_readable(source: Source) -> np.ndarray:
 
 
 class Relabeled(Selection):
-  """The images of another source, class c of which is class numbers[c] of `class_names`, or -1: unlabeled."""
+  """The images of a test set as those of the training set `train`: class c of the former is class numbers[c] of the latter,
+  or none for -1, and 16-bit images are scaled alike."""
 
-  def __init__(self, source: Source, numbers, class_names: Sequence[str]):
+  def __init__(self, source: Source, numbers, train: Source):
     super().__init__(source, np.arange(len(source)))
-    self.class_names, self._numbers = class_names, np.append(np.asarray(numbers, np.int32), np.int32(-1))
+    self._train, self._numbers = train, np.append(np.asarray(numbers, np.int32), np.int32(-1))
+    self.class_names = train.class_names
+
+  @property
+  def bits(self):
+    return self._train.bits or self._source.bits
 
   @property
   def labels(self):

@@ -128,7 +128,7 @@ class EvalSet:
       parts = [(processes.gather_rows(rows), processes.gather_rows(mask)) for rows, mask in self._seen]
       self._rows = np.concatenate([rows[mask] for rows, mask in parts]).T
       if self._labeled and not self._rows.size:
-        raise UserError(f"none of the images of {self.source.name(0)} and the others of its set has a label")
+        raise UserError(f"no image in the set of {self.source.name(0)} has a label, so it cannot be scored")
     return self._rows
 
   def rows(self):

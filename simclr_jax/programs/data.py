@@ -88,7 +88,7 @@ def inspect(spec: str, *, data_dir: str | None = None, limit: int = 0, output: s
     "bytes": float(np.mean(lengths)) if lengths else 0.0,
     "bad": bad,
     "skipped": source.skipped,
-    "bits": source.bits if deep else 8,
+    "bits": source.bits or 16 if deep else 8,
     "unlabeled": int((source.labels < 0).sum()) if source.labels is not None else 0,
   }
   _describe(spec, result, len(chosen))

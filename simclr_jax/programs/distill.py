@@ -118,6 +118,17 @@ def _logits(config, teacher, source, mesh):
   return out
 
 
+def check_classes(config, source):
+  """Raises UserError if the classes of the teacher, where its folder names them, are not those of the training images."""
+  taught = same.classes_of(config.teacher)
+  if taught and not np.array_equal(data.match_classes(taught, source.class_names), np.arange(len(taught))):
+    first = next(i for i, (a, b) in enumerate(zip(taught, source.class_names, strict=True)) if a != b)
+    raise UserError(
+      f"config.teacher={config.teacher}: its class {first} is {taught[first]}, that of data.train={config.data.train} is"
+      f" {source.class_names[first]}: name the data it was fine-tuned on"
+    )
+
+
 def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:
   """The program `simclr distill`: prints the student's and the teacher's test accuracy; returns what finetune.run does.
 
@@ -134,6 +145,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       f"config.teacher={config.teacher} knows {teacher.num_classes} classes, data.train={config.data.train} has "
       f"{source.num_classes}: name the data it was fine-tuned on"
     )
+  check_classes(config, source)
   chosen = finetune.choose(source, config.labels) if config.alpha < 1 else np.zeros(0, int)
   workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite)
   cache = _logits(config, teacher, source, mesh) if config.cache else None

@@ -98,6 +98,12 @@ def check_data(workdir, resume: bool, changed: str, sources: dict[str, Source]) 
   return now
 
 
+def classes_of(workdir) -> list[str]:
+  """The classes that a run was trained with; empty where the folder does not say."""
+  file = files.absolute(workdir) / FILE
+  return json.loads(files.read_text(file))["data.train"]["classes"] if file.exists() else []
+
+
 def keep_data(workdir, fingerprints: dict):
   """Keeps the fingerprints of the data in the claimed folder of a run."""
   if not jax.process_index():
