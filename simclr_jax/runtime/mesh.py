@@ -25,7 +25,10 @@ def check_devices():
   try:
     jax.devices()
   except Exception as error:  # RuntimeError, or an AssertionError without a word
-    why = " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split())[:300].rstrip(".") or "this JAX has no such backend"
+    why = (
+      " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split())[:300].rstrip(".")
+      or "this JAX has no such backend"
+    )
     given = os.environ.get("JAX_PLATFORMS")
     setting = f"JAX_PLATFORMS={given}" if given else "JAX_PLATFORMS is not set"
     raise UserError(
