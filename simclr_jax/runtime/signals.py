@@ -48,11 +48,11 @@ def heard():
     yield
   finally:
     signal.set_wakeup_fd(before)
+    os.write(write, bytes(1))  # not closed alone: a forked process may have the other copy
+    listener.join()
     for number, handler in old.items():
       # A process that was told to stop is on its way out, where Python takes its handlers away: it keeps its exit code.
       signal.signal(number, signal.SIG_IGN if heard else handler)
-    os.write(write, bytes(1))  # not closed alone: a forked process may have the other copy
-    listener.join()
     os.close(write)
     os.close(read)
 
