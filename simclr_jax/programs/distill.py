@@ -137,7 +137,9 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     )
   chosen = finetune.choose(source, config.labels) if config.alpha < 1 else np.zeros(0, int)
   specs = (config.data.train, config.data.test)
-  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
+  workdir = workdir_lib.claim(
+    workdir, resume=resume, overwrite=overwrite, specs=specs, starts=(config.start, config.teacher)
+  )
   if resume and checkpoint.folder(workdir).exists():
     config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
   cache = _logits(config, teacher, source, mesh) if config.cache else None

@@ -298,7 +298,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   task = make_task(config, start, source, mesh=mesh)
   jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
   specs = (config.data.train, config.data.test)
-  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs, starts=(config.start,))
   if resume and checkpoint.folder(workdir).exists():
     config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
   result = train(config, start, source, test, workdir, mesh=mesh)

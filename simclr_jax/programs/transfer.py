@@ -216,7 +216,9 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   if config.supervised:
     encoders["supervised"] = FrozenEncoder(trained.open_start(config.supervised), config, mesh)
   encoders["random"] = FrozenEncoder(start, config, mesh, untrained=True)
-  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, writes=tuple(config.rows))
+  workdir = workdir_lib.claim(
+    workdir, resume=resume, overwrite=overwrite, starts=(config.start, config.supervised), writes=tuple(config.rows)
+  )
   checkpoint.write_config(workdir, config_lib.to_json(config))
   done = workdir / "transfer.json"
   rows = json.loads(files.read_sealed(done)) if done.exists() else []
