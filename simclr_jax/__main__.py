@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -47,9 +48,10 @@ def for_a_pod(flags):
 def for_this_machine(flags):
   import logging
 
-  from simclr_jax.runtime import cpu, tensorflow
+  from simclr_jax.runtime import cpu, files, tensorflow
 
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that nobody misses
+  files.allow_open_files()
   note = cpu.prepare()
   tensorflow.quieten()
   from simclr_jax.runtime import mesh, processes
@@ -223,7 +225,7 @@ def main(argv=None) -> int:
 
 def _outcome(command, flags, overrides, heard: bool) -> int:
   """The exit code of a command, whose errors are printed; `heard`: whether signals are answered, see runtime/signals.py."""
-  stopped = ()
+  stopped, at_once = (), False
   try:
     with contextlib.ExitStack() as stack:
       if heard:
@@ -238,8 +240,11 @@ def _outcome(command, flags, overrides, heard: bool) -> int:
     code, message = error.exit_code, str(error)
   except Exception as error:
     code, message = getattr(error, "exit_code", 1), str(error)
+    at_once = getattr(error, "exit_at_once", False)
     # An OSError without a number was raised on purpose, with words for the user.
     of_user = isinstance(error, UserError) or isinstance(error, OSError) and (error.filename or error.errno is None)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # whatever was being written
+      of_user, message = True, f"the disk is full ({error}); free space and give the same command again, with --resume"
     if code == 1 and (not of_user or os.environ.get("SIMCLR_TRACEBACK")):
       if type(error).__name__ == "JaxRuntimeError" and "simclr_jax.runtime.watchdog" in sys.modules:
         sys.modules["simclr_jax.runtime.watchdog"].await_verdict()
@@ -251,6 +256,10 @@ def _outcome(command, flags, overrides, heard: bool) -> int:
     print(f"simclr: {message}", file=sys.stderr)
   if "simclr_jax.runtime.watchdog" in sys.modules:
     sys.modules["simclr_jax.runtime.watchdog"].leave(code, message)
+  if at_once:
+    sys.modules["simclr_jax.runtime.lock"].release_all()
+    sys.stdout.flush()
+    os._exit(code)
   return code
 
 

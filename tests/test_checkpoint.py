@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+import types
 
 import jax
 import numpy as np
@@ -163,6 +164,16 @@ def test_the_last_sealed_step_is_deleted_only_after_the_next_is_sealed(tmp_path,
   assert again.latest_step() == 1
   again.save(2, small(2), {}, "{}")
   assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_full_disk_is_found_before_orbax_finds_it(tmp_path, monkeypatch):
+  """Which would print pages, and hang where even its metadata have no room."""
+  saved_steps(tmp_path, 1)
+  saved = checkpoint.Checkpoints(tmp_path)
+  monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1 << 20))
+  monkeypatch.setattr(saved._manager, "save", pytest.fail)
+  with pytest.raises(checkpoint.NotSaved, match="could not save step 2: the disk is full; step 1 in .* is complete"):
+    saved.save(2, small(2), {}, "{}")
 
 
 def test_a_step_under_another_name_or_of_another_run_is_not_resumed(tmp_path, capsys):

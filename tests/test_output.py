@@ -1,5 +1,6 @@
 """Output that is lost and signals that stop a run, on small processes."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,7 +9,9 @@ import time
 
 import pytest
 
-from simclr_jax.runtime import output
+from simclr_jax import __main__ as cli
+from simclr_jax.report import pages
+from simclr_jax.runtime import checkpoint, files, output
 
 CHILD = """
 import os, sys
@@ -48,6 +51,54 @@ def test_what_is_no_loss_is_raised():
     with pytest.raises(TypeError):
       sys.stdout.write(3)  # pyright: ignore[reportArgumentType]
     assert sys.stdout.isatty() in (True, False)
+
+
+@pytest.mark.parametrize(
+  "error, said",
+  [
+    (
+      OSError(errno.ENOSPC, "No space left on device"),
+      "the disk is full ([Errno 28] No space left on device); free space",
+    ),
+    (
+      OSError(errno.EDQUOT, "Disk quota exceeded", "/x/events"),
+      "quota exceeded: '/x/events'); free space and give the same",
+    ),
+    (checkpoint.NotSaved("could not save step 4"), "could not save step 4"),
+  ],
+)
+def test_a_full_disk_is_one_line_and_waits_for_no_thread_of_orbax(monkeypatch, capsys, error, said):
+  ended = []
+  monkeypatch.setattr(cli.os, "_exit", ended.append)
+  monkeypatch.setattr(cli, "_run", lambda *_: (_ for _ in ()).throw(error))
+  assert cli.main(["recipes"]) == 1
+  err = capsys.readouterr().err
+  assert said in err and len(err.splitlines()) == 1
+  assert ended == ([1] if isinstance(error, checkpoint.NotSaved) else [])
+
+
+@pytest.mark.parametrize(
+  "limits, said", [("-Sn 64", "256\n"), ("-n 64", "may open 64 files at a time and needs 256: raise it")]
+)
+def test_the_limit_of_open_files_is_raised_or_named(limits, said):
+  code = (
+    "import resource as r; from simclr_jax.runtime import files; files.allow_open_files(); print(r.getrlimit(7)[0])"
+  )
+  hard = "ulimit -Hn 256; " if "S" in limits else ""
+  done = subprocess.run(
+    ["bash", "-c", f"ulimit {limits}; {hard}{sys.executable} -c '{code}'"], capture_output=True, text=True
+  )
+  assert said in done.stdout + done.stderr
+
+
+def test_a_user_without_a_name_can_be_asked_for_sizes(tmp_path, monkeypatch):
+  def nobody(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+  monkeypatch.setattr("pwd.getpwuid", nobody)
+  (tmp_path / "a").write_text("abc")
+  assert files.size(tmp_path / "a") == 3
+  assert pages._size(files.absolute(tmp_path)) == "3 B"
 
 
 SIGNALED = """

@@ -31,7 +31,7 @@ def shared(tmp_path_factory):
 class Group:
   """`simclr pretrain` (or `flags` of another program) in so many processes, with eight devices among them."""
 
-  def __init__(self, shared, workdir, processes, *, steps=STEPS, environment=(), flags=(), **changes):
+  def __init__(self, shared, workdir, processes, *, steps=STEPS, environment=(), flags=(), last=(), **changes):
     values = {
       "data.train": f"npz:{shared / 'images.npz'}",
       "data.test": "",
@@ -61,7 +61,7 @@ class Group:
       self.logs.append(workdir.with_name(f"{workdir.name}.{processes}.{i}.log"))
       self.processes.append(
         subprocess.Popen(
-          command + (several if processes > 1 else []),
+          command + (several if processes > 1 else []) + (list(last) if i == processes - 1 else []),
           cwd=ROOT,
           env={
             **os.environ,
@@ -277,3 +277,16 @@ def test_one_that_hangs_or_raises_ends_them_all(shared, what, expected):
     assert codes == expected, group.text()
   if name == "raises":
     assert "process 1 of 2" in group.logs[0].read_text() and "no such disk" in group.logs[0].read_text()
+
+
+@pytest.mark.parametrize(
+  "override", ["seed=1", "optimizer.base_lr=0.5", "loss.temperature=0.9", "train_steps=8", "checkpoint.every_steps=3"]
+)
+def test_processes_with_different_configs_stop_before_they_train(shared, tmp_path, override):
+  with Group(shared, tmp_path / "run", 2, last=(f"--config.{override}",)) as group:
+    assert group.wait() == [1, 1]
+    name, _, value = override.partition("=")
+    for log in group.logs:
+      said = [line for line in log.read_text().splitlines() if line.startswith("simclr: process 1 has")]
+      assert said[0].startswith(f"simclr: process 1 has config.{name}={value} and process 0 has")
+  assert not (tmp_path / "run").exists()

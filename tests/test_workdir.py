@@ -170,6 +170,19 @@ def test_a_process_that_is_killed_between_seal_and_file_leaves_a_file_that_can_b
   assert files.read_sealed(path) == "third"
 
 
+def test_overwrite_spares_the_run_that_the_new_one_starts_from(tmp_path):
+  run = tmp_path / "run"
+  claim(run)
+  (run / "encoder").mkdir()
+  for start in (run, run / "encoder"):
+    with pytest.raises(
+      ValueError, match="--overwrite would delete .*run.*, which this starts from: name another folder"
+    ):
+      of_programs.claim(run, resume=False, overwrite=True, starts=("", str(start)))
+  of_programs.claim(run / "tuned", resume=False, overwrite=True, starts=(str(run),))
+  assert (run / "encoder").exists()
+
+
 HOLDER = """
 import sys, time
 from simclr_jax.runtime import lock

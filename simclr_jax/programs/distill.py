@@ -147,7 +147,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     )
   check_classes(config, source)
   chosen = finetune.choose(source, config.labels) if config.alpha < 1 else np.zeros(0, int)
-  workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite)
+  starts = (config.start, config.teacher)
+  workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite, starts=starts)
   cache = _logits(config, teacher, source, mesh) if config.cache else None
   make = functools.partial(make_task, teacher=teacher, chosen=chosen, cache=cache)
   student_loss = functools.partial(loss, temperature=config.temperature, alpha=config.alpha)

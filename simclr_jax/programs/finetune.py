@@ -5,6 +5,7 @@ SimCLR fine-tunes from h, SimCLRv2 from the first layer of the projection head, 
 baseline.  Training sees crops and flips, BatchNorm ranges over the global batch.
 """
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -264,7 +265,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
   task = make(config, start, source, mesh=mesh, loss=loss, evaluators={"test": loop.Evaluator(evaluation.run, every)})
   checkpoint.write_config(workdir, config_lib.to_json(config))
   state, clock = loop.run(
-    task,
+    dataclasses.replace(task, data=json.dumps(source.fingerprint())),
     loop.LoopConfig.from_config(config, len(source)),
     mesh=mesh,
     workdir=workdir,
@@ -304,7 +305,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   source = data.Selection(source, chosen) if len(chosen) < len(source) else source
   task = make_task(config, start, source, mesh=mesh)
   jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
-  workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite)
+  starts = (config.start,)
+  workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite, starts=starts)
   result = train(config, start, source, test, workdir, mesh=mesh)
   s = result["scores"]
   if not jax.process_index():

@@ -2,6 +2,7 @@
 and with an untrained encoder (scores.py), exports f and writes a page to look at.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -165,7 +166,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
     _greet(config, workdir, mesh, train_source, test_source, abstract, task)
 
   state, clock = loop.run(
-    task,
+    dataclasses.replace(task, data=json.dumps(train_source.fingerprint())),
     loop.LoopConfig.from_config(config, len(train_source)),
     mesh=mesh,
     workdir=workdir,

@@ -21,8 +21,11 @@ def same_config(config, workdir):
   return kept
 
 
-def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwrite: bool):
+def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwrite: bool, starts=()):
   """The absolute workdir of a run that trains on `train` and scores `test`, made if needed.
+
+  Args:
+    starts: folders that the run starts from, which it may not replace.
 
   Raises:
     UserError: the folder is another run's or not a run's, or holds the data; or, where one is resumed, its config or data
@@ -32,7 +35,7 @@ def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwri
     same_config(config, workdir)
   fingerprints = check_data(workdir, resume, config.data.changed, {"data.train": train, "data.test": test})
   specs = (config.data.train, config.data.test)
-  path = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
+  path = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs, starts=starts)
   keep_data(path, fingerprints)
   return path
 

@@ -229,7 +229,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   if config.supervised:
     encoders["supervised"] = FrozenEncoder(trained.open_start(config.supervised), config, mesh)
   encoders["random"] = FrozenEncoder(start, config, mesh, untrained=True)
-  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, writes=tuple(config.rows))
+  starts = (config.start, config.supervised)
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, starts=starts, writes=tuple(config.rows))
   if resume and (workdir / "config.json").exists():
     config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
   weights = {

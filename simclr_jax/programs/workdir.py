@@ -5,22 +5,29 @@ import os
 from etils import epath
 
 from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime.errors import UserError
 
 WRITES = (  # beside checkpoint.WRITES: patterns of names at the top of a workdir
   "run.json", "data.json*", "scores.json*", "views.png", "neighbors.png", "report.html", "encoder", "export", "map", "probe",
   "unreadable*.txt", "quickstart.json*", "features.npz", "features.npz.parts", "features.npz.unreadable.txt",
-  "downstream.*", "seed[0-9]*", "transfer", "transfer.*",
+  "downstream.*", "seed[0-9]*", "transfer", "transfer.*", "runs.html",
 )  # fmt: skip
 ON_DISK = ("npz", "folder", "files", "tfrecord", "array_record", "webdataset", "parquet")  # data sets KIND:PATH
 
 
-def claim(workdir, *, resume: bool, overwrite: bool, specs=(), writes=()) -> epath.Path:
+def claim(workdir, *, resume: bool, overwrite: bool, specs=(), starts=(), writes=()) -> epath.Path:
   """checkpoint.claim_workdir for a program.
 
   Args:
     specs: the data sets that the run reads, as in `config.data`; those on a disk may not lie in the workdir.
+    starts: runs and exports that it starts from, which --overwrite may not delete.
     writes: further names that the program leaves in the workdir.
   """
+  for start in starts if overwrite else ():
+    if start and f"{os.path.realpath(start)}/".startswith(f"{os.path.realpath(workdir)}/"):
+      raise UserError(
+        f"--workdir={workdir} --overwrite would delete {start}, which this starts from: name another folder"
+      )
   data = [path for spec in specs for path in paths(spec)]
   return checkpoint.claim_workdir(
     str(workdir), resume=resume, overwrite=overwrite, writes=(*WRITES, *writes), data=data

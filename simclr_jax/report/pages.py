@@ -158,4 +158,4 @@ def _size(path):
 
 
 def _bytes(path) -> int:
-  return sum(map(_bytes, path.iterdir())) if path.is_dir() else path.stat().length
+  return sum(map(_bytes, path.iterdir())) if path.is_dir() else files.size(path)

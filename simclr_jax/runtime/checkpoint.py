@@ -137,6 +137,12 @@ def _id_in_checkpoints(workdir) -> str | None:
   return None
 
 
+class NotSaved(OSError):
+  """A checkpoint could not be written.  Orbax's threads may be stuck then: the process ends best without waiting for them."""
+
+  exit_at_once = True
+
+
 class Damaged(UserError):
   """A checkpoint does not hold what was written."""
 
@@ -255,7 +261,7 @@ class Checkpoints:
       loop: what the loop keeps beside the state, of JSON values; `loop` returns it.
 
     Raises:
-      OSError: the disk is full or gone; names the step that is still good.
+      NotSaved: the disk is full or gone; names the step that is still good.
     """
     if step == self._newest:
       return
@@ -266,6 +272,7 @@ class Checkpoints:
       **{name: ocp.args.StandardSave(tree) for name, tree in exports.items()},
     )
     try:
+      processes.run_on_primary(lambda: self._check_space((state, exports)))
       self._manager.save(step, args=args, force=True)
       self._manager.wait_until_finished()
       processes.run_on_primary(lambda: self._seal(step, loop or {}))
@@ -276,9 +283,16 @@ class Checkpoints:
       last = self._newest
       survivor = f"step {last} in {self._folder} is complete" if last is not None else "no checkpoint exists yet"
       reason = "the disk is full" if files.disk_is_full(error, self._folder) else " ".join(str(error).split())[:200]
-      raise OSError(
+      raise NotSaved(
         f"could not save step {step}: {reason}; {survivor}; free space and run again with --resume"
       ) from None
+
+  def _check_space(self, trees):
+    """Raises OSError where the disk has no room, before Orbax finds out, prints pages, and hangs on the last bytes."""
+    if not files.is_remote(self._folder):
+      needed = sum(x.nbytes for x in jax.tree.leaves(trees) if hasattr(x, "nbytes")) + (1 << 20)
+      if shutil.disk_usage(self._folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   def _seal(self, step, loop):
     path = self._folder / str(step)

@@ -37,20 +37,22 @@ def heard():
   if threading.current_thread() is not threading.main_thread():
     yield
     return
+  heard = []  # numbers of the signals
   read, write = os.pipe()
   os.set_blocking(write, False)
   old = {n: signal.signal(n, _stop) for n in STOPPING[1:] if signal.getsignal(n) == signal.SIG_DFL}
   before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-  listener = threading.Thread(target=_listen, args=(read,), daemon=True, name="signals")
+  listener = threading.Thread(target=_listen, args=(read, heard), daemon=True, name="signals")
   listener.start()
   try:
     yield
   finally:
     signal.set_wakeup_fd(before)
-    for number, handler in old.items():
-      signal.signal(number, handler)
     os.write(write, bytes(1))  # not closed alone: a forked process may have the other copy
     listener.join()
+    for number, handler in old.items():
+      # A process that was told to stop is on its way out, where Python takes its handlers away: it keeps its exit code.
+      signal.signal(number, signal.SIG_IGN if heard else handler)
     os.close(write)
     os.close(read)
 
@@ -61,8 +63,7 @@ def _stop(number, frame):
   raise Stopped(f"{name}: stopped; what was saved is complete, go on with --resume")
 
 
-def _listen(read):
-  told = False
+def _listen(read, heard):
   while True:
     for number in os.read(read, 64):
       if number == 0:
@@ -70,12 +71,12 @@ def _listen(read):
       if number not in STOPPING:
         continue
       name = signal.Signals(number).name
-      if told:
+      if heard:
         _say(f"{name}: stopped at once; what was saved before is complete, go on with --resume")
         with contextlib.suppress(Exception):
           lock.release_all()
         os._exit(exit_code(number))
-      told = True
+      heard.append(number)
       when = "after this step" if during_steps else "as soon as possible"
       _say(f"{name}: stopping {when}; a second signal stops at once")
 
