@@ -12,6 +12,7 @@ import numpy as np
 from simclr_jax import data, exporting
 from simclr_jax.evaluation import embed as embed_lib
 from simclr_jax.evaluation import linear
+from simclr_jax.exporting import image_check
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain as program
 from simclr_jax.programs import same
@@ -102,13 +103,18 @@ def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) 
     images: uint8, or floating point in [0, 1]: [n, h, w, 3], or a list of [h, w, 3] of several sizes.
     batch_size: images that the network sees at once.
   Raises:
-    ValueError: the folder is no export, or the images are of another kind.
+    ValueError: the folder is not an export, or the images are of another type, range or shape.
   """
   encoder = Encoder(*(exporting.load_encoder(encoder) if isinstance(encoder, str | pathlib.Path) else encoder))
   crop = embed_lib.crop_of(config_lib.from_dict(encoder.card["pretraining"]))
   parts = []
   for start in range(0, len(images), batch_size):
-    views = crop(images[start : start + batch_size])
+    images_now = [np.asarray(image) for image in images[start : start + batch_size]]
+    for image in images_now:
+      if image.ndim != 3 or image.shape[-1] != 3:
+        raise UserError(f"an image is {list(image.shape)}: expected [h, w, 3]")
+      image_check.check_range(image)
+    views = crop(images_now)
     padding = [(0, batch_size - len(views)), *[(0, 0)] * 3]  # one shape, one compilation
     parts.append(np.asarray(encoder.apply(np.pad(views, padding)))[: len(views)])
   return np.concatenate(parts) if parts else np.zeros((0, encoder.card["feature_dimension"]), np.float32)
@@ -119,16 +125,17 @@ def probe(h: np.ndarray, labels: np.ndarray, test_h: np.ndarray, test_labels: np
 
   Args:
     h, test_h: float [n, d] and [m, d].
-    labels, test_labels: int [n] and [m], from 0.
+    labels, test_labels: of n and m, whatever `data.make_labels` takes: integers, texts, one-hot rows; -1 for none.
   Returns:
-    dict(accuracy, l2): the share of the m that is right, and the penalty.
+    dict(accuracy, l2): the fraction of the labeled m that is right, and the penalty.
   Raises:
-    ValueError: numbers of rows that do not agree.
+    ValueError: numbers of rows that do not agree, other labels, or features that are not finite.
   """
   for name, features, y in (("h", h, labels), ("test_h", test_h, test_labels)):
     if len(features) != len(y):
       raise UserError(f"{name} has {len(features)} rows for {len(y)} labels: expected as many")
-  classes = int(max(np.max(labels), np.max(test_labels))) + 1
-  classifier = linear.logistic_regression(np.asarray(h), np.asarray(labels), num_classes=classes)
-  right = linear.accuracy(classifier, np.asarray(test_h), np.asarray(test_labels))
+  both = np.concatenate([np.asarray(labels), np.asarray(test_labels)])  # numbered together
+  y, names = data.make_labels(both, count=len(both))
+  classifier = linear.logistic_regression(h, y[: len(labels)], num_classes=len(names))
+  right = linear.accuracy(classifier, test_h, y[len(labels) :])
   return {"accuracy": float(right), "l2": float(classifier["l2"])}

@@ -54,3 +54,32 @@ def test_mistakes_are_one_line(tmp_path):
     simclr_jax.pretrain(np.zeros((4, 8, 8, 3), np.uint8), str(tmp_path / "a"), labels=[0, 1])
   with pytest.raises(ValueError, match="did you mean config.batch_size"):
     simclr_jax.pretrain(np.zeros((4, 8, 8, 3), np.uint8), str(tmp_path / "b"), batch_sise=4)
+
+
+def test_probe_takes_labels_of_any_kind():
+  rng = np.random.default_rng(0)
+  y = np.arange(60) % 3
+  h = (3 * np.eye(4)[y] + 0.1 * rng.normal(size=(60, 4))).astype(np.float32)
+  for labels in (y, 10**12 * y, np.array(["ant", "bee", "cat"])[y], np.eye(3)[y], np.where(np.arange(60) % 5, y, -1)):
+    assert simclr_jax.probe(h, labels, h, labels)["accuracy"] == 1
+  # A text stands for one class in both, whatever else is there.
+  assert (
+    simclr_jax.probe(h, np.array(["ant", "bee", "cat"])[y], h[y > 0], np.array(["?", "bee", "cat"])[y[y > 0]])[
+      "accuracy"
+    ]
+    == 1
+  )
+
+
+@pytest.mark.parametrize(
+  "images, message",
+  [
+    (np.full((2, 20, 20, 3), 255.0), "images range from 255 to 255"),
+    (np.zeros((2, 20, 20, 3), np.int64), "images are int64"),
+    (np.zeros((2, 20, 20), np.uint8), r"an image is \[20, 20\]"),
+    ([np.zeros((9, 9, 3), np.uint8), np.full((8, 8, 3), np.nan)], "images range from nan"),
+  ],
+)
+def test_embed_refuses_images_of_another_kind(tmp_path, images, message):
+  with pytest.raises(ValueError, match=message):
+    simclr_jax.embed(str(tiny.export(tmp_path / "encoder")), images)

@@ -198,3 +198,10 @@ def test_importing_the_package_and_its_help_wait_for_nothing_heavy():
   )
   out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, cwd=ROOT)
   assert out.stdout.strip() == "[]", out.stdout + out.stderr
+
+
+def test_the_tests_that_the_pages_name_exist():
+  for page in (ROOT / "docs").glob("*.md"):
+    for file, name in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", page.read_text()):
+      text = (ROOT / "tests" / file).read_text()
+      assert not name or f"def {name}(" in text, f"{page.name}: {file}::{name}"

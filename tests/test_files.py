@@ -91,7 +91,8 @@ def test_a_run_folder(place):
 def test_an_export(place):
   def fill(folder_):
     files.write_text(folder_ / "weights", "1 2 3")
-    folder.write_card(folder_, {"name": "mine"})
+    needed = {"architecture": {}, "preprocessing": {"size": 8}, "pretraining": {}, "feature_dimension": 4}
+    folder.write_card(folder_, {"name": "mine", **needed})
 
   path = folder.save_export(place, fill)
   card = folder.read_card(place)

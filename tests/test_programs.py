@@ -75,8 +75,8 @@ def test_the_page_has_map_accuracies_changes_and_the_folder_is_marked(finished):
 
 def test_map_of_a_run(finished, capsys):
   workdir, _ = finished
-  found = map_lib.run(workdir, images=40, output=workdir.parent / "map")
-  assert len(found["names"]) == 40 and (workdir.parent / "map/map.html").exists()
+  found = map_lib.run(workdir, images=20, output=workdir.parent / "map")
+  assert len(found["names"]) == 20 and (workdir.parent / "map/map.html").exists()
 
 
 def test_knn_program_agrees_with_the_run(finished, capsys, monkeypatch):

@@ -41,7 +41,7 @@ class Features:
   def about(self) -> dict:
     """The strings that stand beside the arrays; `sha256` is of all the rest, for two of the formats notice no flipped bit."""
     about = {"encoder": self.encoder, "weights": self.weights, "data": self.data}
-    sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    sha = hashlib.sha256(json.dumps({key: _utf8(value) for key, value in about.items()}, sort_keys=True).encode())
     for key in ("h", "label", "index"):
       array = np.ascontiguousarray(getattr(self, key))
       sha.update(f"{key} {array.dtype.str} {list(array.shape)}\n".encode())
@@ -130,7 +130,7 @@ def _from_parquet(local):
 def _safetensors(features) -> bytes:
   """There are no strings in the format: names stand in the metadata, as JSON."""
   tensors = {key: np.ascontiguousarray(getattr(features, key)) for key in ("h", "label", "index")}
-  about = {key: value.encode("utf-8", "backslashreplace").decode() for key, value in features.about.items()}
+  about = {key: _utf8(value) for key, value in features.about.items()}
   content = safetensors.numpy.save(tensors, {**about, "name": json.dumps(features.name.tolist())})
   # The library writes the metadata in an order that changes from process to process.
   end = 8 + int.from_bytes(content[:8], "little")

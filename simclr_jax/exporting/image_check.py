@@ -19,6 +19,12 @@ def check_images(images, size: int):
   """
   images = np.asarray(images)
   check_shape(images, size)
+  return check_range(images)
+
+
+def check_range(images):
+  """float32 in [0, 1] of uint8 or such floats, of any shape; raises ValueError for others."""
+  check_type(images)
   if images.dtype == np.uint8:
     return images.astype(np.float32) / 255
   images = images.astype(np.float32)
@@ -30,10 +36,14 @@ def check_images(images, size: int):
   return images
 
 
-def check_shape(images, size: int):
-  """Raises ValueError unless `images` are floats or uint8 [n, size, size, 3]; it looks at shape and dtype alone."""
+def check_type(images):
   if images.dtype != np.uint8 and images.dtype.kind != "f" and images.dtype.name != "bfloat16":
     raise ValueError(f"images are {images.dtype}: expected floats in [0, 1] or uint8 0 to 255")
+
+
+def check_shape(images, size: int):
+  """Raises ValueError unless `images` are floats or uint8 [n, size, size, 3]; it looks at shape and dtype alone."""
+  check_type(images)
   if images.ndim != 4 or images.shape[-1] != 3:
     raise ValueError(f"images are {list(images.shape)}: expected [n, {size}, {size}, 3]")
   if images.shape[1:3] != (size, size):
