@@ -15,7 +15,17 @@ from simclr_jax.projector import Projector
 GOLDEN = ("r50-1x-64px", "r50-1x-64px-sk0.0625", "r50-1x-32px", "r18-1x-32px")
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=case_name(c)) for c in CASES if case_name(c) in GOLDEN])
+SLOW = ("r50-1x-64px", "r50-1x-32px")  # what they run is in the others as well
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    pytest.param(c, id=case_name(c), marks=[pytest.mark.slow] * (case_name(c) in SLOW))
+    for c in CASES
+    if case_name(c) in GOLDEN
+  ],
+)
 def test_golden(case):
   assert_golden(build(case, resnet=encoder_tpu.resnet), case)
 
