@@ -2,8 +2,9 @@
 
 Command:   simclr pretrain --config=configs/folder.py --config.data.train=folder:/my/images --workdir=runs/mine
 Hardware:  a GPU for tens of thousands of images; a CPU for hundreds (then add --config.train_epochs=20.0)
-Expected:  no score without labels: watch contrastive accuracy and the collapse verdict; with labels, name held-out images
-           with --config.data.test=folder:/my/held-out for kNN and linear scores beside those of raw pixels
+Expected:  no score without labels: watch contrastive accuracy and the collapse verdict; with labels (sub-folders), a tenth of
+           every class is held out for kNN and linear scores beside those of raw pixels, or name other images to score with
+           --config.data.test=folder:/my/held-out
 Source:    v1 paper's augmentation (arXiv 2002.05709, App. A), antialiased, as photos are large; square-root scaling for small batches (App. B.1)
 """
 

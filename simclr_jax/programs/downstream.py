@@ -1,4 +1,4 @@
-"""All that one does with h, in one command: pretrain, linear evaluation, few labels, distillation, transfer.
+"""All downstream tasks in one command: pretrain, linear evaluation, few labels, distillation, transfer.
 
 Over several seeds: SimCLR by one recipe; a linear classifier on h; fine-tuning with shares of the labels beside training
 from scratch on the same images by the same recipe; a smaller student of the fine-tuned network beside that student
