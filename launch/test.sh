@@ -6,6 +6,6 @@ set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 ruff check .
 ruff format --check .
-git ls-files | grep -v -e "^tests/golden/" -e "\.npz$" -e "\.png$" | xargs codespell
+codespell
 pyright
 python -m pytest --numprocesses=2 --dist=loadfile "$@"
