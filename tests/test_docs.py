@@ -110,7 +110,7 @@ def sandbox(tmp_path_factory):
   recipe = here / "rows.py"
   recipe.write_text(
     "from configs.transfer import get_config as base\n\n\ndef get_config():\n  config = base('small')\n"
-    f"  config.rows = dict(again=dict(train={spec!r}, validation='', test={spec!r}, metric='top_1'))\n"
+    f"  config.rows = dict(again=dict(train={spec!r}, validation='', test={spec + ':test'!r}, metric='top_1'))\n"
     "  config.augment.size = 16\n  config.methods = ('linear',)\n  return config\n"
   )
   stand_ins = {

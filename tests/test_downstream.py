@@ -63,7 +63,7 @@ def test_table_and_figure(tmp_path):
 def test_the_program(tmp_path, capsys):
   """All parts, a few steps each, on 96 images; --resume keeps what is finished."""
   spec = tiny.npz(tmp_path / "tiny.npz")
-  rows = {"again": dict(train=spec, validation="", test=spec, metric="top_1")}
+  rows = {"again": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")}
   changes = {
     "smoke": {
       "data.train": spec,
