@@ -19,7 +19,6 @@ import optax
 from simclr_jax import augment, augment_extra, data, exporting, optimizer, views
 from simclr_jax import model as model_lib
 from simclr_jax.evaluation import embed
-from simclr_jax.evaluation.rows import labeled
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import same, splits, trained
@@ -247,8 +246,6 @@ class ClassifierEvaluation:
 
   def run(self, state) -> dict:
     logits, labels = self.logits(state)
-    known = labeled(labels)
-    logits, labels = logits[known], labels[known]
     own = np.take_along_axis(logits, labels[:, None], 1)
     rank = np.sum(logits > own, 1)
     return {"accuracy": float(np.mean(rank < 1)), "top_5": float(np.mean(rank < 5))}
@@ -265,7 +262,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
   task = make(config, start, source, mesh=mesh, loss=loss, evaluators={"test": loop.Evaluator(evaluation.run, every)})
   checkpoint.write_config(workdir, config_lib.to_json(config))
   state, clock = loop.run(
-    dataclasses.replace(task, data=json.dumps(source.fingerprint())),
+    dataclasses.replace(task, data=same.for_other_processes(source)),
     loop.LoopConfig.from_config(config, len(source)),
     mesh=mesh,
     workdir=workdir,

@@ -166,7 +166,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
     _greet(config, workdir, mesh, train_source, test_source, abstract, task)
 
   state, clock = loop.run(
-    dataclasses.replace(task, data=json.dumps(train_source.fingerprint())),
+    dataclasses.replace(task, data=same.for_other_processes(train_source)),
     loop.LoopConfig.from_config(config, len(train_source)),
     mesh=mesh,
     workdir=workdir,

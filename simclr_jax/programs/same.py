@@ -7,7 +7,7 @@ import jax
 from simclr_jax.data import Source
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import workdir as workdir_lib
-from simclr_jax.runtime import checkpoint, files
+from simclr_jax.runtime import checkpoint, files, processes
 from simclr_jax.runtime.errors import UserError
 
 FILE = "data.json"  # in the workdir: the fingerprints of its data
@@ -104,7 +104,12 @@ def check_data(workdir, resume: bool, changed: str, sources: dict[str, Source]) 
 def classes_of(workdir) -> list[str]:
   """The classes that a run was trained with; empty where the folder does not say."""
   file = files.absolute(workdir) / FILE
-  return json.loads(files.read_text(file))["data.train"]["classes"] if file.exists() else []
+  return json.loads(files.read_sealed(file))["data.train"]["classes"] if file.exists() else []
+
+
+def for_other_processes(source: Source) -> str:
+  """loop.Task.data; a process that is alone has nobody to compare it with, and does not read the sample again."""
+  return json.dumps(source.fingerprint()) if processes.is_multiprocess() else ""
 
 
 def keep_data(workdir, fingerprints: dict):
