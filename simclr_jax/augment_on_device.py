@@ -243,18 +243,7 @@ def _sandwich(rows, plane, columns, precision):
 # ---- crop ------------------------------------------------------------------------------------------------------
 
 
-def random_crops(
-  image,
-  extent,
-  seed,
-  *,
-  size,
-  crop_sampler="official",
-  crop_area=(0.08, 1.0),
-  flip=True,
-  resize="bicubic",
-  precision="default",
-):
+def random_crops(image, extent, seed, *, size, crop_sampler, crop_area, flip, resize, precision):
   """Two random boxes of every image, resized and mirrored or not; arguments as in `two_views`.
 
   Returns [n, 2, size, size, 3] float32, bicubic overshoot of [0, 1] not clipped.

@@ -272,9 +272,9 @@ def test_options_switch_off():
     (lambda v: device.center_crop(v[:, 0], size=4, proportion=1.5), "proportion=1.5"),
     (lambda v: device.center_crop(v[0, 0], size=4), "images of shape [8, 8, 3]"),
     (lambda v: device.center_crop(v[:, 0].astype(int), size=4), "images of dtype int64"),
-    (lambda v: device.random_crops(v[:, 0], np.array([[8, 8]]), seeds(1), size=4, resize="nearest"), "resize='nearest'"),
-    (lambda v: device.random_crops(v[:, 0], np.array([[8, 8]]), seeds(1), size=4, crop_sampler="x"), "crop_sampler='x'"),
-    (lambda v: device.random_crops(v[:, 0], np.array([[8, 8]]), seeds(1), size=4, crop_area=(0, 1)), "crop_area=(0, 1)"),
+    (lambda v: device.two_views(v[:, 0], np.array([[8, 8]]), seeds(1), size=4, resize="nearest"), "resize='nearest'"),
+    (lambda v: device.two_views(v[:, 0], np.array([[8, 8]]), seeds(1), size=4, crop_sampler="x"), "crop_sampler='x'"),
+    (lambda v: device.two_views(v[:, 0], np.array([[8, 8]]), seeds(1), size=4, crop_area=(0, 1)), "crop_area=(0, 1)"),
   ],
 )  # fmt: skip
 def test_bad_values_are_named_in_one_line(call, named):
