@@ -132,7 +132,8 @@ def test_resize_of_a_box_on_a_canvas(kind, height, width):
 def test_crops_are_of_the_boxes_and_flips_that_are_drawn():
   n, canvas = 6, np.random.default_rng(0).integers(0, 256, (6, 50, 60, 3), np.uint8)
   extent = np.array([[50, 60], [31, 60], [50, 22], [40, 40], [20, 20], [50, 60]], np.int32)
-  ours = jitted(device.random_crops, size=16, precision="highest")(canvas, extent, seeds(n))
+  options = dict(size=16, crop_sampler="official", crop_area=(0.08, 1.0), flip=True, resize="bicubic")
+  ours = jitted(device.random_crops, precision="highest", **options)(canvas, extent, seeds(n))
   keys, flips = device.view_keys(seeds(n), "crop"), device.view_keys(seeds(n), "flip")
   boxes = device.sample_boxes(keys, *(jnp.repeat(extent[:, k], 2) for k in range(2)))
   for i in range(2 * n):
