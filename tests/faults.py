@@ -1,13 +1,15 @@
 """Faults on real processes: each is inflicted on a small training run, which is then resumed and must end in the same bits.
 
-  python tests/faults.py [--rounds=12] [--kinds=killed]
+  python tests/faults.py [--rounds=13] [--kinds=killed]
 
-The runs use the loop, the checkpoints and the guard between processes that every program uses, on a state of a few
-arrays, so that a trial takes seconds.  A trial fails if a process outlives the fault by 60 seconds, if the resumed run ends
-in another state than one that nothing happened to, or if a damaged checkpoint is loaded.  Exit code 1 if any did.
+The runs use the workdirs, the loop, the checkpoints and the guard between processes that every program uses, on a state of
+a few arrays, so that a trial takes seconds.  A trial fails if a process outlives the fault by 60 seconds, if the resumed
+run ends in another state than one that nothing happened to, if a damaged or foreign checkpoint is loaded, or if a file of
+somebody else's is touched.  Exit code 1 if any did.  Damage to single files is tried by tests/damage.py.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -26,13 +28,31 @@ STEPS, SAVE_EVERY, KEEP, EVALUATE_EVERY, ROWS = 12, 2, 2, 3, 8
 LIMIT = 60.0  # seconds that a process may outlive the fault of another
 
 
-def child(workdir, events, port, count, index, raise_at, hang_at):
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What is different in one process of a run; a step of 0 is never reached."""
+
+  raise_at: int = 0
+  hang_at: int = 0
+  keep: int = KEEP
+  before_seal: float = 0.0  # seconds between the renaming of a checkpoint and its seal
+  flag: str = "--resume"
+  steps: int = STEPS
+  seed: int = 0
+  config: str = "{}"
+  data: str = ""
+  output: str = ""  # the file that is its standard output, instead of its log
+
+
+def child(workdir, events, port, count, index, options):
   """One process of a run; what it does stands in the file `events`, a line each."""
   log = open(f"{events}.log", "w", buffering=1)
   os.dup2(log.fileno(), 1)
   os.dup2(log.fileno(), 2)
   sys.stdout = sys.stderr = log
-  if hang_at:
+  if options.output:
+    sys.stdout = open(options.output, "w", buffering=1)
+  if options.hang_at:
     os.environ["SIMCLR_HANG_SECONDS"] = "8"
   out = open(events, "w", buffering=1)
 
@@ -41,7 +61,7 @@ def child(workdir, events, port, count, index, raise_at, hang_at):
   import numpy as np
 
   from simclr_jax.model import TrainState
-  from simclr_jax.runtime import checkpoint, loop, processes, watchdog
+  from simclr_jax.runtime import checkpoint, loop, output, processes, watchdog
   from simclr_jax.runtime import mesh as mesh_lib
 
   print("start", file=out)
@@ -52,6 +72,14 @@ def child(workdir, events, port, count, index, raise_at, hang_at):
     save(self, step, *rest)
 
   checkpoint.Checkpoints.save = noted
+  seal = checkpoint.seal
+
+  def late(path, step, run):
+    print(f"renamed {step}", file=out)
+    time.sleep(options.before_seal)
+    seal(path, step=step, run=run)
+
+  checkpoint.seal = late
 
   def init(key):
     w = jax.random.normal(key, (64, 256))
@@ -64,12 +92,12 @@ def child(workdir, events, port, count, index, raise_at, hang_at):
     return state.replace(step=state.step + 1, params=params, opt_state={"m": m}), {"loss": jnp.mean(jnp.square(w))}
 
   def stream(first):
-    for number in range(first, STEPS):
+    for number in range(first, options.steps):
       print(f"step {number + 1}", file=out)
       time.sleep(0.02)
-      if number + 1 == raise_at:
+      if number + 1 == options.raise_at:
         raise OSError("no such disk")
-      if number + 1 == hang_at:
+      if number + 1 == options.hang_at:
         time.sleep(10_000)
       x = np.random.default_rng(number).standard_normal((ROWS, 64), np.float32)
       share = ROWS // count
@@ -84,25 +112,30 @@ def child(workdir, events, port, count, index, raise_at, hang_at):
   try:
     if count > 1:
       processes.start(f"localhost:{port}", count, index)
+    flags = {"resume": options.flag == "--resume", "overwrite": options.flag == "--overwrite"}
+    workdir = checkpoint.claim_workdir(workdir, **flags)
     task = loop.Task(
       init=init,
       step=step,
       stream=stream,
       evaluators={"knn": loop.Evaluator(evaluate, EVALUATE_EVERY)},
-      total_steps=STEPS,
+      total_steps=options.steps,
       batch_size=ROWS,
       num_examples=100 * ROWS,
       exports=lambda state: {"encoder": {"params": state.params["encoder"]}},
+      data=options.data,
     )
     mesh = mesh_lib.make_mesh()
-    state, _ = loop.run(
-      task,
-      loop.LoopConfig(log_every=1, checkpoint_every=SAVE_EVERY, keep=KEEP),
-      mesh=mesh,
-      workdir=workdir,
-      config_json="{}",
-      seed=0,
-    )
+    with output.kept_going(print):
+      state, _ = loop.run(
+        task,
+        loop.LoopConfig(log_every=1, checkpoint_every=SAVE_EVERY, keep=options.keep),
+        mesh=mesh,
+        workdir=workdir,
+        config_json=options.config,
+        seed=options.seed,
+      )
+    checkpoint.mark_complete(workdir)
     leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(jax.device_get(state))]
     print("state", hashlib.sha256(b"".join(leaves)).hexdigest(), file=out)
   except Exception as error:
@@ -115,9 +148,9 @@ def child(workdir, events, port, count, index, raise_at, hang_at):
 
 
 class Run:
-  """The processes of a run, started from a server that has imported what they need."""
+  """The processes of a run, started from a server that has imported what they need; `options` are those of `victim`."""
 
-  def __init__(self, workdir, processes=1, raise_at=0, hang_at=0, victim=0):
+  def __init__(self, workdir, processes=1, victim=0, **options):
     with socket.socket() as s:
       s.bind(("localhost", 0))
       port = s.getsockname()[1]
@@ -125,8 +158,8 @@ class Run:
     context = multiprocessing.get_context("forkserver")
     self.processes = []
     for i in range(processes):
-      mine = (raise_at, hang_at) if i == victim else (0, 0)
-      arguments = (str(workdir), str(self.folder / f"{i}"), port, processes, i, *mine)
+      mine = Options(**options if i == victim else {})
+      arguments = (str(workdir), str(self.folder / f"{i}"), port, processes, i, mine)
       self.processes.append(context.Process(target=child, args=arguments, daemon=True))
       self.processes[-1].start()
 
@@ -214,6 +247,61 @@ def raised(rng, workdir):
   return codes == [1] and "no such disk" in run.said(), took, "exit code 1"
 
 
+def sighup_in_training(rng, workdir):
+  return told_to_stop(rng, workdir, f"step {rng.randint(2, STEPS - 2)}", signal.SIGHUP)
+
+
+def killed_before_the_seal(rng, workdir):
+  """With one step kept, between the renaming of the second or a later one and its seal; the step before must be there."""
+  step = SAVE_EVERY * rng.randint(2, STEPS // SAVE_EVERY - 1)
+  run = Run(workdir, keep=1, before_seal=0.3)
+  happened = run.wait_for(f"renamed {step}")
+  time.sleep(rng.uniform(0, 0.2))
+  run.processes[0].kill()
+  codes, took = run.ended()
+  kept = (workdir / "checkpoints" / str(step - SAVE_EVERY) / "manifest.json").exists()
+  return (
+    codes == [-signal.SIGKILL] and happened and kept,
+    took,
+    f"step {step - SAVE_EVERY} is {'kept' if kept else 'gone'}",
+  )
+
+
+def output_lost(rng, workdir):
+  run = Run(workdir, output="/dev/full")
+  codes, took = run.ended()
+  return codes == [0], took, f"exit code {codes[0]}"
+
+
+def second_run(rng, workdir):
+  """Another run in the workdir of one that trains: told who is there, whatever it asks for."""
+  flag = rng.choice(("--resume", "--overwrite"))
+  run = Run(workdir)
+  happened = run.wait_for(f"step {rng.randint(1, 4)}")
+  second = Run(workdir, flag=flag)
+  codes, took = second.ended()
+  told = f"is in use by process {run.processes[0].pid} on {socket.gethostname()}, started" in second.said()
+  first, _ = run.ended()
+  return happened and codes == [1] and told and first == [0], took, f"{flag}: exit code {codes[0]}"
+
+
+def folder_of_photos(rng, workdir):
+  """Somebody's files under --workdir, perhaps with a config.json among them."""
+  photos = pathlib.Path(f"{workdir}_photos")
+  content = {f"{i}.jpg": rng.randbytes(rng.randint(1, 100)) for i in range(8)}
+  if rng.random() < 0.5:
+    content["config.json"] = b'{"theme": "dark"}'
+  photos.mkdir()
+  for name, body in content.items():
+    (photos / name).write_bytes(body)
+  flag = rng.choice(("--resume", "--overwrite"))
+  run = Run(photos, flag=flag)
+  codes, took = run.ended()
+  same = {path.name: path.read_bytes() for path in photos.iterdir()} == content
+  shutil.rmtree(photos)
+  return codes == [1] and "is not a run" in run.said() and same, took, f"{flag}: {'untouched' if same else 'TOUCHED'}"
+
+
 def disk_full(rng, workdir):
   """The file system is filled to the last 40 kB at a random step."""
   workdir.mkdir()
@@ -269,6 +357,69 @@ def file_zeroed(rng, workdir):
   return damaged(rng, workdir, "zeroed")
 
 
+def stopped_late(rng, workdir):
+  """The steps of a run that was killed, oldest first; two at least."""
+  run = Run(workdir)
+  run.wait_for(f"step {rng.randint(6, STEPS - 1)}")
+  run.processes[0].kill()
+  run.ended()
+  return sorted(
+    (p for p in workdir.glob("checkpoints/[0-9]*") if (p / "manifest.json").exists()), key=lambda p: int(p.name)
+  )
+
+
+def step_renamed(rng, workdir):
+  newest = stopped_late(rng, workdir)[-1]
+  name = int(newest.name) + rng.randint(1, 3)
+  shutil.rmtree(newest.parent / str(name), ignore_errors=True)  # what was not sealed
+  newest.rename(newest.parent / str(name))
+  return True, 0.0, f"{newest.name} to {name}"
+
+
+def steps_swapped(rng, workdir):
+  older, newest = stopped_late(rng, workdir)[-2:]
+  aside = newest.parent / "aside"
+  newest.rename(aside)
+  older.rename(newest)
+  aside.rename(older)
+  return True, 0.0, f"{older.name} and {newest.name}"
+
+
+def step_of_another_run(rng, workdir):
+  newest = stopped_late(rng, workdir)[-1]
+  other = pathlib.Path(f"{workdir}_other")
+  Run(other, seed=1).ended()
+  stranger = max(other.glob("checkpoints/[0-9]*"), key=lambda p: int(p.name))
+  shutil.copytree(stranger, newest.parent / stranger.name, dirs_exist_ok=True)
+  shutil.rmtree(other)
+  return True, 0.0, f"{stranger.name} beside {newest.name}"
+
+
+def strays_beside_steps(rng, workdir):
+  newest = stopped_late(rng, workdir)[-1]
+  shutil.copytree(newest, newest.parent / f"{newest.name} (copy)")
+  shutil.copytree(newest, newest.parent / f"0{newest.name}")
+  (newest.parent / "notes.txt").write_text("mine")
+  return True, 0.0, f"beside {newest.name}"
+
+
+def one_of_two_differs(rng, workdir):
+  """In its config, seed, data or number of steps: both say the same line, and no step is made."""
+  what, value = rng.choice(
+    (("config", '{"temperature": 0.2}'), ("seed", 1), ("data", "other images"), ("steps", STEPS + 3))
+  )
+  victim = rng.randrange(2)
+  run = Run(workdir, 2, victim=victim, **{what: value})
+  began = time.monotonic()
+  codes, _ = run.ended(timeout=LIMIT + 30)
+  name = {"config": "config (SHA-256)"}.get(what, what)
+  logs = [file.read_text() for file in sorted(run.folder.glob("*.log"))]
+  named = all(f"process 1 has {name}=" in log for log in logs)
+  began_to_train = any(event.startswith("step") for i in range(2) for event in run.events(i))
+  took = time.monotonic() - began
+  return codes == [1, 1] and named and not began_to_train and took < LIMIT, took, f"{what} of process {victim}: {codes}"
+
+
 def of_two(rng, workdir, act, expected, **options):
   """A fault of one of two processes: the other must go within LIMIT, and say who is gone."""
   victim = rng.randrange(2)
@@ -303,7 +454,9 @@ def one_of_two_gets_sigterm(rng, workdir):
 
 FAULTS = (
   *(killed_in_step, killed_in_save_or_delete, sigterm_in_start, sigterm_in_training, sigterm_in_evaluation),
+  *(sighup_in_training, killed_before_the_seal, output_lost, second_run, folder_of_photos),
   *(raised, disk_full, bit_flipped, file_cut, file_deleted, file_zeroed),
+  *(step_renamed, steps_swapped, step_of_another_run, strays_beside_steps, one_of_two_differs),
   *(one_of_two_killed, one_of_two_stopped, one_of_two_raises, one_of_two_hangs, one_of_two_gets_sigterm),
 )
 SCRATCH = None  # set by `prepare`

@@ -1,13 +1,19 @@
-"""Three rounds of tests/faults.py: 48 faults on real processes."""
+"""Three rounds of tests/faults.py on real processes, and damage to every file that is read again."""
 
 import json
 import pathlib
 import subprocess
 import sys
 
+import damage
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_no_damaged_file_is_read_as_another(monkeypatch, tmp_path):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  assert damage.main(["--rounds=20"]) == 0
 
 
 @pytest.mark.slow
@@ -17,5 +23,5 @@ def test_no_fault_leaves_a_wrong_state_or_a_process_behind(tmp_path):
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
   trials = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
   tried = [trial for trial in trials if trial["ok"] is not None]
-  assert len(tried) >= 40 and all(trial["ok"] for trial in tried)
+  assert len(tried) >= 70 and all(trial["ok"] for trial in tried)
   assert max(trial["seconds"] for trial in tried) < 60

@@ -10,6 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from simclr_jax.runtime import files
+from simclr_jax.runtime.errors import UserError
 
 FORMATS = (".npz", ".parquet", ".safetensors")
 ARRAYS = ("h", "name", "label", "index")
@@ -70,11 +71,11 @@ def load(path) -> Features:
   """Opens a file that `simclr embed` wrote.
 
   Raises:
-    ValueError: there is none, it is something else, or it is damaged.
+    UserError: there is none, it is something else, or it is damaged.
   """
   path = files.absolute(path)
   if not path.exists() or path.is_dir() or path.suffix not in FORMATS:
-    raise ValueError(f"--features={path}: no such file; `simclr embed` writes one ({', '.join(FORMATS)})")
+    raise UserError(f"--features={path}: no such file; `simclr embed` writes one ({', '.join(FORMATS)})")
   decode = {".npz": _from_npz, ".parquet": _from_parquet, ".safetensors": _from_safetensors}[path.suffix]
   try:
     with files.local(path) as local:
@@ -84,9 +85,9 @@ def load(path) -> Features:
     )
     digest = str(found.pop("sha256", made.about["sha256"]))  # the first version had none
   except Exception as error:  # zipfile.BadZipFile, EOFError, KeyError, pyarrow's own, ...
-    raise ValueError(f"--features={path}: not a file of simclr embed ({type(error).__name__}: {error})") from None
+    raise UserError(f"--features={path}: not a file of simclr embed ({type(error).__name__}: {error})") from None
   if digest != made.about["sha256"] or found.keys() - {"ARROW:schema"}:
-    raise ValueError(f"--features={path} is damaged: it does not hold what was written; run simclr embed again")
+    raise UserError(f"--features={path} is damaged: it does not hold what was written; run simclr embed again")
   return made
 
 

@@ -1,10 +1,17 @@
 """Mistakes of the user, which the command prints on one line, as against failures, whose traceback it shows."""
 
 import contextlib
+import re
 
 
 class UserError(ValueError):
-  """A mistake in a flag, a config or the data: one line with the value, what was expected and what to do."""
+  """A mistake in a flag, a config or the data: one line with the value, what was expected and what to do.
+
+  It stays one line where it quotes a library's message of several.
+  """
+
+  def __init__(self, message):
+    super().__init__(re.sub(r"\s*\n\s*", " ", str(message).strip()))
 
 
 @contextlib.contextmanager
