@@ -58,7 +58,8 @@ def for_this_machine(flags):
 
   if "coordinator" in flags:
     processes.start(flags.coordinator, flags.num_processes, flags.process_id)
-    processes.agree(_facts(flags))
+    if processes.is_multiprocess():
+      processes.agree(_facts(flags))
   mesh.check_devices()
   if note and not processes.process_index():
     print(note)

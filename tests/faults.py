@@ -491,7 +491,7 @@ def trial(fault, seed, straight, folder):
     resumed = Run(workdir, processes)
     codes, _ = resumed.ended()
     equal = codes == [0] * processes and resumed.state() == straight[processes]
-    note += "" if equal else f"; resumed with {codes}, {resumed.said()[-300:]}"
+    note += "" if equal else f"; resumed with {codes}, {resumed.said()}"
     met = met and equal
   subprocess.run(["umount", str(workdir)], capture_output=True)
   shutil.rmtree(workdir, ignore_errors=True)

@@ -1,7 +1,10 @@
 """The loop on a state of two arrays, whose update takes microseconds: what a resumed run must do as one never stopped."""
 
 import concurrent.futures
+import dataclasses
 import json
+import os
+import signal
 import threading
 
 import jax
@@ -70,6 +73,22 @@ def test_a_resumed_run_knows_the_losses_that_a_leap_is_measured_against(tmp_path
     np.testing.assert_array_equal(run(where, task(150, leaps), **wary), straight)
     assert (where / "skipped.json").read_text() == skipped
     assert losses(where) == losses(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_a_signal_while_a_step_is_saved_is_not_forgotten(tmp_path, at):
+  """Also where it is the last one, after which a program goes on with its report."""
+
+  def exports(state):
+    if int(state.step) == at:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return {}
+
+  told = dataclasses.replace(task(4), exports=exports)
+  with pytest.raises(loop.Interrupted, match="SIGTERM: stopped after step 4 and saved it") as stopped:
+    run(tmp_path, told, checkpoint_every=3)
+  assert stopped.value.exit_code == 42
+  assert (tmp_path / "checkpoints/4/manifest.json").exists()
 
 
 # ---- several processes that disagree -----------------------------------------------------------------------------------

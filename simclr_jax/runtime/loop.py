@@ -252,6 +252,8 @@ class Loop:
           continue
         if stop:
           self.interrupted()
+      if self.signals.received:  # while the last step was being saved
+        self.interrupted()
     self.trace(False)
     self.close()
 

@@ -16,13 +16,21 @@ def quieten():
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-  """Finds TensorFlow as Python would, once, and wraps the execution of its module."""
+  """Finds TensorFlow as Python would, and wraps the execution of its module.
+
+  It stays, for some libraries only ask whether TensorFlow is there.
+  """
+
+  asking = False
 
   def find_spec(self, name, path, target=None):
-    if name != "tensorflow":
+    if name != "tensorflow" or self.asking:
       return None
-    sys.meta_path.remove(self)
-    spec = importlib.util.find_spec(name)
+    self.asking = True
+    try:
+      spec = importlib.util.find_spec(name)
+    finally:
+      self.asking = False
     if spec and spec.loader:
       spec.loader.exec_module = functools.partial(_execute, spec.loader.exec_module)
     return spec
