@@ -50,7 +50,8 @@ def for_this_machine(flags):
 
   from simclr_jax.runtime import cpu, files, tensorflow
 
-  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that nobody misses
+  # Orbax warns of metadata that nobody misses, and logs pages of errors that it raises as well.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
   files.allow_open_files()
   note = cpu.prepare()
   tensorflow.quieten()

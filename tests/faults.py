@@ -50,6 +50,7 @@ def child(workdir, events, port, count, index, options):
   os.dup2(log.fileno(), 1)
   os.dup2(log.fileno(), 2)
   sys.stdout = sys.stderr = log
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored in what nohup starts
   if options.output:
     sys.stdout = open(options.output, "w", buffering=1)
   if options.hang_at:

@@ -5,9 +5,11 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+import threading
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -42,7 +44,8 @@ def test_round_trip_on_another_number_of_devices(tmp_path, task, state):
 def test_empty_parts_of_the_state_do_not_matter(tmp_path):
   """A state that has gained an empty part since it was saved, or lost one, is still restored."""
   full = {"step": np.int32(7), "params": {"w": np.arange(4.0)}, "old": {}, "opt": (np.ones(2), ())}
-  checkpoint.Checkpoints(tmp_path).save(1, full, {}, "{}")
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(1, full, {}, "{}")
   placed = mesh_lib.replicated(mesh_lib.make_mesh())
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), full)
   del like["old"]
@@ -56,8 +59,8 @@ def test_empty_parts_of_the_state_do_not_matter(tmp_path):
 
 
 def test_the_encoder_item_is_the_encoder_alone(tmp_path, state):
-  saved = checkpoint.Checkpoints(tmp_path)
-  saved.save(3, state, {"encoder": model.keep_encoder(state)}, "{}")
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(3, state, {"encoder": model.keep_encoder(state)}, "{}")
   like = jax.eval_shape(lambda s: model.keep_encoder(s), state)
   step, variables = checkpoint.read_run_export(tmp_path, "encoder", like)
   assert step == 3 and set(variables) == {"params", "batch_stats"}
@@ -68,7 +71,8 @@ def test_the_encoder_item_is_the_encoder_alone(tmp_path, state):
 
 
 def test_another_architecture_is_refused_by_name(tmp_path, state):
-  checkpoint.Checkpoints(tmp_path).save(3, state, {"encoder": model.keep_encoder(state)}, "{}")
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(3, state, {"encoder": model.keep_encoder(state)}, "{}")
   wider = pretrain.make_task(tiny.config(**{"encoder.width": 0.125}), tiny.source(), mesh=mesh_lib.make_mesh())
   with pytest.raises(
     ValueError, match=r"another architecture: .* is float32\[4\] there and float32\[8\] in this config"
@@ -100,9 +104,9 @@ def flip(file):
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory, state):
   workdir = tmp_path_factory.mktemp("run")
-  saved = checkpoint.Checkpoints(workdir)
-  for step in (1, 2):
-    saved.save(step, state.replace(step=state.step + step), {"encoder": model.keep_encoder(state)}, "{}")
+  with checkpoint.Checkpoints(workdir) as saved:
+    for step in (1, 2):
+      saved.save(step, state.replace(step=state.step + step), {"encoder": model.keep_encoder(state)}, "{}")
   return workdir
 
 
@@ -133,6 +137,7 @@ def test_a_damaged_step_is_skipped_and_saved_again(tmp_path, two_steps, task, st
   step, restored = saved.restore_newest(like)
   assert step == restored.step == 1
   saved.save(2, state.replace(step=state.step + 2), {"encoder": model.keep_encoder(state)}, "{}")
+  saved.close()
   assert checkpoint.Checkpoints(workdir).restore_newest(like)[0] == 2
 
 
@@ -150,6 +155,7 @@ def saved_steps(workdir, *steps, keep=3):
 def test_the_last_sealed_step_is_deleted_only_after_the_next_is_sealed(tmp_path, monkeypatch):
   saved = checkpoint.Checkpoints(tmp_path, keep=1)
   saved.save(1, small(1), {}, "{}")
+  saved.wait()
   seal = checkpoint.seal
 
   def killed(path, **keywords):
@@ -157,13 +163,49 @@ def test_the_last_sealed_step_is_deleted_only_after_the_next_is_sealed(tmp_path,
     raise OSError("No space left on device")
 
   monkeypatch.setattr(checkpoint, "seal", killed)
+  saved.save(2, small(2), {}, "{}")
   with pytest.raises(OSError, match="could not save step 2: the disk is full; step 1 in .*checkpoints is complete"):
-    saved.save(2, small(2), {}, "{}")
+    saved.wait()
   monkeypatch.setattr(checkpoint, "seal", seal)
   again = checkpoint.Checkpoints(tmp_path, keep=1)
   assert again.latest_step() == 1
   again.save(2, small(2), {}, "{}")
+  again.wait()
   assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_step_is_written_while_training_goes_on(tmp_path, monkeypatch):
+  """Its arrays are those of the moment, whatever is done with the buffers; `save` does not wait for the disk."""
+  seal, written = checkpoint.seal, threading.Event()
+
+  def slow(path, **keywords):
+    assert written.wait(60)
+    seal(path, **keywords)
+
+  monkeypatch.setattr(checkpoint, "seal", slow)
+  donating = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+  state = donating({"step": jnp.int32(0), "w": jnp.arange(1 << 20, dtype=jnp.float32)})
+  saved = checkpoint.Checkpoints(tmp_path, keep=1)
+  saved.save(1, state, {}, "{}")
+  for _ in range(3):
+    state = donating(state)
+  saved.check()
+  assert not (tmp_path / "checkpoints/1/manifest.json").exists()
+  written.set()
+  assert saved.latest_step() == 1
+  step, kept = checkpoint.read_run_state(tmp_path)
+  assert step == kept["step"] == 1
+  np.testing.assert_array_equal(kept["w"], np.arange(1 << 20) + 1)
+
+
+def test_a_failure_in_the_background_is_known_at_once(tmp_path, monkeypatch):
+  saved = checkpoint.Checkpoints(tmp_path)
+  monkeypatch.setattr(checkpoint, "seal", lambda *_, **__: (_ for _ in ()).throw(OSError("no such bucket")))
+  saved.save(1, small(1), {}, "{}")
+  saved._thread.join()
+  for what in (saved.check, saved.wait, lambda: saved.save(2, small(2), {}, "{}")):
+    with pytest.raises(checkpoint.NotSaved, match="could not save step 1: no such bucket; no checkpoint exists yet"):
+      what()
 
 
 def test_a_full_disk_is_found_before_orbax_finds_it(tmp_path, monkeypatch):
@@ -251,9 +293,11 @@ def test_a_full_disk_keeps_the_last_good_step(tmp_path, task, state):
   try:
     saved, state = checkpoint.Checkpoints(disk, keep=10), state.replace(step=state.step + 1)
     saved.save(1, state, {"encoder": model.keep_encoder(state)}, "{}")
+    saved.wait()
     (disk / "filler").write_bytes(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 100_000))
     with pytest.raises(OSError, match="could not save step 2: the disk is full; step 1 in .* is complete") as error:
       saved.save(2, state, {"encoder": model.keep_encoder(state)}, "{}")
+      saved.wait()
     assert "\n" not in str(error.value)
     again = checkpoint.Checkpoints(disk, keep=10)
     step, restored = again.restore_newest(loop.abstract_state(task, mesh_lib.make_mesh()))

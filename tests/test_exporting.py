@@ -271,7 +271,8 @@ def test_a_run_and_its_head(tmp_path, capsys):
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   state = jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(x.dtype), shapes)
   text = config_lib.to_json(config)
-  checkpoint.Checkpoints(tmp_path / "run").save(3, state, {"encoder": model.keep_encoder(state)}, text)
+  with checkpoint.Checkpoints(tmp_path / "run") as saved:
+    saved.save(3, state, {"encoder": model.keep_encoder(state)}, text)
   (tmp_path / "run/config.json").write_text(text)
   out = tmp_path / "out"
   argv = ["export", f"--workdir={tmp_path / 'run'}", f"--output={out}", "--format=stablehlo", "--license=CC0-1.0"]

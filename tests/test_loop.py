@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import pytest
 from simclr_jax import __main__ as cli
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
-from simclr_jax.runtime import loop, processes
+from simclr_jax.runtime import checkpoint, loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -89,6 +90,20 @@ def test_a_signal_while_a_step_is_saved_is_not_forgotten(tmp_path, at):
     run(tmp_path, told, checkpoint_every=3)
   assert stopped.value.exit_code == 42
   assert (tmp_path / "checkpoints/4/manifest.json").exists()
+
+
+def test_a_run_that_fails_while_a_step_is_written_leaves_it_complete(tmp_path, monkeypatch):
+  """And one whose step cannot be written stops at the next step, not at the next save."""
+  seal = checkpoint.seal
+  monkeypatch.setattr(checkpoint, "seal", lambda *a, **k: (time.sleep(0.3), seal(*a, **k)))
+  with pytest.raises(RuntimeError, match="no data"):
+    run(tmp_path / "a", task(40, stop_at=3, stop=RuntimeError("no data")), checkpoint_every=3)
+  assert (tmp_path / "a/checkpoints/3/manifest.json").exists()
+  monkeypatch.setattr(checkpoint, "seal", lambda *_, **__: (_ for _ in ()).throw(OSError("no such bucket")))
+  slow = dataclasses.replace(task(400), stream=lambda first: (time.sleep(0.02) or x for x in task(400).stream(first)))
+  with pytest.raises(checkpoint.NotSaved, match="could not save step 3: no such bucket"):
+    run(tmp_path / "b", slow, checkpoint_every=3, log_every=1)
+  assert len(losses(tmp_path / "b")) < 100
 
 
 # ---- several processes that disagree -----------------------------------------------------------------------------------

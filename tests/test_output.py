@@ -122,10 +122,16 @@ sys.exit(code)
 """
 
 
+def heed_signals():
+  """A test that runs in the background, or under nohup, has inherited that they are ignored."""
+  for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+
+
 def signaled(phase, *numbers, before=""):
   process = subprocess.Popen(
     ["bash", "-c", f"{before} exec {sys.executable} -c '{SIGNALED}' {phase}"],
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals,
   )  # fmt: skip
   assert process.stdout and process.stderr and process.stdout.readline() == "ready\n"
   time.sleep(0.3 if phase == "compiling" else 0.0)  # until it is in there

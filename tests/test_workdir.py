@@ -251,7 +251,8 @@ def test_a_run_that_was_taken_over_saves_nothing(tmp_path, monkeypatch):
   claim(tmp_path)
   monkeypatch.setitem(lock._lost, str(tmp_path / "LOCK"), "process 5 on node7")
   with pytest.raises(ValueError, match="process 5 on node7 has taken over; nothing was saved"):
-    checkpoint.Checkpoints(tmp_path).save(1, {"a": np.ones(2)}, {}, "{}")
+    with checkpoint.Checkpoints(tmp_path) as saved:
+      saved.save(1, {"a": np.ones(2)}, {}, "{}")
 
 
 def test_the_lock_shows_that_its_owner_is_alive(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -236,26 +237,33 @@ def _steps(workdir) -> list[int]:
 
 
 class Checkpoints:
-  """The checkpoints of one run."""
+  """The checkpoints of one run.
+
+  A step is written in the background: `save` returns when the arrays have been copied from the devices (on a CPU when they
+  are kept from being overwritten).  All processes of a run call the same methods in the same order, but for `check` and
+  `settle`.
+  """
 
   def __init__(self, workdir, *, keep: int = 3):
     self._folder = folder(workdir)
     self._newest = processes.run_on_primary(lambda: _newest_complete(workdir))
     self._workdir, self._keep = files.absolute(workdir), keep
+    self._writing = None  # the step that is being written
+    self._thread, self._failure = threading.Thread(), None  # what finishes it, and why that failed
     # Old steps are deleted here, once the new one is sealed, and not by Orbax, before.
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=None, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=None, create=True, cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(self._folder, options=options)
 
   def latest_step(self) -> int | None:
-    """The newest step that is sealed."""
+    """The newest step that is sealed; waits for the one that is being written."""
+    self.wait()
     return self._newest
 
   def save(self, step: int, state, exports: Mapping[str, Any], config_json: str, loop: Mapping[str, Any] | None = None):
-    """Writes one step: the state to resume from, the config, and each tree of `exports` as an item of its name.
+    """Begins to write one step: the state to resume from, the config, and each tree of `exports` as an item of its name.
 
-    Once it is sealed, the oldest steps are deleted.  Does nothing if the step is there already.
+    Waits until the step before is sealed.  Once this one is, the oldest steps are deleted.  Does nothing if the step is
+    there already.
 
     Args:
       loop: what the loop keeps beside the state, of JSON values; `loop` returns it.
@@ -263,6 +271,7 @@ class Checkpoints:
     Raises:
       NotSaved: the disk is full or gone; names the step that is still good.
     """
+    self.wait()
     if step == self._newest:
       return
     processes.run_on_primary(lambda: lock.check(self._workdir))
@@ -274,18 +283,55 @@ class Checkpoints:
     try:
       processes.run_on_primary(lambda: self._check_space((state, exports)))
       self._manager.save(step, args=args, force=True)
+    except Exception as error:
+      raise self._not_saved(step, error) from None
+    self._writing = step
+    self._thread = threading.Thread(target=self._finish, args=(step, loop or {}), name=f"checkpoint of step {step}")
+    self._thread.start()
+
+  def _finish(self, step, loop):
+    """What is left to do once the arrays have been copied; process 0 seals."""
+    try:
       self._manager.wait_until_finished()
-      processes.run_on_primary(lambda: self._seal(step, loop or {}))
-      self._newest = step
-      processes.run_on_primary(self._delete_old)
-    except Exception as error:  # Orbax raises many types here, with many-line messages
-      logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # or each array that failed prints a traceback of its own
-      last = self._newest
-      survivor = f"step {last} in {self._folder} is complete" if last is not None else "no checkpoint exists yet"
-      reason = "the disk is full" if files.disk_is_full(error, self._folder) else " ".join(str(error).split())[:200]
-      raise NotSaved(
-        f"could not save step {step}: {reason}; {survivor}; free space and run again with --resume"
-      ) from None
+      if not processes.process_index():
+        path = self._folder / str(step)
+        files.write_text(path / "loop.json", json.dumps(loop))
+        seal(path, step=step, run=run_id(self._workdir))
+        for old in _steps(self._workdir)[: -self._keep]:
+          (self._folder / str(old)).rmtree()
+    except Exception as error:
+      self._failure = self._not_saved(step, error)
+
+  def _not_saved(self, step, error) -> NotSaved:
+    """Orbax raises many types, with messages of many lines."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # or each array that failed prints a traceback of its own
+    last = self._newest
+    survivor = f"step {last} in {self._folder} is complete" if last is not None else "no checkpoint exists yet"
+    reason = "the disk is full" if files.disk_is_full(error, self._folder) else " ".join(str(error).split())[:200]
+    return NotSaved(f"could not save step {step}: {reason}; {survivor}; free space and run again with --resume")
+
+  def wait(self):
+    """Waits until the step that is being written is sealed.
+
+    Raises:
+      NotSaved: it could not be written; in every process where process 0 could not seal it.
+    """
+    if self._writing is None:
+      return
+    self._thread.join()
+    self.check()
+    processes.run_on_primary(self.check)
+    self._newest, self._writing = self._writing, None
+
+  def check(self):
+    """Raises NotSaved if this process already knows that the step which is being written has failed."""
+    if self._failure:
+      raise self._failure
+
+  def settle(self):
+    """For a process that ends by an error: lets the step that is being written be finished."""
+    if not self._failure:
+      self._thread.join()
 
   def _check_space(self, trees):
     """Raises OSError where the disk has no room, before Orbax finds out, prints pages, and hangs on the last bytes."""
@@ -293,15 +339,6 @@ class Checkpoints:
       needed = sum(x.nbytes for x in jax.tree.leaves(trees) if hasattr(x, "nbytes")) + (1 << 20)
       if shutil.disk_usage(self._folder).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-  def _seal(self, step, loop):
-    path = self._folder / str(step)
-    files.write_text(path / "loop.json", json.dumps(loop))
-    seal(path, step=step, run=run_id(self._workdir))
-
-  def _delete_old(self):
-    for step in _steps(self._workdir)[: -self._keep]:
-      (self._folder / str(step)).rmtree()
 
   def loop(self) -> dict:
     """What was given to `save` as `loop` with the newest step; {} where an earlier version wrote it."""
@@ -327,7 +364,15 @@ class Checkpoints:
     return self._newest, state
 
   def close(self):
+    """Waits as `wait` does, and ends Orbax's threads."""
+    self.wait()
     self._manager.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
 
 
 def read_run_export(workdir, name: str, like, step: int | None = None):

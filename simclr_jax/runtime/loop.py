@@ -235,8 +235,9 @@ class Loop:
       self.progress.note(f"resuming from step {self.first} of {self.task.total_steps}")
     try:
       self.train()
-    except BaseException:  # whoever goes on may be another process
-      lock.release(self.workdir)
+    except BaseException:
+      self.checkpoints.settle()
+      lock.release(self.workdir)  # whoever goes on may be another process
       raise
     return self.state, self.clock
 
@@ -265,6 +266,7 @@ class Loop:
     last = self.step == self.task.total_steps
     if last or self.step % self.config.log_every == 0:
       self.log()
+    self.checkpoints.check()
     stop = self.signals.stop_after(self.step)
     self.evaluate(stop)
     stop = stop or bool(self.signals.received)  # it may have come while evaluating
@@ -428,7 +430,8 @@ class Loop:
 
   def close(self):
     self.writer.close()
-    self.checkpoints.close()
+    with self.clock.phase("save"):
+      self.checkpoints.close()
 
 
 class _Skipped:
