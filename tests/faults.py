@@ -53,8 +53,6 @@ def child(workdir, events, port, count, index, options):
   signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored in what nohup starts
   if options.output:
     sys.stdout = open(options.output, "w", buffering=1)
-  if options.hang_at:
-    os.environ["SIMCLR_HANG_SECONDS"] = "8"
   out = open(events, "w", buffering=1)
 
   import jax

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax.runtime import checkpoint, files, lock, processes, signals
+from simclr_jax.runtime import checkpoint, files, lock, processes, signals, watchdog
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -242,7 +242,7 @@ class Loop:
     return self.state, self.clock
 
   def train(self):
-    with _Signals() as self.signals:
+    with _Signals() as self.signals, watchdog.training():
       self.open_stream(self.first)
       while self.step < self.task.total_steps:
         self.step += 1
@@ -295,7 +295,8 @@ class Loop:
 
   def open_stream(self, after: int):
     """Opens the batches that follow the state of step `after`."""
-    self.stream, self.opened_at = self.task.stream(self.skipped.position(after)), after
+    with self.clock.phase("start"):
+      self.stream, self.opened_at = self.task.stream(self.skipped.position(after)), after
 
   def roll_back(self, error: "Diverged"):
     """Restores the latest checkpoint and skips the batches that followed it; raises `error` if that is used up."""
@@ -303,7 +304,8 @@ class Loop:
     if good is None or self.skipped.times >= self.config.rollback.times:
       raise error
     self.state = None  # its memory is needed
-    good, self.state = self.checkpoints.restore_newest(self.like)
+    with self.clock.phase("start"):
+      good, self.state = self.checkpoints.restore_newest(self.like)
     self.skipped.add(good, self.step - good)
     self.progress.note(f"{error}; going back to step {good} and past its next {self.step - good} batches")
     self.window, self.last_logged = [], good
@@ -390,10 +392,10 @@ class Loop:
   def evaluate(self, stopping: bool):
     """Runs the evaluators that are due: all of them after the last step, none if the run is about to stop."""
     row, last = {}, self.step == self.task.total_steps
-    for evaluator in self.task.evaluators.values():
+    for name, evaluator in self.task.evaluators.items():
       if last or (evaluator.every and self.step % evaluator.every == 0 and not stopping):
         self.log()
-        with self.clock.phase("evaluate"):
+        with self.clock.phase("evaluate", name):
           row.update(evaluator.run(self.state))
     if row:
       self.writer.scalars(self.step, row)
@@ -403,6 +405,8 @@ class Loop:
 
   def save(self):
     self.log()
+    with self.clock.phase("save", "wait"):
+      self.checkpoints.wait()
     with self.clock.phase("save"):
       losses = {"recent_losses": [float(loss) for loss in self.recent_losses]}
       self.checkpoints.save(self.step, self.state, self.task.exports(self.state), self.config_json, losses)
@@ -415,9 +419,10 @@ class Loop:
   def trace(self, wanted: bool):
     """Starts or ends the profiler's trace, if it is not as wanted."""
     if wanted != self.tracing:
-      jax.block_until_ready(self.state)
-      jax.profiler.start_trace(str(self.workdir / "profile")) if wanted else jax.profiler.stop_trace()
-      self.tracing = wanted
+      with self.clock.phase("trace"):
+        jax.block_until_ready(self.state)
+        jax.profiler.start_trace(str(self.workdir / "profile")) if wanted else jax.profiler.stop_trace()
+        self.tracing = wanted
 
   def interrupted(self):
     """Ends the run after a signal; the state was saved."""
@@ -430,7 +435,7 @@ class Loop:
 
   def close(self):
     self.writer.close()
-    with self.clock.phase("save"):
+    with self.clock.phase("save", "wait"):
       self.checkpoints.close()
 
 

@@ -14,16 +14,19 @@ from simclr_jax.runtime import watchdog
 
 
 class Clock:
-  """Seconds spent per phase: start (until training begins), compile, data (waiting for it), step, evaluate, save."""
+  """Seconds spent per phase: start (until training begins, or begins again after a rollback), compile, data (waiting for
+  it), step, evaluate, save, trace (where the profiler runs)."""
 
   def __init__(self):
     self.started = time.monotonic()
     self.seconds: Any = collections.Counter()  # of float
 
   @contextlib.contextmanager
-  def phase(self, name: str):
+  def phase(self, name: str, part: str = ""):
+    """Adds what happens within to the seconds of `name`; a `part` that takes longer than others has a name of its own for
+    the watchdog."""
     start = time.monotonic()
-    watchdog.set_phase(name)
+    watchdog.set_phase(f"{name} {part}".rstrip())
     try:
       yield
     finally:

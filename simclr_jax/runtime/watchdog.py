@@ -3,9 +3,11 @@
 By itself JAX keeps the others of a process that raised waiting for minutes, and of one that hangs forever.  Here every
 process of a run with several of them has a guard: a thread that says "alive" to the others through JAX's coordination
 service, and that ends its own process, with one line, when another has stopped, has fallen silent, or when the main
-thread has not moved for too long.
+thread has not moved for too long.  How long that is, it learns from the steps, evaluations and saves that went well.
 """
 
+import collections
+import contextlib
 import faulthandler
 import itertools
 import os
@@ -17,10 +19,50 @@ import time
 EXIT_LOST = 142  # another process is gone, or this one hung: schedulers that restart on 128 and above restart this
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 20.0  # seconds without one, after which a process counts as gone
-HANG = 600.0  # seconds a step, or waiting for its data, may take; SIMCLR_HANG_SECONDS sets another number
-SLOW = 12  # times as many for compiling, evaluating and saving
+STEP = ("data", "step", "between")  # phases of one training step
+UNLIKE = ("start", "save wait", "trace")  # phases whose time says nothing about the next: restoring, waiting for a disk
+FIRST = 3600.0  # seconds these may take, and a phase of which nothing is known yet: compiling, the first evaluation
+EARLY, ENOUGH = 40.0, 20  # seconds a phase of a step may take until so many were seen
+LEAST, MOST = 20.0, 60.0  # seconds between which lies the limit of a phase of a step after that
+TIMES = 5  # as long as the longest may one take
 
 _guard = None
+
+
+class Limits:
+  """How long each phase may take, learned from how long it took.
+
+  Of a step: five times the longest, within LEAST and MOST, but twice the longest in any case.  The very first, in which a
+  pipeline fills its buffers, is not counted once ENOUGH were seen.  Other phases: five times the longest, LEAST at least.
+  SIMCLR_HANG_SECONDS replaces what is learned of steps.
+  """
+
+  def __init__(self):
+    self._first, self._longest, self._count = {}, {}, collections.Counter()
+
+  def note(self, phase: str, seconds: float):
+    """A phase went well."""
+    if phase in UNLIKE:
+      return
+    if self._count[phase]:
+      self._longest[phase] = max(self._longest.get(phase, 0.0), seconds)
+    else:
+      self._first[phase] = seconds
+    self._count[phase] += 1
+
+  def of(self, phase: str) -> float:
+    """Seconds after which a phase counts as hung."""
+    given = os.environ.get("SIMCLR_HANG_SECONDS")
+    if phase in STEP and given:
+      return float(given)
+    if not self._count[phase]:
+      return FIRST
+    first, longest = self._first[phase], self._longest.get(phase, 0.0)
+    if phase not in STEP:
+      return max(TIMES * max(first, longest), LEAST)
+    if self._count[phase] < ENOUGH:
+      return max(EARLY, 2 * max(first, longest))
+    return max(min(max(TIMES * longest, LEAST), MOST), 2 * longest)
 
 
 def start(client, index: int, count: int):
@@ -30,9 +72,22 @@ def start(client, index: int, count: int):
 
 
 def set_phase(phase: str):
-  """Tells the guard that the main thread has entered this phase (one of progress.Clock)."""
+  """Tells the guard that the main thread has entered this phase (one of progress.Clock), and that the one before it went
+  well."""
   if _guard:
     _guard.set_phase(phase)
+
+
+@contextlib.contextmanager
+def training():
+  """Within it the guard learns how long phases take; outside, any may take FIRST."""
+  if _guard:
+    _guard.limits = Limits()
+  try:
+    yield
+  finally:
+    if _guard:
+      _guard.limits = None
 
 
 def await_verdict():
@@ -51,11 +106,7 @@ def leave(code: int, message: str = ""):
 
 def longest_wait() -> float:
   """Seconds that a process may spend in its slowest phase, after which waiting for it makes no sense."""
-  return SLOW * _hang_seconds()
-
-
-def _hang_seconds() -> float:
-  return float(os.environ.get("SIMCLR_HANG_SECONDS", HANG))
+  return 2 * FIRST
 
 
 class _Guard(threading.Thread):
@@ -70,6 +121,7 @@ class _Guard(threading.Thread):
     self.done = threading.Event()
     self._client, self._index, self._count = client, index, count
     self._phase, self._since = "start", time.monotonic()
+    self.limits = None  # while training: how long a phase may take
     # process -> (its last word, when that was new here); one may be gone before its first
     self._heard = dict.fromkeys(range(count), ("", self._since))
     self._gone, self._left = {}, {}  # process -> why
@@ -78,7 +130,10 @@ class _Guard(threading.Thread):
     self.start()
 
   def set_phase(self, phase):
-    self._phase, self._since = phase, time.monotonic()
+    now = time.monotonic()
+    if self.limits:
+      self.limits.note(self._phase, now - self._since)
+    self._phase, self._since = phase, now
 
   def leave(self):
     self._set("left", "")
@@ -123,8 +178,8 @@ class _Guard(threading.Thread):
     awake = paused = time.monotonic()
     while not self.done.wait(BEAT):
       now = time.monotonic()
-      if now - awake > 3 * BEAT:  # this process was stopped itself, and has not listened meanwhile
-        paused = now
+      if now - awake > 3 * BEAT:  # this process was stopped itself, and has neither worked nor listened meanwhile
+        paused, self._since = now, self._since + now - awake
       awake = now
       gone = {p: why for p, why in self._gone.items() if p != self._index}
       for process, (_, since) in self._heard.items():
@@ -136,10 +191,11 @@ class _Guard(threading.Thread):
       if self._index and silent > SILENCE:
         self._say(self._named(0, f"no answer from it for {silent:.0f} s"))
         self._exit(EXIT_LOST)  # there is nobody to tell why
-      limit = _hang_seconds() * (1 if self._phase in ("data", "step", "between") else SLOW)
-      if now - self._since > limit:
+      phase, limits = self._phase, self.limits
+      limit = limits.of(phase) if limits else FIRST
+      if now - self._since > limit and self._phase is phase:
         faulthandler.dump_traceback(file=sys.stderr)
-        self._end(f"process {self._index} of {self._count} has been in phase {self._phase!r} for over {limit:.0f} s")
+        self._end(f"process {self._index} of {self._count} has been in phase {phase!r} for over {limit:.0f} s")
 
   def _named(self, process, why):
     _, _, host = self._heard[process][0].partition(" ")
