@@ -41,6 +41,7 @@ class Options:
   seed: int = 0
   config: str = "{}"
   data: str = ""
+  flip_at: int = 0  # after this step a bit of its copy of the state is flipped
   output: str = ""  # the file that is its standard output, instead of its log
 
 
@@ -79,6 +80,20 @@ def child(workdir, events, port, count, index, options):
     seal(path, step=step, run=run)
 
   checkpoint.seal = late
+
+  update = loop.Loop.update
+
+  def flipping(self, batch):
+    update(self, batch)
+    if self.step == options.flip_at:
+      w = self.state.params["encoder"]["w"]
+      mine = w.addressable_shards[0]
+      copy = np.array(mine.data)
+      copy.view(np.uint32)[3, 5] ^= 1 << 22
+      copies = [jax.device_put(copy, mine.device)]
+      self.state.params["encoder"]["w"] = jax.make_array_from_single_device_arrays(w.shape, w.sharding, copies)
+
+  loop.Loop.update = flipping
 
   def init(key):
     w = jax.random.normal(key, (64, 256))
@@ -447,6 +462,16 @@ def one_of_two_hangs(rng, workdir):
   return of_two(rng, workdir, lambda p: None, (142, -signal.SIGABRT), hang_at=8)
 
 
+def one_of_two_has_a_flipped_bit(rng, workdir):
+  """In its copy of the parameters: found before the next checkpoint is written."""
+  at = rng.randint(1, STEPS - 1)
+  run = Run(workdir, 2, victim=rng.randrange(2), flip_at=at)
+  codes, took = run.ended(timeout=LIMIT + 30)
+  named = "the state is not the same on all 2 devices" in run.said()
+  later = [p.name for p in workdir.glob("checkpoints/[0-9]*") if int(p.name) >= at]
+  return set(codes) <= {1, 142} and 1 in codes and named and not later, took, f"after step {at}: {codes}"
+
+
 def one_of_two_gets_sigterm(rng, workdir):
   return of_two(rng, workdir, lambda p: os.kill(p.pid, signal.SIGTERM), (42,))
 
@@ -456,6 +481,7 @@ FAULTS = (
   *(sighup_in_training, killed_before_the_seal, output_lost, second_run, folder_of_photos),
   *(raised, disk_full, bit_flipped, file_cut, file_deleted, file_zeroed),
   *(step_renamed, steps_swapped, step_of_another_run, strays_beside_steps, one_of_two_differs),
+  one_of_two_has_a_flipped_bit,
   *(one_of_two_killed, one_of_two_stopped, one_of_two_raises, one_of_two_hangs, one_of_two_gets_sigterm),
 )
 SCRATCH = None  # set by `prepare`

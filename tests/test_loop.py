@@ -99,6 +99,8 @@ def test_a_run_that_fails_while_a_step_is_written_leaves_it_complete(tmp_path, m
   with pytest.raises(RuntimeError, match="no data"):
     run(tmp_path / "a", task(40, stop_at=3, stop=RuntimeError("no data")), checkpoint_every=3)
   assert (tmp_path / "a/checkpoints/3/manifest.json").exists()
+  with pytest.raises(RuntimeError, match="no data"):  # before there is anything to finish
+    run(tmp_path / "c", task(40, stop_at=1, stop=RuntimeError("no data")), checkpoint_every=3)
   monkeypatch.setattr(checkpoint, "seal", lambda *_, **__: (_ for _ in ()).throw(OSError("no such bucket")))
   slow = dataclasses.replace(task(400), stream=lambda first: (time.sleep(0.02) or x for x in task(400).stream(first)))
   with pytest.raises(checkpoint.NotSaved, match="could not save step 3: no such bucket"):

@@ -218,6 +218,7 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
     exports=lambda state: {"encoder": model_lib.keep_encoder(state)},
     warm_start=warm_start,
     advice=ADVICE,
+    check_batch=same.batch_check(source, config.batch_size, config.seed),
   )
 
 

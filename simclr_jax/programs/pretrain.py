@@ -119,6 +119,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
     show=SHOW,
     log_with_every_row={} if method.chance_loss is None else {"chance_loss": method.chance_loss},
     advice=ADVICE,
+    check_batch=same.batch_check(source, config.batch_size, config.seed),
   )
 
 

@@ -18,7 +18,7 @@ import optax
 from simclr_jax import augment, data, exporting, optimizer, views
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import splits, trained
+from simclr_jax.programs import same, splits, trained
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -100,6 +100,7 @@ def make_task(opened: trained.TrainedRun, source) -> loop.Task:
     batch_size=c.probe.batch_size,
     num_examples=len(source),
     exports=lambda state: {"encoder": {"params": state.params}},
+    check_batch=same.batch_check(source, c.probe.batch_size, c.seed),
   )
 
 

@@ -3,7 +3,9 @@
 import json
 
 import jax
+import numpy as np
 
+from simclr_jax import data
 from simclr_jax.data import Source
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import workdir as workdir_lib
@@ -116,3 +118,19 @@ def keep_data(workdir, fingerprints: dict):
   """Keeps the fingerprints of the data in the claimed folder of a run."""
   if not jax.process_index():
     files.write_sealed(workdir / FILE, json.dumps(fingerprints, indent=2))
+
+
+def batch_check(source: Source, batch_size: int, seed: int):
+  """loop.Task.check_batch: whether the rows on the devices, of all processes together, are those that (seed, number) says."""
+
+  def check(batch, number: int) -> str:
+    _, wanted = data.draws(source, batch_size=batch_size, seed=seed)(number)
+    # In any order: that of the devices need not be that of the processes.
+    found, wanted = (
+      np.sort(np.ascontiguousarray(x).view(np.int64).ravel()) for x in (processes.gather(batch.seed), wanted)
+    )
+    if np.array_equal(found, wanted):
+      return ""
+    return f"{np.isin(found, wanted, invert=True).sum()} of the {batch_size} rows of batch {number} are not those of seed {seed}"
+
+  return check

@@ -254,6 +254,11 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(max_to_keep=None, create=True, cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(self._folder, options=options)
 
+  @property
+  def newest_sealed(self) -> int | None:
+    """The newest step that this process knows to be sealed; another one may be being written."""
+    return self._newest
+
   def latest_step(self) -> int | None:
     """The newest step that is sealed; waits for the one that is being written."""
     self.wait()
@@ -330,7 +335,7 @@ class Checkpoints:
 
   def settle(self):
     """For a process that ends by an error: lets the step that is being written be finished."""
-    if not self._failure:
+    if self._writing is not None and not self._failure:
       self._thread.join()
 
   def _check_space(self, trees):

@@ -19,13 +19,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax.runtime import checkpoint, files, lock, processes, signals, watchdog
+from simclr_jax.runtime import checkpoint, files, lock, processes, replicas, signals, watchdog
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 from simclr_jax.runtime import progress as progress_lib
 from simclr_jax.runtime.errors import UserError
 
+AGREE_EVERY = 100  # steps between two comparisons of what the devices hold; there is one before each checkpoint too
 State = Any  # a pytree dataclass with an int32 `step`
 Batch = Mapping[str, Any]
 
@@ -58,6 +59,8 @@ class Task:
   log_with_every_row: Mapping[str, float] = dataclasses.field(default_factory=dict)  # such as the loss at chance
   advice: str = ""  # for a run that diverges
   data: str = ""  # what tells the training data from other data, which has to be the same in every process
+  # (global batch, its number) -> what is wrong with it, or nothing; every process calls it
+  check_batch: Callable[[Batch, int], str] = lambda batch, number: ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,10 @@ class Rollback:
 
 class Diverged(UserError):
   """The loss is not finite any more, or has leapt."""
+
+
+class Disagreement(RuntimeError):
+  """The devices or processes of a run no longer do the same: nothing of it is saved."""
 
 
 class Interrupted(Exception):
@@ -262,6 +269,8 @@ class Loop:
     """One update and what is due after it; returns whether a signal asks the run to stop."""
     self.trace_when_due()
     batch = self.next_batch()
+    if self.step == self.first + 1 or self.step % AGREE_EVERY == 0:
+      self.compare(batch)
     self.update(batch)
     last = self.step == self.task.total_steps
     if last or self.step % self.config.log_every == 0:
@@ -338,6 +347,17 @@ class Loop:
       if first_time or len(self.in_flight) > 2:  # two steps ahead of the device at most: bounds memory
         jax.block_until_ready(self.in_flight.popleft())
 
+  def compare(self, batch: Batch | None = None):
+    """Raises Disagreement unless all devices hold the same state and, of a batch, the rows that they should."""
+    if self.mesh.size == 1:
+      return
+    done, before = self.step - (batch is not None), self.checkpoints.newest_sealed
+    wrong = self.task.check_batch(batch, self.skipped.position(done)) if batch is not None else ""
+    wrong = wrong or replicas.difference(self.mesh, (self.state, self.constants))
+    if wrong:
+      kept = f"step {before} was saved before" if before is not None else "nothing was saved before"
+      raise Disagreement(f"after step {done}, {wrong}; {kept}")
+
   def log(self):
     """Fetches the window's metrics (this waits for the device), checks their losses and writes their mean."""
     if not self.window:
@@ -408,6 +428,7 @@ class Loop:
     with self.clock.phase("save", "wait"):
       self.checkpoints.wait()
     with self.clock.phase("save"):
+      self.compare()
       losses = {"recent_losses": [float(loss) for loss in self.recent_losses]}
       self.checkpoints.save(self.step, self.state, self.task.exports(self.state), self.config_json, losses)
 

@@ -163,7 +163,8 @@ class _Guard(threading.Thread):
   def _exchange(self):
     host = socket.gethostname()
     for beat in itertools.count():
-      self._set("alive", f"{beat} {host}")
+      phase, since = self._phase, self._since
+      self._set("alive", f"{beat}|{host}|{phase}|{time.monotonic() - since:.0f}")
       try:
         alive, self._gone, self._left = (self._words(key) for key in ("alive", "gone", "left"))
         now = time.monotonic()
@@ -194,11 +195,21 @@ class _Guard(threading.Thread):
       phase, limits = self._phase, self.limits
       limit = limits.of(phase) if limits else FIRST
       if now - self._since > limit and self._phase is phase:
+        if phase == "step" and (waited_for := self._waited_for(limit)):
+          self._end(waited_for)
         faulthandler.dump_traceback(file=sys.stderr)
         self._end(f"process {self._index} of {self._count} has been in phase {phase!r} for over {limit:.0f} s")
 
+  def _waited_for(self, limit):
+    """Of the processes that have not come to the step for about as long as this one waits in it, the first; in words."""
+    for process, (word, _) in self._heard.items():
+      _, _, phase, seconds = word.split("|") if word else ("", "", "start", "0")
+      if process != self._index and process not in self._left and phase != "step" and float(seconds) > limit / 2:
+        return self._named(process, f"in phase {phase!r} for {seconds} s")
+
   def _named(self, process, why):
-    _, _, host = self._heard[process][0].partition(" ")
+    word, _ = self._heard[process]
+    host = word.split("|")[1] if word else ""
     return f"process {process} of {self._count}{f' (on {host})' if host else ''} is gone: {why}"
 
   def _say(self, why):
