@@ -39,7 +39,8 @@ VALUES = {
 @pytest.fixture
 def workdir(tmp_path):
   with tarfile.open(pathlib.Path(__file__).parent / "golden" / "old_run" / "run.tar.xz") as tar:
-    tar.extractall(tmp_path / "run", filter="data")
+    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 and later
+    tar.extractall(tmp_path / "run", **safely)
   return tmp_path / "run"
 
 
