@@ -48,11 +48,11 @@ def for_a_pod(flags):
 def for_this_machine(flags):
   import logging
 
-  from simclr_jax.runtime import cpu, files, tensorflow
+  from simclr_jax.runtime import cpu, limits, tensorflow
 
   # Orbax warns of metadata that nobody misses, and logs pages of errors that it raises as well.
   logging.getLogger("absl").setLevel(logging.CRITICAL)
-  files.allow_open_files()
+  limits.check()
   note = cpu.prepare()
   tensorflow.quieten()
   from simclr_jax.runtime import mesh, processes
@@ -247,6 +247,8 @@ def _outcome(command, flags, overrides, heard: bool) -> int:
     of_user = isinstance(error, UserError) or isinstance(error, OSError) and (error.filename or error.errno is None)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # whatever was being written
       of_user, message = True, f"the disk is full ({error}); free space and give the same command again, with --resume"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "Out of memory" in message:
+      of_user, message = True, _out_of_memory(error)
     if code == 1 and (not of_user or os.environ.get("SIMCLR_TRACEBACK")):
       if type(error).__name__ == "JaxRuntimeError" and "simclr_jax.runtime.watchdog" in sys.modules:
         sys.modules["simclr_jax.runtime.watchdog"].await_verdict()
@@ -274,6 +276,16 @@ def _run(command, flags, overrides) -> int:
       raise UserError(f"--config={flags.recipe} is a recipe for simclr {flags.config.program}")
   command.prepare(flags)
   return importlib.import_module(f"simclr_jax.programs.{command.module}").main(flags, overrides)
+
+
+def _out_of_memory(error) -> str:
+  """One line for what XLA says on many, and Python on none."""
+  first = next(iter(str(error).splitlines()), "").strip().rstrip(".")
+  reason = f" ({first[:200]})" if first else ""
+  return (
+    f"out of memory{reason}: lower batch_size, or with the same batch_size use more --config.microbatches or "
+    "--config.encoder.remat=block; `simclr plan` and docs/scaling.md say what they save"
+  )
 
 
 def _versions() -> str:

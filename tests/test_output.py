@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from simclr_jax import __main__ as cli
@@ -78,12 +79,32 @@ def test_a_full_disk_is_one_line_and_waits_for_no_thread_of_orbax(monkeypatch, c
 
 
 @pytest.mark.parametrize(
-  "limits, said", [("-Sn 64", "256\n"), ("-n 64", "may open 64 files at a time and needs 256: raise it")]
+  "error, said",
+  [
+    (MemoryError(), "out of memory: lower batch_size"),
+    (
+      jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 149146384 bytes.\nBFC allocator\n"),
+      "out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 149146384 bytes): lower batch_size, or",
+    ),
+  ],
 )
-def test_the_limit_of_open_files_is_raised_or_named(limits, said):
-  code = (
-    "import resource as r; from simclr_jax.runtime import files; files.allow_open_files(); print(r.getrlimit(7)[0])"
-  )
+def test_out_of_memory_is_one_line(monkeypatch, capsys, error, said):
+  monkeypatch.setattr(cli, "_run", lambda *_: (_ for _ in ()).throw(error))
+  assert cli.main(["recipes"]) == 1
+  err = capsys.readouterr().err
+  assert f"simclr: {said}" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  "limits, said",
+  [
+    ("-Sn 64", "256\n"),
+    ("-n 64", "may open 64 files at a time and needs 256: raise it"),
+    ("-v 3000000", "may use 2.9 GiB of address space and needs 4: raise it"),
+  ],
+)
+def test_limits_are_raised_or_named(limits, said):
+  code = "import resource as r; from simclr_jax.runtime import limits; limits.check(); print(r.getrlimit(7)[0])"
   hard = "ulimit -Hn 256; " if "S" in limits else ""
   done = subprocess.run(
     ["bash", "-c", f"ulimit {limits}; {hard}{sys.executable} -c '{code}'"], capture_output=True, text=True

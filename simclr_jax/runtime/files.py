@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import os
 import pathlib
-import resource
 import shutil
 import tempfile
 import unicodedata
@@ -15,8 +14,6 @@ import unicodedata
 from etils import epath
 
 from simclr_jax.runtime.errors import UserError
-
-NEEDED_FILES = 256  # open at a time; small runs have been seen to hang with 64
 
 
 def is_remote(path) -> bool:
@@ -175,22 +172,6 @@ def size(path) -> int:
   """Bytes of a file; epath's own `stat` fails where the owner has no name, as in a container with an arbitrary uid."""
   path = absolute(path)
   return path.stat().length if is_remote(path) else os.path.getsize(path)
-
-
-def allow_open_files():
-  """Raises this process's limit of open files as far as it may; XLA, TensorFlow and Orbax hang where they run out of them.
-
-  Raises:
-    UserError: the limit is below NEEDED_FILES, and may not be raised.
-  """
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-  if soft != resource.RLIM_INFINITY and soft < most:
-    with contextlib.suppress(ValueError, OSError):
-      resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-      soft = most
-  if soft != resource.RLIM_INFINITY and soft < NEEDED_FILES:
-    raise UserError(f"this process may open {soft} files at a time and needs {NEEDED_FILES}: raise it with ulimit -n")
 
 
 def sha256(path) -> str:

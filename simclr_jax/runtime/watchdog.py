@@ -121,7 +121,7 @@ class _Guard(threading.Thread):
     self.done = threading.Event()
     self._client, self._index, self._count = client, index, count
     self._phase, self._since = "start", time.monotonic()
-    self.limits = None  # while training: how long a phase may take
+    self.limits: Limits | None = None  # while training: how long a phase may take
     # process -> (its last word, when that was new here); one may be gone before its first
     self._heard = dict.fromkeys(range(count), ("", self._since))
     self._gone, self._left = {}, {}  # process -> why
