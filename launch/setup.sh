@@ -2,8 +2,8 @@
 # Sourced by the other scripts: makes .venv at the top of the checkout, with the tested versions, once, without root.
 #   PYTHON=python3.12     the interpreter
 #   ACCELERATOR=cuda13    cpu, cuda12, cuda13 or tpu; default: what this machine has
-# Another interpreter or accelerator than .venv was made for replaces it.  A machine without an accelerator takes the .venv
-# that is there, for it may be the login node of a cluster.  Where no Python is new enough, uv fetches one.
+# Another interpreter or accelerator than .venv was made for replaces it; not where .venv runs as it is, such as one of CUDA on
+# the login node of a cluster.  Where no Python is new enough, uv fetches one.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 _accelerator_here() { # prints cuda12, cuda13, tpu, or nothing
@@ -44,7 +44,9 @@ _made_from() { cat requirements-lock.txt; [ "$_accelerator" = cpu ] || echo "# a
 
 _old="$(sed -n 's/^# accelerator: //p' .venv/installed.txt 2> /dev/null)" || _old=""
 _accelerator="${ACCELERATOR:-$(_accelerator_here)}"
-_accelerator="${_accelerator:-${_old:-cpu}}"
+case "${ACCELERATOR:+given} $_accelerator $_old" in
+  " cuda13 cuda12" | "  "*) _accelerator="${_old:-cpu}" ;; # it runs here as it is
+esac
 [[ "$_accelerator" =~ ^(cpu|cuda12|cuda13|tpu)$ ]] ||
   { echo "ACCELERATOR=$_accelerator: expected cpu, cuda12, cuda13 or tpu" >&2; exit 1; }
 if [ -x .venv/bin/python ] && { [ "${_old:-cpu}" != "$_accelerator" ] ||

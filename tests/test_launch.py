@@ -448,6 +448,7 @@ def test_setup_makes_the_environment_anew_for_another_accelerator(checkout):
   (checkout.folder / ".venv/old").touch()
   # The login node of that cluster takes it as it is, and may ask for another one.
   assert checkout() == ([], "done\n") and (checkout.folder / ".venv/old").exists()
+  assert checkout(driver="580.65") == ([], "done\n")  # a newer driver runs CUDA 12 too
   assert "for cpu" in checkout(ACCELERATOR="cpu")[1] and not (checkout.folder / ".venv/old").exists()
 
 
@@ -463,6 +464,64 @@ def test_a_machine_with_an_old_python_gets_a_new_one_without_root(checkout):
   assert said.endswith("done\n") and "-m venv .venv" not in asked
   assert any(line.startswith("-m pip install --quiet --target ") and line.endswith(" uv") for line in asked)
   assert (checkout.folder / ".venv/installed.txt").read_text() == "jax==1\n# accelerator: tpu\n"
+
+
+# ---- what the vendors say, and what follows from it here ----------------------------------------------------------------
+
+TPU, GCLOUD = "https://cloud.google.com/tpu/docs", "https://cloud.google.com/sdk/gcloud/reference"
+FACTS = [  # page (all read on 2026-11-28), what it says, the file and the text that rest on it
+  (f"{TPU}/runtimes", "runtime versions: v6e, v5p, v5e, and v4 and older", "launch/tpu_pod.sh", "v6e-*) echo v2-alpha-tpuv6e"),
+  (f"{TPU}/runtimes", "", "launch/tpu_pod.sh", "v5p-*) echo v2-alpha-tpuv5 "),
+  (f"{TPU}/runtimes", "", "launch/tpu_pod.sh", "v5litepod-*) echo v2-alpha-tpuv5-lite"),
+  (f"{TPU}/runtimes", "", "launch/tpu_pod.sh", "*) echo tpu-ubuntu2204-base"),
+  ("https://docs.cloud.google.com/tpu/docs/runtimes.md.txt", "the API is no longer developed", "docs/pods.md", "Cloud TPU API"),
+  (f"{TPU}/queued-resources", "a SUSPENDED request is not eligible any more", "launch/tpu_train.sh", "SUSPENDED)"),
+  (f"{TPU}/spot", "spot TPUs cannot be restarted and have to be created again", "launch/tpu_train.sh", "asking for another"),
+  (f"{GCLOUD}/compute/tpus/queued-resources/create", "--spot, --reserved, --service-account", "launch/tpu_pod.sh", "--reserved"),
+  (f"{GCLOUD}/alpha/compute/tpus/queued-resources/create", "--provisioning-model, --max-run-duration: alpha alone",
+   "launch/tpu_pod.sh", "gcloud ${FLEX_START:+alpha} compute"),
+  (f"{TPU}/request-using-flex-start", "v5e and v6e, at most 7 days", "launch/tpu_pod.sh", "v5e and v6e, 7 days at most"),
+  (f"{TPU}/quota", "reserved, on demand and preemptible are counted apart", "docs/pods.md", "preemptible (which spot"),
+  ("https://github.com/kubernetes-sigs/jobset/releases", "its controller is one file to apply", "docs/pods.md", "jobset/releases/download/"),
+  ("https://docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus", "v4: ct4p-hightpu-4t, tpu-v4-podslice",
+   "docs/pods.md", "--machine-type=ct4p-hightpu-4t"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page, says, file, text", FACTS)
+def test_a_fact_of_a_vendor_stands_where_it_is_used(page, says, file, text):
+  assert text in (ROOT / file).read_text()
+
+
+def launch_commands():
+  """(page, script, words) of every `bash launch/...` that a page shows, continued lines joined."""
+  for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for line in re.sub(r"\\\n\s*", "", page.read_text()).splitlines():
+      if found := re.match(r" {4,}bash launch/(\w+\.sh) ?(.*)", line):
+        yield page.name, found[1], shlex.split(found[2], comments=True)
+
+
+@pytest.mark.parametrize("page, script, words", launch_commands(), ids=lambda value: "-".join(value) if isinstance(value, list) else value)  # fmt: skip
+def test_every_launch_command_of_a_page_can_be_given(page, script, words):
+  """The script takes it, and simclr takes what it passes on."""
+  if script in ("local.sh", "test.sh"):
+    return
+  environment = GKE if script == "gke.sh" else POD | {"REPOSITORY": "https://example.org/x"}
+  words = [word for word in words if word != "--dry-run"]
+  done = bash(script, ("--dry-run", *words), environment)
+  assert done.returncode == 0, done.stderr
+  flags = (
+    words
+    if words and words[0].startswith("--")
+    else words[words.index("pretrain") + 1 :]
+    if "pretrain" in words
+    else []
+  )
+  if script == "gke.sh" and flags:
+    flags += ["--config=configs/v1.py:1x", "--workdir=x"]
+  if flags:
+    given = cli.parser().parse_args(["pretrain", *(flag for flag in flags if not flag.startswith("--config."))])
+    config.load(given.config, [flag for flag in flags if flag.startswith("--config.")])
 
 
 # ---- SLURM, GKE, the image ---------------------------------------------------------------------------------------------
