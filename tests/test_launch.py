@@ -501,7 +501,7 @@ def launch_commands():
         yield page.name, found[1], shlex.split(found[2], comments=True)
 
 
-@pytest.mark.parametrize("page, script, words", launch_commands(), ids=lambda value: "-".join(value) if isinstance(value, list) else value)  # fmt: skip
+@pytest.mark.parametrize("page, script, words", list(launch_commands()), ids=lambda value: "-".join(value) if isinstance(value, list) else value)  # fmt: skip
 def test_every_launch_command_of_a_page_can_be_given(page, script, words):
   """The script takes it, and simclr takes what it passes on."""
   if script in ("local.sh", "test.sh"):
