@@ -17,7 +17,7 @@ if [[ "${SPOT:+x}${RESERVED:+x}${FLEX_START:+x}" = xx* ]]; then echo "SPOT, RESE
 do_() { if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
 on() { do_ gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" --command="$2"; }
 runtime() {
-  case "${TYPE:?accelerator type such as v4-256}" in
+  case "$TYPE" in
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
@@ -28,7 +28,7 @@ create() {
   local flags=(${SPOT:+--spot} ${RESERVED:+--reserved} ${SERVICE_ACCOUNT:+--service-account="$SERVICE_ACCOUNT"})
   [ -z "${FLEX_START:-}" ] || flags+=(--provisioning-model=flex-start --max-run-duration="$FLEX_START")
   do_ gcloud ${FLEX_START:+alpha} compute tpus queued-resources create "$name" --node-id="$name" --zone="$zone" \
-    --accelerator-type="${TYPE:?}" --runtime-version="$(runtime)" "${flags[@]}"
+    --accelerator-type="${TYPE:?accelerator type such as v4-256}" --runtime-version="$(runtime)" "${flags[@]}"
 }
 status() { do_ gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)'; }
 setup() {

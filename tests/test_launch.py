@@ -1,5 +1,6 @@
 """The launch scripts, without a cloud: what they would run, byte for byte, and what a linter says of them."""
 
+import io
 import os
 import pathlib
 import re
@@ -7,15 +8,20 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
+import textwrap
 import time
 
 import jsonschema
 import kubernetes_validate
+import numpy as np
 import pytest
 import setuptools
 import yaml
+from PIL import Image
 
 from simclr_jax import __main__ as cli
+from simclr_jax import data
 from simclr_jax.programs import config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -80,6 +86,7 @@ def test_dry_run(name):
     ("tpu_pod.sh", ("--dry-run", "create"), POD | {"NAME": "my run; rm"}, "NAME=my run; rm: expected"),
     ("tpu_pod.sh", ("--dry-run", "explode"), POD, "explode: expected create"),
     ("tpu_pod.sh", ("--dry-run", "create"), {"NAME": "a"}, "ZONE: zone"),
+    ("tpu_pod.sh", ("--dry-run", "create"), {"NAME": "a", "ZONE": "b"}, "TYPE: accelerator type such as v4-256"),
     (
       "tpu_pod.sh",
       ("--dry-run", "create"),
@@ -522,6 +529,35 @@ def test_every_launch_command_of_a_page_can_be_given(page, script, words):
   if flags:
     given = cli.parser().parse_args(["pretrain", *(flag for flag in flags if not flag.startswith("--config."))])
     config.load(given.config, [flag for flag in flags if flag.startswith("--config.")])
+
+
+def test_imagenet_is_made_of_its_two_archives_by_the_command_of_the_page(tmp_path, monkeypatch):
+  """On archives of a few images: `simclr` opens the result by the name that the recipes have."""
+
+  def add(archive, name, content):
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
+
+  jpeg = io.BytesIO()
+  Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(jpeg, "JPEG")
+  (tmp_path / "manual").mkdir()
+  with tarfile.open(tmp_path / "manual/ILSVRC2012_img_train.tar", "w") as train:
+    for name in ("n01440764", "n01443537"):
+      images = io.BytesIO()
+      with tarfile.open(fileobj=images, mode="w") as archive:
+        for i in range(3):
+          add(archive, f"{name}_{i}.JPEG", jpeg.getvalue())
+      add(train, f"{name}.tar", images.getvalue())
+  with tarfile.open(tmp_path / "manual/ILSVRC2012_img_val.tar", "w") as validation:
+    for i in range(1, 5):
+      add(validation, f"ILSVRC2012_val_{i:08}.JPEG", jpeg.getvalue())
+  (command,) = re.findall(r'^    python -c "(.*?)"$', (ROOT / "docs/pods.md").read_text(), re.M | re.S)
+  monkeypatch.chdir(tmp_path)
+  exec(textwrap.dedent(f"    {command}"), {})
+  source = data.open_source("tfds:imagenet2012:train", data_dir=str(tmp_path / "tfds"))
+  assert len(source) == 6 and source.num_classes == 1000 and source.read(0).shape == (40, 60, 3)
+  assert len(data.open_source("tfds:imagenet2012:validation", data_dir=str(tmp_path / "tfds"))) == 4
 
 
 # ---- SLURM, GKE, the image ---------------------------------------------------------------------------------------------

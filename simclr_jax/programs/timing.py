@@ -70,13 +70,13 @@ class Step:
     def steps(count):
       nonlocal state
       ends, running = [], None
-      for i in range(count + 2):
+      for i in range(count + 1):
         state, metrics = self.compiled(state, self.batches[i % 2])
         jax.block_until_ready(running)
         ends.append(time.perf_counter())
         running = metrics
       jax.block_until_ready(state)
-      return np.diff(ends[1:])
+      return np.diff(ends)
 
     first = steps(1)[0]
     # All processes make the same steps, or they would wait for each other.
