@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Keeps one run of simclr going on this machine, in the background: starts it again after exit code 42 (preempted and saved)
-# and 128 and above (killed, or a peer was lost), until it ends by itself or is stopped.  For machines without a scheduler.
+# and 128 and above (killed, or a peer was lost), 50 times at most, until it ends by itself or is stopped.
 #   bash launch/restart.sh start pretrain --config=configs/v1.py:1x --workdir=gs://BUCKET/my-run --resume
 #   bash launch/restart.sh status | log | stop
 # Output goes to run.log.  A second start while the first goes on changes nothing.
@@ -9,8 +9,8 @@ cd "$(dirname "$0")/.." || exit 1
 action="${1:-}"
 shift || true
 
-alive() { # whether the process in run.pid is still this script
-  [ -s run.pid ] && tr '\0' ' ' < "/proc/$(< run.pid)/cmdline" 2> /dev/null | grep -q "launch/restart.sh "
+alive() { # whether the process in run.pid is still this script, of this checkout
+  [ -s run.pid ] && [ "/proc/$(< run.pid)/cwd" -ef . ] && tr '\0' ' ' < "/proc/$(< run.pid)/cmdline" 2> /dev/null | grep -q "launch/restart.sh "
 }
 
 case "$action" in
@@ -22,8 +22,8 @@ case "$action" in
   keep)
     stopped="" child=""
     trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null' TERM
-    while :; do
-      "${SIMCLR:-.venv/bin/simclr}" "$@" &
+    for ((restarts = 0; restarts <= 50; restarts++)); do
+      .venv/bin/simclr "$@" &
       child=$!
       [ -z "$stopped" ] || kill -TERM "$child" # it came before there was a child to pass it to
       # A trapped signal ends `wait` before the process has ended.

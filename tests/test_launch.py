@@ -296,7 +296,7 @@ def test_stop_ends_its_own_run_and_it_stays_ended(tmp_path):
     restart("other", "stop")
 
 
-@pytest.mark.parametrize("codes, starts", [((42, 137, 0), 3), ((1,), 1), ((2,), 1), ((142, 1), 2)])
+@pytest.mark.parametrize("codes, starts", [((42, 137, 0), 3), ((1,), 1), ((2,), 1), ((142, 1), 2), ((139,) * 51, 51)])
 def test_a_run_is_started_again_after_a_preemption_and_after_no_error(codes, starts, tmp_path):
   codes = "\n".join(map(str, codes))
   (tmp_path / "codes").write_text(f"{codes}\n")
