@@ -165,24 +165,25 @@ def advice(rows: list[dict], drift: float = 0.0) -> str:
   return text
 
 
+def _short(value: float | None, scale: float = 1.0) -> str:
+  """A number in three digits or more; a dash for None."""
+  if value is None:
+    return "-"
+  return f"{scale * value:,.0f}" if scale * value >= 100 else f"{scale * value:.3g}"
+
+
 COLUMNS = {
   "": lambda row: row["what"],
-  "step, ms (min-max)": lambda row: "{:.4g} ({:.4g}-{:.4g})".format(
-    *(1e3 * row[k] for k in ("step_seconds", "fastest", "slowest"))
+  "step, ms (min-max)": lambda row: "{} ({}-{})".format(
+    *(_short(row[key], 1e3) for key in ("step_seconds", "fastest", "slowest"))
   ),
-  "images/s": lambda row: f"{row['images_per_second']:,.0f}",
-  "input images/s": lambda row: _or_dash(row["pipeline_images_per_second"], "{:,.0f}"),
-  "together": lambda row: f"{row['run_images_per_second']:,.0f}",
-  "GiB": lambda row: _or_dash(row["program_bytes"] and row["program_bytes"] / aot.GIB, "{:.2f}"),
-  "estimate, ms": lambda row: _or_dash(row["estimated_seconds"] and 1e3 * row["estimated_seconds"], "{:.4g}"),
-  "measured/estimate": lambda row: _or_dash(
-    row["estimated_seconds"] and row["step_seconds"] / row["estimated_seconds"], "{:.2f}"
-  ),
+  "images/s": lambda row: _short(row["images_per_second"]),
+  "input images/s": lambda row: _short(row["pipeline_images_per_second"]),
+  "together": lambda row: _short(row["run_images_per_second"]),
+  "GiB": lambda row: _short(row["program_bytes"], 1 / aot.GIB),
+  "estimate, ms": lambda row: _short(row["estimated_seconds"], 1e3),
+  "measured/estimate": lambda row: _short(row["estimated_seconds"] and row["step_seconds"] / row["estimated_seconds"]),
 }
-
-
-def _or_dash(value, form: str) -> str:
-  return "-" if value is None else form.format(value)
 
 
 def table(rows: list[dict]) -> str:
