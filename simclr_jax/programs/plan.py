@@ -242,7 +242,7 @@ def table(row: dict) -> str:
     (
       "run",
       f"{row['steps']:,} steps, estimate {progress.duration(3600 * row['hours'])} of steps, "
-      f"{row['chip_hours']:,.1f} chip-hours ({low * row['chip_hours']:,.0f} to {high * row['chip_hours']:,.0f} by the range), "
+      f"{row['chip_hours']:,.1f} chip-hours ({low * row['chip_hours']:,.1f} to {high * row['chip_hours']:,.1f} by the range), "
       "without evaluation and checkpoints",
     ),
   ]
