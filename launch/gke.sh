@@ -1,14 +1,38 @@
 #!/usr/bin/env bash
-# Fills in launch/gke_jobset.yaml and applies it.
+# A run on a GKE node pool of TPUs: fills in launch/gke_jobset.yaml and applies it; every further flag goes to simclr.
 #   NAME=my-run IMAGE=REGION-docker.pkg.dev/P/R/simclr:1 CONFIG=configs/v1.py:1x WORKDIR=gs://BUCKET/my-run HOSTS=32 \
-#   ACCELERATOR=tpu-v4-podslice TOPOLOGY=4x4x8 CHIPS_PER_HOST=4 bash launch/gke.sh [--dry-run]
+#   ACCELERATOR=tpu-v4-podslice TOPOLOGY=4x4x8 CHIPS_PER_HOST=4 bash launch/gke.sh [--dry-run] [--config.key=value ...]
+#   NAME=my-run bash launch/gke.sh [--dry-run] status | logs | stop       of that run alone; applied again, it resumes
+# SERVICE_ACCOUNT names the Kubernetes service account that may use the bucket (default: default), see docs/pods.md.
 set -euo pipefail
 shopt -u patsub_replacement 2> /dev/null || true  # of bash 5.2, to which & in a value would mean what it replaces
+dry=""
+if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
+do_() { if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
+plain() {  # a value of the environment, or a flag, can stand between double quotes in the manifest
+  if [ -z "$2" ]; then echo "$1: is not set" >&2; exit 1; fi
+  if [[ "$2" == *[\"\\\$$'\n']* ]]; then echo "$1: no quotes, backslashes, dollar signs or line breaks" >&2; exit 1; fi
+}
+plain NAME "${NAME:-}"
+if [[ ! "$NAME" =~ ^[a-z][a-z0-9-]{0,39}$ ]]; then echo "NAME=$NAME: expected [a-z0-9-], 40 at most" >&2; exit 1; fi
+case "${1:-}" in
+  status) do_ kubectl get "jobset/$NAME" && do_ kubectl get pods "--selector=jobset.sigs.k8s.io/jobset-name=$NAME"; exit ;;
+  logs) do_ kubectl logs --follow "--selector=jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0"; exit ;;
+  stop) do_ kubectl delete "jobset/$NAME"; exit ;;
+  --* | "") ;;
+  *) echo "$1: expected status, logs, stop, or flags of simclr pretrain" >&2; exit 1 ;;
+esac
 manifest="$(< "$(dirname "$0")/gke_jobset.yaml")"
-for key in NAME IMAGE CONFIG WORKDIR HOSTS ACCELERATOR TOPOLOGY CHIPS_PER_HOST; do
+export SERVICE_ACCOUNT="${SERVICE_ACCOUNT:-default}"
+for key in NAME IMAGE CONFIG WORKDIR HOSTS ACCELERATOR TOPOLOGY CHIPS_PER_HOST SERVICE_ACCOUNT; do
   value="${!key:-}"
-  if [ -z "$value" ]; then echo "$key: is not set" >&2; exit 1; fi
-  if [[ "$value" == *[\"\\\$$'\n']* ]]; then echo "$key: no quotes, backslashes, dollar signs or line breaks" >&2; exit 1; fi
+  plain "$key" "$value"
   manifest="${manifest//"\${$key}"/$value}"
 done
-if [ "${1:-}" = --dry-run ]; then echo "$manifest"; else kubectl apply -f - <<< "$manifest"; fi
+flags=""
+for flag in "$@"; do
+  plain "$flag" "$flag"
+  flags+=", \"$flag\""
+done
+manifest="${manifest//"\${FLAGS}"/$flags}"
+if [ -n "$dry" ]; then echo "$manifest"; else kubectl apply -f - <<< "$manifest"; fi

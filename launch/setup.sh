@@ -1,15 +1,59 @@
 #!/usr/bin/env bash
-# Sourced by the other scripts: makes .venv at the top of the checkout, with the tested versions, once.
-# PYTHON=python3.12 chooses the interpreter; another one than .venv has replaces it.
+# Sourced by the other scripts: makes .venv at the top of the checkout, with the tested versions, once, without root.
+#   PYTHON=python3.12     the interpreter
+#   ACCELERATOR=cuda13    cpu, cuda12, cuda13 or tpu; default: what this machine has
+# Another interpreter or accelerator than .venv was made for replaces it; not where .venv runs as it is, such as one of CUDA on
+# the login node of a cluster.  Where no Python is new enough, uv fetches one.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-if [ -n "${PYTHON:-}" ] && [ -x .venv/bin/python ] && [ "$(.venv/bin/python -V)" != "$("$PYTHON" -V)" ]; then
-  rm -rf .venv
-fi
-if ! cmp -s requirements-lock.txt .venv/installed.txt; then
-  echo "setting up .venv (a few minutes, once)"
-  "${PYTHON:-$(command -v python3.11 || command -v python3)}" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-lock.txt
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-  cp requirements-lock.txt .venv/installed.txt
+
+_accelerator_here() { # prints cuda12, cuda13, tpu, or nothing
+  local driver device
+  # NVIDIA's driver 525 and newer run CUDA 12, 580 and newer CUDA 13 too: docs.jax.dev/en/latest/installation.html.
+  driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -n 1)" || driver=""
+  if [[ "$driver" =~ ^([0-9]+)\. ]]; then
+    if [ "${BASH_REMATCH[1]}" -ge 580 ]; then echo cuda13; else echo cuda12; fi
+    return
+  fi
+  # Vendor and device as jax/_src/hardware_utils.py has them: v3, v4, v5p, v5e, v6e, v7.  Network cards share the vendor.
+  for device in "${PCI_DEVICES:-/sys/bus/pci/devices}"/*; do
+    if [[ "$(cat "$device/vendor" "$device/device" 2> /dev/null | tr -d '\n')" =~ ^0x1ae00x00(27|56|5e|62|63|6f|76)$ ]]; then
+      echo tpu
+      return
+    fi
+  done
+}
+_python_here() { # prints an interpreter that is new enough and can make environments, or nothing
+  local name
+  for name in python3.11 python3 python3.12 python3.13; do
+    if "$name" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then echo "$name"; return; fi
+  done
+}
+_make_venv() {
+  local python="${PYTHON:-$(_python_here)}" fetched
+  if [ -n "$python" ]; then "$python" -m venv .venv || return; else
+    fetched="$(mktemp -d)" && python3 -m pip install --quiet --target "$fetched" uv &&
+      "$fetched/bin/uv" venv --quiet --seed --clear --python 3.11 .venv || return
+  fi
+  set -- .venv/bin/python -m pip install --quiet --disable-pip-version-check
+  "$@" -r requirements-lock.txt || return
+  if [ "$_accelerator" = cpu ]; then "$@" --no-deps --editable .; else
+    "$@" --constraint requirements-lock.txt --editable ".[$_accelerator]"
+  fi
+}
+_made_from() { cat requirements-lock.txt; [ "$_accelerator" = cpu ] || echo "# accelerator: $_accelerator"; }
+
+_old="$(sed -n 's/^# accelerator: //p' .venv/installed.txt 2> /dev/null)" || _old=""
+_accelerator="${ACCELERATOR:-$(_accelerator_here)}"
+case "${ACCELERATOR:+given} $_accelerator $_old" in
+  " cuda13 cuda12" | "  "*) _accelerator="${_old:-cpu}" ;; # it runs here as it is
+esac
+[[ "$_accelerator" =~ ^(cpu|cuda12|cuda13|tpu)$ ]] ||
+  { echo "ACCELERATOR=$_accelerator: expected cpu, cuda12, cuda13 or tpu" >&2; exit 1; }
+if [ -x .venv/bin/python ] && { [ "${_old:-cpu}" != "$_accelerator" ] ||
+  { [ -n "${PYTHON:-}" ] && [ "$(.venv/bin/python -V)" != "$("$PYTHON" -V)" ]; }; }; then rm -rf .venv; fi
+if ! _made_from | cmp -s - .venv/installed.txt; then
+  echo "setting up .venv for $_accelerator (a few minutes, once)"
+  _make_venv || { echo "setup.sh: .venv could not be made: see above" >&2; exit 1; }
+  _made_from > .venv/installed.txt
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -129,6 +129,11 @@ COMMANDS = {
     "memory, time, collectives and chip-hours of a recipe on a TPU pod, compiled here without one", for_a_pod,
     ("pretrain", "finetune", "distill"), overrides=True,
   ),
+  "time": Command(
+    "timing", flags_of.time,
+    "a train step and the input pipeline on this machine, with several settings, beside the estimate of plan",
+    for_this_machine, ("pretrain",), overrides=True,
+  ),
   "transfer": _trains(
     "transfer", "an encoder on a list of other data sets, linear and fine-tuned, beside the paper's table",
     flags_of.training,

@@ -83,6 +83,7 @@ TINY = (
 TINY_PRETRAIN = (*TINY, "projector.out_dim=16", "optimizer.warmup_epochs=0.0", "evaluate.every_epochs=0.0")
 SHORTER = {
   "pretrain": TINY_PRETRAIN,
+  "time": TINY_PRETRAIN,
   "finetune": (*TINY, "labels.fraction=1.0"),
   "distill": (*TINY, "labels.fraction=1.0"),
   "transfer": ("samples=100",),
@@ -135,7 +136,7 @@ def shortened(words, stand_ins, spec):
     line = line.replace(name, other)
   words = line.split("\0")
   extra = [f"--config.{value}" for value in SHORTER.get(words[0], ())]
-  if words[0] in ("finetune", "distill") or (words[0] == "pretrain" and "folder:" not in line):
+  if words[0] in ("finetune", "distill", "time") or (words[0] == "pretrain" and "folder:" not in line):
     extra += [f"--config.data.train={spec}", f"--config.data.test={spec}:test"]
   if words[0] in ("pretrain", "finetune", "distill"):
     words += ["--overwrite"]

@@ -1,18 +1,27 @@
 """The launch scripts, without a cloud: what they would run, byte for byte, and what a linter says of them."""
 
+import io
 import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
+import sys
+import tarfile
+import textwrap
 import time
 
 import jsonschema
 import kubernetes_validate
+import numpy as np
 import pytest
+import setuptools
 import yaml
+from PIL import Image
 
 from simclr_jax import __main__ as cli
+from simclr_jax import data
 from simclr_jax.programs import config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,9 +46,19 @@ CASES = {
   "tpu_setup": ("tpu_pod.sh", ("--dry-run", "setup"), POD | {"REPOSITORY": "https://example.org/simclr_jax.git"}),
   "tpu_run": ("tpu_pod.sh", ("--dry-run", "run", *PRETRAIN), POD),
   "tpu_logs": ("tpu_pod.sh", ("--dry-run", "logs"), POD),
+  "tpu_create_reserved": ("tpu_pod.sh", ("--dry-run", "create"), POD | {"RESERVED": "1"}),
+  "tpu_create_flex": ("tpu_pod.sh", ("--dry-run", "create"), POD | {"TYPE": "v6e-64", "FLEX_START": "4h"}),
   "tpu_stop": ("tpu_pod.sh", ("--dry-run", "stop"), POD),
   "tpu_delete": ("tpu_pod.sh", ("--dry-run", "delete"), POD),
+  "tpu_train": (
+    "tpu_train.sh",
+    ("--dry-run", *PRETRAIN[:-1]),
+    POD | {"SPOT": "1", "REPOSITORY": "https://example.org/x"},
+  ),
   "gke": ("gke.sh", ("--dry-run",), GKE),
+  "gke_logs": ("gke.sh", ("--dry-run", "logs"), {"NAME": "my-run"}),
+  "gke_status": ("gke.sh", ("--dry-run", "status"), {"NAME": "my-run"}),
+  "gke_stop": ("gke.sh", ("--dry-run", "stop"), {"NAME": "my-run"}),
 }
 
 
@@ -67,7 +86,20 @@ def test_dry_run(name):
     ("tpu_pod.sh", ("--dry-run", "create"), POD | {"NAME": "my run; rm"}, "NAME=my run; rm: expected"),
     ("tpu_pod.sh", ("--dry-run", "explode"), POD, "explode: expected create"),
     ("tpu_pod.sh", ("--dry-run", "create"), {"NAME": "a"}, "ZONE: zone"),
+    ("tpu_pod.sh", ("--dry-run", "create"), {"NAME": "a", "ZONE": "b"}, "TYPE: accelerator type such as v4-256"),
+    (
+      "tpu_pod.sh",
+      ("--dry-run", "create"),
+      POD | {"SPOT": "1", "RESERVED": "1"},
+      "SPOT, RESERVED, FLEX_START: give one",
+    ),
+    ("tpu_train.sh", ("--dry-run", "--config=smoke"), POD, "--config=smoke: expected a command of simclr"),
+    ("restart.sh", ("begin",), {}, "begin: expected start, status, log or stop"),
+    ("setup.sh", (), {"ACCELERATOR": "gpu"}, "ACCELERATOR=gpu: expected cpu, cuda12, cuda13 or tpu"),
     ("gke.sh", ("--dry-run",), GKE | {"IMAGE": 'a"b'}, "IMAGE: no quotes"),
+    ("gke.sh", ("--dry-run",), GKE | {"NAME": "My_Run"}, "NAME=My_Run: expected"),
+    ("gke.sh", ("--dry-run", "halt"), GKE, "halt: expected status, logs, stop, or flags"),
+    ("gke.sh", ("--dry-run", '--config.x="'), GKE, "no quotes, backslashes"),
     ("gke.sh", ("--dry-run",), GKE | {"IMAGE": "a\\b"}, "IMAGE: no quotes, backslashes"),
     ("gke.sh", ("--dry-run",), GKE | {"WORKDIR": "gs://b/${HOSTS}"}, "WORKDIR: no quotes, backslashes"),
     ("gke.sh", ("--dry-run",), GKE | {"NAME": "a\nb"}, "NAME: no quotes, backslashes"),
@@ -92,17 +124,21 @@ def on_the_worker(*arguments, **environment) -> str:
   return last.stdout.removeprefix("--command=")
 
 
+def worker(folder, simclr):
+  """A checkout on a worker, whose simclr is a script."""
+  (folder / ".venv/bin").mkdir(parents=True)
+  (folder / "launch").mkdir()
+  shutil.copy(ROOT / "launch/restart.sh", folder / "launch")
+  program = folder / ".venv/bin/simclr"
+  program.write_text(f"#!/bin/bash\n{simclr}")
+  program.chmod(0o755)
+
+
 def test_arguments_reach_the_workers_of_a_pod_as_they_were_given(tmp_path):
-  simclr = tmp_path / "simclr_jax/.venv/bin/simclr"
-  simclr.parent.mkdir(parents=True)
-  simclr.write_text("#!/bin/bash\nprintf '%s\\0' \"$@\" > got.partial\nmv got.partial got\nexit 1\n")
-  simclr.chmod(0o755)
+  worker(tmp_path / "simclr_jax", "printf '%s\\0' \"$@\" > got.partial\nmv got.partial got\nexit 1\n")
   arguments = ["pretrain", "--config.a=it's", 'say "x"', "two\nlines", "$(touch pwned)", "a & b; c", "back\\slash", ""]
   subprocess.run(["bash", "-c", on_the_worker("run", *arguments)], cwd=tmp_path, check=True)
-  got, end = tmp_path / "simclr_jax/got", time.monotonic() + 20
-  while not got.exists() and time.monotonic() < end:
-    time.sleep(0.01)
-  assert got.read_text().split("\0")[:-1] == arguments
+  assert wait_for(tmp_path / "simclr_jax/got").split("\0")[:-1] == arguments
   assert not list(tmp_path.rglob("pwned"))
 
 
@@ -224,6 +260,389 @@ def test_several_processes_end_with_the_highest_exit_code(tmp_path):
       pass
     group.terminate()
     assert group.wait(timeout=20) == 42
+
+
+def wait_for(path, seconds=20):
+  end = time.monotonic() + seconds
+  while not path.exists() and time.monotonic() < end:
+    time.sleep(0.01)
+  return path.read_text()
+
+
+def test_stop_ends_its_own_run_and_it_stays_ended(tmp_path):
+  """simclr saves and ends with 42 on SIGTERM, which restart.sh would otherwise take for a preemption; another run of the
+  same user goes on."""
+  simclr = "trap 'exit 42' TERM\necho x >> started\nwhile :; do sleep 0.02; done\n"
+  for name in ("mine", "other"):
+    worker(tmp_path / name, simclr)
+
+  def restart(name, *arguments):
+    command = ["bash", "launch/restart.sh", *arguments]
+    environment = {**os.environ, "PAUSE": "0.05"}
+    done = subprocess.run(command, cwd=tmp_path / name, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
+
+  try:
+    assert restart("mine", "status") == "none\n"
+    for name in ("mine", "other"):
+      restart(name, "start", "pretrain")
+      wait_for(tmp_path / name / "started")
+    assert restart("mine", "start", "pretrain") == "a run goes on already\n"
+    restart("mine", "stop")
+    assert wait_for(tmp_path / "mine/run.exit") == "42\n"
+    assert restart("mine", "status") == "ended 42\n" and restart("other", "status") == "running\n"
+    assert (tmp_path / "mine/started").read_text() == "x\n"
+  finally:
+    restart("other", "stop")
+
+
+@pytest.mark.parametrize("codes, starts", [((42, 137, 0), 3), ((1,), 1), ((2,), 1), ((142, 1), 2), ((139,) * 51, 51)])
+def test_a_run_is_started_again_after_a_preemption_and_after_no_error(codes, starts, tmp_path):
+  codes = "\n".join(map(str, codes))
+  (tmp_path / "codes").write_text(f"{codes}\n")
+  worker(tmp_path, "code=$(head -n 1 codes)\nsed -i 1d codes\necho x >> started\nexit $code\n")
+  environment = {**os.environ, "PAUSE": "0"}
+  subprocess.run(["bash", "launch/restart.sh", "keep", "pretrain"], cwd=tmp_path, env=environment, check=True)
+  assert (tmp_path / "run.exit").read_text() == codes.split()[-1] + "\n"
+  assert len((tmp_path / "started").read_text().split()) == starts
+
+
+def pod_life(tmp_path, answers, *arguments):
+  """tpu_train.sh against a gcloud that gives these answers to `describe` and to the question how the run is; the exit code,
+  and the steps that it asked gcloud for."""
+  gcloud = tmp_path / "gcloud"
+  (tmp_path / "answers").write_text("".join(f"{answer}\n" for answer in answers))
+  gcloud.write_text(
+    f"""#!/bin/bash
+cd {tmp_path}
+answer() {{ text=$(head -n 1 answers); sed -i 1d answers; }}
+case "$*" in
+  *" describe "*) answer; case $text in NOT_FOUND*|offline*) echo "ERROR: $text" >&2; exit 1;; *) echo "$text";; esac ;;
+  *"restart.sh status") answer; echo "step 7 of 9"; [ "$text" != offline ] && echo "$text" ;;
+  *" create "*) echo create >> steps ;;
+  *" delete "*) echo delete >> steps ;;
+  *setup.sh) echo setup >> steps ;;
+  *"restart.sh start"*) echo "run ${{@: -1}}" >> steps ;;
+esac
+"""
+  )
+  gcloud.chmod(0o755)
+  done = subprocess.run(
+    ["bash", str(ROOT / "launch/tpu_train.sh"), *arguments],
+    env={"PATH": f"{tmp_path}:/usr/bin:/bin", "POLL": "0", **POD, "SPOT": "1", "REPOSITORY": "https://example.org/x"},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  steps = [line.split()[0] for line in (tmp_path / "steps").read_text().splitlines()] if answers else []
+  assert not (tmp_path / "answers").read_text(), done.stdout + done.stderr
+  return done, steps
+
+
+def test_a_preempted_pod_is_asked_for_again_and_the_run_resumed(tmp_path):
+  """A suspended request gets no resources any more: https://cloud.google.com/tpu/docs/queued-resources, read 2026-11-28."""
+  answers = ["NOT_FOUND: no such resource", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "none"]
+  answers += ["ACTIVE", "running", "offline", "ACTIVE", "offline", "SUSPENDING", "SUSPENDED"]
+  answers += ["NOT_FOUND: no such resource", "ACTIVE", "none", "ACTIVE", "running", "ACTIVE", "ended 0"]
+  done, steps = pod_life(tmp_path, answers, "pretrain", "--config=smoke", "--workdir=gs://bucket/a b")
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert steps == ["create", "setup", "run", "delete", "create", "setup", "run", "delete"]
+  assert (tmp_path / "steps").read_text().count("--workdir=gs://bucket/a\\ b --resume") == 2
+  assert "the pod was preempted: asking for another" in done.stdout and "step 7 of 9" in done.stdout
+
+
+def test_a_run_that_ends_with_an_error_gives_the_pod_back(tmp_path):
+  done, steps = pod_life(tmp_path, ["ACTIVE", "running", "ACTIVE", "ended 1"], "pretrain", "--resume")
+  assert done.returncode == 1 and steps == ["delete"]  # the script was started again while the run went on
+
+
+def test_a_request_that_fails_is_not_made_again(tmp_path):
+  done, steps = pod_life(tmp_path, ["NOT_FOUND: no such resource", "FAILED"], "pretrain")
+  assert done.returncode == 1 and steps == ["create"] and "the request failed" in done.stdout
+
+
+# ---- setup.sh, with interpreters that only write down what they are asked -----------------------------------------------
+
+PYTHON = """#!/bin/bash
+echo "$*" >> "$LOG"
+case "$*" in
+  -c*) exit "${TOO_OLD:-0}" ;;
+  -V) echo "Python 3.11.9" ;;
+  "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+  *--target*) mkdir -p "${@: -2:1}/bin"; printf '#!/bin/bash\nmkdir -p .venv/bin; cp "%s" .venv/bin/python\n' "$0" > "${@: -2:1}/bin/uv"
+    chmod +x "${@: -2:1}/bin/uv" ;;
+  *"-r requirements-lock.txt") exit "${BROKEN:-0}" ;;
+esac
+"""
+DEVICES = {  # vendor and device, as the PCI bus shows them
+  "network card": ("0x1ae0", "0x0042"),
+  "v4": ("0x1ae0", "0x005e"),
+  "v6e": ("0x1ae0", "0x006f"),
+  "other vendor": ("0x8086", "0x005e"),
+}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+  """Runs a script that sources setup.sh, in a checkout of it alone -> (what it asked Python for, what it said)."""
+  (tmp_path / "launch").mkdir()
+  (tmp_path / "bin").mkdir()
+  shutil.copy(ROOT / "launch/setup.sh", tmp_path / "launch")
+  (tmp_path / "requirements-lock.txt").write_text("jax==1\n")
+  for tool in ("bash", "cat", "chmod", "cmp", "cp", "dirname", "head", "mkdir", "mktemp", "rm", "sed", "tr"):
+    (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+
+  def program(name, text):
+    (tmp_path / "bin" / name).write_text(text)
+    (tmp_path / "bin" / name).chmod(0o755)
+
+  program("python3", PYTHON)
+
+  def run(*, driver="", device="", code=0, **environment):
+    (tmp_path / "log").write_text("")
+    shutil.rmtree(tmp_path / "pci", ignore_errors=True)
+    (tmp_path / "pci/0").mkdir(parents=True)
+    for file, value in zip(("vendor", "device"), DEVICES.get(device, ()), strict=False):
+      (tmp_path / "pci/0" / file).write_text(f"{value}\n")
+    program("nvidia-smi", f"#!/bin/bash\necho '{driver}'\n[ -n '{driver}' ]\n")
+    environment = {
+      "PATH": str(tmp_path / "bin"),
+      "LOG": str(tmp_path / "log"),
+      "PCI_DEVICES": str(tmp_path / "pci"),
+      **environment,
+    }
+    script = "set -euo pipefail; . launch/setup.sh; echo done"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return (tmp_path / "log").read_text().splitlines(), done.stdout + done.stderr
+
+  run.folder = tmp_path
+  return run
+
+
+@pytest.mark.parametrize(
+  "machine, accelerator",
+  [
+    ({}, "cpu"),
+    # The oldest drivers: 525.60 for CUDA 12, 580 for CUDA 13: https://docs.jax.dev/en/latest/installation.html, 2026-11-28.
+    (dict(driver="525.60.13"), "cuda12"),
+    (dict(driver="579.99"), "cuda12"),
+    (dict(driver="580.65.06"), "cuda13"),
+    (dict(device="v4"), "tpu"),
+    (dict(device="v6e"), "tpu"),
+    (dict(device="network card"), "cpu"),
+    (dict(device="other vendor"), "cpu"),
+    (dict(driver="580.65.06", ACCELERATOR="cuda12"), "cuda12"),
+    (dict(device="v4", ACCELERATOR="cpu"), "cpu"),
+  ],
+)
+def test_setup_installs_what_the_machine_can_use(checkout, machine, accelerator):
+  asked, said = checkout(**machine)
+  assert said.endswith("done\n") and f"setting up .venv for {accelerator} " in said
+  pip = "-m pip install --quiet --disable-pip-version-check"
+  last = f"{pip} --no-deps --editable ." if accelerator == "cpu" else f"{pip} --constraint requirements-lock.txt --editable .[{accelerator}]"  # fmt: skip
+  assert asked[1:] == ["-m venv .venv", f"{pip} -r requirements-lock.txt", last]
+  if accelerator == "cpu":
+    assert (checkout.folder / ".venv/installed.txt").read_text() == "jax==1\n"
+  asked, said = checkout(**machine)  # nothing is done twice
+  assert asked == [] and said == "done\n"
+
+
+def test_setup_makes_the_environment_anew_for_another_accelerator(checkout):
+  checkout()
+  (checkout.folder / ".venv/old").touch()
+  assert "for cuda12" in checkout(driver="550.54")[1] and not (checkout.folder / ".venv/old").exists()
+  (checkout.folder / ".venv/old").touch()
+  # The login node of that cluster takes it as it is, and may ask for another one.
+  assert checkout() == ([], "done\n") and (checkout.folder / ".venv/old").exists()
+  assert checkout(driver="580.65") == ([], "done\n")  # a newer driver runs CUDA 12 too
+  assert "for cpu" in checkout(ACCELERATOR="cpu")[1] and not (checkout.folder / ".venv/old").exists()
+
+
+def test_an_installation_that_broke_off_is_made_again(checkout):
+  asked, said = checkout(BROKEN="1", code=1)
+  assert ".venv could not be made" in said and "done" not in said
+  assert "done" in checkout()[1]
+
+
+def test_a_machine_with_an_old_python_gets_a_new_one_without_root(checkout):
+  """As images of Cloud TPU with Ubuntu 22.04, whose python3 is 3.10: github.com/pytorch/xla/pull/5294."""
+  asked, said = checkout(TOO_OLD="1", device="v4")
+  assert said.endswith("done\n") and "-m venv .venv" not in asked
+  assert any(line.startswith("-m pip install --quiet --target ") and line.endswith(" uv") for line in asked)
+  assert (checkout.folder / ".venv/installed.txt").read_text() == "jax==1\n# accelerator: tpu\n"
+
+
+# ---- what the vendors say, and what follows from it here ----------------------------------------------------------------
+
+TPU, GCLOUD = "https://cloud.google.com/tpu/docs", "https://cloud.google.com/sdk/gcloud/reference"
+FACTS = [  # page (all read on 2026-11-28), what it says, the file and the text that rest on it
+  (f"{TPU}/runtimes", "runtime versions: v6e, v5p, v5e, and v4 and older", "launch/tpu_pod.sh", "v6e-*) echo v2-alpha-tpuv6e"),
+  (f"{TPU}/runtimes", "", "launch/tpu_pod.sh", "v5p-*) echo v2-alpha-tpuv5 "),
+  (f"{TPU}/runtimes", "", "launch/tpu_pod.sh", "v5litepod-*) echo v2-alpha-tpuv5-lite"),
+  (f"{TPU}/runtimes", "", "launch/tpu_pod.sh", "*) echo tpu-ubuntu2204-base"),
+  ("https://docs.cloud.google.com/tpu/docs/runtimes.md.txt", "the API is no longer developed", "docs/pods.md", "Cloud TPU API"),
+  (f"{TPU}/queued-resources", "a SUSPENDED request is not eligible any more", "launch/tpu_train.sh", "SUSPENDED)"),
+  (f"{TPU}/spot", "spot TPUs cannot be restarted and have to be created again", "launch/tpu_train.sh", "asking for another"),
+  (f"{GCLOUD}/compute/tpus/queued-resources/create", "--spot, --reserved, --service-account", "launch/tpu_pod.sh", "--reserved"),
+  (f"{GCLOUD}/alpha/compute/tpus/queued-resources/create", "--provisioning-model, --max-run-duration: alpha alone",
+   "launch/tpu_pod.sh", "gcloud ${FLEX_START:+alpha} compute"),
+  (f"{TPU}/request-using-flex-start", "v5e and v6e, at most 7 days", "launch/tpu_pod.sh", "v5e and v6e, 7 days at most"),
+  (f"{TPU}/quota", "reserved, on demand and preemptible are counted apart", "docs/pods.md", "preemptible (which spot"),
+  ("https://github.com/kubernetes-sigs/jobset/releases", "its controller is one file to apply", "docs/pods.md", "jobset/releases/download/"),
+  ("https://docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus", "v4: ct4p-hightpu-4t, tpu-v4-podslice",
+   "docs/pods.md", "--machine-type=ct4p-hightpu-4t"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page, says, file, text", FACTS)
+def test_a_fact_of_a_vendor_stands_where_it_is_used(page, says, file, text):
+  assert text in (ROOT / file).read_text()
+
+
+def launch_commands():
+  """(page, script, words) of every `bash launch/...` that a page shows, continued lines joined."""
+  for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for line in re.sub(r"\\\n\s*", "", page.read_text()).splitlines():
+      if found := re.match(r" {4,}bash launch/(\w+\.sh) ?(.*)", line):
+        yield page.name, found[1], shlex.split(found[2], comments=True)
+
+
+@pytest.mark.parametrize("page, script, words", list(launch_commands()), ids=lambda value: "-".join(value) if isinstance(value, list) else value)  # fmt: skip
+def test_every_launch_command_of_a_page_can_be_given(page, script, words):
+  """The script takes it, and simclr takes what it passes on."""
+  if script in ("local.sh", "test.sh"):
+    return
+  environment = GKE if script == "gke.sh" else POD | {"REPOSITORY": "https://example.org/x"}
+  words = [word for word in words if word != "--dry-run"]
+  done = bash(script, ("--dry-run", *words), environment)
+  assert done.returncode == 0, done.stderr
+  flags = (
+    words
+    if words and words[0].startswith("--")
+    else words[words.index("pretrain") + 1 :]
+    if "pretrain" in words
+    else []
+  )
+  if script == "gke.sh" and flags:
+    flags += ["--config=configs/v1.py:1x", "--workdir=x"]
+  if flags:
+    given = cli.parser().parse_args(["pretrain", *(flag for flag in flags if not flag.startswith("--config."))])
+    config.load(given.config, [flag for flag in flags if flag.startswith("--config.")])
+
+
+def test_imagenet_is_made_of_its_two_archives_by_the_command_of_the_page(tmp_path, monkeypatch):
+  """On archives of a few images: `simclr` opens the result by the name that the recipes have."""
+
+  def add(archive, name, content):
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
+
+  jpeg = io.BytesIO()
+  Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(jpeg, "JPEG")
+  (tmp_path / "manual").mkdir()
+  with tarfile.open(tmp_path / "manual/ILSVRC2012_img_train.tar", "w") as train:
+    for name in ("n01440764", "n01443537"):
+      images = io.BytesIO()
+      with tarfile.open(fileobj=images, mode="w") as archive:
+        for i in range(3):
+          add(archive, f"{name}_{i}.JPEG", jpeg.getvalue())
+      add(train, f"{name}.tar", images.getvalue())
+  with tarfile.open(tmp_path / "manual/ILSVRC2012_img_val.tar", "w") as validation:
+    for i in range(1, 5):
+      add(validation, f"ILSVRC2012_val_{i:08}.JPEG", jpeg.getvalue())
+  (command,) = re.findall(r'^    python -c "(.*?)"$', (ROOT / "docs/pods.md").read_text(), re.M | re.S)
+  monkeypatch.chdir(tmp_path)
+  exec(textwrap.dedent(f"    {command}"), {})
+  source = data.open_source("tfds:imagenet2012:train", data_dir=str(tmp_path / "tfds"))
+  assert len(source) == 6 and source.num_classes == 1000 and source.read(0).shape == (40, 60, 3)
+  assert len(data.open_source("tfds:imagenet2012:validation", data_dir=str(tmp_path / "tfds"))) == 4
+
+
+# ---- SLURM, GKE, the image ---------------------------------------------------------------------------------------------
+
+
+def test_slurm_gives_every_process_a_gpu_and_its_cores():
+  """A task sees all GPUs of its node, of which JAX gives the i-th the i-th: with --gpus-per-task JAX asks for one that is not
+  visible (https://github.com/jax-ml/jax/issues/28194).  srun does not inherit --cpus-per-task since 22.05
+  (https://slurm.schedmd.com/sbatch.html#OPT_cpus-per-task).  Read 2026-11-28."""
+  script = (ROOT / "launch/slurm.sbatch").read_text()
+  asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", script, re.M))
+  assert asked["gpus-per-node"] == asked["ntasks-per-node"] and "gpus-per-task" not in asked
+  done = bash(*CASES["slurm"][:2], CASES["slurm"][2] | {"SLURM_CPUS_PER_TASK": "7"})
+  assert "--cpus-per-task=7 " in done.stdout
+  assert "--cpus-per-task=" + asked["cpus-per-task"] in bash(*CASES["slurm"]).stdout
+  assert "#SBATCH --requeue\n" in script and ". launch/setup.sh" in script
+
+
+def test_gke_passes_flags_through_to_simclr():
+  flags = ("--config.encoder.arrangement=packed", "--config.data.data_dir=gs://b/a & b")
+  manifest = yaml.safe_load(bash("gke.sh", ("--dry-run", *flags), GKE | {"SERVICE_ACCOUNT": "trainer"}).stdout)
+  pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  assert pod["containers"][0]["command"][-3:] == ["--resume", *flags]
+  assert pod["serviceAccountName"] == "trainer"
+
+
+DOCKERFILE = (ROOT / "launch/Dockerfile").read_text()
+
+
+def test_the_image_holds_the_package_and_runs_it_without_root(tmp_path):
+  """As far as this can be seen without building it: the paths it copies are all that the package is built from."""
+  lines = re.sub(r"\\\n\s*", "", DOCKERFILE).splitlines()
+  verbs = [line.split(" ", 1) for line in lines if line and not line.startswith("#")]
+  (accelerator,) = (rest for verb, rest in verbs if verb == "ARG")
+  assert accelerator == "ACCELERATOR=cpu"
+  assert [rest for verb, rest in verbs if verb == "USER"][-1] == "1000" and ("ENTRYPOINT", '["simclr"]') in map(
+    tuple, verbs
+  )
+  (install,) = (rest for verb, rest in verbs if verb == "RUN")
+  assert '--constraint requirements-lock.txt ".[${ACCELERATOR}]"' in install
+  for verb, rest in verbs:
+    if verb == "COPY":
+      *sources, target = rest.split()
+      for source in sources:
+        if (ROOT / source).is_dir():
+          shutil.copytree(ROOT / source, tmp_path / target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+          shutil.copy(ROOT / source, tmp_path / target)
+  build = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", "lib"]
+  subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
+  shipped = {
+    p.relative_to(tmp_path / "lib/simclr_jax") for p in (tmp_path / "lib/simclr_jax").rglob("*") if p.is_file()
+  }
+  package = subprocess.run(
+    ["git", "ls-files", "."], cwd=ROOT / "simclr_jax", capture_output=True, text=True
+  ).stdout.split()
+  assert {pathlib.Path(p) for p in package} <= shipped
+  assert {pathlib.Path("configs") / p.name for p in (ROOT / "configs").glob("*.py")} <= shipped
+
+
+def test_extras_install_jax_for_each_accelerator_in_the_tested_version(tmp_path):
+  """And the image's Python is the one that the versions were tested on."""
+  extras = run_setup("extras_require")
+  pins = re.findall(r"^jax==(\S+)( ;.*)?$", (ROOT / "requirements-lock.txt").read_text(), re.M)
+  assert len(pins) == 2 and extras["cpu"] == []
+  for name in ("cuda12", "cuda13", "tpu"):
+    assert extras[name] == [f"jax[{name}]=={version}{condition}" for version, condition in pins]
+  assert "FROM python:3.11-" in DOCKERFILE and "on Python 3.11" in (ROOT / "requirements-lock.txt").read_text()
+
+
+def run_setup(argument):
+  """An argument of setup() in setup.py."""
+  given = {}
+  code = compile((ROOT / "setup.py").read_text(), str(ROOT / "setup.py"), "exec")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+    patch.chdir(ROOT)
+    exec(code, {"__file__": str(ROOT / "setup.py"), "__name__": "setup"})
+  return given[argument]
+
+
+@pytest.mark.skipif(not shutil.which("hadolint"), reason="hadolint is not installed")
+def test_the_image_is_clean():
+  done = subprocess.run(["hadolint", "launch/Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0 and not done.stdout, done.stdout
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "launch" / "local.sh"]

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -167,6 +168,31 @@ def test_what_a_person_reads(tmp_path):
   tree = xml.etree.ElementTree.parse(tmp_path / "step.svg")
   bars = [r for r in tree.iter("{http://www.w3.org/2000/svg}rect") if r.get("height") == "28"]
   assert len(bars) == 2 * len(aot.PARTS)
+
+
+def test_the_range_around_an_estimate():
+  """A chip as fast as its data sheet, and one as slow as the estimate that waits for every collective."""
+  chip = aot.CHIPS["v4"]
+  collectives = {"all-reduce": {"bytes": 269e6}, "all-gather": {"bytes": 269e6}}
+  assert aot.collective_seconds(collectives, 2, chip) == pytest.approx((2 + 1) * 1e-3 / 2)
+  assert aot.collective_seconds(collectives, 2, aot.CHIPS["v2"]) is None
+  parts = {**dict.fromkeys(aot.PARTS, 0.0), "convolutions, backward": 0.0171, "outside the network": 0.0055}
+  row = {"parts_seconds": parts, "step_seconds": 0.0226, "memory_seconds": 0.004, "matmul_seconds": 0.005, "chips": 2}
+  low, high = aot.step_range(row | {"collectives": collectives}, chip)
+  assert (low, high) == (pytest.approx(0.0171 / 1.71 + 0.0055 / 2.75), pytest.approx(0.0226 + 0.0015))
+  # No chip is faster than its data sheet.
+  assert aot.step_range(row | {"collectives": {}, "memory_seconds": 0.02}, chip) == (0.02, 0.0226)
+  text = plan.table(ROW)
+  assert "13.1 ms if the chips are as fast" in text and "estimate 2:30:00 of steps" in text
+  assert "est. ms" in plan.comparison([ROW, ROW])
+
+
+def test_the_factors_are_those_that_were_found():
+  """docs/scaling.md has them from benchmarks/calibration.py."""
+  page = (ROOT / "docs/scaling.md").read_text()
+  found = [line.split("|")[2:-1] for line in page.splitlines() if re.match(r"\| (product of|x \+ 1)", line)]
+  products, passes = [float(x) for row in found[:-1] for x in row], [float(x) for x in found[-1]]
+  assert len(found) == 3 and (min(products), max(products)) == aot.PRODUCTS and (min(passes), max(passes)) == aot.PASSES
 
 
 def test_mistakes_are_one_line(capsys):

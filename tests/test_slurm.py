@@ -130,7 +130,7 @@ def test_a_job_that_is_told_to_go_is_requeued_and_ends(slurm, tmp_path):
   slurm.env |= {"CONFIG": "smoke", "WORKDIR": str(workdir), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
   # The only thing of the script that this machine does not have.
   script = tmp_path / "slurm.sbatch"
-  script.write_text((ROOT / "launch/slurm.sbatch").read_text().replace("#SBATCH --gpus-per-task=1\n", ""))
+  script.write_text((ROOT / "launch/slurm.sbatch").read_text().replace("#SBATCH --gpus-per-node=8\n", ""))
   job = slurm(
     *("sbatch", "--parsable", "--ntasks-per-node=2", "--cpus-per-task=1", f"--output={log}", "--export=ALL"),
     *(str(script), *(f"--config.{key}={value}" for key, value in values.items())),

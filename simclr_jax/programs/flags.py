@@ -45,6 +45,14 @@ def plan(parser):
   parser.epilog = "--config.KEY=VALUE changes one value of the recipe, e.g. --config.batch_size=8192"
 
 
+def time(parser):
+  parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe, such as configs/v1.py:1x")
+  parser.add_argument("--packed", action="store_true", help="time the packed arrangement where there is no TPU, too")
+  parser.add_argument("--json", default="", metavar="FILE", help="write all that was measured")
+  _several(parser)
+  parser.epilog = "--config.KEY=VALUE changes one value of the recipe, e.g. --config.batch_size=8192"
+
+
 def import_official(parser):
   parser.add_argument(
     "source", metavar="SRC", help="TF1 bundle or TF2 checkpoint (the part before .index), or SavedModel"

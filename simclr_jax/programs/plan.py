@@ -126,17 +126,17 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
     """Whether it fits with memory to spare."""
     nonlocal refused, needed, best
     aot.forget()
-    name = _text(changes) or "the recipe as it is"
+    name = changes_text(changes) or "the recipe as it is"
     try:
       row = measure(config_lib.replace(config, changes), topology, num_examples, num_classes)
     except aot.DoesNotFit as error:
       needed = error.needed or 0.0
-      tried[_text(changes)] = None
+      tried[changes_text(changes)] = None
       if not changes:
         refused = f"needs {needed / aot.GIB:.1f} GiB" if needed else str(error)[:120]
       note(f"{topology}: does not fit with {name}")
       return False
-    tried[_text(changes)] = [1e3 * row["step_seconds"], row["peak_bytes"] / aot.GIB]
+    tried[changes_text(changes)] = [1e3 * row["step_seconds"], row["peak_bytes"] / aot.GIB]
     if best is None or row["step_seconds"] < best["step_seconds"]:
       best = {**row, "changes": changes}
     room = row["peak_bytes"] < TIGHT * row["hbm_bytes"]
@@ -172,18 +172,30 @@ def _momentum(config, num_classes):
   return 4 * count_parameters(state.params)
 
 
-def _text(changes):
+def changes_text(changes) -> str:
+  """Changes to a config as the flags that make them."""
   return " ".join(f"--config.{key}={value}" for key, value in (changes or {}).items())
+
+
+def _chip(row) -> aot.Chip:
+  return aot.CHIPS[row["topology"].partition(":")[0]]
+
+
+def step_range(row) -> tuple[float, float]:
+  """Seconds between which a step is expected, see aot.step_range."""
+  return aot.step_range(row, _chip(row))
 
 
 def table(row: dict) -> str:
   """A plan for a person."""
   if row["changes"] is None:
     return (
-      f"{row['topology']}: does not fit ({row['refused']}), nor with any of {'; '.join(map(_text, FALLBACKS))}, nor with "
+      f"{row['topology']}: does not fit ({row['refused']}), nor with any of {'; '.join(map(changes_text, FALLBACKS))}, nor with "
       "smaller batches: take a larger topology or a smaller network"
     )
   mib, gib = 2**20, aot.GIB
+  low, high = (seconds / row["step_seconds"] for seconds in step_range(row))
+  alone = aot.collective_seconds(row["collectives"], row["chips"], _chip(row))
   lines = [
     ("pod", f"{row['topology']}: {row['chips']} chips, {row['hosts']} hosts; batch {row['batch_size']:,}"),
     ("parameters", ", ".join(f"{name} {count:,}" for name, count in row["parameters"].items())),
@@ -199,7 +211,13 @@ def table(row: dict) -> str:
       f"memory traffic ({row['hbm_traffic'] / 1e9:.1f} GB), {1e3 * row['matmul_seconds']:.1f} ms by arithmetic "
       f"({row['flops'] / 1e12:.2f} TFLOP a device, {row['model_flops'] / 1e12:.2f} of them the model's)",
     ),
-    ("speed", f"{row['images_per_second_per_chip']:,.0f} images/s a chip, MFU {100 * row['mfu']:.0f} %"),
+    (
+      "range",
+      f"{1e3 * low * row['step_seconds']:.1f} ms if the chips are as fast as their data sheet, "
+      f"{1e3 * high * row['step_seconds']:.1f} ms if as slow as the estimate and nothing hides the collectives; no bounds, "
+      "see docs/scaling.md: measure with simclr time",
+    ),
+    ("speed", f"estimate {row['images_per_second_per_chip']:,.0f} images/s a chip, MFU {100 * row['mfu']:.0f} %"),
     (
       "collectives",
       "; ".join(
@@ -207,11 +225,13 @@ def table(row: dict) -> str:
         + (f", {c['image_sized']} OF THEM AS LARGE AS IMAGES" if c["image_sized"] else "")
         for kind, c in row["collectives"].items()
       )
+      + (f"; {1e3 * alone:.2f} ms on the links alone" if alone else "")
       or "none",
     ),
     (
       "hosts",
-      f"{row['images_per_second_per_host']:,.0f} images/s each, "
+      f"deliver {row['images_per_second_per_host']:,.0f} images/s each at the estimated step, up to "
+      f"{row['images_per_second_per_host'] / low:,.0f} at the fastest; the former is "
       f"{row['images_per_second_per_host'] / row['host_vcpus']:.1f} on each of {row['host_vcpus']} vCPUs"
       + (f"; JPEGs of 100 kB keep {row['vcpus_needed']:.0f} of them busy" if row["vcpus_needed"] else ""),
     ),
@@ -221,7 +241,8 @@ def table(row: dict) -> str:
     ),
     (
       "run",
-      f"{row['steps']:,} steps, {progress.duration(3600 * row['hours'])} of steps, {row['chip_hours']:,.1f} chip-hours, "
+      f"{row['steps']:,} steps, estimate {progress.duration(3600 * row['hours'])} of steps, "
+      f"{row['chip_hours']:,.1f} chip-hours ({low * row['chip_hours']:,.1f} to {high * row['chip_hours']:,.1f} by the range), "
       "without evaluation and checkpoints",
     ),
   ]
@@ -230,21 +251,22 @@ def table(row: dict) -> str:
       f"{text or 'as it is'}: " + ("does not fit" if cost is None else f"{cost[0]:.0f} ms, {cost[1]:.1f} GiB")
       for text, cost in row["tried"].items()
     )
-    lines.insert(1, ("best with", f"{_text(row['changes']) or 'the recipe as it is'} ({'; '.join(others)})"))
+    lines.insert(1, ("best with", f"{changes_text(row['changes']) or 'the recipe as it is'} ({'; '.join(others)})"))
   return "\n".join(f"{name:14}{value}" for name, value in lines)
 
 
 COLUMNS = {
   "pod": lambda r: r["topology"],
   "batch": lambda r: f"{r['batch_size']:,}",
-  "fits": lambda r: _text(r["changes"]) or "yes",
+  "fits": lambda r: changes_text(r["changes"]) or "yes",
   "GiB": lambda r: f"{r['peak_bytes'] / aot.GIB:.1f} of {r['hbm_bytes'] / aot.GIB:.0f}",
   "TFLOP": lambda r: f"{r['model_flops'] / 1e12:.2f}",
-  "step ms": lambda r: f"{1e3 * r['step_seconds']:.1f}",
+  "est. ms": lambda r: f"{1e3 * r['step_seconds']:.1f}",
+  "range": lambda r: "{:.1f}-{:.1f}".format(*(1e3 * seconds for seconds in step_range(r))),
   "img/s/chip": lambda r: f"{r['images_per_second_per_chip']:,.0f}",
   "MFU": lambda r: f"{100 * r['mfu']:.0f} %",
-  "hours": lambda r: f"{r['hours']:,.1f}",
-  "chip-hours": lambda r: f"{r['chip_hours']:,.0f}",
+  "est. hours": lambda r: f"{r['hours']:,.1f}",
+  "est. chip-hours": lambda r: f"{r['chip_hours']:,.0f}",
 }
 
 

@@ -140,7 +140,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   """
   began = time.monotonic()
   mesh = mesh_lib.make_mesh()
-  _check_batch(config, mesh)
+  check_batch(config, mesh)
   if resume and checkpoint.folder(workdir).exists():
     config = same.same_config(config, workdir)
   train_source, test_source = splits.open_data(config.data)
@@ -183,7 +183,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   return {"state": state, "scores": result["scores"], "workdir": workdir, "page": page}
 
 
-def _check_batch(config, mesh):
+def check_batch(config, mesh):
+  """Raises UserError unless every device gets the same number of images, of each microbatch too."""
   mesh_lib.check_divisible(config.batch_size, mesh)
   if config.batch_size % (config.microbatches * mesh.size):
     raise UserError(

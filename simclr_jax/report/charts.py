@@ -308,7 +308,7 @@ def step_times_svg(path, rows):
       w = scale(row["parts_seconds"][name])
       parts.append(element("rect", x=x, y=y, width=w, height=28, fill=color))
       x += w
-    parts.append(element("text", f"{1e3 * row['step_seconds']:.1f} ms", x=x + 6, y=y + 19))
+    parts.append(element("text", f"est. {1e3 * row['step_seconds']:.1f} ms", x=x + 6, y=y + 19))
     for key, (_, dashes) in bounds.items():
       parts.append(element("path", d=f"M{left + scale(row[key]):.1f} {y - 5}v38", **bound, **dashes))
   y = 16 + pitch * len(rows)

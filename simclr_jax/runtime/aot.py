@@ -28,19 +28,37 @@ class Chip:
   clock: float  # Hz, of the estimate's cycles
   per_host: int  # chips
   host_vcpus: int
+  ici: float | None = (
+    None  # bytes a second that a chip sends in an all-reduce, all its links together; None: not published
+  )
   devices: int = 1
   options: tuple = ()
 
 
 GIB = 2**30
+# ici: the all-reduce bandwidth of a pod over its chips (v3: 340 TB/s, 1,024; v4: 1.1 PB/s, 4,096; v5e: 51.2 TB/s, 256; v6e:
+# 102.4 TB/s, 256), for v5p half of the 1,200 GB/s that a chip's links carry in both directions: cloud.google.com/tpu/docs/v3
+# and v4, v5e, v5p, v6e, read on 2026-11-28.
 CHIPS = {
   "v2": Chip(45e12, 16 * GIB, 700e9, 0.70e9, 4, 96, devices=2),
-  "v3": Chip(123e12, 32 * GIB, 900e9, 0.94e9, 4, 96, devices=2),
-  "v4": Chip(275e12, 32 * GIB, 1228e9, 1.05e9, 4, 240, options=(("chip_config_name", "megacore"),)),
-  "v5e": Chip(197e12, 16 * GIB, 819e9, 1.50e9, 4, 112),
-  "v5p": Chip(459e12, 95 * GIB, 2765e9, 1.75e9, 4, 208, options=(("chip_config_name", "megacore"),)),
-  "v6e": Chip(918e12, 32 * GIB, 1640e9, 1.75e9, 4, 180),
+  "v3": Chip(123e12, 32 * GIB, 900e9, 0.94e9, 4, 96, 332e9, devices=2),
+  "v4": Chip(275e12, 32 * GIB, 1228e9, 1.05e9, 4, 240, 269e9, options=(("chip_config_name", "megacore"),)),
+  "v5e": Chip(197e12, 16 * GIB, 819e9, 1.50e9, 4, 112, 200e9),
+  "v5p": Chip(459e12, 95 * GIB, 2765e9, 1.75e9, 4, 208, 600e9, options=(("chip_config_name", "megacore"),)),
+  "v6e": Chip(918e12, 32 * GIB, 1640e9, 1.75e9, 4, 180, 400e9),
 }
+
+
+# What JAX calls the devices of these chips: its jax/_src/cloud_tpu_init.py and mesh_utils.py.
+KINDS = {
+  "TPU v2": "v2", "TPU v3": "v3", "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+  "TPU v6 lite": "v6e", "TPU v6e": "v6e",
+}  # fmt: skip
+
+
+def chip_of(device_kind: str) -> Chip | None:
+  """The chip of a JAX device's `device_kind`, or None where it is no TPU, or one that is not in the table."""
+  return CHIPS.get(KINDS.get(device_kind, ""))
 
 
 class DoesNotFit(Exception):
@@ -231,6 +249,48 @@ def collectives(hlo: str) -> dict:
   return found
 
 
+# How many times as long as the data sheets the estimate takes for programs that follow from them, over v3 to v6e: products of
+# matrices 1.03 to 1.71, passes over HBM 2.12 to 2.75 (docs/scaling.md, benchmarks/calibration.py).
+PRODUCTS, PASSES = (1.03, 1.71), (2.12, 2.75)
+SENT = {
+  "all-reduce": 2,
+  "reduce-scatter": 1,
+  "all-gather": 1,
+  "all-to-all": 1,
+  "collective-permute": 1,
+}  # x bytes, at least
+
+
+def collective_seconds(found: dict, chips: int, chip: Chip) -> float | None:
+  """Seconds that the collectives of a step take on the links alone, if nothing hides them; `found` as of `collectives`.
+
+  Every chip sends a byte of an all-reduce twice.  Latencies are not in it.  None: the chip's bandwidth is not published.
+  """
+  if chip.ici is None:
+    return None
+  return sum(SENT[kind] * row["bytes"] for kind, row in found.items()) * (chips - 1) / chips / chip.ici
+
+
+def step_range(row: dict, chip: Chip) -> tuple[float, float]:
+  """(seconds, seconds) between which a step is expected, from what `measure` returns: the assumptions around its estimate.
+
+  The first is for a chip that is as fast as its data sheet wherever the estimate is known to be slower, by the largest
+  factors above.  The second is for one that is as slow as the estimate, with all collectives on top.
+  """
+  products = sum(seconds for name, seconds in row["parts_seconds"].items() if name.startswith("convolutions"))
+  estimate = row["step_seconds"]
+  low = products / PRODUCTS[1] + (estimate - products) / PASSES[1]
+  high = estimate + (collective_seconds(row["collectives"], row["chips"], chip) or 0.0)
+  return max(low, row["memory_seconds"], row["matmul_seconds"]), high
+
+
+def peak_bytes(memory) -> int:
+  """Bytes of a device that a compiled program's `memory_analysis()` says it needs; donated arguments and results share."""
+  return (
+    memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  )
+
+
 def measure(jitted, arguments, *, chip: Chip, devices: int) -> dict:
   """Compiles a step and returns what is known of it, per device unless it says chip; times in seconds.
 
@@ -243,16 +303,12 @@ def measure(jitted, arguments, *, chip: Chip, devices: int) -> dict:
   hlo = compiled.as_text()
   moved = traffic(hlo)
   per_chip = chip.devices
-  # Donated arguments and results share memory.
-  peak = (
-    memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  )
   return {
     "devices": devices,
     "chips": devices // per_chip,
     "arguments_bytes": memory.argument_size_in_bytes,
     "temporaries_bytes": memory.temp_size_in_bytes,
-    "peak_bytes": peak,
+    "peak_bytes": peak_bytes(memory),
     "hbm_bytes": chip.hbm_bytes / per_chip,
     "flops": cost["flops"],
     "hbm_traffic": moved,

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Keeps one run of simclr going on this machine, in the background: starts it again after exit code 42 (preempted and saved)
+# and 128 and above (killed, or a peer was lost), 50 times at most, until it ends by itself or is stopped.
+#   bash launch/restart.sh start pretrain --config=configs/v1.py:1x --workdir=gs://BUCKET/my-run --resume
+#   bash launch/restart.sh status | log | stop
+# Output goes to run.log.  A second start while the first goes on changes nothing.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+action="${1:-}"
+shift || true
+
+alive() { # whether the process in run.pid is still this script, of this checkout
+  [ -s run.pid ] && [ "/proc/$(< run.pid)/cwd" -ef . ] && tr '\0' ' ' < "/proc/$(< run.pid)/cmdline" 2> /dev/null | grep -q "launch/restart.sh "
+}
+
+case "$action" in
+  start)
+    if alive; then echo "a run goes on already"; exit 0; fi
+    rm -f run.exit
+    setsid nohup bash launch/restart.sh keep "$@" >> run.log 2>&1 < /dev/null &
+    echo $! > run.pid ;;
+  keep)
+    stopped="" child=""
+    trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null' TERM
+    for ((restarts = 0; restarts <= 50; restarts++)); do
+      .venv/bin/simclr "$@" &
+      child=$!
+      [ -z "$stopped" ] || kill -TERM "$child" # it came before there was a child to pass it to
+      # A trapped signal ends `wait` before the process has ended.
+      while wait "$child"; code=$?; kill -0 "$child" 2> /dev/null; do :; done
+      if [ -n "$stopped" ] || { [ "$code" -ne 42 ] && [ "$code" -lt 128 ]; }; then break; fi
+      sleep "${PAUSE:-30}" &
+      child=$!
+      wait "$child"
+      [ -z "$stopped" ] || break
+    done
+    echo "$code" > run.exit ;;
+  status)
+    tail -n 5 run.log 2> /dev/null
+    if alive; then echo running; elif [ -s run.exit ]; then echo "ended $(< run.exit)"; else echo none; fi ;;
+  log) tail -n 50 -f run.log ;;
+  stop) if alive; then kill -TERM "$(< run.pid)"; fi ;;
+  *) echo "$action: expected start, status, log or stop" >&2; exit 1 ;;
+esac

@@ -1,0 +1,118 @@
+"""simclr time: real steps on what is here, and what is advised of any measurement."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from simclr_jax import __main__ as cli
+from simclr_jax import contrast
+from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import plan, pretrain, timing
+from simclr_jax.runtime import aot
+from simclr_jax.runtime import mesh as mesh_lib
+
+
+@pytest.fixture
+def brief(monkeypatch):
+  one = mesh_lib.make_mesh(jax.devices()[:1])
+  monkeypatch.setattr(mesh_lib, "make_mesh", lambda: one)
+  monkeypatch.setattr(timing, "STEPS", 3)
+  monkeypatch.setattr(timing, "SECONDS", 0.2)
+
+
+def test_it_times_the_steps_that_pretrain_makes(tmp_path, brief, capsys):
+  changes = {
+    "augment.extra": (("sobel", 0.1),),
+    "loss.name": "decoupled",
+  }  # no forms of NT-Xent: one program to compile
+  changes |= {"loss.normalize": None, "loss.reduction": None, "loss.precision": None}
+  config = tiny.config(**{"data.train": tiny.npz(tmp_path / "tiny.npz")}, **changes)
+  result = timing.run(config, json_file=str(tmp_path / "time.json"))
+  said = capsys.readouterr().out
+  assert json.loads((tmp_path / "time.json").read_text()) == result
+  recipe, device = result["rows"]  # on a CPU the packed arrangement is timed when it is asked for
+  assert recipe["what"] == "the recipe as it is" and not recipe["changes"]
+  # Further operators are made on the host alone.
+  assert device["changes"] == {"augment.where": "device"} and "host" in device["refused"]
+  assert recipe["fastest"] <= recipe["step_seconds"] <= recipe["slowest"] and recipe["steps"] == 3
+  assert recipe["images_per_second"] == pytest.approx(tiny.BATCH / recipe["step_seconds"])
+  assert recipe["run_images_per_second"] < min(recipe["images_per_second"], recipe["pipeline_images_per_second"])
+  assert recipe["estimated_seconds"] is None and recipe["program_bytes"] > 0
+  for text in ("devices     1 x cpu", "not possible, ", "estimate    none", "noise ", "advice      "):
+    assert text in said
+  assert "measured/estimate" not in said
+
+
+def test_which_settings_are_timed():
+  mesh = mesh_lib.make_mesh(jax.devices()[:1])
+  texts = lambda config, **flags: [plan.changes_text(c) or form for c, form in timing.cases(config, mesh, **flags)]  # noqa: E731
+  assert texts(tiny.config()) == ["", "--config.augment.where=device", "tiled"]
+  assert texts(tiny.config(), packed=True)[1] == "--config.encoder.arrangement=packed"
+  packed = tiny.config(**{"encoder.arrangement": "packed", "augment.where": "resident", "batch_size": 1024})
+  assert texts(packed, packed=True) == [
+    *(
+      "",
+      "--config.encoder.arrangement=plain",
+      "--config.augment.where=host",
+      "--config.augment.where=device",
+      "dense",
+    ),
+  ]
+  assert texts(tiny.config(**{"loss.name": "decoupled"}))[-1] == "--config.augment.where=device"
+
+
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+def test_a_form_is_forced_whatever_the_size_of_the_batch(form):
+  """Both have the loss that the recipe has."""
+  config, mesh = tiny.config(), mesh_lib.make_mesh(jax.devices()[:1])
+  task = pretrain.make_task(config, tiny.source(), mesh=mesh)
+  forced = timing._with_form(task, config, mesh, form)
+  z = np.random.default_rng(0).normal(size=(16, 2, 8)).astype(np.float32)
+  method = forced.step.keywords["method"]
+  assert method.contrastive.func is {"dense": contrast.nt_xent, "tiled": contrast.nt_xent_tiled}[form]
+  expected, _ = jax.jit(task.step.keywords["method"].contrastive)(z)
+  np.testing.assert_allclose(jax.jit(method.contrastive)(z)[0], expected, rtol=1e-6)
+
+
+def row(what, rate, pipeline=1e6, spread=0.0, form="", **more):
+  changes = {} if form or what == "the recipe as it is" else {what: 1}
+  base = {"what": what, "changes": changes, "form": form, "spread": spread, "images_per_second": rate}
+  return base | {"pipeline_images_per_second": pipeline, "run_images_per_second": min(rate, pipeline)} | more
+
+
+def test_what_is_advised():
+  recipe = row("the recipe as it is", 1000)
+  assert timing.advice([recipe, row("A", 1020)]).startswith("Keep the recipe's settings")
+  assert (
+    timing.advice([recipe, row("A", 1100), row("B", 1300)]) == "Set B: 30% more images/s than with the recipe as it is."
+  )
+  # Neither noise within the recipe's steps nor between its first and its last ones is an advantage.
+  assert "Keep" in timing.advice([row("the recipe as it is", 1000, spread=0.5), row("A", 1300)])
+  assert "Keep" in timing.advice([recipe, row("A", 1300)], drift=0.4)
+  # The pipeline counts: a faster step gains nothing where images do not come.
+  starved = row("the recipe as it is", 1000, pipeline=500)
+  text = timing.advice([starved, row("A", 2000, pipeline=500), row("B", 900, pipeline=800)])
+  assert text.startswith("Set B: 60% more") and "it waits 11% of the time" in text
+  text = timing.advice([recipe, row("NT-Xent tiled", 1500, form="tiled"), {"what": "C", "refused": "no"}])
+  assert text.startswith("Keep") and "the tiled one is 50% faster here" in text
+
+
+def test_estimates_stand_beside_what_was_measured_on_a_tpu():
+  assert aot.chip_of("TPU v4") is aot.CHIPS["v4"] and aot.chip_of("TPU v5 lite") is aot.CHIPS["v5e"]
+  assert aot.chip_of("cpu") is None and aot.chip_of("NVIDIA H100") is None
+  times = {"step_seconds": 0.03, "fastest": 0.029, "slowest": 0.04, "program_bytes": 2**30}
+  text = timing.table([row("the recipe as it is", 1000, **times, estimated_seconds=0.02)])
+  assert "measured/estimate" in text and " 1.5" in text and "30 (29-40)" in text
+  resident = row("A", 1000, **times, estimated_seconds=None) | {"pipeline_images_per_second": None}
+  assert "estimate" not in timing.table([resident]) and " - " in timing.table([resident])
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+  assert cli.main(["time", "--config=finetune"]) == 1
+  assert "is a recipe for simclr finetune" in capsys.readouterr().err
+  config = config_lib.replace(tiny.config(), {"data.train": tiny.npz(tmp_path / "tiny.npz"), "batch_size": 12})
+  with pytest.raises(ValueError, match="batch_size=12"):
+    timing.run(config)
