@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from simclr_jax import __version__
 from simclr_jax.programs import flags as flags_of
 from simclr_jax.runtime.errors import UserError
 
@@ -177,6 +178,7 @@ def parser() -> argparse.ArgumentParser:
     prog="simclr", description="SimCLR v1 and v2 pretraining in JAX.", allow_abbrev=False,
     epilog="simclr COMMAND --help shows a command's flags.",
   )  # fmt: skip
+  top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
   subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
   for name, command in COMMANDS.items():
     sub = subparsers.add_parser(name, help=command.text, description=command.text, allow_abbrev=False)

@@ -1,9 +1,11 @@
 """The numbers of a run: rows, TensorBoard without TensorFlow, and the line of progress."""
 
 import json
+import os
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 
 from simclr_jax.runtime import metrics
@@ -78,3 +80,17 @@ def test_the_line_of_progress(capsys):
     "step 1/10 (0.2 epochs)  loss 2.000  acc 53.2 %  ETA 1:15",
     "step 2/10 (0.5 epochs)  loss 1.500 (chance 3.40)  acc 53.2 %  rank 7.250  ETA 1:10",
   ]
+
+
+@pytest.mark.parametrize("columns", [200, 116, 110, 80, 60, 40, 20])
+def test_the_progress_line_fits_the_terminal(columns, monkeypatch, capsys):
+  """Or every step would leave a line behind; the step, the loss and the time left go last."""
+  monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 24)))
+  progress = Progress(12345, 78.1, show={"contrastive_accuracy": "contrastive acc %", "knn": "kNN %"})
+  progress._live = True
+  row = {"loss": 2.264, "chance_loss": 5.54, "contrastive_accuracy": 0.69, "knn": 0.82}
+  progress.update(10251, row | {"images_per_second": 1412.0, "data_wait": 0.03}, 12.0)
+  said = capsys.readouterr().out.removeprefix("\r\033[K")
+  assert "\n" not in said and len(said) < columns and said.startswith("step 10251/12345")
+  assert ("loss 2.264" in said) == ("ETA 0:12" in said) == (columns >= 40)
+  assert ("kNN 82.0 %" in said) == (columns >= 110) and ("waiting for data 3 %" in said) == (columns >= 200)

@@ -336,7 +336,7 @@ class Loop:
   def update(self, batch: Batch):
     compiled, first_time = self.compiled, self.compiled is None
     if compiled is None:
-      with self.clock.phase("compile"):
+      with self.clock.phase("compile"), self.progress.doing("compiling the step"):
         step = compile_step(self.task, self.mesh, self.like)
         self.compiled = compiled = step.lower(self.state, batch, *self.constants).compile()
         processes.barrier("compiled")

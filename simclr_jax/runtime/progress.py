@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -80,7 +81,7 @@ class Progress:
     if not self._live and not last_step and time.monotonic() - self._last < self._between:
       return
     self._last = time.monotonic()
-    line = self._line(step, eta)
+    line = self._fitting(step, eta)
     if self._live:
       sys.stdout.write(f"\r\033[K{line}" + ("\n" if last_step else ""))
     else:
@@ -93,17 +94,35 @@ class Progress:
       sys.stdout.write(("\r\033[K" if self._live else "") + text + "\n")
       sys.stdout.flush()
 
-  def _line(self, step, eta):
+  @contextlib.contextmanager
+  def doing(self, what: str):
+    """Says what takes long, and how long it took."""
+    began = time.monotonic()
+    if self._active and self._live:
+      sys.stdout.write(f"\r\033[K{what} ...")
+      sys.stdout.flush()
+    yield
+    self.note(f"{what}: {duration(time.monotonic() - began)}")
+
+  def _fitting(self, step, eta) -> str:
+    """The progress line; on a terminal as much of it as fits into one row, or the next one would not replace it."""
+    width = shutil.get_terminal_size().columns if self._live else math.inf
+    lines = (self._line(step, eta, left_out) for left_out in range(5))
+    return next((line for line in lines if len(line) < width), f"step {step}/{self._total}")
+
+  def _line(self, step, eta, left_out=0):
+    """The more is left out, the less one can do without what is left."""
     r = self._latest
-    parts = [f"step {step}/{self._total} ({step / self._per_epoch:.1f} epochs)"]
+    parts = [f"step {step}/{self._total}" + (f" ({step / self._per_epoch:.1f} epochs)" if left_out < 2 else "")]
     if "loss" in r:
-      chance = f" (chance {r['chance_loss']:.2f})" if "chance_loss" in r else ""
+      chance = f" (chance {r['chance_loss']:.2f})" if "chance_loss" in r and left_out < 4 else ""
       parts.append(f"loss {r['loss']:.3f}{chance}")
     for key, label in self._show.items():
-      if key in r:
+      if key in r and left_out < 3:
         name, percent, _ = label.partition(" %")
         parts.append(f"{name} {100 * r[key]:.1f} %" if percent else f"{name} {r[key]:.3f}")
-    if "images_per_second" in r:
-      parts.append(f"{r['images_per_second']:,.0f} images/s, waiting for data {100 * r['data_wait']:.0f} %")
+    if "images_per_second" in r and left_out < 4:
+      waiting = f", waiting for data {100 * r['data_wait']:.0f} %" if left_out < 1 else ""
+      parts.append(f"{r['images_per_second']:,.0f} images/s{waiting}")
     parts.append(f"ETA {duration(eta)}")
     return "  ".join(parts)
