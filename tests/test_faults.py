@@ -1,4 +1,4 @@
-"""Three rounds of tests/faults.py on real processes, and damage to every file that is read again."""
+"""Two rounds of tests/faults.py on real processes, and damage to every file that is read again."""
 
 import json
 import pathlib
@@ -18,10 +18,10 @@ def test_no_damaged_file_is_read_as_another(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_no_fault_leaves_a_wrong_state_or_a_process_behind(tmp_path):
-  command = [sys.executable, "tests/faults.py", "--rounds=3", f"--json={tmp_path / 'trials.jsonl'}"]
+  command = [sys.executable, "tests/faults.py", "--rounds=2", f"--json={tmp_path / 'trials.jsonl'}"]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
   trials = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
   tried = [trial for trial in trials if trial["ok"] is not None]
-  assert len(tried) >= 70 and all(trial["ok"] for trial in tried)
+  assert len(tried) >= 55 and all(trial["ok"] for trial in tried)
   assert max(trial["seconds"] for trial in tried) < 60
