@@ -10,7 +10,7 @@ import sys
 import pytest
 
 CHILD = """
-import hashlib, json, os, signal, sys
+import hashlib, json, os, signal, sys, time
 sys.path.insert(0, {tests!r})
 import tiny
 import jax
@@ -24,6 +24,8 @@ original = pretrain.make_task(c, tiny.source(), mesh=mesh.make_mesh())
 def stream(start):
   for step, batch in enumerate(original.stream(start), start + 1):
     if step == kill_at:
+      while not os.path.exists(workdir + "/checkpoints/10/manifest.json"):  # which is written in the background
+        time.sleep(0.01)
       os.kill(os.getpid(), signal.SIGKILL)
     digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(batch))).hexdigest()
     print("batch", step, digest, flush=True)
