@@ -83,6 +83,9 @@ def _claim(workdir, resume, overwrite, writes, data):
   try:
     path.mkdir(parents=True, exist_ok=True)
     lock.take(path)
+    if files.is_remote(path):  # what may be written there and not deleted is found out now, not with the first old step
+      lock.release(path)
+      lock.take(path)
     if overwrite:
       _empty_workdir(path, names)
     (path / "COMPLETE").unlink(missing_ok=True)  # of the run before, which goes on
@@ -222,8 +225,7 @@ def _newest_complete(workdir) -> int | None:
       aside = files.absolute(workdir) / "damaged"
       aside.mkdir(exist_ok=True)
       target = next(t for n in range(1000) if not (t := aside / f"{step}.{n}").exists())
-      # Where checkpoints/ is a link to another disk, a folder is not renamed but copied.
-      path.rename(target) if files.is_remote(path) else shutil.move(path, target)
+      files.move(path, target)  # where checkpoints/ is a link to another disk, a folder is not renamed but copied
       print(f"checkpoint of step {step} skipped: {why}; moved to {target}", flush=True)
   return None
 
@@ -246,7 +248,15 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
       max_to_keep=None, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
     )
-    self._manager = ocp.CheckpointManager(self._folder, options=options)
+    try:
+      self._manager = ocp.CheckpointManager(self._folder, options=options)
+    except Exception as error:  # Google's client, which Orbax asks about the bucket, has types of its own
+      if not files.is_remote(workdir):
+        raise
+      why = " ".join(str(error).split())
+      raise UserError(
+        f"--workdir={workdir}: Orbax cannot open {self._folder} ({why}); it needs storage.buckets.get"
+      ) from error
 
   def latest_step(self) -> int | None:
     """The newest step that is sealed."""
