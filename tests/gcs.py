@@ -76,10 +76,9 @@ def _resource(target):
   return target.partition("&upload_id")[0]
 
 
-class _Proxy(http.server.BaseHTTPRequestHandler):
+class _Handler(http.server.BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
-  faults: Faults
-  upstream: tuple[str, int]
+  server: "Proxy"  # pyright: ignore[reportIncompatibleVariableOverride]
 
   def _pass_on(self):
     try:
@@ -90,19 +89,22 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
   do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _pass_on
 
   def _handle(self):
-    fault = self.faults.of(self.command, self.path)
+    faults = self.server.faults
+    fault = faults.of(self.command, self.path)
     if fault == "cut":
       self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
       return self._reset()
     body = self._body()
     if fault == "silent":
-      self.server.ending.wait()  # pyright: ignore
+      self.server.ending.wait()
       return self._reset()
     if fault.isdecimal():
       return self._answer(int(fault), {}, json.dumps({"error": {"code": int(fault), "message": "injected"}}).encode())
-    if self.faults.before:
-      self.faults.before(self.command, self.path)
-    connection = http.client.HTTPConnection(*self.upstream)
+    if faults.before:
+      faults.before(self.command, self.path)
+    if not self._is_as_expected():
+      return self._answer(412, {}, json.dumps({"error": {"code": 412, "message": "conditionNotMet"}}).encode())
+    connection = http.client.HTTPConnection(urllib.parse.urlparse(self.server.upstream).netloc)
     headers = {
       k: v for k, v in self.headers.items() if k.lower() not in ("host", "transfer-encoding", "content-length")
     }
@@ -112,9 +114,16 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
     connection.close()
     if fault == "lost":
       return self._reset()
-    here, there = ("http://{}:{}".format(*address) for address in (self.server.server_address, self.upstream))
-    found = {k: v.replace(there, here) for k, v in answer.getheaders()}
+    found = {k: v.replace(self.server.upstream, self.server.address) for k, v in answer.getheaders()}
     self._answer(answer.status, found, content)
+
+  def _is_as_expected(self) -> bool:
+    """The emulator compares the generation that a request is about in uploads only."""
+    target, _, query = self.path.partition("?")
+    expected = urllib.parse.parse_qs(query).get("ifGenerationMatch")
+    if not expected or self.command not in ("GET", "DELETE"):
+      return True
+    return call(self.server.upstream, "GET", target.removeprefix("/download"))["generation"] == expected[0]
 
   def _body(self):
     if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -146,30 +155,28 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
     pass
 
 
-class _Server(http.server.ThreadingHTTPServer):
+class Proxy(http.server.ThreadingHTTPServer):
+  """A proxy of the server at `upstream`, within `with`; `faults` may be replaced meanwhile."""
+
   daemon_threads = True
   request_queue_size = 128
 
-  def __init__(self, *args):
-    self.ending = threading.Event()
-    super().__init__(*args)
+  def __init__(self, upstream: str):
+    self.upstream, self.faults, self.ending = upstream, Faults(), threading.Event()
+    super().__init__(("127.0.0.1", 0), _Handler)
+    self.address = f"http://127.0.0.1:{self.server_port}"
 
+  def __enter__(self):
+    threading.Thread(target=self.serve_forever, daemon=True).start()
+    return self
 
-@contextlib.contextmanager
-def proxy(upstream: str, faults: Faults):
-  """The address of a proxy of `upstream`."""
-  address = urllib.parse.urlparse(upstream)
-  handler = type("Handler", (_Proxy,), {"faults": faults, "upstream": (address.hostname, address.port)})
-  server = _Server(("127.0.0.1", 0), handler)
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
-  thread.start()
-  try:
-    yield f"http://127.0.0.1:{server.server_port}"
-  finally:
-    server.ending.set()
-    server.shutdown()
-    server.server_close()
-    thread.join()
+  def __exit__(self, *_):
+    self.ending.set()
+    self.shutdown()
+    self.server_close()
+
+  def handle_error(self, request, client_address):
+    pass  # a client that has gone
 
 
 def environment(address: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ import bucket
 import numpy as np
 import pytest
 from images import encoded
-from test_stream import assert_same, crop_like, take
+from test_stream import crop_like, take
 
 from simclr_jax import data
 from simclr_jax.data import records, shards

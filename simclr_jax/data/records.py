@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
 from simclr_jax.data.crc import masked_crc, masked_crcs
 from simclr_jax.data.decode import MAX_BYTES, BadImage, one_line
 from simclr_jax.runtime import files

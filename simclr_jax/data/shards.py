@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
 from simclr_jax.data.crc import masked_crc
 from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage, is_junk, one_line
 from simclr_jax.data.labels import make_labels

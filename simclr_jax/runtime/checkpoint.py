@@ -248,15 +248,9 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
       max_to_keep=None, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
     )
-    try:
-      self._manager = ocp.CheckpointManager(self._folder, options=options)
-    except Exception as error:  # Google's client, which Orbax asks about the bucket, has types of its own
-      if not files.is_remote(workdir):
-        raise
-      why = " ".join(str(error).split())
-      raise UserError(
-        f"--workdir={workdir}: Orbax cannot open {self._folder} ({why}); it needs storage.buckets.get"
-      ) from error
+    if files.is_remote(workdir):
+      files.check_bucket(self._folder)
+    self._manager = ocp.CheckpointManager(self._folder, options=options)
 
   def latest_step(self) -> int | None:
     """The newest step that is sealed."""

@@ -81,6 +81,14 @@ def _escape(c: str) -> str:
   return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
 
 
+def check_bucket(path):
+  """Raises UserError where a bucket itself may not be looked at, which Orbax does, but not before a run resumes."""
+  try:
+    _bucket().look_at_bucket(os.fspath(path))
+  except OSError as error:
+    raise UserError(f"{path}: the bucket cannot be looked at ({error}); Orbax needs storage.buckets.get") from None
+
+
 def write_bytes(path, content: bytes):
   """Writes a whole file or nothing, in the place of the one that is there."""
   path = absolute(path)

@@ -35,6 +35,10 @@ class FileSystem(core.GCSFileSystem):
       where = path.format(*args).partition("?")[0]
       raise OSError(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
+  def look_at_bucket(self, path: str):
+    """Raises OSError where there is no such bucket, or it may not be looked at."""
+    self.call("GET", "b/{}", self.split_path(path)[0])
+
   def read_part(self, path: str, begin: int, length: int, generation: str) -> bytes:
     """Bytes of an object in one request.
 
