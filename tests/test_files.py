@@ -57,6 +57,19 @@ def test_in_a_bucket_a_file_that_was_created_but_not_confirmed_is_this_process_s
     assert files.create_text("gs://mine/LOCK", "mine") and not files.create_text("gs://mine/LOCK", "yours")
 
 
+def test_in_a_bucket_a_step_that_was_not_finished_is_moved_aside(tmp_path, capsys):
+  """Orbax writes it under its last name there, and only then a file that says that it is complete."""
+  with bucket.buckets(tmp_path):
+    files.write_text("gs://mine/run/checkpoints/2/state/d/x", "half")
+    assert checkpoint._newest_complete("gs://mine/run") is None
+    assert files.read_text("gs://mine/run/damaged/2.0/state/d/x") == "half"
+    assert not files.absolute("gs://mine/run/checkpoints/2").exists()
+  assert (
+    "2 has no manifest.json: it was not written to the end; moved to gs://mine/run/damaged/2.0"
+    in capsys.readouterr().out
+  )
+
+
 def test_a_folder_is_moved(place):
   path = files.absolute(place)
   (path / "a").mkdir(parents=True, exist_ok=True)

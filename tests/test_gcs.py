@@ -2,20 +2,31 @@
 
 import asyncio
 import hashlib
+import io
+import json
+import os
 import pathlib
+import re
+import signal
+import socket
 import subprocess
 import sys
+import tarfile
 
 import gcs
 import numpy as np
 import pytest
+import test_tfds
+import tiny
 from images import encoded
 
 from simclr_jax import data
 from simclr_jax.data import shards
+from simclr_jax.programs import data as programs_data
 from simclr_jax.runtime import checkpoint, files, lock
 
 ROOT = pathlib.Path(__file__).parents[1]
+tfds_folder = test_tfds.tfds_folder
 pytestmark = [
   pytest.mark.slow,
   pytest.mark.gcs,
@@ -204,7 +215,7 @@ def test_a_bucket_without_permission_to_delete_is_refused_before_a_run_begins(pl
 def test_a_bucket_that_orbax_may_not_look_at_is_one_line(place, faulty):
   faulty(deny=lambda method, target: target.split("?")[0] == f"/storage/v1/b/{gcs.BUCKET}")
   with pytest.raises(
-    ValueError, match="the bucket cannot be looked at \(.*injected\); Orbax needs storage.buckets.get"
+    ValueError, match=r"the bucket cannot be looked at \(.*injected\); Orbax needs storage.buckets.get"
   ) as error:
     checkpoint.Checkpoints(place)
   assert "\n" not in str(error.value)
@@ -224,3 +235,267 @@ def test_a_shard_that_changes_after_it_was_listed(place, faulty, tmp_path, monke
   with pytest.raises(data.BadImage, match="a.tfrecord: has been written anew since it was opened"):
     source.read(2)
   np.testing.assert_array_equal(data.open_source(f"tfrecord:{place}").read(2), sets[1][2])
+
+
+def test_arrays_and_prepared_sets_in_a_bucket(place, faulty, tmp_path, monkeypatch, images, tfds_folder):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  faulty()
+  on_disk = images[0].removeprefix("npz:")
+  files.write_bytes(f"{place}/a.npz", pathlib.Path(on_disk).read_bytes())
+  for split in ("", ":test"):
+    one, other = data.open_source(f"npz:{on_disk}{split}"), data.open_source(f"npz:{place}/a.npz{split}")
+    np.testing.assert_array_equal(one.read(3), other.read(3))
+    assert one.labels.tolist() == other.labels.tolist()
+  with pytest.raises(ValueError, match=f"npz:{place}/b.npz: there is no file {place}/b.npz"):
+    data.open_source(f"npz:{place}/b.npz")
+  for file in tfds_folder.rglob("*"):
+    if file.is_file():
+      files.write_bytes(f"{place}/tfds/{file.relative_to(tfds_folder)}", file.read_bytes())
+  one, other = (
+    data.open_source("tfds:tiny:train[5:17]", data_dir=folder) for folder in (str(tfds_folder), f"{place}/tfds")
+  )
+  assert [one.item(i) for i in range(len(one))] == [other.item(i) for i in range(len(other))] and len(other) == 12
+  assert one.labels.tolist() == other.labels.tolist()
+
+
+def test_a_save_that_fails_is_one_line_and_leaves_the_step_before(place, faulty):
+  """In a process of its own, for tensorstore keeps what it knew of the environment."""
+  faulty(
+    deny=lambda method, target: upload(method, target) and "checkpoints/2" in target or "checkpoints%2F2" in target
+  )
+  said = child(SAVES, place)
+  assert (
+    said.count("NotSaved could not save step 2: ") == 1 and f"; step 1 in {place}/checkpoints is complete; " in said
+  )
+  assert "resumes from 1" in said
+
+
+SAVES = """
+import sys
+import numpy as np
+from simclr_jax.runtime import checkpoint
+place = sys.argv[1]
+workdir = checkpoint.claim_workdir(place, resume=False, overwrite=False)
+saved = checkpoint.Checkpoints(workdir)
+saved.save(1, {"a": np.arange(3)}, {}, "{}")
+try:
+  saved.save(2, {"a": np.arange(4)}, {}, "{}")
+except checkpoint.NotSaved as error:
+  assert "\\n" not in str(error)
+  print("NotSaved", error)
+print("resumes from", checkpoint.Checkpoints(workdir).latest_step(), flush=True)
+import os
+from simclr_jax.runtime import lock
+lock.release_all()
+os._exit(0)
+"""
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------------
+
+STEPS, KILLED_AT = 6, 5
+CHILD = """
+import json, os, signal, sys
+from simclr_jax import __main__ as cli
+place, commands, kill_at = json.loads(sys.argv[1])
+if kill_at:
+  from simclr_jax import data
+  original, calls = data.Stream.__next__, 0
+  def counted(self):
+    global calls
+    calls += 1
+    if calls == kill_at:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return original(self)
+  data.Stream.__next__ = counted
+if {silence}:
+  from simclr_jax.runtime import gcs
+  gcs.SILENCE = {silence}
+for command in commands:
+  if code := cli.main(command):
+    sys.exit(code)
+"""
+# What a run left, in a process of its own: its environment decides where gs:// is.
+FOUND = """
+import hashlib, json, sys
+import jax
+from simclr_jax import exporting
+from simclr_jax.evaluation import features
+from simclr_jax.runtime import checkpoint, files, metrics
+place = sys.argv[1]
+run, h = f"{place}/runs/a", files.absolute(place) / "h.npz"
+step, state = checkpoint.read_run_state(run)
+exports = [f"{run}/encoder", *([f"{place}/export"] if (files.absolute(place) / "export").exists() else ())]
+rows = [[row.get(key) for key in ("step", "loss", "contrastive_accuracy", "grad_norm", "knn")] for row in metrics.read(run)]
+print("found", json.dumps({
+  "step": step,
+  "state": {jax.tree_util.keystr(path): hashlib.sha256(leaf.tobytes()).hexdigest()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)},
+  "encoders": [exporting.checksum(exporting.load_encoder(path)[1]) for path in exports],
+  "scores": json.loads(files.read_sealed(f"{run}/scores.json")),
+  "rows": rows,
+  "h": [a.tolist() for a in (features.load(h).h, features.load(h).label)] if h.exists() else [],
+  "names": sorted(p.name for p in files.absolute(run).iterdir() if not p.name.startswith("events")),
+}))
+"""
+
+
+def child(code, *args, environment=(), expected=0):
+  """Runs a Python program in the environment of these tests; returns what it printed."""
+  values = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")}
+  done = subprocess.run(
+    [sys.executable, "-c", code, *args], env={**values, **dict(environment)}, cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == expected, done.stdout + done.stderr
+  return done.stdout + done.stderr
+
+
+def run_commands(place, commands, *, kill_at=0, silence=0.0, **options):
+  words = [[str(word).format(place=place) for word in command] for command in commands]
+  return child(CHILD.format(silence=silence), json.dumps([str(place), words, kill_at]), **options)
+
+
+def found(place, **options):
+  text = child(FOUND, str(place), **options)
+  return json.loads(next(line for line in text.splitlines() if line.startswith("found ")).partition(" ")[2])
+
+
+def pretraining(*flags, steps=STEPS):
+  values = {
+    "data.train": "tfrecord:{place}/train", "data.test": "webdataset:{place}/test", "batch_size": 16, "train_epochs": 0.0,
+    "train_steps": steps, "augment.size": 16, "encoder.width": 0.015625, "projector.out_dim": 16, "optimizer.base_lr": 1e-3,
+    "evaluate.batch_size": 32, "evaluate.every_epochs": 0.0, "checkpoint.every_epochs": 0.0, "checkpoint.every_steps": 2,
+    "checkpoint.keep": 2, "log.every_steps": 1,
+  }  # fmt: skip
+  return [
+    "pretrain",
+    "--config=smoke",
+    "--workdir={place}/runs/a",
+    *flags,
+    *(f"--config.{k}={v}" for k, v in values.items()),
+  ]
+
+
+AFTER = (
+  ["knn", "--workdir={place}/runs/a"],
+  ["probe", "--workdir={place}/runs/a"],
+  ["export", "--workdir={place}/runs/a", "--format=safetensors", "--output={place}/export"],
+  ["embed", "--encoder={place}/export", "--data=webdataset:{place}/test", "--output={place}/h.npz", "--images_per_part=20"],
+  ["runs", "{place}/runs"],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+  """(spec of 96 labeled images as npz, bytes of a tar with 32 more)."""
+  folder = tmp_path_factory.mktemp("images")
+  spec, buffer = tiny.npz(folder / "images.npz"), io.BytesIO()
+  source = data.open_source(f"{spec}:test")
+  with tarfile.open(fileobj=buffer, mode="w") as tar:
+    for i in range(len(source)):
+      for ending, body in (("png", encoded(source.read(i), "PNG")), ("cls", str(int(source.labels[i])).encode())):
+        member = tarfile.TarInfo(f"{i:04}.{ending}")
+        member.size = len(body)
+        tar.addfile(member, io.BytesIO(body))
+  return spec, buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  """The user's cache: one compilation serves all runs."""
+  return {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def prepare(place, images):
+  """The data of `pretraining`: TFRecords, and a tar."""
+  programs_data.prepare(images[0], f"{place}/train", images_per_shard=40)
+  if not files.is_remote(place):
+    (place / "test").mkdir()
+  files.write_bytes(f"{place}/test/a.tar", images[1])
+
+
+@pytest.fixture(scope="module")
+def local(images, cache, tmp_path_factory):
+  """(folder, what the programs printed, what they left) of a run on this machine's disk that nothing stopped."""
+  place = tmp_path_factory.mktemp("local")
+  prepare(place, images)
+  said = run_commands(place, [pretraining(), *AFTER], environment=cache)
+  return place, said, found(place, environment=cache)
+
+
+def scores_in(said):
+  """The lines of knn and probe, without what names a place."""
+  return [
+    line.partition("(")[0] + line.partition(" %")[0][-6:]
+    for line in said.splitlines()
+    if line.startswith(("kNN (k", "linear evaluation"))
+  ]
+
+
+def test_a_run_in_a_bucket_is_that_on_a_disk(place, faulty, images, cache, local):
+  """Data, workdir and outputs in a bucket, and the run killed on the way: the same scores, and the same bits."""
+  faults = faulty()
+  prepare(place, images)
+  environment = cache | gcs.environment(os.environ["STORAGE_EMULATOR_HOST"])
+  run_commands(place, [pretraining()], kill_at=KILLED_AT, environment=environment, expected=-signal.SIGKILL)
+  assert (files.absolute(place) / "runs/a/LOCK").exists()
+  said = run_commands(place, [pretraining("--resume"), *AFTER], environment=environment)
+  assert re.search("resuming from step [24]", said)
+  assert scores_in(said) == scores_in(local[1]) and len(scores_in(said)) == 2
+  assert found(place, environment=environment) == local[2]
+  assert "a" in files.read_text(f"{place}/runs/runs.html")
+  assert not (files.absolute(place) / "runs/a/LOCK").exists()
+  boards = [p for p in (files.absolute(place) / "runs/a").iterdir() if p.name.startswith("events")]
+  assert len(boards) >= 2 and all(files.size(p) > 100 for p in boards)  # of the killed process, too
+  programs = pathlib.Path(cache["XDG_CACHE_HOME"]) / "simclr_jax/compiled"
+  assert list(programs.glob("jit_train_step*")) and not (files.absolute(place) / "runs/a/compiled").exists()
+  print("requests", dict(faults.requests))
+
+
+def test_a_run_in_a_bucket_with_faults_is_that_on_a_disk(place, faulty, images, cache, local, capsys):
+  """429 and 503 on a tenth of the requests, one that is never answered, a cut upload and a lost answer, for each client."""
+  environment = cache | gcs.environment(os.environ["STORAGE_EMULATOR_HOST"])
+  environment |= {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "3"}
+  faulty()
+  prepare(place, images)
+  faults = faulty(
+    seed=1, rate=0.1, cut=lambda method, target: upload(method, target) and "ocdbt" in target,
+    silent=lambda method, target: upload(method, target) and "manifest.ocdbt" in target, lost=upload,
+  )  # fmt: skip
+  run_commands(place, [pretraining(), *AFTER[2:3]], silence=3.0, environment=environment)
+  result = found(place, environment=environment)
+  assert result == local[2] | {"h": []}
+  with capsys.disabled():
+    print(f"requests {dict(faults.requests)}, injected {dict(faults.injected)}, sent again {faults.retried}")
+  assert {"429", "503", "silent", "cut", "lost"} == set(faults.injected) and faults.retried > 0.8 * sum(
+    faults.injected.values()
+  )
+
+
+def test_two_processes_in_a_bucket_are_two_on_a_disk(place, faulty, images, cache, tmp_path):
+  """Each writes its part of the arrays; process 0 the rest."""
+  results = []
+  for where in (tmp_path / "here", place):
+    if where == place:
+      faulty()
+    else:
+      where.mkdir()
+    prepare(where, images)
+    environment = cache | (gcs.environment(os.environ["STORAGE_EMULATOR_HOST"]) if where == place else {})
+    environment["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    with socket.socket() as s:
+      s.bind(("localhost", 0))
+      joined = [f"--coordinator=localhost:{s.getsockname()[1]}", "--num_processes=2"]
+    words = [word.format(place=where) for word in pretraining(steps=2)] + joined
+    both = [
+      subprocess.Popen(
+        [sys.executable, "-m", "simclr_jax", *words, f"--process_id={i}"], cwd=ROOT, env={**os.environ, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+      )
+      for i in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=500)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+    assert "step 2" in said[0]
+    results.append(found(where, environment=environment))
+  assert results[0] == results[1]
