@@ -47,7 +47,10 @@ class FileSystem(core.GCSFileSystem):
       OSError: it is gone, ends before, or cannot be read.
     """
     head = {"Range": f"bytes={begin}-{begin + length - 1}"}
-    return self.call("GET", self.url(path), headers=head, ifGenerationMatch=generation)[1] if length else b""
+    if not length:
+      return b""
+    _, content = self.call("GET", self.url(path), headers=head, ifGenerationMatch=generation)  # pyright: ignore
+    return content
 
   def remove_generation(self, path: str, generation: str):
     """Deletes an object; raises FileExistsError where it has been written anew since this generation."""
