@@ -246,6 +246,8 @@ def test_arrays_and_prepared_sets_in_a_bucket(place, faulty, tmp_path, monkeypat
     one, other = data.open_source(f"npz:{on_disk}{split}"), data.open_source(f"npz:{place}/a.npz{split}")
     np.testing.assert_array_equal(one.read(3), other.read(3))
     assert one.labels.tolist() == other.labels.tolist()
+  programs_data.inspect(f"npz:{place}/a.npz", output=f"{place}/sheet.png")
+  assert files.read_bytes(f"{place}/sheet.png")[1:4] == b"PNG"
   with pytest.raises(ValueError, match=f"npz:{place}/b.npz: there is no file {place}/b.npz"):
     data.open_source(f"npz:{place}/b.npz")
   for file in tfds_folder.rglob("*"):
