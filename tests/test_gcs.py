@@ -311,8 +311,10 @@ if kill_at:
     return original(self)
   data.Stream.__next__ = counted
 if {silence}:
+  import asyncio
   from simclr_jax.runtime import gcs
-  gcs.SILENCE = {silence}
+  gcs.SILENCE, pause = {silence}, asyncio.sleep
+  asyncio.sleep = lambda seconds: pause(seconds / 10)  # before gcsfs asks again
 for command in commands:
   if code := cli.main(command):
     sys.exit(code)
@@ -362,10 +364,10 @@ def found(place, **options):
   return json.loads(next(line for line in text.splitlines() if line.startswith("found ")).partition(" ")[2])
 
 
-def pretraining(*flags, steps=STEPS):
+def pretraining(*flags):
   values = {
     "data.train": "tfrecord:{place}/train", "data.test": "webdataset:{place}/test", "batch_size": 16, "train_epochs": 0.0,
-    "train_steps": steps, "augment.size": 16, "encoder.width": 0.015625, "projector.out_dim": 16, "optimizer.base_lr": 1e-3,
+    "train_steps": STEPS, "augment.size": 16, "encoder.width": 0.015625, "projector.out_dim": 16, "optimizer.base_lr": 1e-3,
     "evaluate.batch_size": 32, "evaluate.every_epochs": 0.0, "checkpoint.every_epochs": 0.0, "checkpoint.every_steps": 2,
     "checkpoint.keep": 2, "log.every_steps": 1,
   }  # fmt: skip
@@ -488,16 +490,16 @@ def test_two_processes_in_a_bucket_are_two_on_a_disk(place, faulty, images, cach
     with socket.socket() as s:
       s.bind(("localhost", 0))
       joined = [f"--coordinator=localhost:{s.getsockname()[1]}", "--num_processes=2"]
-    words = [word.format(place=where) for word in pretraining(steps=2)] + joined
-    both = [
-      subprocess.Popen(
-        [sys.executable, "-m", "simclr_jax", *words, f"--process_id={i}"], cwd=ROOT, env={**os.environ, **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-      )
-      for i in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=500)[0] for process in both]
+    words = [word.format(place=where) for word in pretraining()] + joined
+    logs, both = [tmp_path / f"{len(results)}{i}.log" for i in range(2)], []
+    for i, log in enumerate(logs):
+      command = [sys.executable, "-m", "simclr_jax", *words, f"--process_id={i}"]
+      with log.open("w") as file:
+        both.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=file))
+    for process in both:
+      process.wait(timeout=600)
+    said = [log.read_text() for log in logs]
     assert [process.returncode for process in both] == [0, 0], "\n".join(said)
-    assert "step 2" in said[0]
+    assert f"step {STEPS}/{STEPS}" in said[0]
     results.append(found(where, environment=environment))
   assert results[0] == results[1]
