@@ -13,7 +13,6 @@ from simclr_jax.runtime import files, lock
 class Buckets(local.LocalFileSystem):
   """Folders need not be made, and are gone with their last file; an object has a generation and cannot grow."""
 
-  cachable = False
   root: str  # of a subclass
 
   @classmethod

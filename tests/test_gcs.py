@@ -496,8 +496,12 @@ def test_two_processes_in_a_bucket_are_two_on_a_disk(place, faulty, images, cach
       command = [sys.executable, "-m", "simclr_jax", *words, f"--process_id={i}"]
       with log.open("w") as file:
         both.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=file))
-    for process in both:
-      process.wait(timeout=600)
+    try:
+      for process in both:
+        process.wait(timeout=600)
+    finally:
+      for process in both:
+        process.kill()
     said = [log.read_text() for log in logs]
     assert [process.returncode for process in both] == [0, 0], "\n".join(said)
     assert f"step {STEPS}/{STEPS}" in said[0]
