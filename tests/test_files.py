@@ -39,6 +39,66 @@ def test_written_overwritten_read(place):
     assert pathlib.Path(local).read_text() == "two\nthree\n" and local.endswith("a.txt")
 
 
+def test_created_once_and_removed_by_content(place):
+  path = files.absolute(place) / "LOCK"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  assert files.create_text(path, "mine") and not files.create_text(path, "yours") and files.read_text(path) == "mine"
+  files.remove_text(path, "yours")
+  assert files.read_text(path) == "mine"
+  files.remove_text(path, "mine")
+  files.remove_text(path, "mine")
+  assert not path.exists() and files.create_text(path, "yours")
+
+
+def test_in_a_bucket_a_file_that_was_created_but_not_confirmed_is_this_process_s(tmp_path):
+  """The answer to the first try is lost; the second, which the client sends by itself, finds the file there."""
+  with bucket.buckets(tmp_path):
+    files.write_text("gs://mine/LOCK", "mine")
+    assert files.create_text("gs://mine/LOCK", "mine") and not files.create_text("gs://mine/LOCK", "yours")
+
+
+def test_in_a_bucket_a_step_that_was_not_finished_is_moved_aside(tmp_path, capsys):
+  """Orbax writes it under its last name there, and only then a file that says that it is complete."""
+  with bucket.buckets(tmp_path):
+    files.write_text("gs://mine/run/checkpoints/2/state/d/x", "half")
+    assert checkpoint._newest_complete("gs://mine/run") is None
+    assert files.read_text("gs://mine/run/damaged/2.0/state/d/x") == "half"
+    assert not files.absolute("gs://mine/run/checkpoints/2").exists()
+  assert (
+    "2 has no manifest.json: it was not written to the end; moved to gs://mine/run/damaged/2.0"
+    in capsys.readouterr().out
+  )
+
+
+def test_a_folder_is_moved(place):
+  path = files.absolute(place)
+  (path / "a").mkdir(parents=True, exist_ok=True)
+  files.write_text(path / "a/x.txt", "x")
+  (path / "aside").mkdir(parents=True, exist_ok=True)
+  files.move(path / "a", path / "aside/1.0")
+  assert not (path / "a").exists() and files.read_text(path / "aside/1.0/x.txt") == "x"
+
+
+def test_a_part_of_a_file_of_one_version(place):
+  path = files.absolute(place) / "a.bin"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  files.write_bytes(path, b"0123456789")
+  seen = files.version(path)
+  assert files.read_part(str(path), 2, 3, seen) == b"234" and files.read_part(str(path), 8, 9, seen) == b"89"
+  files.write_bytes(path, b"abcdefghij")
+  assert files.version(path) != seen
+
+
+def test_no_other_clouds_and_no_bucket_without_its_client(monkeypatch):
+  with pytest.raises(ValueError, match="^s3://a/b: expected a path on this machine, or gs://BUCKET/NAME$"):
+    files.absolute("s3://a/b")
+  monkeypatch.setattr(files, "_has_gcsfs", lambda: False)
+  with pytest.raises(
+    ValueError, match=r"^gs://a/b: gs:// needs gcsfs, which is not installed: pip install 'simclr_jax\[gcs\]'$"
+  ):
+    files.absolute("gs://a/b")
+
+
 def test_names_that_are_not_utf8_keep_their_bytes(place):
   path = files.absolute(place) / "names.txt"
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -597,7 +597,7 @@ def test_the_image_holds_the_package_and_runs_it_without_root(tmp_path):
     tuple, verbs
   )
   (install,) = (rest for verb, rest in verbs if verb == "RUN")
-  assert '--constraint requirements-lock.txt ".[${ACCELERATOR}]"' in install
+  assert '--constraint requirements-lock.txt ".[${ACCELERATOR},gcs]"' in install
   for verb, rest in verbs:
     if verb == "COPY":
       *sources, target = rest.split()

@@ -1,12 +1,14 @@
 """Sharded sources."""
 
 import io
+import shutil
 import tarfile
 
+import bucket
 import numpy as np
 import pytest
 from images import encoded
-from test_stream import assert_same, crop_like, take
+from test_stream import crop_like, take
 
 from simclr_jax import data
 from simclr_jax.data import records, shards
@@ -166,12 +168,20 @@ def test_damaged_shards_are_refused_at_the_start(tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_remote_shards_go_through_tensorflow(tmp_path, monkeypatch):
-  """There is no bucket here: every path is taken for remote, so the same files are read the way gs:// is."""
-  folder = sharded("tfrecord", tmp_path)
-  local = data.open_source(f"tfrecord:{folder}")
-  expected = take(data.train_stream(local, crop_like, batch_size=10, seed=3), 3)
-  for module in (records, shards):
-    monkeypatch.setattr(module, "is_remote", lambda path: True)
-  remote = data.open_source(f"tfrecord:{folder}")
-  assert_same(take(data.train_stream(remote, crop_like, batch_size=10, seed=3), 3), expected)
+@pytest.mark.parametrize("kind", ["tfrecord", "webdataset"])
+def test_shards_in_a_bucket(kind, tmp_path):
+  """The same images as from a disk; and none of an object that was written anew since, whatever its size and time."""
+  folder = sharded(kind, tmp_path)
+  local = data.open_source(f"{kind}:{folder}")
+  shutil.copytree(folder, tmp_path / "buckets/mine/set")
+  with bucket.buckets(tmp_path / "buckets"):
+    remote = data.open_source(f"{kind}:gs://mine/set")
+    assert [remote.item(i) for i in range(len(remote))] == [local.item(i) for i in range(N)]
+    first, second = sorted((tmp_path / "buckets/mine/set").glob("part-*"))[:2]
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(data.BadImage, match="has been written anew since it was opened"):
+      remote.item(0)
+    remote.item(len(remote) - 1)
+    for other in ("folder", "files", "parquet", "array_record"):
+      with pytest.raises(ValueError, match=f"{other}: is read from this machine only; write a copy"):
+        data.open_source(f"{other}:gs://mine/set")

@@ -247,6 +247,14 @@ def test_the_owner_on_another_machine_is_known_by_its_signs_of_life(tmp_path, wh
       claim(run, resume=True)
 
 
+def test_a_sign_of_life_that_seemed_to_fail_is_not_another_owner():
+  """It may have been written, and the answer lost."""
+  text = json.dumps(lock._me() | {"beat": 0})
+  assert lock._is_same_owner(json.dumps(lock._me() | {"beat": 7}), text)
+  for other in ("", "{", "[]", json.dumps(lock._me() | {"process": 1, "beat": 0})):
+    assert not lock._is_same_owner(other, text)
+
+
 def test_a_run_that_was_taken_over_saves_nothing(tmp_path, monkeypatch):
   claim(tmp_path)
   monkeypatch.setitem(lock._lost, str(tmp_path / "LOCK"), "process 5 on node7")

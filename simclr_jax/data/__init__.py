@@ -24,16 +24,19 @@ from simclr_jax.data.sources import (
   first_readable,
   open_npz,
   skipped_text,
+  split_npz,
 )
 from simclr_jax.data.stream import Stream, eval_batches, in_memory, train_stream
 from simclr_jax.data.tfds import TfdsSource
+from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 __all__ = [
   "MAX_PIXELS", "AbstractSource", "ArrayRecordSource", "ArraySource", "BadImage", "FilesSource", "FolderSource", "Joined",
   "ParquetSource", "Selection", "Source", "Stream", "Subset", "TFRecordSource", "TfdsSource", "WebDatasetSource",
   "align", "class_balanced", "decode", "draws", "eval_batches", "example_seeds", "first_readable", "in_memory", "jpeg_header", "labeled",
-  "make_labels", "match_classes", "open_source", "permutation", "significant_bits", "skipped_text", "sniff", "train_stream",
+  "make_labels", "match_classes", "open_source", "permutation", "significant_bits", "skipped_text", "sniff", "split_npz",
+  "train_stream",
 ]  # fmt: skip
 SPECS = (
   "fashion:SPLIT, textures:SPLIT, textures64:SPLIT, npz:FILE[:SPLIT], folder:PATH, files:PATH,"
@@ -76,6 +79,11 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
   }
   if not rest or kind not in openers:
     raise UserError(f"{spec!r} is not a data set: use {SPECS}")
+  if files.is_remote(rest) and kind in ("folder", "files", "array_record", "parquet"):
+    raise UserError(
+      f"{spec}: {kind}: is read from this machine only; write a copy into the bucket once, with simclr data prepare "
+      f"{kind}:PATH --output=gs://BUCKET/NAME, and name it as tfrecord:gs://BUCKET/NAME"
+    )
   return openers[kind](rest)
 
 

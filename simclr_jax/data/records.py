@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from etils import epath
 
 from simclr_jax.data.crc import masked_crc, masked_crcs
 from simclr_jax.data.decode import MAX_BYTES, BadImage, one_line
@@ -18,38 +17,24 @@ from simclr_jax.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-CACHE_VERSION = 2  # of what is kept
+CACHE_VERSION = 3  # of what is kept
 
 
 class ReadError(BadImage):
   """Bytes cannot be read, now; the record may be good."""
 
 
-def is_remote(path: str) -> bool:
-  """True for gs://bucket/... and the like, which TensorFlow reads and the operating system does not."""
-  return "://" in path
-
-
-def read_range(path: str, offset: int, length: int) -> bytes:
-  """`length` bytes of a file from byte `offset` on; raises ReadError where the file is gone, cut off or unreadable.
+def read_range(path: str, offset: int, length: int, seen: tuple) -> bytes:
+  """`length` bytes of a file from byte `offset` on; raises ReadError where the file is gone, cut off or unreadable, or is in
+  a bucket and another than when it was of the version `seen`.
 
   More than an image can take, as a sparse file may have, is a BadImage.
   """
   if length > MAX_BYTES:
     raise BadImage(f"{length:,} bytes, above the limit of {MAX_BYTES:,} for an image")
   try:
-    if is_remote(path):
-      with epath.Path(path).open("rb") as file:
-        file.seek(offset)
-        data = file.read(length)
-    else:
-      # Opened anew each time: a set may have more shards than a process may have open files.
-      file = os.open(path, os.O_RDONLY)
-      try:
-        data = os.pread(file, length, offset)
-      finally:
-        os.close(file)
-  except Exception as error:  # OSError, and what TensorFlow's file systems raise
+    data = files.read_part(path, offset, length, seen)
+  except OSError as error:
     raise ReadError(f"{path}: {getattr(error, 'strerror', None) or one_line(error)}") from error
   if len(data) != length:
     raise ReadError(f"{path}: ends after {offset + len(data)} bytes, {offset + length} were there before")
@@ -58,7 +43,7 @@ def read_range(path: str, offset: int, length: int) -> bytes:
 
 def open_shard(path: str):
   """A shard, opened for hopping through it: unbuffered where it is local."""
-  return epath.Path(path).open("rb") if is_remote(path) else open(path, "rb", buffering=0)
+  return files.absolute(path).open("rb") if files.is_remote(path) else open(path, "rb", buffering=0)
 
 
 def refuse_gzip(path: str, file):
@@ -71,9 +56,9 @@ def refuse_gzip(path: str, file):
   file.seek(0)
 
 
-def read_record(path: str, offset: int, length: int) -> bytes:
+def read_record(path: str, offset: int, length: int, seen: tuple) -> bytes:
   """The payload of a TFRecord record; raises BadImage where its checksum is another's, and ReadError as `read_range`."""
-  stored = read_range(path, offset, length + 4)
+  stored = read_range(path, offset, length + 4, seen)
   data, checksum = stored[:length], int.from_bytes(stored[length:], "little")
   if masked_crc(data) != checksum:
     raise BadImage(f"{path}: the record at byte {offset} is damaged (its checksum does not match)")
@@ -107,7 +92,7 @@ def scan_tfrecords(shards: Sequence[str]) -> dict[str, np.ndarray]:
           refuse_gzip(path, file)
     except UserError:
       raise
-    except Exception as error:  # OSError, a short read, and what TensorFlow's file systems raise
+    except Exception as error:  # OSError, a short read
       raise UserError(f"{path}: cannot be read ({one_line(error)}); try again when it is readable") from error
     if len(wrong) or at != size:
       at = places[wrong[0]] if len(wrong) else places[-1] if at > size else at
@@ -122,16 +107,20 @@ def scan_tfrecords(shards: Sequence[str]) -> dict[str, np.ndarray]:
   }
 
 
-def cache_file(spec: str, shards: Sequence[str]) -> pathlib.Path:
-  try:
-    facts = [CACHE_VERSION]
-    for path in shards:
-      status = epath.Path(path).stat() if is_remote(path) else os.stat(path)
-      facts.append(
-        (path, status.length, status.mtime) if is_remote(path) else (path, status.st_size, status.st_mtime_ns)
-      )
-  except OSError as error:
-    raise UserError(f"{spec}: cannot read the shard {error.filename} ({error.strerror}); prepare it again") from error
+def versions(spec: str, shards: Sequence[str]) -> list[tuple]:
+  """`files.version` of every shard."""
+  found = []
+  for path in shards:
+    try:
+      found.append(files.version(path))
+    except OSError as error:
+      raise UserError(f"{spec}: cannot read the shard {path} ({one_line(error)}); prepare it again") from error
+  return found
+
+
+def cache_file(shards: Sequence[str], seen: Sequence[tuple]) -> pathlib.Path:
+  """Where the facts about shards of these versions are kept."""
+  facts = [CACHE_VERSION, *zip(shards, seen, strict=True)]
   return files.user_cache() / f"tfrecord-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.npz"
 
 

@@ -14,14 +14,13 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from etils import epath
 
+from simclr_jax.data.crc import masked_crc
 from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage, is_junk, one_line
 from simclr_jax.data.labels import make_labels
 from simclr_jax.data.records import (
   ReadError,
   cache_file,
-  is_remote,
   load_cache,
   open_shard,
   plain_label,
@@ -31,6 +30,7 @@ from simclr_jax.data.records import (
   refuse_gzip,
   save_cache,
   scan_tfrecords,
+  versions,
 )
 from simclr_jax.data.sources import Source, say_once, skipped_text
 from simclr_jax.runtime import files
@@ -47,7 +47,7 @@ def find(kind: str, rest: str, suffixes: Sequence[str]) -> list[str]:
   Raises:
     ValueError: there are none.
   """
-  path = epath.Path(os.path.expanduser(rest) if is_remote(rest) else os.path.abspath(os.path.expanduser(rest)))
+  path = files.expanded(rest)
   if path.is_dir():
     ending = re.compile("(" + "|".join(re.escape(suffix) for suffix in suffixes) + r")(-\d+-of-\d+)?$")
     found = [p for p in path.iterdir() if ending.search(p.name)]
@@ -67,7 +67,8 @@ class ShardSource(Source):
   def __init__(self, kind: str, rest: str, suffixes: Sequence[str], scan: Callable[[Sequence[str]], dict]):
     self._spec, self._shards = f"{kind}:{rest}", find(kind, rest, suffixes)
     self._lock, self._made = threading.Lock(), None
-    self._cache = cache_file(self._spec, self._shards)
+    self._seen = versions(self._spec, self._shards)
+    self._cache = cache_file(self._shards, self._seen)
     self._facts = load_cache(self._cache)
     if self._facts is None:
       self._facts = scan(self._shards)
@@ -103,7 +104,7 @@ class ShardSource(Source):
 
   def _known_names(self) -> Sequence[str]:
     """The names of the classes, where the set says them."""
-    listed = epath.Path(self._shards[0]).parent / CLASSES
+    listed = files.absolute(self._shards[0]).parent / CLASSES
     return json.loads(files.read_text(listed)) if listed.exists() else ()
 
   def _read_labels(self) -> np.ndarray:
@@ -163,7 +164,7 @@ class TFRecordSource(_Examples):
 
   def _where(self, i):
     shard, offset, length = (int(self._facts[key][i]) for key in ("shard", "offset", "length"))
-    return self._shards[shard], offset, length
+    return self._shards[shard], offset, length, self._seen[shard]
 
 
 class ArrayRecordSource(_Examples):
@@ -219,7 +220,7 @@ class WebDatasetSource(ShardSource):
 
   def _record(self, i):
     shard, offset, length = (int(self._facts[key][i]) for key in ("shard", "offset", "length"))
-    return read_range(self._shards[shard], offset, length), self._facts["label"][i]
+    return read_range(self._shards[shard], offset, length, self._seen[shard]), self._facts["label"][i]
 
 
 def _scan_tars(spec, shards):
@@ -334,7 +335,10 @@ class ParquetSource(ShardSource):
 
 
 def write_tfrecord(path: str, items) -> int:
-  """Writes (image bytes, label or -1, name) as tf.train.Example records, whole or not at all; returns their number."""
+  """Writes (image bytes, label or -1, name) as tf.train.Example records, whole or not at all; returns their number.
+
+  A shard is held in memory: TensorFlow's writer knows another way into a bucket than what reads it.
+  """
   import tensorflow as tf
 
   def feature(value):
@@ -342,13 +346,13 @@ def write_tfrecord(path: str, items) -> int:
       return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
     return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
 
-  count, temporary = 0, f"{path}.partial"
-  with tf.io.TFRecordWriter(temporary) as writer:
-    for image, label, name in items:
-      features = {"image/encoded": feature(image), "image/filename": feature(name.encode("utf-8", "surrogateescape"))}
-      if label >= 0:
-        features["image/class/label"] = feature(int(label))
-      writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
-      count += 1
-  os.replace(temporary, path)
-  return count
+  parts = []
+  for image, label, name in items:
+    features = {"image/encoded": feature(image), "image/filename": feature(name.encode("utf-8", "surrogateescape"))}
+    if label >= 0:
+      features["image/class/label"] = feature(int(label))
+    record = tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+    length = len(record).to_bytes(8, "little")
+    parts += [length, masked_crc(length).to_bytes(4, "little"), record, masked_crc(record).to_bytes(4, "little")]
+  files.write_bytes(path, b"".join(parts))
+  return len(parts) // 4

@@ -331,16 +331,25 @@ def class_balanced(labels, fraction: float, seed: int) -> np.ndarray:
   return np.sort(np.concatenate(chosen))
 
 
+def split_npz(rest: str) -> tuple[str, str]:
+  """(path, split or "") of what stands behind npz:, FILE or FILE:SPLIT."""
+  bucket, place, name = rest.rpartition("://")
+  path, colon, split = name.rpartition(":")
+  if not colon or files.expanded(rest).exists():
+    return rest, ""
+  return f"{bucket}{place}{path}", split
+
+
 def open_npz(rest: str) -> ArraySource:
-  path, split = (rest, "") if os.path.exists(rest) or ":" not in rest else rest.rsplit(":", 1)
-  if not os.path.isfile(path):
-    raise UserError(f"npz:{rest}: there is no file {os.path.abspath(path)}; give the path of an .npz file")
+  path, split = split_npz(rest)
+  if not files.expanded(path).is_file():
+    raise UserError(f"npz:{rest}: there is no file {files.expanded(path)}; give the path of an .npz file")
   images_keys, labels_keys = (("images", "x"), ("labels", "y"))
   if split:
     images_keys = (f"{split}_images", f"{split}_x", f"images_{split}", f"x_{split}")
     labels_keys = (f"{split}_labels", f"{split}_y", f"labels_{split}", f"y_{split}")
   try:
-    with np.load(path, allow_pickle=False) as arrays:
+    with files.local(os.path.expanduser(path)) as local, np.load(local, allow_pickle=False) as arrays:
       present = list(arrays.keys())
       image_key = next((key for key in images_keys if key in present), None)
       label_key = next((key for key in labels_keys if key in present), None)

@@ -4,12 +4,20 @@ import functools
 import os
 
 import numpy as np
-from etils import epath
 
 from simclr_jax.data.decode import BadImage
 from simclr_jax.data.labels import make_labels
-from simclr_jax.data.records import cache_file, load_cache, read_labels, read_record, save_cache, scan_tfrecords
+from simclr_jax.data.records import (
+  cache_file,
+  load_cache,
+  read_labels,
+  read_record,
+  save_cache,
+  scan_tfrecords,
+  versions,
+)
 from simclr_jax.data.sources import SAMPLE, Source, spread
+from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 
@@ -29,7 +37,7 @@ class TfdsSource(Source):
 
     name, _, split = rest.partition(":")
     spec = f"tfds:{rest}"
-    root = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     builder = tfds.builder_from_directory(_prepared_folder(spec, name, root))
     info = builder.info
     if info.file_format is not tfds.core.FileFormat.TFRECORD:
@@ -52,7 +60,8 @@ class TfdsSource(Source):
     self._title = f"tfds:{name}:{split or 'train'}"
     self._shards = [os.fspath(instruction.filename) for instruction in instructions]
     # Offsets and lengths of whole shards are what is cached; a slice of the split is a view of them.
-    self._cache = cache_file(spec, self._shards)
+    self._seen = versions(spec, self._shards)
+    self._cache = cache_file(self._shards, self._seen)
     offsets = load_cache(self._cache)
     if offsets is None:
       offsets = scan_tfrecords(self._shards)
@@ -147,12 +156,12 @@ class TfdsSource(Source):
 
   def _bytes(self, row):
     shard, offset, length = (int(self._offsets[key][row]) for key in ("shard", "offset", "length"))
-    return read_record(self._shards[shard], offset, length)
+    return read_record(self._shards[shard], offset, length, self._seen[shard])
 
 
 def _prepared_folder(spec: str, name: str, root: str) -> str:
   """The folder of the newest version of the set `name` (name, name/config or with a version) below `root`."""
-  base = epath.Path(root) / name
+  base = files.expanded(root) / name
   found = sorted(path.parent for below in ("", "*/", "*/*/") for path in base.glob(f"{below}dataset_info.json"))
   if not found:
     raise UserError(

@@ -11,7 +11,6 @@ import os
 import time
 
 import numpy as np
-from etils import epath
 
 from simclr_jax import data
 from simclr_jax.data import shards
@@ -138,7 +137,9 @@ def _contact_sheet(path, pictures, side=96, columns=8):
     small = Image.fromarray(pixels)
     small.thumbnail((side - 4, side - 4))
     sheet.paste(small, (k % columns * side + 2, k // columns * side + 2))
-  sheet.save(path, "PNG")
+  buffer = io.BytesIO()
+  sheet.save(buffer, "PNG")
+  files.write_bytes(path, buffer.getvalue())
 
 
 # ---- prepare ---------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def prepare(
     ValueError: the folder holds the shards of other settings.
   """
   source = data.open_source(spec, data_dir=data_dir)
-  folder = epath.Path(os.path.abspath(os.path.expanduser(output)))
+  folder = files.expanded(output)
   plan = folder / "prepare.json"
   if (
     folder.exists()
@@ -176,8 +177,8 @@ def prepare(
   settings = {
     "spec": spec, "images": len(source), "images_per_shard": images_per_shard, "short_side": short_side
   }  # fmt: skip
-  if plan.exists() and json.loads(plan.read_text()) != settings:
-    raise UserError(f"{folder} holds shards of other settings ({plan.read_text()}); use another --output")
+  if plan.exists() and json.loads(files.read_text(plan)) != settings:
+    raise UserError(f"{folder} holds shards of other settings ({files.read_text(plan)}); use another --output")
   files.write_text(plan, json.dumps(settings))
   if source.num_classes:
     files.write_text(folder / shards.CLASSES, json.dumps(list(source.class_names)))
@@ -214,9 +215,9 @@ def prepare(
             "shards that are there"
           ) from None
         _progress(k + 1, count, began, "shard")
-      written += len(mine) - len(unreadable.read_text().splitlines())
+      written += len(mine) - len(files.read_text(unreadable).splitlines())
   lists = sorted(folder.glob("unreadable-*.txt"))
-  bad = "".join(path.read_text() for path in lists)
+  bad = "".join(map(files.read_text, lists))
   files.write_text(folder / "unreadable.txt", bad)
   print(f"{written:,} images in {count:,} shards, {len(bad.splitlines()):,} unreadable ones listed in unreadable.txt")
   print(f"train on them with --config.data.train=tfrecord:{folder}")

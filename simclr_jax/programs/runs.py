@@ -1,9 +1,9 @@
 """`simclr runs DIR`: a comparison of the runs below a folder."""
 
+import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 import urllib.parse
 
 from simclr_jax import report
@@ -45,17 +45,28 @@ class RunSummary:
 
 def find(folder) -> list[RunSummary]:
   """Every run in or below a folder, sorted by name."""
-  found = []
-  for path, folders, names in os.walk(folder):
-    folders[:] = sorted(name for name in folders if name not in INSIDE_A_RUN and not name.startswith("."))
-    if "config.json" in names:
-      where, name = pathlib.Path(path), os.path.relpath(path, folder)
+  folder, found = files.absolute(folder), []
+
+  def look(path):
+    if (path / "config.json").exists():
+      name = "." if path == folder else str(path.relative_to(folder))
       try:
-        found.append(open_run(where, name))
+        found.append(open_run(path, name))
       except Exception as error:  # whatever a damaged file leads to: the other runs are shown
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         found.append(RunSummary(name, "", "", {}, 0, 0, False, 0.0, {}, "", [], damaged=(why,)))
+    with contextlib.suppress(PermissionError):
+      for below in sorted(path.iterdir()):
+        if below.name not in INSIDE_A_RUN and not below.name.startswith(".") and _is_folder(below):
+          look(below)
+
+  look(folder)
   return found
+
+
+def _is_folder(path) -> bool:
+  """Links are not followed, for they may lead back."""
+  return path.is_dir() and (files.is_remote(path) or not os.path.islink(path))
 
 
 def _json(path, damaged: list) -> dict:
@@ -72,7 +83,7 @@ def _json(path, damaged: list) -> dict:
   return found
 
 
-def open_run(path: pathlib.Path, name: str) -> RunSummary:
+def open_run(path, name: str) -> RunSummary:
   """What the folder of a run says about it; whatever is missing or truncated is left out."""
   damaged = []
   config, about, scores = (_json(path / f"{file}.json", damaged) for file in ("config", "run", "scores"))
@@ -134,7 +145,7 @@ def run(folder, output=None) -> list[RunSummary]:
   Raises:
     ValueError: no run in or below the folder.
   """
-  if not os.path.isdir(folder):
+  if not files.absolute(folder).is_dir():
     raise UserError(f"{folder} is not a folder: name one with runs in it")
   runs = find(folder)
   if not runs:
@@ -148,11 +159,11 @@ def run(folder, output=None) -> list[RunSummary]:
   if len(runs) > 1 and different:
     print(f"\nconfigs, where they differ from {runs[0].name}")
     print("\n".join(f"{one.name}  {_against(different, i)}" for i, one in enumerate(runs) if i))
-  page = pathlib.Path(output or os.path.join(folder, "runs.html"))
+  page = files.absolute(output or os.path.join(folder, "runs.html"))
   histories = {one.name: one.history for one in runs}
   report.write_runs(
     page,
-    title=f"Runs in {os.path.basename(os.path.abspath(folder))}",
+    title=f"Runs in {files.absolute(folder).name}",
     summary=f"{len(runs):,} runs, {sum(one.complete for one in runs):,} of them complete.",
     runs=(head, [[_linked(name, folder, page), *cells] for name, *cells in rows]),
     numeric=(2, *range(4, len(head) - 1)),
@@ -176,8 +187,10 @@ def _shown(value):
 
 def _linked(name, folder, page):
   """The name of a run as a cell of the table: a link to its page, if it has one."""
-  path = os.path.join(folder, name, "report.html")
-  if not os.path.exists(path):
+  path = files.absolute(folder) / name / "report.html"
+  if not path.exists():
+    return name
+  if files.is_remote(path) != files.is_remote(page):  # there is no way from the one to the other
     return name
   return report.Link(name, urllib.parse.quote(os.fsencode(os.path.relpath(path, page.parent))))
 

@@ -4,6 +4,7 @@ import os
 
 from etils import epath
 
+from simclr_jax import data
 from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime.errors import UserError
 
@@ -28,9 +29,9 @@ def claim(workdir, *, resume: bool, overwrite: bool, specs=(), starts=(), writes
       raise UserError(
         f"--workdir={workdir} --overwrite would delete {start}, which this starts from: name another folder"
       )
-  data = [path for spec in specs for path in paths(spec)]
+  of_data = [path for spec in specs for path in paths(spec)]
   return checkpoint.claim_workdir(
-    str(workdir), resume=resume, overwrite=overwrite, writes=(*WRITES, *writes), data=data
+    str(workdir), resume=resume, overwrite=overwrite, writes=(*WRITES, *writes), data=of_data
   )
 
 
@@ -39,7 +40,4 @@ def paths(spec: str) -> list[str]:
   kind, _, rest = spec.partition(":")
   if kind not in ON_DISK:
     return []
-  rest = os.path.expanduser(rest)
-  if kind == "npz" and not epath.Path(rest).exists() and ":" in rest:
-    rest = rest.rpartition(":")[0]  # FILE:SPLIT
-  return [rest]
+  return [os.path.expanduser(data.split_npz(rest)[0] if kind == "npz" else rest)]

@@ -84,6 +84,9 @@ def _claim(workdir, resume, overwrite, writes, data):
   try:
     path.mkdir(parents=True, exist_ok=True)
     lock.take(path)
+    if files.is_remote(path):  # what may be written there and not deleted is found out now, not with the first old step
+      lock.release(path)
+      lock.take(path)
     if overwrite:
       _empty_workdir(path, names)
     (path / "COMPLETE").unlink(missing_ok=True)  # of the run before, which goes on
@@ -223,8 +226,7 @@ def _newest_complete(workdir) -> int | None:
       aside = files.absolute(workdir) / "damaged"
       aside.mkdir(exist_ok=True)
       target = next(t for n in range(1000) if not (t := aside / f"{step}.{n}").exists())
-      # Where checkpoints/ is a link to another disk, a folder is not renamed but copied.
-      path.rename(target) if files.is_remote(path) else shutil.move(path, target)
+      files.move(path, target)  # where checkpoints/ is a link to another disk, a folder is not renamed but copied
       print(f"checkpoint of step {step} skipped: {why}; moved to {target}", flush=True)
   return None
 
@@ -252,6 +254,8 @@ class Checkpoints:
     self._thread, self._failure = threading.Thread(), None  # what finishes it, and why that failed
     # Old steps are deleted here, once the new one is sealed, and not by Orbax, before.
     options = ocp.CheckpointManagerOptions(max_to_keep=None, create=True, cleanup_tmp_directories=True)
+    if files.is_remote(workdir):
+      files.check_bucket(self._folder)
     self._manager = ocp.CheckpointManager(self._folder, options=options)
 
   @property

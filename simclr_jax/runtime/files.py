@@ -1,19 +1,33 @@
 """Files on a local disk or in a bucket (gs://): written whole or not at all, by everything in this package that writes.
 
 `pathlib` turns gs://bucket/x into the relative path gs:/bucket/x, so a path that a user gave goes through `absolute`.
+One client reads and writes what is in a bucket, `runtime/gcs.py`, for epath and for Orbax's metadata too; Orbax's arrays go
+through tensorstore.
 """
 
 import contextlib
+import functools
 import hashlib
+import importlib.util
 import os
 import pathlib
 import shutil
 import tempfile
 import unicodedata
 
+import fsspec
 from etils import epath
 
 from simclr_jax.runtime.errors import UserError
+
+# epath asks for the first when it opens its first path, tensorstore for the others with its first request.
+for _name, _value in {
+  "EPATH_USE_TF": "false",  # TensorFlow's file system has no conditional writes, and takes seconds to import
+  "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "60",  # or a request that is never answered is waited for forever
+  "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}.items():
+  os.environ.setdefault(_name, _value)
+fsspec.register_implementation("gcs", "simclr_jax.runtime.gcs.FileSystem", clobber=True)
 
 
 def is_remote(path) -> bool:
@@ -21,8 +35,33 @@ def is_remote(path) -> bool:
 
 
 def absolute(path) -> epath.Path:
-  """The absolute path; one in a bucket is absolute already."""
-  return epath.Path(path if is_remote(path) else os.path.abspath(path))
+  """The absolute path; one in a bucket is absolute already.
+
+  Raises:
+    UserError: it is on the web or in a cloud, and not in a bucket that can be read here.
+  """
+  if not is_remote(path):
+    return epath.Path(os.path.abspath(path))
+  if not os.fspath(path).startswith("gs://"):
+    raise UserError(f"{os.fspath(path)}: expected a path on this machine, or gs://BUCKET/NAME")
+  if not _has_gcsfs():
+    raise UserError(f"{os.fspath(path)}: gs:// needs gcsfs, which is not installed: pip install 'simclr_jax[gcs]'")
+  return epath.Path(path)
+
+
+def expanded(path) -> epath.Path:
+  """`absolute` of a path that may begin with ~."""
+  return absolute(os.path.expanduser(path))
+
+
+@functools.cache
+def _has_gcsfs() -> bool:
+  return importlib.util.find_spec("gcsfs") is not None
+
+
+def _bucket():
+  """The client that epath uses; fsspec keeps one of these arguments."""
+  return fsspec.filesystem("gcs", finalize_on_close=True)
 
 
 def printable(name: str) -> str:
@@ -39,11 +78,19 @@ def _escape(c: str) -> str:
   return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
 
 
+def check_bucket(path):
+  """Raises UserError where a bucket itself may not be looked at, which Orbax does, but not before a run resumes."""
+  try:
+    _bucket().look_at_bucket(os.fspath(path))
+  except OSError as error:
+    raise UserError(f"{path}: the bucket cannot be looked at ({error}); Orbax needs storage.buckets.get") from None
+
+
 def write_bytes(path, content: bytes):
   """Writes a whole file or nothing, in the place of the one that is there."""
   path = absolute(path)
   if is_remote(path):  # an object appears when its upload is complete, while renaming one copies it
-    path.write_bytes(content)
+    _bucket().pipe_file(os.fspath(path), content)
     return
   temporary = f"{path.parent}/.{path.name}.{os.getpid()}.tmp"  # other processes may be writing the same file
   try:
@@ -65,7 +112,13 @@ def write_text(path, text: str):
 
 def read_text(path) -> str:
   """What `write_text` wrote."""
-  return absolute(path).read_bytes().decode("utf-8", "surrogateescape")
+  return read_bytes(path).decode("utf-8", "surrogateescape")
+
+
+def read_bytes(path) -> bytes:
+  """A whole file; of a bucket in one request."""
+  path = absolute(path)
+  return _bucket().cat_file(os.fspath(path)) if is_remote(path) else path.read_bytes()
 
 
 def write_sealed(path, text: str):
@@ -95,7 +148,7 @@ def read_sealed(path) -> str:
     return read_text(path)
   if not path.exists():
     raise UserError(f"{path} is missing, although its seal {seal.name} is there: restore it from a copy")
-  content = path.read_bytes()
+  content = read_bytes(path)
   if hashlib.sha256(content).hexdigest() not in read_text(seal).split():
     raise UserError(
       f"{path} is damaged: its SHA-256 is not the one in {seal.name}; restore it from a copy, or delete {seal.name} if "
@@ -111,21 +164,86 @@ def _seal_of(path):
 def create_text(path, text: str) -> bool:
   """Writes a file that nobody else has: whether it was not there before.
 
-  On a local disk exactly one of several processes succeeds.  A bucket has no such operation behind this interface: the
-  file is written where none is, and read again, so of two processes within the same moment the later one succeeds.
+  Exactly one of several processes succeeds, provided that each writes a text of its own.
   """
   path = absolute(path)
   if is_remote(path):
-    if path.exists():
+    try:
+      _bucket().pipe_file(os.fspath(path), text.encode("utf-8", "surrogateescape"), mode="create")
+      return True
+    except FileExistsError:
+      # It is this process's own where the answer to the first try was lost, and the request sent again.
+      with contextlib.suppress(FileNotFoundError):
+        return read_text(path) == text
       return False
-    write_text(path, text)
-    return read_text(path) == text
   try:
     with open(path, "x", encoding="utf-8", errors="surrogateescape") as file:
       file.write(text)
   except FileExistsError:
     return False
   return True
+
+
+def remove_text(path, text: str):
+  """Removes the file with this content, and none that somebody else has written in its place in the meantime."""
+  path = absolute(path)
+  if is_remote(path):
+    with contextlib.suppress(FileNotFoundError, FileExistsError):
+      generation = _bucket().info(os.fspath(path))["generation"]
+      if read_text(path) == text:
+        _bucket().remove_generation(os.fspath(path), generation)
+    return
+  aside = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    path.rename(aside)
+  except OSError:  # another process was faster
+    return
+  if (found := read_text(aside)) != text:
+    create_text(path, found)
+  aside.unlink(missing_ok=True)
+
+
+def move(path, target):
+  """Gives a folder another name, on another disk too; in a bucket its files are copied one by one, and then deleted."""
+  if is_remote(path):
+    _bucket().mv(os.fspath(path), os.fspath(target), recursive=True)
+  else:
+    shutil.move(path, target)
+
+
+def version(path) -> tuple:
+  """What changes when a file is written anew: its size, and the time or, in a bucket, the generation.
+
+  Raises:
+    OSError: there is none.
+  """
+  if is_remote(path):
+    found = _bucket().info(os.fspath(path))
+    return found["size"], found["generation"]
+  status = os.stat(path)
+  return status.st_size, status.st_mtime_ns
+
+
+def read_part(path: str, begin: int, length: int, seen: tuple) -> bytes:
+  """`length` bytes of a file from byte `begin` on; fewer where it ends before.
+
+  Args:
+    seen: its `version` when what lies there was found out.
+
+  Raises:
+    OSError: it is gone or cannot be read; or it is in a bucket, where this costs no request, and was written anew since.
+  """
+  if is_remote(path):
+    try:
+      return _bucket().read_part(path, begin, length, seen[1])
+    except FileExistsError:
+      raise OSError("has been written anew since it was opened") from None
+  # Opened anew each time: a set may have more shards than a process may have open files.
+  file = os.open(path, os.O_RDONLY)
+  try:
+    return os.pread(file, length, begin)
+  finally:
+    os.close(file)
 
 
 def disk_is_full(error, path) -> bool:

@@ -15,7 +15,7 @@ NAME = "LOCK"
 BEAT = 10.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without one, after which an owner on another machine counts as dead
 
-_held = {}  # path of a lock of this process -> its text; kept up to date by one thread
+_held = {}  # path of a lock of this process -> the text it was taken with
 _lost = {}  # path of a lock that was taken over -> who has it
 _guard = threading.Lock()
 
@@ -49,7 +49,7 @@ def release(workdir):
   path = _of(workdir)
   with _guard:
     text = _held.pop(str(path), None)
-    if text is not None and _read(path) == text:
+    if text is not None and _is_same_owner(_read(path), text):
       path.unlink(missing_ok=True)
 
 
@@ -107,7 +107,7 @@ def _wait_for_the_end(path):
   if not first:  # just made or given back; one that stays empty is of a process that was killed while it made it
     time.sleep(1.0)
     if not _read(path):
-      _remove(path, "")
+      files.remove_text(path, "")
     return
   try:
     owner = json.loads(first)
@@ -127,19 +127,7 @@ def _wait_for_the_end(path):
       f"{os.path.dirname(path)} is in use by process {process} on {host}, started {started}: wait for that run, stop it, "
       "or name another folder"
     )
-  _remove(path, first)
-
-
-def _remove(path, text: str):
-  """Removes the lock with this content, and none that somebody else has taken in the meantime."""
-  aside = path.with_name(f".{NAME}.{os.getpid()}")
-  try:
-    path.rename(aside)
-  except OSError:  # another process was faster
-    return
-  if (found := _read(aside)) != text:
-    files.create_text(path, found)
-  aside.unlink(missing_ok=True)
+  files.remove_text(path, first)
 
 
 def _renew():
@@ -149,16 +137,22 @@ def _renew():
     beat += 1
     with _guard:
       for path, text in list(_held.items()):
-        try:
-          found = _read(files.absolute(path))
-          if found == text:
-            _held[path] = json.dumps({**json.loads(text), "beat": beat})
-            files.write_text(path, _held[path])
-          elif found:
-            _lost[path] = _owner(found)
-            del _held[path]
-        except OSError:  # a full disk, or a network file system that is away for a moment
-          _held[path] = text
+        found = _read(files.absolute(path))
+        if _is_same_owner(found, text):
+          with contextlib.suppress(OSError):  # a full disk, or a file system or bucket that is away for a moment
+            files.write_text(path, json.dumps({**json.loads(text), "beat": beat}))
+        elif found:
+          _lost[path] = _owner(found)
+          del _held[path]
+
+
+def _is_same_owner(found: str, text: str) -> bool:
+  """Whether two texts of a lock differ in the sign of life at most: one may be there whose writing seemed to fail."""
+  try:
+    one, other = ({**json.loads(one), "beat": None} for one in (found, text))
+  except (ValueError, TypeError):  # damaged
+    return False
+  return one == other
 
 
 def _owner(text) -> str:

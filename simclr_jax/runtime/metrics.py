@@ -77,8 +77,9 @@ class _Board:
     folder = files.absolute(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{next(self._count)}.v2"
-    self._closing = contextlib.ExitStack()  # in a bucket epath opens a file as a context only
-    self._records = RecordWriter(self._closing.enter_context((folder / name).open("wb")))
+    self._path = folder / name
+    self._file = io.BytesIO() if files.is_remote(folder) else open(self._path, "wb")  # objects cannot grow
+    self._records = RecordWriter(self._file)
     self._write(file_version="brain.Event:2")
 
   def _write(self, **event):
@@ -88,6 +89,8 @@ class _Board:
     event = data_compat.migrate_event(event_pb2.Event(wall_time=time.time(), **event))  # pyright: ignore
     self._records.write(event.SerializeToString())
     self._records.flush()
+    if isinstance(self._file, io.BytesIO):
+      files.write_bytes(self._path, self._file.getvalue())
 
   def add(self, step: int, *values: dict):
     """`values` are the fields of a Summary.Value each."""
@@ -98,7 +101,7 @@ class _Board:
     self._write(step=step + 1, session_log={"status": 1})  # SessionLog.START
 
   def close(self):
-    self._closing.close()
+    self._file.close()
 
 
 def _wandb_run(workdir, project: str):
