@@ -1,6 +1,11 @@
 """simclr time: real steps on what is here, and what is advised of any measurement."""
 
 import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -13,6 +18,8 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import plan, pretrain, timing
 from simclr_jax.runtime import aot
 from simclr_jax.runtime import mesh as mesh_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -108,6 +115,29 @@ def test_estimates_stand_beside_what_was_measured_on_a_tpu():
   assert "measured/estimate" in text and " 1.5" in text and "30 (29-40)" in text
   resident = row("A", 1000, **times, estimated_seconds=None) | {"pipeline_images_per_second": None}
   assert "estimate" not in timing.table([resident]) and " - " in timing.table([resident])
+
+
+@pytest.mark.slow
+def test_several_processes_time_together(tmp_path):
+  """As the workers of a pod: both make the same steps, and the first one speaks."""
+  values = {"data.train": tiny.npz(tmp_path / "tiny.npz"), "data.test": "", "batch_size": 16, "augment.size": 16}
+  values |= {"encoder.width": 0.0625, "projector.out_dim": 16}
+  values["augment.extra"] = (("sobel", 0.1),)  # not on the device: one program less to compile
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, "-m", "simclr_jax", "time", "--config=smoke", f"--json={tmp_path / 'time.json'}"]
+  command += [*(f"--config.{key}={value}" for key, value in values.items()), f"--coordinator=localhost:{port}"]
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+  pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+  both = [
+    subprocess.Popen([*command, "--num_processes=2", f"--process_id={i}"], env=environment, cwd=tmp_path, **pipes)
+    for i in range(2)
+  ]
+  said = [process.communicate(timeout=600) for process in both]
+  assert [process.returncode for process in both] == [0, 0], said
+  assert "advice      " in said[0][0] and "advice" not in said[1][0]
+  assert len(json.loads((tmp_path / "time.json").read_text())["rows"]) == 3
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

@@ -14,7 +14,7 @@ import numpy as np
 from simclr_jax import contrast, report
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import plan, pretrain, splits
-from simclr_jax.runtime import aot, files, loop, processes
+from simclr_jax.runtime import aot, files, loop, processes, watchdog
 from simclr_jax.runtime import mesh as mesh_lib
 
 STEPS, SECONDS = (
@@ -225,6 +225,7 @@ def run(config, *, packed: bool = False, json_file: str = "") -> dict:
   for changes, form in cases(config, mesh, packed=packed):
     what = plan.changes_text(changes) or (f"NT-Xent {form}" if form else "the recipe as it is")
     row = {"what": what, "changes": changes, "form": form}
+    watchdog.set_phase("compile")  # of several processes: every row may take as long as compiling a run's step
     try:
       step = Step(config_lib.replace(config, changes), source, mesh, form)
       rows.append(row | step.measure())
@@ -236,7 +237,7 @@ def run(config, *, packed: bool = False, json_file: str = "") -> dict:
     note(f"timed       {what}" + (f": not possible, {rows[-1]['refused']}" if "refused" in rows[-1] else ""))
   again = float(np.median(recipe.seconds())) if recipe else 0.0
   drift = abs(again / rows[0]["step_seconds"] - 1)
-  statistics = device.memory_stats() or {}
+  statistics = jax.local_devices()[0].memory_stats() or {}  # those of other processes cannot be asked
   result = {
     "device": device.device_kind,
     "devices": mesh.size,
