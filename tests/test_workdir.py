@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -253,6 +254,24 @@ def test_a_sign_of_life_that_seemed_to_fail_is_not_another_owner():
   assert lock._is_same_owner(json.dumps(lock._me() | {"beat": 7}), text)
   for other in ("", "{", "[]", json.dumps(lock._me() | {"process": 1, "beat": 0})):
     assert not lock._is_same_owner(other, text)
+
+
+def test_a_process_that_is_killed_while_it_makes_a_workdir_leaves_one_that_can_be_taken(tmp_path):
+  """At any moment: each of the files that it writes first may be there half, under its temporary name."""
+  for made in ([], ["LOCK"], ["RUN.sha256"], ["RUN.sha256", "RUN"]):
+    for half in (".RUN.sha256.4385.tmp", ".RUN.4385.tmp", ".LOCK.4385.tmp"):
+      for flags in ({}, {"resume": True}, {"overwrite": True}):
+        workdir = tmp_path / "run"
+        workdir.mkdir()
+        if "RUN" in made:
+          files.write_sealed(workdir / "RUN", "0" * 32)
+        elif "RUN.sha256" in made:
+          files.write_text(workdir / "RUN.sha256", "0" * 64)
+        (workdir / half).write_bytes(b"half")
+        claim(workdir, **flags)
+        assert checkpoint.run_id(workdir) and not (workdir / half).exists()
+        lock.release(workdir)
+        shutil.rmtree(workdir)
 
 
 def test_a_run_that_was_taken_over_saves_nothing(tmp_path, monkeypatch):

@@ -65,6 +65,8 @@ def _claim(workdir, resume, overwrite, writes, data):
   if path.exists() and not path.is_dir():
     raise UserError(f"--workdir={workdir} is a file: name a folder")
   names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+  left_behind = [name for name in names if files.is_left_behind(name)]
+  names = [name for name in names if name not in left_behind]
   filled = [name for name in names if name not in BEFORE_A_RUN]
   foreign = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in writes)]
   if filled and not (resume or overwrite):
@@ -87,6 +89,8 @@ def _claim(workdir, resume, overwrite, writes, data):
     if files.is_remote(path):  # what may be written there and not deleted is found out now, not with the first old step
       lock.release(path)
       lock.take(path)
+    for name in left_behind:
+      (path / name).unlink(missing_ok=True)
     if overwrite:
       _empty_workdir(path, names)
     (path / "COMPLETE").unlink(missing_ok=True)  # of the run before, which goes on

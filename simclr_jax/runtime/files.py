@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 import unicodedata
@@ -84,6 +85,11 @@ def check_bucket(path):
     _bucket().look_at_bucket(os.fspath(path))
   except OSError as error:
     raise UserError(f"{path}: the bucket cannot be looked at ({error}); Orbax needs storage.buckets.get") from None
+
+
+def is_left_behind(name: str) -> bool:
+  """Whether a file of this name is what `write_bytes` leaves where its process is killed."""
+  return bool(re.fullmatch(r"\..+\.\d+\.tmp", name))
 
 
 def write_bytes(path, content: bytes):
