@@ -301,12 +301,16 @@ import json, os, signal, sys
 from simclr_jax import __main__ as cli
 place, commands, kill_at = json.loads(sys.argv[1])
 if kill_at:
+  import time
   from simclr_jax import data
+  from simclr_jax.runtime import files
   original, calls = data.Stream.__next__, 0
   def counted(self):
     global calls
     calls += 1
     if calls == kill_at:
+      while not files.absolute(f"{{place}}/runs/a/checkpoints/2/manifest.json").exists():  # written in the background
+        time.sleep(0.1)
       os.kill(os.getpid(), signal.SIGKILL)
     return original(self)
   data.Stream.__next__ = counted
