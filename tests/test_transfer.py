@@ -92,7 +92,7 @@ def test_several_labels_of_a_prepared_set(tmp_path):
   """A set in the layout of TFDS voc/2007: difficult objects are neither positive nor negative."""
   tfds = pytest.importorskip("tensorflow_datasets")
 
-  with tfds.core.registered.skip_registering():  # TensorFlow Datasets has one of this name
+  with tfds.core.registered.skip_registration():  # TensorFlow Datasets has one of this name
 
     class Voc(tfds.core.GeneratorBasedBuilder):
       VERSION = tfds.core.Version("1.0.0")
