@@ -42,6 +42,8 @@ class Options:
   seed: int = 0
   config: str = "{}"
   data: str = ""
+  every: int = 1  # steps between two evaluations or saves, as a multiple of EVALUATE_EVERY and SAVE_EVERY
+  stalls: bool = False  # every hundredth batch comes up to ten seconds late
   flip_at: int = 0  # after this step a bit of its copy of the state is flipped
   output: str = ""  # the file that is its standard output, instead of its log
 
@@ -112,6 +114,8 @@ def child(workdir, events, port, count, index, options):
       time.sleep(0.02)
       if number + 1 == options.raise_at:
         raise OSError("no such disk")
+      if options.stalls and number % 100 == 50:
+        time.sleep(random.Random(number).uniform(0, 10))
       if number + 1 == options.hang_at:
         time.sleep(10_000)
       x = np.random.default_rng(number).standard_normal((ROWS, 64), np.float32)
@@ -133,7 +137,7 @@ def child(workdir, events, port, count, index, options):
       init=init,
       step=step,
       stream=stream,
-      evaluators={"knn": loop.Evaluator(evaluate, EVALUATE_EVERY)},
+      evaluators={"knn": loop.Evaluator(evaluate, EVALUATE_EVERY * options.every)},
       total_steps=options.steps,
       batch_size=ROWS,
       num_examples=100 * ROWS,
@@ -144,7 +148,7 @@ def child(workdir, events, port, count, index, options):
     with output.kept_going(print):
       state, _ = loop.run(
         task,
-        loop.LoopConfig(log_every=1, checkpoint_every=SAVE_EVERY, keep=options.keep),
+        loop.LoopConfig(log_every=1, checkpoint_every=SAVE_EVERY * options.every, keep=options.keep),
         mesh=mesh,
         workdir=workdir,
         config_json=options.config,
@@ -163,9 +167,12 @@ def child(workdir, events, port, count, index, options):
 
 
 class Run:
-  """The processes of a run, started from a server that has imported what they need; `options` are those of `victim`."""
+  """The processes of a run, started from a server that has imported what they need.
 
-  def __init__(self, workdir, processes=1, victim=0, **options):
+  `options` are those of `victim`, `shared` those of all of them.
+  """
+
+  def __init__(self, workdir, processes=1, victim=0, shared=(), **options):
     with socket.socket() as s:
       s.bind(("localhost", 0))
       port = s.getsockname()[1]
@@ -173,7 +180,7 @@ class Run:
     context = multiprocessing.get_context("forkserver")
     self.processes = []
     for i in range(processes):
-      mine = Options(**options if i == victim else {})
+      mine = Options(**dict(shared), **(options if i == victim else {}))
       arguments = (str(workdir), str(self.folder / f"{i}"), port, processes, i, mine)
       self.processes.append(context.Process(target=child, args=arguments, daemon=True))
       self.processes[-1].start()
@@ -477,6 +484,13 @@ def one_of_two_gets_sigterm(rng, workdir):
   return of_two(rng, workdir, lambda p: os.kill(p.pid, signal.SIGTERM), (42,))
 
 
+def stalls(workdir):
+  """(exit codes, what was said) of 1,000 steps of two processes, of which one waits for its data now and then."""
+  run = Run(workdir, 2, victim=1, shared={"steps": 1000, "every": 100}, stalls=True)
+  codes, _ = run.ended(timeout=600)
+  return codes, run.said()
+
+
 FAULTS = (
   *(killed_in_step, killed_in_save_or_delete, sigterm_in_start, sigterm_in_training, sigterm_in_evaluation),
   *(sighup_in_training, killed_before_the_seal, output_lost, second_run, folder_of_photos),
@@ -528,6 +542,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--rounds", type=int, default=13, help="of every kind of fault")
   parser.add_argument("--kinds", default="", help="those whose name contains this")
+  parser.add_argument("--stalls", action="store_true", help="only whether stalls of ten seconds are taken for hangs")
   parser.add_argument("--json", default="", help="file for one line a trial")
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
@@ -535,6 +550,10 @@ def main():
     import faults  # the same module under the name by which the server knows it
 
     faults.SCRATCH = SCRATCH
+    if args.stalls:
+      codes, said = faults.stalls(pathlib.Path(folder) / "stalls")
+      print(f"two processes, 1,000 steps, ten stalls of up to 10 s: {codes}" + ("" if codes == [0, 0] else f"\n{said}"))
+      return int(codes != [0, 0])
     rows = []
     for seed in range(args.rounds):
       for fault in faults.FAULTS:

@@ -25,3 +25,10 @@ def test_no_fault_leaves_a_wrong_state_or_a_process_behind(tmp_path):
   tried = [trial for trial in trials if trial["ok"] is not None]
   assert len(tried) >= 55 and all(trial["ok"] for trial in tried)
   assert max(trial["seconds"] for trial in tried) < 60
+
+
+@pytest.mark.slow
+def test_stalls_are_not_taken_for_hangs():
+  command = [sys.executable, "tests/faults.py", "--stalls"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0 and "[0, 0]" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

@@ -251,15 +251,13 @@ data.Stream.__next__ = hang
 """
 
 
-@pytest.mark.parametrize(
-  "what, expected", [("time.sleep(10000)", [142, 142]), ("raise OSError('no such disk')", [142, 1])]
-)
-def test_one_that_hangs_or_raises_ends_them_all(shared, what, expected):
-  name = "hangs" if "sleep" in what else "raises"
-  workdir, site = shared / name, shared / f"site_{name}"
-  site.mkdir()
-  # `sitecustomize` is imported by every Python that finds it: the fault is injected without a hook in the program.
-  (site / "sitecustomize.py").write_text(
+def injected(folder, what):
+  """The environment of processes in which HANG is injected, without a hook in the program.
+
+  `sitecustomize` is imported by every Python that finds it.
+  """
+  folder.mkdir()
+  (folder / "sitecustomize.py").write_text(
     "import sys, importlib.abc\n"
     "class Late(importlib.abc.MetaPathFinder):\n"
     "  def find_spec(self, name, path, target=None):\n"
@@ -268,7 +266,16 @@ def test_one_that_hangs_or_raises_ends_them_all(shared, what, expected):
     f"      exec({HANG.format(process=1, what=what)!r}, {{}})\n"
     "sys.meta_path.insert(0, Late())\n"
   )
-  environment = {"PYTHONPATH": f"{site}:{ROOT}"}
+  return {"PYTHONPATH": f"{folder}:{ROOT}"}
+
+
+@pytest.mark.parametrize(
+  "what, expected", [("time.sleep(10000)", [142, 142]), ("raise OSError('no such disk')", [142, 1])]
+)
+def test_one_that_hangs_or_raises_ends_them_all(shared, what, expected):
+  name = "hangs" if "sleep" in what else "raises"
+  workdir = shared / name
+  environment = injected(shared / f"site_{name}", what)
   with Group(shared, workdir, 2, steps=100000, environment=environment) as group:
     group.wait_for_step(workdir, 5)
     began = time.monotonic()
