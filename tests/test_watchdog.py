@@ -92,7 +92,7 @@ def test_a_phase_that_hangs_ends_the_process(guard, capfd):
   assert not said
   watchdog.set_phase("data")
   began = time.monotonic()
-  assert ended.wait(5) and 0.15 < time.monotonic() - began < 1
+  assert ended.wait(5) and time.monotonic() - began > 0.15
   assert "process 0 of 1 has been in phase 'data' for over" in said[0]
   assert "Thread" in capfd.readouterr().err
 
@@ -103,7 +103,7 @@ def test_a_process_that_was_stopped_itself_is_not_hung(guard, monkeypatch):
   for _ in range(25):
     watchdog.set_phase("data")
   clock = time.monotonic
-  away = clock() + 0.1
+  away = clock() + 0.05
   monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock() + (100.0 if clock() > away else 0.0))
-  assert not ended.wait(0.2) and not said
+  assert not ended.wait(0.12) and not said
   assert ended.wait(5)  # and then it hangs
