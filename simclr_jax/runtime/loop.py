@@ -87,7 +87,7 @@ class Diverged(UserError):
   """The loss is not finite any more, or has leapt."""
 
 
-class Disagreement(RuntimeError):
+class Disagreement(UserError):
   """The devices or processes of a run no longer do the same: nothing of it is saved."""
 
 
@@ -270,7 +270,8 @@ class Loop:
     self.trace_when_due()
     batch = self.next_batch()
     if self.step == self.first + 1 or self.step % AGREE_EVERY == 0:
-      self.compare(batch)
+      with self.clock.phase("step", "compare"):  # the first of which compiles
+        self.compare(batch)
     self.update(batch)
     last = self.step == self.task.total_steps
     if last or self.step % self.config.log_every == 0:

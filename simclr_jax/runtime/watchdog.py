@@ -195,7 +195,7 @@ class _Guard(threading.Thread):
       phase, limits = self._phase, self.limits
       limit = limits.of(phase) if limits else FIRST
       if now - self._since > limit and self._phase is phase:
-        if phase == "step" and (waited_for := self._waited_for(limit)):
+        if phase.startswith("step") and (waited_for := self._waited_for(limit)):
           self._end(waited_for)
         faulthandler.dump_traceback(file=sys.stderr)
         self._end(f"process {self._index} of {self._count} has been in phase {phase!r} for over {limit:.0f} s")
@@ -204,7 +204,8 @@ class _Guard(threading.Thread):
     """Of the processes that have not come to the step for about as long as this one waits in it, the first; in words."""
     for process, (word, _) in self._heard.items():
       _, _, phase, seconds = word.split("|") if word else ("", "", "start", "0")
-      if process != self._index and process not in self._left and phase != "step" and float(seconds) > limit / 2:
+      elsewhere = process != self._index and process not in self._left and not phase.startswith("step")
+      if elsewhere and float(seconds) > limit / 2:
         return self._named(process, f"in phase {phase!r} for {seconds} s")
 
   def _named(self, process, why):
