@@ -218,6 +218,8 @@ class Loop:
     window: metrics on the devices that have not been fetched yet, one entry a step.
   """
 
+  state: State
+
   def __init__(self, task: Task, config: LoopConfig, *, mesh, workdir, config_json: str, seed: int):
     self.task, self.config, self.mesh, self.workdir = task, config, mesh, epath.Path(workdir)
     self.config_json = config_json
