@@ -23,7 +23,9 @@ def test_no_fault_leaves_a_wrong_state_or_a_process_behind(tmp_path):
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
   trials = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
   tried = [trial for trial in trials if trial["ok"] is not None]
-  assert len(tried) >= 55 and all(trial["ok"] for trial in tried)
+  # A full disk is a small file system, which not every machine lets one mount.
+  assert len(trials) >= 56 and {trial["fault"] for trial in trials if trial["ok"] is None} <= {"disk full"}
+  assert all(trial["ok"] for trial in tried)
   assert max(trial["seconds"] for trial in tried) < 60
 
 
