@@ -1,15 +1,18 @@
 """SimCLR = encoder f + projection head g, with a linear classifier that watches h without touching it."""
 
+import importlib
+import typing
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 
-from simclr_jax import encoder, encoder_tpu
+from simclr_jax import encoder, encoder_tpu, vit
 from simclr_jax.projector import Projector
 
-ARRANGEMENTS = {"plain": encoder.resnet, "packed": encoder_tpu.resnet}
+ENCODERS = {"resnet": encoder.resnet, "vit": vit.vit}
+ARRANGEMENTS = {"plain": encoder.resnet, "packed": encoder_tpu.resnet}  # of a ResNet
 
 
 @flax.struct.dataclass
@@ -117,15 +120,37 @@ class Classifier(nn.Module):
     return self.classifier(self.projector(h, train=train, tap=self.tap) if self.tap else h)
 
 
-def make_encoder(arrangement: str = "plain", **arguments) -> nn.Module:
-  """f by `encoder.resnet`'s arguments, as the paper draws it or "packed" for a TPU: same parameters, same numbers.
+def make_encoder(name: str = "resnet", *, arrangement: str = "plain", **arguments) -> nn.Module:
+  """The encoder f, a module as encoder.py describes it.
+
+  Args:
+    name: a key of ENCODERS, whose function gets the arguments; or "module:function", which is imported and called
+      without any: a Linen module, or a function that is annotated to return one, whose `__call__(x, train)` gives h.
+    arrangement: of a ResNet: as the paper draws it, or "packed" for a TPU: same parameters, same numbers.
 
   Raises:
-    ValueError: another arrangement, or an argument that `resnet` refuses.
+    ValueError: no such encoder or arrangement, or an argument that it refuses.
   """
+  if ":" in name:
+    return _of_the_user(name)
+  if name not in ENCODERS:
+    raise ValueError(f"encoder {name!r}: expected one of {', '.join(ENCODERS)}, or module:function")
   if arrangement not in ARRANGEMENTS:
     raise ValueError(f"encoder arrangement {arrangement!r}: expected one of {', '.join(ARRANGEMENTS)}")
-  return ARRANGEMENTS[arrangement](**arguments)
+  return (ARRANGEMENTS[arrangement] if name == "resnet" else ENCODERS[name])(**arguments)
+
+
+def _of_the_user(name: str) -> nn.Module:
+  module, _, function = name.partition(":")
+  try:
+    found = getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(f"encoder {name!r}: {error}; expected module:function, on the Python path") from None
+  # A config may come from elsewhere, so that nothing is called but what says of itself that it makes a network.
+  returns = found if isinstance(found, type) else typing.get_type_hints(found).get("return")
+  if not (isinstance(returns, type) and issubclass(returns, nn.Module)):
+    raise ValueError(f"encoder {name!r}: expected a Linen module, or a function annotated with -> flax.linen.Module")
+  return found()
 
 
 def create(config, num_classes: int = 0, predictor: nn.Module | None = None) -> SimCLR:
@@ -134,7 +159,7 @@ def create(config, num_classes: int = 0, predictor: nn.Module | None = None) -> 
   Args:
     predictor: the module of a method that has one, see `WithPredictor`; training alone needs it.
   """
-  encoder = make_encoder(config.encoder.arrangement, **config.encoder)
+  encoder = make_encoder(config.encoder.name, arrangement=config.encoder.arrangement, **config.encoder)
   parts = dict(encoder=encoder, projector=Projector(**config.projector), num_classes=num_classes)
   return SimCLR(**parts) if predictor is None else WithPredictor(**parts, predictor=predictor)
 

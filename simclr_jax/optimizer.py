@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 
 # The official code excludes names that match batch_normalization|bias|head_supervised (model.py).
-_EXCLUDED = re.compile(r"norm|classifier", re.IGNORECASE)
+# vit.py never trains its patch projection, and a class token has one vector.
+_EXCLUDED = re.compile(r"norm|classifier|patch_embed|class_token", re.IGNORECASE)
 
 
 def _names(path):
@@ -21,15 +22,15 @@ def _names(path):
 
 
 def is_batch_norm(path) -> bool:
-  """True for a BatchNorm scale or bias, from its key path in the parameter tree."""
+  """True for a BatchNorm (or LayerNorm) scale or bias, and for what is never trained, from its path in the parameters."""
   *modules, leaf = _names(path)
-  return leaf == "scale" or any("norm" in name.lower() for name in modules)
+  return leaf == "scale" or any("norm" in name.lower() or name == "patch_embed" for name in modules)
 
 
 def exclude_from_lars(path) -> bool:
   """True for what LARS neither adapts nor decays: BatchNorm, every bias, and all of the classifier."""
   *modules, leaf = _names(path)
-  return leaf in ("scale", "bias") or any(_EXCLUDED.search(name) for name in modules)
+  return leaf in ("scale", "bias") or any(_EXCLUDED.search(name) for name in (*modules, leaf))
 
 
 def _mask(keep):

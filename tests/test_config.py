@@ -22,6 +22,7 @@ from simclr_jax import (
   optimizer,
   projector,
   views,
+  vit,
 )
 from simclr_jax.evaluation import linear
 from simclr_jax.methods import simclr
@@ -249,6 +250,7 @@ def arguments(function):
     (config_lib.Augment, augment_on_device.two_views, ("precision",)),
     (config_lib.Augment, augment_on_device.color_and_blur, ("precision",)),
     (config_lib.Encoder, encoder.resnet, ("dtype",)),
+    (config_lib.Encoder, vit.vit, ("dtype", "pool")),
     (config_lib.Projector, projector.Projector, ("parent", "name")),
     (config_lib.Optimizer, optimizer.lars, ("trust_coefficient", "exclude")),
     (config_lib.Rollback, loop.Rollback, ()),
@@ -271,7 +273,10 @@ def test_every_option_is_an_argument_of_its_function():
     return {name for function in functions for name in inspect.signature(function).parameters}
 
   assert options(config_lib.Augment) <= names(augment.two_views)
-  assert options(config_lib.Encoder) == names(encoder.resnet)
+  assert options(config_lib.Encoder) == names(encoder.resnet, vit.vit)
+  assert set(config_lib.ENCODERS) == set(model.ENCODERS)
+  for name, taken in config_lib.ENCODERS.items():
+    assert set(taken) - {"arrangement"} == names(model.ENCODERS[name])
   assert options(config_lib.Projector) == names(projector.Projector) - {"parent", "name"}
   losses = names(*(loss for name, loss in contrast.LOSSES.items() if name != "supervised"))
   assert options(config_lib.Loss) == losses - {"z", "mesh"}

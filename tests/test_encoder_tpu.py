@@ -107,7 +107,7 @@ def test_pairs_of_pixels_are_the_same_block(bottleneck, stride):
 def test_moments_of_the_batch_are_those_that_training_normalizes_by(arrangement, arguments):
   """What accumulate.py relies on, in encoder and head: `batch_moments` of the first BatchNorm of a chain, in inference
   mode, are the moments that a training pass moves its averages by; and no other collection comes into being."""
-  net = model.make_encoder(arrangement, width=1 / 16, **arguments)
+  net = model.make_encoder(arrangement=arrangement, width=1 / 16, **arguments)
   images = np.random.default_rng(0).random((4, 32, 32, 3), np.float32)
   shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), images))
   assert set(shapes) == {"params", "batch_stats"}
@@ -136,4 +136,4 @@ def test_moments_of_the_head():
 
 def test_an_unknown_arrangement_is_one_line():
   with pytest.raises(ValueError, match="arrangement 'dense': expected one of plain, packed"):
-    model.make_encoder("dense", depth=18)
+    model.make_encoder(arrangement="dense", depth=18)

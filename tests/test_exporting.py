@@ -134,8 +134,10 @@ def violations(value, schema, where="card"):
   types = {"object": dict, "string": str, "integer": int, "number": (int, float)}
   assert schema.keys() <= {
     *("$schema", "title", "description", "type", "required", "additionalProperties", "properties"),
-    *("const", "enum", "pattern"),
+    *("const", "enum", "pattern", "oneOf"),
   }
+  if "oneOf" in schema:
+    return min((violations(value, one, where) for one in schema["oneOf"]), key=len)
   if "type" in schema and (not isinstance(value, types[schema["type"]]) or isinstance(value, bool)):
     return [f"{where} is no {schema['type']}"]
   out = [f"{where} is {value}"] * ("const" in schema and value != schema["const"])

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "simclr_jax"
 
 SCIENCE = {
-  "augment", "augment_extra", "augment_on_device", "views", "encoder", "encoder_tpu", "projector", "model", "contrast",
+  "augment", "augment_extra", "augment_on_device", "views", "encoder", "encoder_tpu", "vit", "projector", "model", "contrast",
   "methods", "optimizer", "accumulate", "diagnostics", "train_step",
 }  # fmt: skip
 EVALUATION, FLOORS = {"evaluation"}, {"data", "runtime", "report"}
@@ -21,7 +21,7 @@ TAKEAWAY = {"exporting", "importing"}
 # A room -> the rooms that it may import; what is not here is a program, or the command.
 MAY = {
   **{room: SCIENCE for room in SCIENCE},
-  "augment": set(), "encoder": set(), "contrast": {"contrast"}, "augment_on_device": set(), "projector": set(),
+  "augment": set(), "encoder": set(), "vit": set(), "contrast": {"contrast"}, "augment_on_device": set(), "projector": set(),
   "optimizer": set(), "accumulate": set(), "diagnostics": set(),
   "augment_extra": {"augment"}, "encoder_tpu": {"encoder"},
   "evaluation": SCIENCE | {"evaluation", "data", "runtime"},
@@ -39,6 +39,7 @@ LIFTABLE = {  # these go into another repository alone: their libraries
   "augment": {"tensorflow", "numpy"},
   "augment_on_device": {"jax", "numpy"},
   "encoder": {"jax", "flax", "numpy"},
+  "vit": {"jax", "flax", "numpy"},
   "projector": {"jax", "flax", "numpy"},
   "contrast": {"jax", "numpy"},
   "optimizer": {"jax", "optax", "numpy"},

@@ -26,9 +26,9 @@ from etils import epath
 from flax import traverse_util
 
 import simclr_jax
-from simclr_jax.encoder import resnet
 from simclr_jax.exporting import image_check
 from simclr_jax.exporting.folder import read_card, save_export, write_card
+from simclr_jax.model import make_encoder
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime import config as config_lib
@@ -45,6 +45,7 @@ FORMATS = {
   "onnx": ("onnx_graph", "onnx", ("onnxruntime",)),
   "savedmodel": ("savedmodel", "", ("tensorflow",)),
 }
+OF_RESNETS = ("torchvision", "timm", "huggingface", "onnx")  # formats that write the network layer by layer
 LOADERS = pathlib.Path(__file__).parent / "loaders"
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow")
@@ -78,8 +79,14 @@ class Export:
 
   @property
   def architecture(self) -> dict:
-    """Keyword arguments of `resnet`, computing in float32."""
+    """Keyword arguments of `resnet` or `vit`, computing in float32."""
     return _arguments(self.card) | {"dtype": "float32"}
+
+  @property
+  def network(self):
+    """f, computing in float32."""
+    name = self.card["architecture"]["name"]
+    return make_encoder(name, **({} if ":" in name else self.architecture))
 
   @property
   def names(self) -> tuple:
@@ -93,7 +100,7 @@ class Export:
   def apply(self, trees, images):
     """Images float32 [n, h, w, 3] in [0, 1] -> (h [n, d],) or (h, z), every product in float32 on every platform."""
     with jax.default_matmul_precision("highest"):
-      h = resnet(**self.architecture).apply(trees["encoder"], images, train=False)
+      h = self.network.apply(trees["encoder"], images, train=False)
       return (h, Projector(**self.card["projector"]).apply(trees["projector"], h)) if self.projector else (h,)
 
   def copy(self, folder, **files):
@@ -106,13 +113,15 @@ def make_card(
   variables, config, *, scores: dict, step: int, format: str = "orbax", license: str = "not stated"
 ) -> dict:
   """card.json but for the list of files; docs/card.schema.json says what each entry is."""
-  module = resnet(**config.encoder)
-  fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name"}
+  name = config.encoder.name
+  module = make_encoder(name, **config.encoder)
+  dtype = getattr(module, "dtype", jnp.dtype(jnp.float32))
+  fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name"} if ":" not in name else ()
   shapes = jax.eval_shape(module.apply, variables, _images(config.augment.size))
   card = {
     "format": format,
-    "architecture": {"name": "resnet", **{key: getattr(module, key) for key in fields}, "dtype": module.dtype.name},
-    "compute": "float32" + ", trained in bfloat16" * (module.dtype == jnp.bfloat16),
+    "architecture": {"name": name, **{key: getattr(module, key) for key in fields}, "dtype": jnp.dtype(dtype).name},
+    "compute": "float32" + ", trained in bfloat16" * (dtype == jnp.bfloat16),
     "feature_dimension": shapes.shape[-1],
     "preprocessing": {
       "range": "[0, 1], no mean or std is subtracted or divided",
@@ -165,6 +174,12 @@ def write(path, variables, config, *, scores: dict, step: int, heads=None, overw
 
 def write_format(path, export: Export, example: dict, python: str, overwrite: bool):
   """One format: files, proof, card, and a line that says what was found."""
+  name = export.card["architecture"]["name"]
+  if ":" in name:
+    raise UserError(f"encoder.name={name} is your own: no folder holds it; use load_encoder(RUN/encoder, network=...)")
+  if name != "resnet" and export.format in OF_RESNETS:
+    fitting = ", ".join(format for format in FORMATS if format not in OF_RESNETS)
+    raise UserError(f"--format={export.format} is for ResNets: for encoder.name={name} there is {fitting}")
   module = importlib.import_module(f"simclr_jax.exporting.{FORMATS[export.format][0]}")
   lines = []
 
@@ -249,8 +264,12 @@ def prove(folder, export: Export, python: str):
   raise UserError(f"{export.format}: load.py fails in {python}, so nothing is kept: {why}")
 
 
-def load_encoder(path):
+def load_encoder(path, network=None):
   """Opens a folder that `simclr export` or a finished run wrote; nothing else is needed.
+
+  Args:
+    network: the Linen module of an encoder of your own (encoder.name="module:function"), which no folder holds, and which
+      is not imported by a name that a folder gives.
 
   Returns:
     (apply, variables, card): `apply(images)` maps images [n, size, size, 3], floats in [0, 1] or uint8, to h float32
@@ -262,9 +281,11 @@ def load_encoder(path):
     ValueError: the folder is not an export, is damaged, does not match its card, or is in a format of others.
   """
   card = read_card(path)
-  arguments, size = _arguments(card), card["preprocessing"]["size"]
+  name, arguments, size = card["architecture"]["name"], _arguments(card), card["preprocessing"]["size"]
+  if network is None and ":" in name:
+    raise UserError(f"{path} holds an encoder of its author's own: pass its module, load_encoder(..., network={name})")
   try:
-    encoder = resnet(**arguments | {"dtype": "float32"})
+    encoder = network or make_encoder(name, **arguments | {"dtype": "float32"})
     like = jax.eval_shape(encoder.init, jax.random.key(0), _images(size))
   except (TypeError, ValueError) as error:
     raise UserError(f"{path}: card.json describes no encoder ({error}): export it again") from None

@@ -6,7 +6,9 @@ Importing this costs nothing: no JAX and no TensorFlow.  Where a section goes to
 defaults and choices are those of that function; tests/test_config.py compares them.
 """
 
+import dataclasses
 import json
+import re
 
 from simclr_jax.runtime.config import (
   REQUIRED,
@@ -16,6 +18,7 @@ from simclr_jax.runtime.config import (
   describe,
   difference,
   every,
+  expected,
   find_recipe,
   flatten,
   frozen,
@@ -135,11 +138,18 @@ class TuneAugment(Augment):
   )
 
 
+RESNET = ("depth", "width", "stem", "sk_ratio", "se_ratio", "dtype", "remat", "pool_padding", "arrangement")
+ENCODERS = {"resnet": RESNET, "vit": ("size", "patch", "pool", "dtype", "remat")}  # which of the keys are whose
+
+
 @frozen
 class Encoder(Section):
-  """Arguments of encoder.resnet."""
+  """Arguments of encoder.resnet, or of vit.vit; a function of your own takes none."""
 
-  depth: int = key(REQUIRED, "depth of the ResNet", choices=(18, 34, 50, 101, 152, 200))
+  name: str = key(
+    "resnet", "resnet; vit; or module:function, a function of your own that returns a Linen module", option=False
+  )
+  depth: int | None = key(None, "resnet: depth; required", choices=(18, 34, 50, 101, 152, 200))
   width: float = key(1.0, "multiplies the channels of every convolution", at_least=1 / 64)
   stem: str = key(
     "imagenet",
@@ -155,8 +165,24 @@ class Encoder(Section):
     "plain", "plain: the network as in the paper; packed: the same numbers, arranged for a TPU", choices=("plain", "packed"),
     option=False,
   )  # fmt: skip
+  size: str | None = key(None, "vit: Ti, S or B; required", choices=("Ti", "S", "B"))
+  patch: int | None = key(None, "vit: side of a patch in pixels; required", at_least=1)
+  pool: str | None = key(None, "vit: h is the class token, or the mean over the patches", choices=("token", "mean"))
+
+  def keys(self):
+    return [key for key in super().keys() if key in ENCODERS.get(self.name, ())]
 
   def check(self):
+    if self.name not in ENCODERS and not re.fullmatch(r"[\w.]+:\w+", self.name):
+      raise UserError(f"name={self.name!r}: expected {', '.join(ENCODERS)}, or module:function")
+    takes = ENCODERS.get(self.name, ())
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.name in takes and field.metadata["meaning"].endswith("required") and value is None:
+        raise UserError(f"{field.name} is missing: expected {expected(field)}")
+      if field.name not in (*takes, "name") and value != field.default:
+        taken = f"takes {', '.join(takes)}" if takes else "takes nothing"
+        raise UserError(f"{field.name}={value!r}: encoder.name={self.name} {taken}")
     parts = self.remat.split(",")
     if len(parts) not in (1, 4) or not set(parts) <= {"none", "block", "group"}:
       raise UserError(f"remat={self.remat!r}: expected none, block or group, or four of them with commas")

@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 
 from simclr_jax import data, exporting
-from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed, features
+from simclr_jax.model import make_encoder
 from simclr_jax.programs import trained
 from simclr_jax.runtime import files, processes
 from simclr_jax.runtime import mesh as mesh_lib
@@ -96,7 +96,7 @@ class _Work:
   def __init__(self, start: trained.Start, source, mesh):
     self._source, self._mesh, self._variables = source, mesh, start.variables["encoder"]
     self._crop = embed.crop_of(start.config)
-    self._apply = jax.jit(functools.partial(resnet(**start.encoder).apply, train=False))
+    self._apply = jax.jit(functools.partial(make_encoder(start.encoder.name, **start.encoder).apply, train=False))
     self._batch = -(-min(BATCH, len(source)) // mesh.size) * mesh.size
 
   def part(self, begin: int, end: int) -> dict:

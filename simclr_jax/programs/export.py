@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from simclr_jax import exporting
-from simclr_jax.encoder import resnet
 from simclr_jax.exporting.folder import check_vacant
+from simclr_jax.model import make_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime.errors import UserError
@@ -105,7 +105,9 @@ def _of_run(workdir, step, head):
       f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={files.absolute(workdir) / 'encoder'}"
     )
   like = jax.eval_shape(
-    resnet(**config.encoder).init, jax.random.key(0), jnp.zeros((1, config.augment.size, config.augment.size, 3))
+    make_encoder(config.encoder.name, **config.encoder).init,
+    jax.random.key(0),
+    jnp.zeros((1, config.augment.size, config.augment.size, 3)),
   )
   step, variables = checkpoint.read_run_export(workdir, "encoder", like, step)
   projector = None

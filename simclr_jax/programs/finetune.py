@@ -53,7 +53,7 @@ def create(config, num_classes: int) -> model_lib.Classifier:
   """The network of a resolved config, or of a trained.Start; `tpu` as in encoder.resnet."""
   projector = Projector(**config.projector) if config.tap else None
   return model_lib.Classifier(
-    encoder=model_lib.make_encoder(config.encoder.arrangement, **config.encoder),
+    encoder=model_lib.make_encoder(config.encoder.name, arrangement=config.encoder.arrangement, **config.encoder),
     projector=projector,
     num_classes=num_classes,
     tap=config.tap,

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from simclr_jax import exporting
-from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed
+from simclr_jax.model import make_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import splits
 from simclr_jax.runtime import checkpoint
@@ -47,11 +47,14 @@ def open_start(path) -> Start:
   path = epath.Path(path)
   if (path / "card.json").exists():
     _, encoder, card = exporting.load_encoder(path)
+    if ":" in card["architecture"]["name"]:  # a folder may come from elsewhere: nothing that it names is imported
+      raise UserError(
+        f"{path} holds an encoder of its author's own, {card['architecture']['name']}: give the run instead"
+      )
     config = config_lib.from_dict(card["pretraining"])
     heads = {name: checkpoint.read_tree(path / name) for name in ("projector", "classifier")}
-    architecture = {key: value for key, value in card["architecture"].items() if key != "name"}
     variables = {"encoder": encoder, **{name: tree for name, tree in heads.items() if tree}}
-    return Start(config_lib.build(config_lib.Encoder, architecture), config.projector, variables, config)
+    return Start(config_lib.build(config_lib.Encoder, card["architecture"]), config.projector, variables, config)
   config = config_lib.from_json(checkpoint.read_config(path))
   _, state = checkpoint.read_run_state(path)
   variables = {
@@ -78,7 +81,7 @@ class TrainedRun:
         "with simclr transfer"
       )
     self.mesh = mesh_lib.make_mesh()
-    self.encoder = resnet(**self.config.encoder)
+    self.encoder = make_encoder(self.config.encoder.name, **self.config.encoder)
     size = self.config.augment.size
     like = jax.eval_shape(self.encoder.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     self.step, self.variables = checkpoint.read_run_export(workdir, "encoder", like, step)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from simclr_jax import data, exporting, report
-from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed, linear
+from simclr_jax.model import make_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, same, trained
 from simclr_jax.programs import splits as splits_lib
@@ -102,7 +102,7 @@ class FrozenEncoder:
 
   def __init__(self, start: trained.Start, config, mesh, *, untrained: bool = False):
     self.start, self._config, self._mesh = start, config, mesh
-    net = resnet(**start.encoder)
+    net = make_encoder(start.encoder.name, **start.encoder)
     if not untrained:
       self._variables = start.variables["encoder"]
     else:

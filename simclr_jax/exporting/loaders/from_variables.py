@@ -1,14 +1,15 @@
-"""The variables of this folder as a function of images: resnet.py applied to them, and head.py if the head is here."""
+"""The variables of this folder as a function of images: resnet.py or vit.py applied to them, and head.py if it is here."""
+
+import importlib
 
 import jax
-from resnet import resnet
 
 
 def from_variables(trees, card):
   """images float32 [n, h, w, 3] in [0, 1] -> h [n, d], or (h, z); `trees` maps "encoder" (and "projector") to variables."""
-  encoder = resnet(
-    **{key: value for key, value in card["architecture"].items() if key != "name"} | {"dtype": "float32"}
-  )
+  arguments = dict(card["architecture"])
+  name = arguments.pop("name")
+  encoder = getattr(importlib.import_module(name), name)(**arguments | {"dtype": "float32"})
   if "projector" in card:
     from head import Projector
 
