@@ -116,7 +116,7 @@ class Classifier(nn.Module):
 
   def __call__(self, x, train: bool = False, tune_after: int = -1):
     """x [n, h, w, 3] -> logits float32 [n, num_classes]; `tune_after` as in encoder.resnet."""
-    h = self.encoder(x, train=train, tune_after=tune_after)
+    h = self.encoder(x, train=train, **({"tune_after": tune_after} if tune_after >= 0 else {}))
     return self.classifier(self.projector(h, train=train, tap=self.tap) if self.tap else h)
 
 

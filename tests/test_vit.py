@@ -150,7 +150,7 @@ def test_keys_of_another_encoder_are_refused(changes, words):
     vit_config(**changes)
 
 
-def test_a_run_is_exported_and_loaded(tmp_path):
+def test_a_run_is_exported_and_loaded(tmp_path, capsys):
   spec = tiny.npz(tmp_path / "tiny.npz")
   config = vit_config(**{"data.train": spec, "data.test": f"{spec}:test"})
   result = pretrain.run(config, tmp_path / "run")
@@ -161,8 +161,8 @@ def test_a_run_is_exported_and_loaded(tmp_path):
   assert card["architecture"] == dict(name="vit", size="Ti", patch=8, pool="token", remat="none", dtype="float32")
   for kind in ("orbax", "safetensors", "stablehlo"):
     made = exporting.Export(kind, variables, exporting.make_card(variables, config, scores={}, step=2, format=kind))
-    line = exporting.write_format(tmp_path / kind, made, exporting.make_example(made), sys.executable, False)
-    assert float(re.search(r"difference ([\d.e-]+)", str(line))[1]) <= 1e-5
+    exporting.write_format(tmp_path / kind, made, exporting.make_example(made), sys.executable, False)
+    assert float(re.search(rf"{kind}: .*difference ([\d.e-]+)", capsys.readouterr().out)[1]) <= 1e-5
   with pytest.raises(UserError, match="--format=timm is for ResNets"):
     exporting.write_format(tmp_path / "timm", dataclasses.replace(made, format="timm"), {}, sys.executable, False)
 

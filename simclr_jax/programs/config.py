@@ -394,6 +394,12 @@ class Pretrain(Training):
     "how the encoder is trained: simclr, memory, moco, moco_v3, byol, instdisc, supcon, autoencoder or alignment; a section "
     "memory means memory",
   )
+  start: str = key(
+    "", "a run, or a folder of simclr export or import: training starts from its encoder, whose architecture replaces that "
+    "of the recipe; empty: random weights",
+  )  # fmt: skip
+  keep_head: bool = key(False, "with start: start from its projection head too")
+  head_epochs: float = key(0.0, "with start: epochs at the beginning that train the head alone", at_least=0)
   microbatches: int = key(
     1, "number of parts that the batch is computed in; the loss still sees all negatives", at_least=1
   )

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 import re
 
 import jax
@@ -42,6 +43,10 @@ def resolve(config):
     networks = {"encoder": start.encoder, "projector": start.projector}
     config = config_lib.replace(config, {**networks, "augment.resize": resize})
   layers = {"nonlinear": config.projector.layers, "linear": 1, "none": 0}[config.projector.kind]
+  if config.tune_after >= 0 and ":" in config.encoder.name:
+    raise UserError(
+      f"config.tune_after={config.tune_after}: {config.encoder.name} has no stages that are known; use -1"
+    )
   if config.tap > layers:
     raise UserError(f"config.tap={config.tap}: start={config.start or 'nothing'} has {layers} layers in its head")
   if start and config.tap and "projector" not in start.variables:
@@ -65,7 +70,15 @@ def frozen(path, tune_after: int) -> bool:
   top, module = (str(key.key) for key in path[:2])
   if top != "encoder" or tune_after < 0:
     return False
-  return module.startswith("stem") or int(module.removeprefix("group")) <= tune_after
+  return stage(module) <= tune_after
+
+
+def stage(module: str) -> float:
+  """Where a part of an encoder stands, from its name: 0 for the stem, 1 to 4 for the groups, or quarters of the blocks."""
+  kind, number = re.fullmatch(r"([a-z_]+?)(\d*)(?:_\w+)?", module).groups()
+  if kind in ("group", "block"):
+    return int(number) if kind == "group" else -(-int(number) // 3)
+  return 0 if kind.startswith(("stem", "patch_embed", "class_token")) else math.inf
 
 
 def optimizer_of(config, num_examples: int):

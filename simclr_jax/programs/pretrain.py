@@ -11,6 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from clu.parameter_overview import count_parameters
 from etils import epath
 
@@ -18,7 +19,7 @@ from simclr_jax import data, exporting, methods, optimizer, report, train_step, 
 from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import same, scores, splits
+from simclr_jax.programs import same, scores, splits, trained
 from simclr_jax.runtime import checkpoint, errors, files, loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -41,6 +42,34 @@ def init_state(key, *, model, method, tx, image_size: int) -> TrainState:
     tx.init(variables["params"]),
     method.init(variables, outputs),
   )
+
+
+def open_start(config):
+  """(config with the architecture of `config.start`, trained.Start), or the config as it is and None.
+
+  Raises:
+    ValueError: no such start, no head to keep, or keys of a start without one.
+  """
+  if not config.start:
+    for name, value in (("keep_head", config.keep_head), ("head_epochs", config.head_epochs)):
+      if value:
+        raise UserError(f"config.{name}={value}: there is nothing to start from; set config.start")
+    return config, None
+  start = trained.open_start(config.start)
+  if config.keep_head and "projector" not in start.variables:
+    raise UserError(f"config.keep_head=True: {config.start} holds no projection head; start with a new one")
+  networks = {"encoder": start.encoder, **({"projector": start.projector} if config.keep_head else {})}
+  how = {
+    f"encoder.{key}": config.encoder[key] for key in ("dtype", "remat") if start.encoder.name == config.encoder.name
+  }
+  return config_lib.replace(config_lib.replace(config, networks), how), start
+
+
+def hold_encoder(tx, steps: int):
+  """The update rule `tx`, but the encoder stays as it is during the first `steps` updates."""
+  moves = optax.scale_by_schedule(lambda count: (count >= steps).astype(jnp.float32))
+  held = optax.masked(moves, lambda params: {name: name == "encoder" for name in params})
+  return optax.chain(held, tx, held)
 
 
 def view_pipeline(config) -> views.ViewPipeline:
@@ -66,11 +95,18 @@ def _resident(drawn, labels, images, mesh):
 
 
 @errors.of_the_user()
-def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.Task:
-  """The config and the training images as the loop wants them; `bad_file` gets the names of unreadable images."""
+def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=None) -> loop.Task:
+  """The config and the training images as the loop wants them.
+
+  Args:
+    bad_file: gets the names of unreadable images.
+    start: the networks that `open_start` found.
+  """
   method = methods.create(config, mesh, source)
   model = model_lib.create(config, source.num_classes, getattr(method, "predictor", None))
   tx, schedule = optimizer.create(config, len(source))
+  if config.head_epochs:
+    tx = hold_encoder(tx, int(config.head_epochs * len(source) // config.batch_size))
   pipeline = view_pipeline(config)
   if config.microbatches == 1:
     augmented, network = train_step.whole(model, pipeline.device)
@@ -92,10 +128,26 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
   )
   images = functools.cache(lambda: data.in_memory(source, canvas=pipeline.canvas, **bad))
 
-  def stream(start):
+  def warm_start(state):
+    """The trained networks in place of the random ones, and what the method makes of them, such as a moving average."""
+    if start is None:
+      return state
+    params, batch_stats = dict(state.params), dict(state.batch_stats)
+    for name in ("encoder", "projector") if config.keep_head else ("encoder",):
+      checkpoint.compare(start.variables[name], model_lib.part(state, name), config.start)
+      params[name] = _as(state.params[name], start.variables[name]["params"])
+      if name in batch_stats:
+        batch_stats[name] = _as(batch_stats[name], start.variables[name]["batch_stats"])
+    variables = {"params": params, "batch_stats": batch_stats}
+    images = jnp.zeros((1, 2, config.augment.size, config.augment.size, 3))
+    outputs = jax.eval_shape(functools.partial(model.apply, train=False), variables, images)
+    extra = _as(state.extra, method.init(variables, outputs))
+    return state.replace(params=params, batch_stats=batch_stats, extra=extra)
+
+  def stream(first):
     if pipeline.resident:
-      return _resident(map(data.draws(source, **order), itertools.count(start)), source.labels, images(), mesh)
-    rows = data.train_stream(source, pipeline.host, start_step=start, canvas=pipeline.canvas, **order, **bad)
+      return _resident(map(data.draws(source, **order), itertools.count(first)), source.labels, images(), mesh)
+    rows = data.train_stream(source, pipeline.host, start_step=first, canvas=pipeline.canvas, **order, **bad)
     return views.batches(rows)
 
   return loop.Task(
@@ -110,6 +162,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
       weight_decay=config.optimizer.weight_decay if config.optimizer.name == "lars" else 0.0,
     ),
     stream=stream,
+    warm_start=warm_start,
     evaluators=evaluators or {},
     total_steps=optimizer.train_steps(config, len(source)),
     batch_size=config.batch_size,
@@ -122,6 +175,11 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
     advice=ADVICE,
     check_batch=same.batch_check(source, config.batch_size, config.seed),
   )
+
+
+def _as(like, tree):
+  """Copies of the arrays of a tree, on the devices as those of `like` are."""
+  return jax.tree.map(lambda old, new: jax.device_put(jnp.array(new), old.sharding), like, tree)
 
 
 def abstract_step(config, mesh, source):
@@ -142,6 +200,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   began = time.monotonic()
   mesh = mesh_lib.make_mesh()
   check_batch(config, mesh)
+  with errors.of_the_user():
+    config, start = open_start(config)
   if resume and checkpoint.folder(workdir).exists():
     config = same.same_config(config, workdir)
   train_source, test_source = splits.open_data(config.data)
@@ -154,12 +214,14 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
     mesh=mesh,
     evaluators={"knn": loop.Evaluator(evaluation.quick, every)},
     bad_file=str(epath.Path(workdir) / name),
+    start=start,
   )
   pipeline = view_pipeline(config)
   with errors.of_the_user():
     pipeline.check()
   abstract = jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
-  workdir = same.claim(config, workdir, train_source, test_source, resume=resume, overwrite=overwrite)
+  starts = (config.start,) if config.start else ()
+  workdir = same.claim(config, workdir, train_source, test_source, resume=resume, overwrite=overwrite, starts=starts)
   pairs = _first_views(task, pipeline)
   changes = config_lib.difference(config_lib.load(recipe), config) if recipe else None
   if not jax.process_index():

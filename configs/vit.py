@@ -1,0 +1,43 @@
+"""A Vision Transformer as the encoder: ViT-Ti on CIFAR-10, ViT-S and -B on ImageNet, by the settings of MoCo v3.
+
+Command:   simclr pretrain --config=configs/vit.py --workdir=runs/vit --config.data.train=npz:FILE:train
+           --config.data.test=npz:FILE:test        (:s16 and :b16 for ImageNet: add --config.data.data_dir=gs://BUCKET/tfds)
+Hardware:  one GPU for CIFAR-10; the others a pod; nobody has run this file yet
+Expected:  not measured yet; SimCLR with a ViT-S/16 at batch 1,024 and 300 epochs has 69.0 % linear in MoCo v3, Table 4
+Source:    arXiv 2104.02057, sections 4 and 5: AdamW, long warm-up, weight decay 0.1, fixed sines, fixed patch projection;
+           the head is SimCLR's
+Data:      an .npz file with images and labels, or a prepared TFDS imagenet2012 in --config.data.data_dir
+"""
+
+import ml_collections
+
+SIZES = {"": ("Ti", 4, 32), "s16": ("S", 16, 224), "b16": ("B", 16, 224)}  # network, patch, view
+
+
+def get_config(arg=""):
+  network, patch, view = SIZES[arg]
+  small = view == 32
+  return ml_collections.ConfigDict(
+    dict(
+      data=dict(
+        train="npz:cifar10.npz:train" if small else "tfds:imagenet2012:train",
+        test="npz:cifar10.npz:test" if small else "tfds:imagenet2012:validation",
+      ),
+      batch_size=512 if small else 4096,
+      train_epochs=300.0,
+      augment=dict(
+        size=view,
+        color_strength=0.5 if small else 1.0,
+        blur=not small,
+        where="resident" if small else "device",
+        canvas=32 if small else 512,
+      ),
+      encoder=dict(name="vit", size=network, patch=patch, dtype="bfloat16"),
+      projector=dict(layers=3, out_dim=128 if small else 256),
+      loss=dict(temperature=0.2, normalize=True, reduction="mean", precision="highest"),
+      optimizer=dict(name="adamw", base_lr=1.5e-4, lr_scaling="linear", warmup_epochs=40.0, weight_decay=0.1),
+      evaluate=dict(batch_size=1000, every_epochs=10.0, **(dict(crop=1.0) if small else dict(train_examples=50000))),
+      checkpoint=dict(every_epochs=5.0, keep=3),
+      log=dict(every_steps=100),
+    )
+  )

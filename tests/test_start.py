@@ -1,0 +1,114 @@
+"""Pretraining from given weights: what is taken over, what is held, what is refused, and that resuming is exact."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from simclr_jax import load_encoder
+from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import finetune, pretrain, trained
+from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+  """(the folder of a run of four steps, its config)."""
+  here = tmp_path_factory.mktemp("first")
+  spec = tiny.npz(here / "tiny.npz")
+  config = tiny.config(**{"data.train": spec, "data.test": f"{spec}:test"})
+  pretrain.run(config, here / "run")
+  return here / "run", config
+
+
+def started(first, **changes):
+  """(state at step 0, the task) of a run that starts from the first one."""
+  run, config = first
+  config, start = pretrain.open_start(config_lib.replace(config, {"start": str(run), **changes}))
+  mesh = mesh_lib.make_mesh()
+  task = pretrain.make_task(config, tiny.source(), mesh=mesh, start=start)
+  return task.warm_start(jax.jit(task.init)(jax.random.key(5))), task
+
+
+def equal(a, b):
+  return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("method", ["simclr", "memory", "byol"])
+@pytest.mark.parametrize("keep_head", [False, True])
+def test_what_is_taken_over(first, method, keep_head):
+  state, _ = started(first, keep_head=keep_head, method=method, **({"memory.size": 64} if method == "memory" else {}))
+  found = trained.open_start(first[0]).variables
+  assert equal(state.params["encoder"], found["encoder"]["params"])
+  assert equal(state.batch_stats["encoder"], found["encoder"]["batch_stats"])
+  assert equal(state.params["projector"], found["projector"]["params"]) == keep_head
+  for name in ("average", "target"):  # moving averages begin at the weights that training begins at
+    if name in state.extra:
+      assert equal(state.extra[name]["params"]["encoder"], state.params["encoder"])
+  assert state.step == 0
+
+
+def test_the_architecture_is_that_of_the_start_but_not_how_it_computes(first):
+  run, config = first
+  changes = {"start": str(run / "encoder"), "encoder.width": 1.0, "encoder.depth": 50, "encoder.dtype": "bfloat16"}
+  config, _ = pretrain.open_start(config_lib.replace(config, changes))
+  assert (config.encoder.depth, config.encoder.width, config.encoder.dtype) == (18, 0.0625, "bfloat16")
+
+
+def test_the_encoder_waits_for_the_head(first):
+  state, task = started(first, head_epochs=1 / 3, **{"optimizer.warmup_epochs": 0.0})  # two steps of 16 of 96 images
+  step = jax.jit(task.step)
+  moved = []
+  for batch in (next(iter(task.stream(i))) for i in range(3)):
+    after, _ = step(state, batch)
+    moved.append([not equal(after.params[name], state.params[name]) for name in ("encoder", "projector")])
+    state = after
+  assert moved == [[False, True], [False, True], [True, True]]
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"start": "", "keep_head": True}, "config.keep_head=True: there is nothing to start from"),
+    ({"start": "", "head_epochs": 1.0}, "config.head_epochs=1.0: there is nothing to start from"),
+    ({"start": "nowhere"}, "nowhere"),
+  ],
+)
+def test_mistakes(first, changes, words):
+  with pytest.raises(UserError, match=words):
+    pretrain.run(config_lib.replace(first[1], changes), "unused")
+
+
+def test_a_run_from_an_export_resumes_and_does_not_replace_its_start(first, tmp_path):
+  run, config = first
+  config = config_lib.replace(
+    config, {"start": str(run / "encoder"), "checkpoint.every_steps": 2, "checkpoint.keep": 3}
+  )
+  straight = pretrain.run(config, tmp_path / "straight")["state"]
+  pretrain.run(config, tmp_path / "resumed")
+  for folder in (tmp_path / "resumed/checkpoints").glob("4*"):
+    shutil.rmtree(folder)
+  (tmp_path / "resumed/COMPLETE").unlink()
+  assert equal(pretrain.run(config, tmp_path / "resumed", resume=True)["state"].params, straight.params)
+  assert not equal(load_encoder(run / "encoder")[1]["params"], straight.params["encoder"])
+  with pytest.raises(UserError):
+    pretrain.run(config_lib.replace(config, {"start": str(run)}), run, overwrite=True)
+
+
+def test_stages_of_encoders():
+  names = (
+    "stem_conv",
+    "stem_norm1",
+    "patch_embed",
+    "class_token",
+    "group1",
+    "group4",
+    "block1",
+    "block3",
+    "block4",
+    "block12",
+  )
+  assert [finetune.stage(name) for name in (*names, "norm")] == [0, 0, 0, 0, 1, 4, 1, 1, 2, 4, float("inf")]
