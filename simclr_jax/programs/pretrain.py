@@ -70,7 +70,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
   """The config and the training images as the loop wants them; `bad_file` gets the names of unreadable images."""
   method = methods.create(config, mesh, source)
   model = model_lib.create(config, source.num_classes, getattr(method, "predictor", None))
-  tx, schedule = optimizer.create(config, len(source))
+  tx, schedule = getattr(method, "optimizer", optimizer.create)(config, len(source))
   pipeline = view_pipeline(config)
   if config.microbatches == 1:
     augmented, network = train_step.whole(model, pipeline.device)
