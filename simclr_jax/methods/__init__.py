@@ -71,4 +71,10 @@ def create(config, mesh, source=None) -> Method:
   """
   if config.method not in METHODS:
     raise ValueError(f"config.method={config.method!r}: expected one of {', '.join(METHODS)}")
+  views = config.augment.views
+  if views != 2 and (config.method, config.loss.name) != ("simclr", "nt_xent"):
+    which = f"config.method={config.method!r}" + f" with config.loss.name={config.loss.name}" * (
+      config.method == "simclr"
+    )
+    raise ValueError(f"config.augment.views={views}: {which} is for 2 views; more are for simclr with nt_xent")
   return METHODS[config.method](config, mesh, source)

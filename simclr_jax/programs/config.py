@@ -109,6 +109,12 @@ class Augment(Crop):
   canvas: int = key(
     512, "side in pixels of the canvas that holds an image for device_crop and resident", at_least=1, option=False
   )
+  views: int = key(
+    2,
+    "views of each image; more than 2 are compared in all pairs, by method=simclr with nt_xent",
+    at_least=2,
+    option=False,
+  )
   color_strength: float = key(
     1.0, "strength of the color distortion; 0 also turns grayscale off", at_least=0, at_most=1.25
   )
@@ -129,6 +135,7 @@ class TuneAugment(Augment):
   """Crops and flips, unless colors are asked for."""
 
   where: str = key("host", "where views are made", choices=("host",), option=False)
+  views: int = key(2, "views of each image, of which one is used", choices=(2,), option=False)
   resize: str | None = key(None, "interpolation of crops; None: as the start was trained", choices=RESIZES)
   color_strength: float | None = key(
     None, "strength of the color distortion; None: crops and flips alone", at_least=0, at_most=1.25

@@ -47,8 +47,8 @@ def view_pipeline(config) -> views.ViewPipeline:
   """The two halves of `config.augment`."""
   # A network that computes in bfloat16 sees no difference; one in float32 is fed float32.
   precision = "default" if config.encoder.dtype == "bfloat16" else "highest"
-  where, canvas = config.augment.where, config.augment.canvas
-  return views.pipeline(where=where, canvas=canvas, precision=precision, **config_lib.options(config.augment))
+  own = {name: config.augment[name] for name in ("where", "canvas", "views")}
+  return views.pipeline(**own, precision=precision, **config_lib.options(config.augment))
 
 
 def _resident(drawn, labels, images, mesh):
@@ -198,7 +198,7 @@ def _first_views(task, pipeline):
   """float32 [16, 2, size, size, 3] or fewer: the first view pairs of the first batch."""
   batch = next(iter(task.stream(0)))
   few = jax.tree.map(lambda x: processes.gather(x)[:16] if isinstance(x, jax.Array) else x[:16], batch)
-  return np.asarray(jax.jit(pipeline.device)(few))
+  return np.asarray(jax.jit(pipeline.device)(few)[:, :2])
 
 
 def _write_about(workdir, config, task, mesh, recipe, changes):
