@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from simclr_jax import methods, model, optimizer, train_step
+from simclr_jax import data, methods, model, optimizer, train_step
 from simclr_jax.methods import autoencoder
 from simclr_jax.programs import pretrain
 from simclr_jax.projector import BatchNorm, Projector
@@ -221,3 +221,13 @@ def test_the_schedule_of_tsimcne_starts_again_in_each_stage():
   assert schedule(49) < 0.01 * schedule(2) and schedule(59) < 0.03 * schedule(50) and schedule(99) < 0.01 * schedule(60)
   with pytest.raises(ValueError, match="expected at least one step in each stage"):
     methods.create(tiny.config(method="tsimcne", train_steps=4), None, tiny.source(IMAGES))
+
+
+@pytest.mark.parametrize("name, entry, rows", [("moco", "queue", 64), ("instdisc", "bank", 2048)])
+def test_plan_counts_queue_and_bank_as_split(name, entry, rows):
+  changes = {"optimizer.warmup_epochs": 0.0} | ({"moco.size": 64} if name == "moco" else {})
+  config = tiny.config(method=name, **changes)
+  mesh = mesh_lib.make_mesh()
+  _, (state, _) = pretrain.abstract_step(config, mesh, data.AbstractSource(2000, 10))
+  memory = state.extra[entry]
+  assert memory.shape == (rows, 16) and memory.sharding.shard_shape(memory.shape) == (rows // 8, 16)

@@ -1,6 +1,6 @@
 """t-SimCNE (arXiv 2210.09879): SimCLR with the Cauchy kernel, whose output in the end is the plane: a map of the images.
 
-One run of three stages (section 3.2): first z, in many dimensions; then a new output layer in two dimensions alone, with
+One run of three stages (section 3): first z, in many dimensions; then a new output layer in two dimensions alone, with
 everything before it frozen; then all of it, at a low learning rate.  The map is a network and places new images too:
 `simclr map --method=tsimcne`.
 
