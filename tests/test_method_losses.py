@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import tiny
 
-from simclr_jax import methods
+from simclr_jax import data, methods
 from simclr_jax.methods import alignment, autoencoder, byol, instdisc, moco, moco_v3, supcon
 from simclr_jax.model import Outputs, Predicted
+from simclr_jax.programs import config as config_lib
 from simclr_jax.views import Batch
 
 N, D = 5, 3
@@ -225,3 +226,16 @@ def test_what_needs_the_number_of_images_asks_the_data():
   source = tiny.source(40)
   assert methods.create(tiny.config(method="instdisc"), None, source).images == 40
   assert methods.create(tiny.config(method="byol", train_steps=7), None, source).total_steps == 7
+
+
+def test_every_recipe_of_a_method_names_it_and_makes_it():
+  from configs import methods as recipes
+
+  variants = [*recipes.CIFAR10, *(f"{name}-imagenet" for name in recipes.IMAGENET)]
+  assert set(recipes.CIFAR10) == set(methods.METHODS) - {"simclr", "memory", "tsimcne"}
+  for variant in variants:
+    config = config_lib.load(f"configs/methods.py:{variant}")
+    method = methods.create(config, None, data.AbstractSource(1_281_167, 1000))
+    assert config.method == variant.partition("-")[0] and hasattr(method, "loss")
+  with pytest.raises(ValueError, match="expected one of moco, moco_v3, byol"):
+    config_lib.load("configs/methods.py:alignment-imagenet")

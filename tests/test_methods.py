@@ -1,6 +1,7 @@
 """A new method is one short file and one line in a table: it trains, resumes, evaluates and exports."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import tiny
 
 import simclr_jax
 from simclr_jax import methods
-from simclr_jax.programs import export, knn, pretrain
+from simclr_jax.programs import export, knn, pretrain, scores
 from simclr_jax.runtime import mesh as mesh_lib
 
 
@@ -87,3 +88,18 @@ def test_microbatches_and_whole_batches_agree_on_the_extra_state(one_negative):
 def test_an_unknown_method_is_one_line():
   with pytest.raises(ValueError, match="config.method='nonesuch': expected one of simclr, memory"):
     methods.create(tiny.config(method="nonesuch"), None)
+
+
+@pytest.mark.slow
+def test_alignment_alone_collapses_and_the_verdict_says_so():
+  """Without negatives, predictor or a target network; with negatives the same run does not."""
+  mesh, source, said = mesh_lib.make_mesh(jax.devices()[:1]), tiny.source(256), {}
+  for method in ("alignment", "simclr"):
+    changes = {"projector.kind": "none", "optimizer.base_lr": 8e-3, "optimizer.warmup_epochs": 1.0}
+    config = tiny.config(method=method, train_steps=60, batch_size=32, **changes)
+    task = pretrain.make_task(config, source, mesh=mesh)
+    state, step = jax.jit(task.init)(jax.random.key(0)), jax.jit(task.step)
+    for batch in itertools.islice(task.stream(0), config.train_steps):
+      state, _ = step(state, mesh_lib.global_batch(mesh, batch))
+    said[method] = scores.PretrainEvaluation(config, source, source, mesh).quick(state)["verdict"]
+  assert said["alignment"].startswith("COLLAPSED") and not said["simclr"].startswith("COLLAPSED"), said

@@ -5,7 +5,7 @@ A new method is a file with a `create` and a line in METHODS; step, loop, checkp
 
 from typing import Any, Protocol
 
-from simclr_jax.methods import alignment, autoencoder, byol, instdisc, memory, moco, moco_v3, simclr, supcon
+from simclr_jax.methods import alignment, autoencoder, byol, instdisc, memory, moco, moco_v3, simclr, supcon, tsimcne
 
 Extra = Any  # a tree of arrays, part of the training state: {} for SimCLR; a target network, a queue, a memory bank
 
@@ -20,6 +20,8 @@ class Method(Protocol):
     predictor: a Linen module that is trained on z, (z [m, d], views [m, h, w, 3], train) -> [m, ...]; `outputs` is then
       model.Predicted.
     split: names of entries of its extra state whose rows are split over the devices, such as a memory bank.
+    optimizer: (config, number of images) -> (optax transformation, schedule), in place of optimizer.create, for training
+      in stages.
   """
 
   chance_loss: float | None
@@ -54,6 +56,7 @@ METHODS = {
   "supcon": supcon.create,
   "autoencoder": autoencoder.create,
   "alignment": alignment.create,
+  "tsimcne": tsimcne.create,
 }
 
 
@@ -68,4 +71,10 @@ def create(config, mesh, source=None) -> Method:
   """
   if config.method not in METHODS:
     raise ValueError(f"config.method={config.method!r}: expected one of {', '.join(METHODS)}")
+  views = config.augment.views
+  if views != 2 and (config.method, config.loss.name) != ("simclr", "nt_xent"):
+    which = f"config.method={config.method!r}" + f" with config.loss.name={config.loss.name}" * (
+      config.method == "simclr"
+    )
+    raise ValueError(f"config.augment.views={views}: {which} is for 2 views; more are for simclr with nt_xent")
   return METHODS[config.method](config, mesh, source)
