@@ -99,7 +99,7 @@ COMMANDS = {
     "pretrain", "SimCLR pretraining: views, NT-Xent over the global batch, LARS; ends with scores, an export and a page"
   ),
   "probe": Command(
-    "probe", flags_of.of_a_run, "linear evaluation on the frozen h of a run", for_this_machine, overrides=True
+    "probe", flags_of.probe, "linear evaluation on the frozen h of a run, of classes or of transformations", for_this_machine, overrides=True
   ),
   "finetune": _trains(
     "finetune", "training on few or all labels: from a run or an exported encoder, or from scratch"

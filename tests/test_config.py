@@ -125,6 +125,7 @@ def test_every_recipe_is_complete_and_survives_json(path):
     ("--config.data.train=", "config.data.train=: expected a data set such as fashion:train"),
     ("--config.train_epochs=0.0", "set one of them"),
     ("--config.evaluate.every_steps=3", "config.evaluate.every_steps=3 and every_epochs=5.0: set one"),
+    ("--config.norm_devices=4", "config.norm_devices=4: is for config.norm_scope=device"),
     ("--config.zero1=perhaps", "config.zero1=perhaps: expected True or False"),
     ("--config.augment.crop_area=(0.1, 0.5, 1)", "expected a tuple such as (0.08, 1.0) of (float, float)"),
     ("--config.augment.crop_area=(1.0, 0.1)", "expected the smallest first"),

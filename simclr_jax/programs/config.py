@@ -329,6 +329,15 @@ class Pretrain(Training):
   microbatch_norm: str = key(
     "microbatch", "statistics of BatchNorm: microbatch, or exact: of the whole batch", choices=("microbatch", "exact")
   )
+  norm_scope: str = key(
+    "global", "images that BatchNorm ranges over: global: the batch; device: the part of it on one device, for the experiment "
+    "on what that leaks", choices=("global", "device"),
+  )  # fmt: skip
+  norm_devices: int = key(
+    0,
+    "norm_scope=device: number of devices that the batch is divided over for BatchNorm; 0: those there are",
+    at_least=0,
+  )
   zero1: bool = key(False, "split the state of the optimizer over the devices")
   augment: Augment
   projector: Projector = section(Projector)
@@ -339,6 +348,12 @@ class Pretrain(Training):
 
   def check(self):
     super().check()
+    if self.norm_scope == "device" and self.microbatches > 1:
+      raise UserError(
+        f"norm_scope=device: config.microbatches={self.microbatches} also divides the batch for BatchNorm; leave it 1"
+      )
+    if self.norm_scope == "global" and self.norm_devices:
+      raise UserError(f"norm_devices={self.norm_devices}: is for config.norm_scope=device")
     if self.memory:
       object.__setattr__(self, "method", "memory")
     elif self.method == "memory":
