@@ -58,7 +58,9 @@ def predictions(encode: Callable, train, test, *, seed: int = 0) -> dict[str, di
   for prediction, rows in (("hue", colorful), ("position", [slice(None), slice(None)])):
 
     def score(name, prediction=prediction, rows=rows):
-      data = [(part.of[prediction][name][keep], part.target[prediction][keep]) for part, keep in zip(parts, rows, strict=True)]
+      data = [
+        (part.of[prediction][name][keep], part.target[prediction][keep]) for part, keep in zip(parts, rows, strict=True)
+      ]
       return linear.regression_score(*data[0], *data[1])
 
     out[prediction] = {name: None if gray and prediction == "hue" else score(name) for name in names}
