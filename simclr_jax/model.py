@@ -65,6 +65,35 @@ class SimCLR(nn.Module):
     return Outputs(h.reshape(n, two, -1), z.reshape(n, two, -1), logits)
 
 
+class Predicted(NamedTuple):
+  """Outputs, and what the method's own module made of z."""
+
+  h: jax.Array
+  z: jax.Array
+  logits: jax.Array | None
+  prediction: jax.Array  # float32 [n, 2, ...]
+
+
+class WithPredictor(SimCLR):
+  """SimCLR with one more module, which a method trains on z: the predictor of BYOL, the decoder of an autoencoder.
+
+  Its variables are "predictor"; neither evaluation nor an export sees it.
+
+  Attributes:
+    predictor: q, maps z [m, out_dim] and the views [m, height, width, 3] that z is of to a prediction [m, ...].
+  """
+
+  predictor: nn.Module | None = None
+
+  def __call__(self, views, train: bool = False):
+    """views [n, 2, height, width, 3] -> Predicted."""
+    outputs = super().__call__(views, train)
+    n, two = views.shape[:2]
+    z = outputs.z.reshape(n * two, -1)
+    prediction = self.predictor(z, views.reshape(n * two, *views.shape[2:]), train=train)
+    return Predicted(*outputs, prediction.reshape(n, two, *prediction.shape[1:]))
+
+
 class Classifier(nn.Module):
   """Images -> logits: encoder, the projection head up to layer `tap`, and a linear layer on that.
 
@@ -99,17 +128,22 @@ def make_encoder(arrangement: str = "plain", **arguments) -> nn.Module:
   return ARRANGEMENTS[arrangement](**arguments)
 
 
-def create(config, num_classes: int = 0) -> SimCLR:
-  """The model of a config: `config.encoder` goes to `make_encoder`, `config.projector` to `Projector`."""
+def create(config, num_classes: int = 0, predictor: nn.Module | None = None) -> SimCLR:
+  """The model of a config: `config.encoder` goes to `make_encoder`, `config.projector` to `Projector`.
+
+  Args:
+    predictor: the module of a method that has one, see `WithPredictor`; training alone needs it.
+  """
   encoder = make_encoder(config.encoder.arrangement, **config.encoder)
-  return SimCLR(encoder=encoder, projector=Projector(**config.projector), num_classes=num_classes)
+  parts = dict(encoder=encoder, projector=Projector(**config.projector), num_classes=num_classes)
+  return SimCLR(**parts) if predictor is None else WithPredictor(**parts, predictor=predictor)
 
 
 def part(tree: TrainState, name: str) -> dict:
-  """Variables {"params", "batch_stats"} of one submodule: "encoder", "projector" or "classifier"."""
+  """Variables {"params", "batch_stats"} of one submodule: "encoder", "projector", "classifier" or "predictor"."""
   return {"params": tree.params.get(name, {}), "batch_stats": tree.batch_stats.get(name, {})}
 
 
 def keep_encoder(state: TrainState) -> dict:
-  """What pretraining is for: the variables of f; g and the classifier are discarded."""
+  """What pretraining is for: the variables of f; g, the classifier and a predictor are discarded."""
   return part(state, "encoder")

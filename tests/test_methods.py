@@ -1,6 +1,7 @@
 """A new method is one short file and one line in a table: it trains, resumes, evaluates and exports."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import tiny
 
 import simclr_jax
 from simclr_jax import methods
+from simclr_jax.methods import autoencoder
 from simclr_jax.programs import export, knn, pretrain
 from simclr_jax.runtime import mesh as mesh_lib
 
@@ -43,7 +45,7 @@ class OneNegative:
 
 @pytest.fixture
 def one_negative(monkeypatch):
-  monkeypatch.setitem(methods.METHODS, "one_negative", lambda config, mesh: OneNegative())
+  monkeypatch.setitem(methods.METHODS, "one_negative", lambda config, mesh, source: OneNegative())
 
 
 @pytest.mark.slow
@@ -87,3 +89,20 @@ def test_microbatches_and_whole_batches_agree_on_the_extra_state(one_negative):
 def test_an_unknown_method_is_one_line():
   with pytest.raises(ValueError, match="config.method='nonesuch': expected one of simclr, memory"):
     methods.create(tiny.config(method="nonesuch"), None)
+
+
+@pytest.mark.parametrize("stem, size", [("cifar", 20), ("cifar", 16), ("imagenet", 45)])
+def test_the_decoder_makes_images_of_every_size(stem, size):
+  decoder = autoencoder.Decoder(18, 0.0625, stem)
+  z, x = jnp.zeros((2, 8)), jnp.zeros((2, size, size, 3))
+  variables = jax.eval_shape(decoder.init, jax.random.key(0), z, x)
+  assert set(variables["params"]) >= {"unpool", "group1", "group2", "group3", "group4", "pixels"}
+  made = functools.partial(decoder.apply, size=(size, size), train=False, method="reconstruct")
+  assert jax.eval_shape(made, variables, z).shape == x.shape
+  assert jax.eval_shape(decoder.apply, variables, z, x).shape == (2,)
+
+
+def test_upsampling_repeats_pixels():
+  x = np.arange(6.0).reshape(1, 2, 3, 1)
+  expected = np.array([[0, 0, 1, 1, 2], [0, 0, 1, 1, 2], [3, 3, 4, 4, 5]])
+  np.testing.assert_array_equal(autoencoder.upsample(jnp.asarray(x), (3, 5))[0, :, :, 0], expected)

@@ -5,7 +5,7 @@ A new method is a file with a `create` and a line in METHODS; step, loop, checkp
 
 from typing import Any, Protocol
 
-from simclr_jax.methods import memory, simclr
+from simclr_jax.methods import autoencoder, memory, simclr
 
 Extra = Any  # a tree of arrays, part of the training state: {} for SimCLR; a target network, a queue, a memory bank
 
@@ -15,6 +15,10 @@ class Method(Protocol):
 
   Attributes:
     chance_loss: the loss of embeddings that know nothing, or None where no formula is known.
+
+  A method may also have:
+    predictor: a Linen module that is trained on z, (z [m, d], views [m, h, w, 3], train) -> [m, ...]; `outputs` is then
+      model.Predicted.  Without the attribute, or where it is None, there is no such module.
   """
 
   chance_loss: float | None
@@ -28,7 +32,7 @@ class Method(Protocol):
     Args:
       outputs: model.Outputs of the trained network, h and z [n, 2, d].
       network: variables -> (model.Outputs, batch_stats) of the same views by another network, such as a moving average.
-      batch: views.Batch.
+      batch: views.Batch: labels, numbers of the images, seeds.
 
     Returns:
       (float32 scalar, metrics, updates): `updates` is what `after` needs.
@@ -38,15 +42,23 @@ class Method(Protocol):
     """The extra state after the update that led to `variables`: moving averages, an enqueued batch."""
 
 
-METHODS = {"simclr": simclr.create, "memory": memory.create}  # (config, mesh) -> Method
+# (config, mesh, data source or None) -> Method
+METHODS = {
+  "simclr": simclr.create,
+  "memory": memory.create,
+  "autoencoder": autoencoder.create,
+}
 
 
-def create(config, mesh) -> Method:
+def create(config, mesh, source=None) -> Method:
   """The method of a config.
 
+  Args:
+    source: the training images, of which some methods need the number or the labels: `len`, `num_classes`.
+
   Raises:
-    ValueError: no such method, or an option that it refuses.
+    ValueError: no such method, or an option or data that it refuses.
   """
   if config.method not in METHODS:
     raise ValueError(f"config.method={config.method!r}: expected one of {', '.join(METHODS)}")
-  return METHODS[config.method](config, mesh)
+  return METHODS[config.method](config, mesh, source)

@@ -57,7 +57,7 @@ class Memory:
     return {"average": average, "bank": bank, "banked": banked}
 
 
-def create(config, mesh) -> Memory:
+def create(config, mesh, source=None) -> Memory:
   """The method of `config.memory`.
 
   Raises:

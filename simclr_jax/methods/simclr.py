@@ -27,7 +27,7 @@ class SimCLR:
     return {}
 
 
-def create(config, mesh) -> SimCLR:
+def create(config, mesh, source=None) -> SimCLR:
   """SimCLR with the loss of a config: NT-Xent unless `config.loss.name` says otherwise."""
   return SimCLR(loss_function(config, mesh), chance_loss(config))
 

@@ -68,9 +68,9 @@ def _resident(drawn, labels, images, mesh):
 @errors.of_the_user()
 def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.Task:
   """The config and the training images as the loop wants them; `bad_file` gets the names of unreadable images."""
-  model = model_lib.create(config, source.num_classes)
+  method = methods.create(config, mesh, source)
+  model = model_lib.create(config, source.num_classes, getattr(method, "predictor", None))
   tx, schedule = optimizer.create(config, len(source))
-  method = methods.create(config, mesh)
   pipeline = view_pipeline(config)
   if config.microbatches == 1:
     augmented, network = train_step.whole(model, pipeline.device)
