@@ -5,7 +5,7 @@ A new method is a file with a `create` and a line in METHODS; step, loop, checkp
 
 from typing import Any, Protocol
 
-from simclr_jax.methods import autoencoder, memory, simclr
+from simclr_jax.methods import autoencoder, controls, memory, simclr
 
 Extra = Any  # a tree of arrays, part of the training state: {} for SimCLR; a target network, a queue, a memory bank
 
@@ -47,6 +47,9 @@ METHODS = {
   "simclr": simclr.create,
   "memory": memory.create,
   "autoencoder": autoencoder.create,
+  "supervised": controls.supervised,
+  "positives_only": controls.positives_only,
+  "oracle": controls.oracle,
 }
 
 

@@ -323,6 +323,9 @@ class Pretrain(Training):
   batch_size: int = key(REQUIRED, "images in the global batch; the negatives are the others", at_least=2)
   # No choices: a new method is a line of methods.METHODS alone, which refuses unknown names.
   method: str = key("simclr", "self-supervised method, of methods.METHODS; a section memory means memory")
+  removed_negatives: float = key(
+    1.0, "method=oracle: fraction of the negatives of the same class that are left out", at_least=0, at_most=1
+  )
   microbatches: int = key(
     1, "number of parts that the batch is computed in; the loss still sees all negatives", at_least=1
   )
