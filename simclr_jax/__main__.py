@@ -143,6 +143,11 @@ COMMANDS = {
     "downstream", "all of it in a row over several seeds, a table and a figure of accuracy against labels",
     flags_of.training,
   ),
+  "claims": Command(
+    "claims", flags_of.claims,
+    "what is said of SimCLR, measured by small runs: effects with intervals, a verdict each, one page; resumes by itself",
+    for_training,
+  ),
   "import": Command(
     "import_official", flags_of.import_official,
     "an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it", for_this_machine,

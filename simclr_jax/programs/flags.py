@@ -34,6 +34,19 @@ def probe(parser):
   parser.add_argument("--json", default="", metavar="FILE", help="--of=transforms: write the scores")
 
 
+def claims(parser):
+  add = parser.add_argument
+  add(
+    "--data", action="append", default=[], metavar="SET",
+    help="SET:train and SET:test are a data set, such as textures or npz:FILE; may be repeated (default: the budget's)",
+  )  # fmt: skip
+  add(
+    "--budget", choices=("quick", "full"), default="quick", help="quick: about an hour a set (default); full: a night"
+  )
+  add("--workdir", default="runs/claims", metavar="DIR", help="folder of the results, from which it resumes")
+  add("--plan", action="store_true", help="list the runs and what they will take, and run nothing")
+
+
 def quickstart(parser):
   parser.add_argument("folder", metavar="DIR", help="image files at any depth; labels are not needed")
   parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of the run")
