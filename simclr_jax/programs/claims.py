@@ -130,7 +130,7 @@ class Results:
 
   def __init__(self, folder):
     self._file = folder / FILE
-    self.cells = {}
+    self.cells, self._end = {}, {}
     if self._file.exists():
       try:
         self.cells = json.loads(files.read_text(self._file))["cells"]
@@ -140,7 +140,15 @@ class Results:
   def add(self, cell: Cell, numbers: dict):
     about = {"setting": cell.setting, "seed": cell.seed, "data": cell.images.name}
     self.cells[cell.key] = about | {"numbers": numbers}
-    files.write_text(self._file, json.dumps({"cells": self.cells}, indent=1))
+    self._write()
+
+  def conclude(self, end: dict):
+    """Keeps what follows from the cells beside them."""
+    self._end = end
+    self._write()
+
+  def _write(self):
+    files.write_text(self._file, json.dumps({**self._end, "cells": self.cells}, indent=1))
 
   def scores(self, todo) -> dict[tuple[str, str], dict[int, dict]]:
     """{(data set, setting): {seed: numbers}} of those of the cells that have ended."""
@@ -231,9 +239,9 @@ def summary(findings: list[Finding]) -> str:
   return f"{len(findings)} claims: {text}; {sure} of the intervals exclude zero."
 
 
-def write_page(path, findings, scores, sets, hours: float):
-  """The page, see report.write_claims."""
-  rows = [
+def rows_of(findings: list[Finding]) -> list[dict]:
+  """The findings as plain data, for the page and for claims.json."""
+  return [
     dict(
       data=f.data, name=f.claim.name, says=f.claim.says, source=f.claim.source, verdict=f.verdict, paper=f.claim.paper,
       unit=f.claim.unit, margin=f.claim.margin if f.claim.direction == 0 else None, values=f.values,
@@ -241,9 +249,6 @@ def write_page(path, findings, scores, sets, hours: float):
     )
     for f in findings
   ]  # fmt: skip
-  matrices = {images.name: found for images in sets if (found := matrix(scores, images.name))}
-  text = f"{summary(findings)} Small runs on {', '.join(images.name for images in sets)}, {hours:.1f} hours in all."
-  report.write_claims(path, title="What is said of SimCLR, measured", summary=text, claims=rows, matrices=matrices)
 
 
 def matrix(scores, data: str):
@@ -286,8 +291,15 @@ def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Find
   scores = results.scores(todo)
   findings = [judge(claim, images.name, scores, budget.seeds) for images in sets for claim in claims_of(budget, images)]
   hours = sum(results.cells[cell.key]["numbers"]["seconds"] for cell in todo) / 3600
-  write_page(folder / PAGE, findings, scores, sets, hours)
-  print(f"\n{table(findings)}\n\n{summary(findings)}\n{len(todo)} cells, {hours:.2f} hours\n{folder / PAGE}")
+  text = (
+    f"{summary(findings)} {len(todo)} runs on {', '.join(images.name for images in sets)}, {hours:.2f} hours in all."
+  )
+  results.conclude({"summary": text, "findings": rows_of(findings)})
+  report.write_claims(
+    folder / PAGE, title="What is said of SimCLR, measured", summary=text, claims=rows_of(findings),
+    matrices={images.name: found for images in sets if (found := matrix(scores, images.name))},
+  )  # fmt: skip
+  print(f"\n{table(findings)}\n\n{text}\n{folder / PAGE}")
   return findings
 
 
