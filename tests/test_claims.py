@@ -1,5 +1,6 @@
 """Claims: statistics against scipy, verdicts, formulas, and cells that are run once, whatever ends the command."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -181,30 +182,62 @@ def test_a_cell_is_kept_under_what_made_it(spec):
   assert len({key(base), *others}) == 5
 
 
-def test_claims_end_to_end_and_again_without_a_run(few, spec, tmp_path, capsys, monkeypatch):
+def on_one_device(monkeypatch):
+  """Compiling for one device takes a third of the time."""
   one_device = mesh_lib.make_mesh(jax.devices()[:1])
   monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
-  monkeypatch.setattr(experiments, "CLAIMS", (FEW[0], FEW[2]))
+
+
+def test_claims_end_to_end_and_again_without_a_run(few, spec, tmp_path, capsys, monkeypatch):
+  on_one_device(monkeypatch)
+  monkeypatch.setattr(experiments, "CLAIMS", (Claim("a", "A.", "v1", "untrained.linear - pixels.linear", paper=1.0),))
   assert claims.run([spec], tmp_path, budget=TINY, plan_only=True) == []
   assert "3 cells, 0 of them done" in capsys.readouterr().out and not list(tmp_path.iterdir())
   findings = claims.run([spec], tmp_path, budget=TINY)
-  text = capsys.readouterr().out
-  assert [f.claim.name for f in findings] == ["h over pixels", "z"]
-  assert all(f.interval and f.verdict in ("supported", "not supported", "contrary") for f in findings)
-  assert (
-    "compiling the step" in text and text.count("compiling the step: 0:00") >= 1
-  )  # the second seed compiles nothing
-  kept = json.loads((tmp_path / "claims.json").read_text())["cells"]
-  assert sorted(c["setting"] for c in kept.values()) == ["pixels", "simclr", "simclr"]
-  assert all(0 <= c["numbers"]["linear"] <= 1 and c["numbers"]["seconds"] > 0 for c in kept.values())
-  assert not list((tmp_path / "cells").iterdir())  # nothing is left but the numbers
+  assert findings[0].interval and findings[0].verdict in ("supported", "not supported", "contrary")
+  kept = json.loads((tmp_path / "claims.json").read_text())
+  assert sorted(c["setting"] for c in kept["cells"].values()) == ["pixels", "untrained", "untrained"]
+  assert all(0 <= c["numbers"]["linear"] <= 1 and c["numbers"]["seconds"] > 0 for c in kept["cells"].values())
+  assert kept["findings"][0]["verdict"] == findings[0].verdict and "3 runs" in kept["summary"]
   page = (tmp_path / "claims.html").read_text()
-  assert page.count("<article") == 2 and "paper: +1.0" in page
+  assert page.count("<article") == 1 and "paper: +1.0" in page
 
   monkeypatch.setattr(cells.Runner, "run", lambda *_: pytest.fail("a cell was run twice"))
   assert claims.run([spec], tmp_path, budget=TINY) == findings
   claims.run([spec], tmp_path, budget=TINY, plan_only=True)
   assert "3 cells, 3 of them done" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_cells_that_train_share_their_programs_and_leave_numbers_alone(few, spec, tmp_path, capsys, monkeypatch):
+  """Every measure on three seeds, the last of which goes on after a signal; the second and third compile nothing."""
+  on_one_device(monkeypatch)
+  setting = cells.Setting(measures=("z", "few", "contrastive", "geometry", "transforms"))
+  monkeypatch.setattr(experiments, "SETTINGS", {"simclr": setting})
+  monkeypatch.setattr(experiments, "CLAIMS", FEW[2:])
+  budget = dataclasses.replace(TINY, seeds=(0, 1, 2))
+  (finding,) = claims.run([spec], tmp_path, budget=budget)
+  assert capsys.readouterr().out.count("compiling the step: 0:00") >= 2
+  assert finding.interval and not list((tmp_path / "cells").iterdir())
+  first, *_ = json.loads((tmp_path / "claims.json").read_text())["cells"].values()
+  measured = set().union(*(SCORES[name] for name in setting.measures))
+  colorless = {f"{what}_{name}" for what in ("color", "hue") for name in "hz"}
+  assert set(first["numbers"]) == measured - colorless | {"linear", "validation", "seconds"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name", ["supervised_10pct", "oracle", "norm_per_device", "debiased", "autoencoder", "rotated", "positives_only"]
+)
+def test_settings_that_are_no_plain_simclr_train(name, spec, tmp_path, monkeypatch):
+  on_one_device(monkeypatch)
+  images = cells.open_images(spec, most_train=60, most_test=32)
+  setting = experiments.SETTINGS[name]
+  changes = dict(CHANGES) | ({"norm_devices": 4} if name == "norm_per_device" else {})
+  setting = dataclasses.replace(setting, changes=tuple(c for c in setting.changes if c[0] != "norm_devices"))
+  config = cells.config_of(setting, 0, 0.5, changes)
+  numbers = cells.Runner(tmp_path).run(setting, config, images)
+  assert 0 <= numbers["linear"] <= 1 and np.isfinite(list(numbers.values())).all()
 
 
 @pytest.mark.parametrize("ends_at", [0, 1, 3, 4])
