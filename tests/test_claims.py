@@ -227,7 +227,7 @@ def test_cells_that_train_share_their_programs_and_leave_numbers_alone(few, spec
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "name", ["supervised_10pct", "oracle", "norm_per_device", "debiased", "autoencoder", "rotated", "positives_only"]
+  "name", ["supervised_10pct", "oracle", "norm_per_device", "debiased", "autoencoder", "rotated", "alignment"]
 )
 def test_settings_that_are_no_plain_simclr_train(name, spec, tmp_path, monkeypatch):
   on_one_device(monkeypatch)

@@ -5,7 +5,7 @@ A new method is a file with a `create` and a line in METHODS; step, loop, checkp
 
 from typing import Any, Protocol
 
-from simclr_jax.methods import autoencoder, controls, memory, simclr
+from simclr_jax.methods import alignment, autoencoder, byol, controls, instdisc, memory, moco, moco_v3, simclr, supcon
 
 Extra = Any  # a tree of arrays, part of the training state: {} for SimCLR; a target network, a queue, a memory bank
 
@@ -18,7 +18,8 @@ class Method(Protocol):
 
   A method may also have:
     predictor: a Linen module that is trained on z, (z [m, d], views [m, h, w, 3], train) -> [m, ...]; `outputs` is then
-      model.Predicted.  Without the attribute, or where it is None, there is no such module.
+      model.Predicted.
+    split: names of entries of its extra state whose rows are split over the devices, such as a memory bank.
   """
 
   chance_loss: float | None
@@ -46,9 +47,14 @@ class Method(Protocol):
 METHODS = {
   "simclr": simclr.create,
   "memory": memory.create,
+  "moco": moco.create,
+  "moco_v3": moco_v3.create,
+  "byol": byol.create,
+  "instdisc": instdisc.create,
+  "supcon": supcon.create,
   "autoencoder": autoencoder.create,
+  "alignment": alignment.create,
   "supervised": controls.supervised,
-  "positives_only": controls.positives_only,
   "oracle": controls.oracle,
 }
 

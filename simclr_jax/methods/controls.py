@@ -1,4 +1,4 @@
-"""Controls: SimCLR's network and views with labels, without negatives, or without the negatives of the same class.
+"""Controls: SimCLR's network and views with labels, or without the negatives of the same class.
 
 They are no methods to pretrain by, but what the claims about SimCLR are measured against.
 """
@@ -59,16 +59,6 @@ def supervised(config, mesh, source=None) -> Control:
     return jnp.sum(weight * losses), {}
 
   return Control(of_batch, Logits(source.num_classes))
-
-
-def positives_only(config, mesh, source=None) -> Control:
-  """The squared distance of the two normalized views and nothing else, which a constant minimizes."""
-
-  def of_batch(outputs, batch):
-    z = contrast.l2_normalize(outputs.z)
-    return jnp.mean(jnp.sum(jnp.square(z[:, 0] - z[:, 1]), -1)), {}
-
-  return Control(of_batch)
 
 
 def oracle(config, mesh, source=None) -> Control:

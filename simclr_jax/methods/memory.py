@@ -5,13 +5,12 @@ As in MoCo (arXiv 1911.05722), but for the negatives alone: positives come from 
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from simclr_jax import contrast
-from simclr_jax.methods import simclr
+from simclr_jax.methods import momentum, simclr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +47,7 @@ class Memory:
     return loss, metrics, {"z": z, "batch_stats": batch_stats}
 
   def after(self, variables, extra, updates):
-    move = functools.partial(jax.tree.map, lambda a, w: self.decay * a + (1 - self.decay) * w)
-    average = {
-      "params": move(extra["average"]["params"], variables["params"]), "batch_stats": updates["batch_stats"]
-    }  # fmt: skip
+    average = momentum.average(extra["average"], variables, updates["batch_stats"], self.decay)
     bank = jnp.concatenate([updates["z"], extra["bank"]])[: self.size]
     banked = jnp.minimum(extra["banked"] + len(updates["z"]), self.size)
     return {"average": average, "bank": bank, "banked": banked}

@@ -49,6 +49,17 @@ def loss_function(config, mesh):
   return functools.partial(contrast.LOSSES[name], **mesh, **options)
 
 
+def temperature(config) -> float:
+  """`config.loss.temperature`, for methods whose loss is not one of contrast.LOSSES.
+
+  Raises:
+    ValueError: it is not given.
+  """
+  if config.loss.temperature is None:
+    raise ValueError(f"config.loss.temperature is missing: config.method={config.method!r} needs one, such as 0.2")
+  return config.loss.temperature
+
+
 def chance_loss(config) -> float | None:
   """NT-Xent of embeddings that know nothing: ln(2n - 1), twice that for the official sum; None for other losses."""
   if config.loss.name != "nt_xent":

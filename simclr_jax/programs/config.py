@@ -203,6 +203,47 @@ class Memory(Section):
 
 
 @frozen
+class MoCo(Section):
+  """Arguments of methods/moco.py."""
+
+  size: int = key(65536, "method=moco: number of keys in the queue", at_least=1)
+  decay: float = key(0.999, "method=moco: decay of the momentum encoder", at_least=0, below=1)
+
+
+@frozen
+class MoCoV3(Section):
+  """Arguments of methods/moco_v3.py."""
+
+  decay: float = key(
+    0.99, "method=moco_v3: decay of the momentum encoder at the start, which rises to 1", at_least=0, below=1
+  )
+  hidden: int = key(4096, "method=moco_v3: width of the hidden layer of the predictor", at_least=1)
+
+
+@frozen
+class BYOL(Section):
+  """Arguments of methods/byol.py."""
+
+  decay: float = key(
+    0.996, "method=byol: decay of the target network at the start, which rises to 1", at_least=0, below=1
+  )
+  hidden: int = key(4096, "method=byol: width of the hidden layer of the predictor", at_least=1)
+
+
+@frozen
+class InstDisc(Section):
+  """Arguments of methods/instdisc.py."""
+
+  negatives: int = key(
+    4096, "method=instdisc: rows of the memory bank that NCE draws for each batch; 0: softmax over all", at_least=0
+  )
+  decay: float = key(0.5, "method=instdisc: decay of the rows of the memory bank", at_least=0, below=1)
+  proximal: float = key(
+    0.0, "method=instdisc: weight of the squared distance of z from its row of the memory bank", at_least=0
+  )
+
+
+@frozen
 class Optimizer(Section):
   name: str = key("lars", "name of the update rule", choices=("lars", "sgd", "adam", "adamw"))
   base_lr: float = key(REQUIRED, "learning rate before it is scaled with the batch size", above=0)
@@ -322,7 +363,11 @@ class Pretrain(Training):
   program: str = key("pretrain", "program that the recipe is for", choices=("pretrain",))
   batch_size: int = key(REQUIRED, "images in the global batch; the negatives are the others", at_least=2)
   # No choices: a new method is a line of methods.METHODS alone, which refuses unknown names.
-  method: str = key("simclr", "self-supervised method, of methods.METHODS; a section memory means memory")
+  method: str = key(
+    "simclr",
+    "how the encoder is trained: simclr, memory, moco, moco_v3, byol, instdisc, supcon, autoencoder or alignment; or the "
+    "controls supervised and oracle; a section memory means memory",
+  )
   removed_negatives: float = key(
     1.0, "method=oracle: fraction of the negatives of the same class that are left out", at_least=0, at_most=1
   )
@@ -345,6 +390,10 @@ class Pretrain(Training):
   augment: Augment
   projector: Projector = section(Projector)
   memory: Memory | None = None
+  moco: MoCo | None = None
+  moco_v3: MoCoV3 | None = None
+  byol: BYOL | None = None
+  instdisc: InstDisc | None = None
   loss: Loss = section(Loss)
   evaluate: EvaluateFeatures = section(EvaluateFeatures)
   probe: Probe = section(Probe)
@@ -359,8 +408,11 @@ class Pretrain(Training):
       raise UserError(f"norm_devices={self.norm_devices}: is for config.norm_scope=device")
     if self.memory:
       object.__setattr__(self, "method", "memory")
-    elif self.method == "memory":
-      object.__setattr__(self, "memory", Memory())
+    for name, kind in {"memory": Memory, "moco": MoCo, "moco_v3": MoCoV3, "byol": BYOL, "instdisc": InstDisc}.items():
+      if self[name] and self.method != name:
+        raise UserError(f"method={self.method!r}: config.{name} is for config.method={name}")
+      if self.method == name and not self[name]:
+        object.__setattr__(self, name, kind())
 
 
 @frozen

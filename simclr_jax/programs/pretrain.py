@@ -118,6 +118,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
     num_examples=len(source),
     exports=lambda state: {"encoder": model_lib.keep_encoder(state)},
     zero1=config.zero1,
+    split=getattr(method, "split", ()),
     show=SHOW,
     log_with_every_row={} if method.chance_loss is None else {"chance_loss": method.chance_loss},
     advice=ADVICE,

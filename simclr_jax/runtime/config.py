@@ -230,9 +230,10 @@ def _unknown(root, path, value=None) -> UserError:
 
 
 def to_dict(config) -> dict:
-  """A config or section as nested dicts, every key included; tuples stay tuples."""
+  """A config or section as nested dicts, every key included but sections that are None; tuples stay tuples."""
   if isinstance(config, Section):
-    return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    parts = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {f.name: to_dict(part) for f, part in parts.items() if part is not None or not _section_of(f.type)}
   return {name: to_dict(value) for name, value in config.items()} if isinstance(config, dict) else config
 
 

@@ -53,6 +53,7 @@ class Task:
   num_examples: int
   exports: Callable[[State], dict]  # state -> {name: tree}, items of a checkpoint beside the state
   zero1: bool = False  # whether state.opt_state is split over the devices
+  split: tuple[str, ...] = ()  # entries of state.extra whose rows are split over the devices
   warm_start: Callable[[State], State] = lambda state: state  # puts given weights into the state at step 0, not jitted
   constants: tuple = ()  # trees of arrays that every step reads and none changes, such as a teacher; in no checkpoint
   show: Mapping[str, str] = dataclasses.field(default_factory=dict)  # metric -> what the progress line calls it
@@ -143,6 +144,9 @@ def abstract_state(task: Task, mesh):
   shardings = jax.tree.map(lambda _: mesh_lib.replicated(mesh), shapes)
   if task.zero1:
     shardings = shardings.replace(opt_state=mesh_lib.zero1(mesh, shapes.opt_state))
+  if task.split:
+    rows = {name: mesh_lib.by_rows(mesh, shapes.extra[name]) for name in task.split}
+    shardings = shardings.replace(extra=shardings.extra | rows)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 

@@ -46,6 +46,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def by_rows(mesh: Mesh, tree):
+  """Shardings that split axis 0 of every leaf over all devices; where their number does not divide it, it is replicated."""
+  split = lambda leaf: batch_sharding(mesh) if leaf.ndim and leaf.shape[0] % mesh.size == 0 else replicated(mesh)  # noqa: E731
+  return jax.tree.map(split, tree)
+
+
 def zero1(mesh: Mesh, opt_state):
   """Shardings for an optimizer state of which every device keeps a share (ZeRO stage 1, arXiv 1910.02054).
 

@@ -1,0 +1,35 @@
+"""Alignment alone: the two views of an image are pulled together, and nothing keeps the images apart.
+
+What SimCLR's loss is without its negatives, and BYOL without predictor and target network: the least loss is reached when
+all images have the same embedding, and training gets there (SimSiam, arXiv 2011.10566, section 4.1).  It is here to be seen
+collapsing.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from simclr_jax import contrast
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+  """A methods.Method; nothing is remembered."""
+
+  chance_loss: float | None = None  # a collapsed network has the least loss: there is no level to compare it with
+
+  def init(self, variables, outputs):
+    return {}
+
+  def loss(self, outputs, extra, network, batch):
+    """The mean over images of |z - z'|^2 = 2 - 2 cos(z, z'), unit vectors."""
+    cosine = jnp.sum(jnp.prod(contrast.l2_normalize(outputs.z), axis=1), -1)
+    return jnp.mean(2 - 2 * cosine), {"positive_similarity": jnp.mean(cosine)}, {}
+
+  def after(self, variables, extra, updates):
+    return {}
+
+
+def create(config, mesh, source=None) -> Alignment:
+  """The method, which has no options."""
+  return Alignment()

@@ -1,0 +1,182 @@
+"""What each method remembers, on a network of two layers: against a NumPy simulation, on 1 and 8 devices, resumed, and in
+microbatches.
+"""
+
+import functools
+import itertools
+import shutil
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from simclr_jax import methods, model, optimizer, train_step
+from simclr_jax.methods import autoencoder
+from simclr_jax.programs import pretrain
+from simclr_jax.projector import BatchNorm, Projector
+from simclr_jax.runtime import loop
+from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.views import Batch
+
+N, SIZE, IMAGES = 16, 4, 40
+CHANGES = {
+  "moco": {"moco.size": 48, "moco.decay": 0.9},
+  "moco_v3": {"moco_v3.decay": 0.9, "moco_v3.hidden": 6},
+  "byol": {"byol.decay": 0.9, "byol.hidden": 6},
+  "instdisc": {"instdisc.negatives": 8, "instdisc.proximal": 0.1},
+  "supcon": {},
+  "alignment": {},
+  "autoencoder": {},
+}
+
+
+QUICK = ("moco", "byol", "instdisc")  # with all that is special: a queue, a predictor, a bank
+EVERY_METHOD = pytest.mark.parametrize(
+  "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES]
+)
+
+
+class Toy(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Dense(6, name="conv")(x.reshape(len(x), -1))
+    return nn.relu(BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x))
+
+
+class Pixels(nn.Module):
+  """In place of autoencoder.Decoder, which takes longer to compile."""
+
+  @nn.compact
+  def __call__(self, z, views, train=False):
+    return jnp.mean(jnp.square(nn.Dense(views[0].size)(z).reshape(views.shape) - views), (1, 2, 3))
+
+
+def batch_of(step):
+  rng = np.random.default_rng(step)
+  index = rng.permutation(IMAGES)[:N].astype(np.int32)
+  pixels = rng.random((N, 2, SIZE, SIZE, 3), np.float32)
+  return Batch(pixels=pixels, label=index % 3, index=index, seed=rng.integers(0, 1000, (N, 2), np.int32))
+
+
+def make_task(name, mesh, microbatches=1):
+  """(loop.Task, model) of a method on the toy network, by the same steps as pretrain.make_task."""
+  config = tiny.config(method=name, train_steps=4, **{"projector.out_dim": 4}, **CHANGES[name])
+  method = methods.create(config, mesh, tiny.source(IMAGES))
+  predictor = getattr(method, "predictor", None)
+  if isinstance(predictor, autoencoder.Decoder):
+    predictor = Pixels()
+  parts = dict(encoder=Toy(), projector=Projector(2, 4), num_classes=3)
+  net = model.WithPredictor(**parts, predictor=predictor) if predictor else model.SimCLR(**parts)
+  tx = optimizer.sgd_nesterov(0.01)
+  device = lambda batch: batch.pixels  # noqa: E731
+  if microbatches == 1:
+    views, network = train_step.whole(net, device)
+  else:
+    options = dict(microbatches=microbatches, devices=mesh.size, batch_norm="exact")
+    views, network = train_step.in_microbatches(net, device, **options)
+  parts = dict(views=views, network=network, method=method, tx=tx, schedule=lambda step: 0.01)
+  return loop.Task(
+    init=functools.partial(pretrain.init_state, model=net, method=method, tx=tx, image_size=SIZE),
+    step=functools.partial(train_step.train_step, **parts),
+    stream=lambda start: map(batch_of, itertools.count(start)),
+    evaluators={},
+    total_steps=4,
+    batch_size=N,
+    num_examples=IMAGES,
+    exports=lambda state: {"encoder": model.keep_encoder(state)},
+    split=getattr(method, "split", ()),
+  ), net
+
+
+@functools.cache
+def train(name, devices=1, microbatches=1):
+  """The states after 0, 1, 2 and 3 updates, and the task's network."""
+  mesh = mesh_lib.make_mesh(jax.devices()[:devices])
+  task, net = make_task(name, mesh, microbatches)
+  like = loop.abstract_state(task, mesh)
+  placed = jax.tree.map(lambda x: x.sharding, like)
+  state = jax.jit(task.init, out_shardings=placed)(jax.random.key(0))
+  step = jax.jit(task.step, out_shardings=(placed, mesh_lib.replicated(mesh)))
+  states = [state]
+  for k in range(3):
+    states.append(step(states[-1], mesh_lib.global_batch(mesh, batch_of(k)))[0])
+  return states, net
+
+
+def outputs_of(net, variables, step):
+  return jax.device_get(net.apply(variables, batch_of(step).pixels, train=True, mutable=["batch_stats"]))
+
+
+def unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("name, start", [("moco", None), ("moco_v3", 0.9), ("byol", 0.9)])
+def test_the_averaged_network_and_the_queue_are_those_of_a_simulation(name, start):
+  states, net = train(name)
+  states = jax.device_get(states)
+  entry = "target" if name == "byol" else "average"
+  average, queue = states[0].extra[entry], []
+  jax.tree.map(np.testing.assert_array_equal, average["params"], states[0].params)
+  for k, state in enumerate(states[1:]):
+    outputs, updated = outputs_of(net, average, k)
+    queue = [*unit(outputs.z.reshape(2 * N, 4)), *queue]
+    decay = 0.9 if start is None else 1 - (1 - start) * (np.cos(np.pi * k / 4) + 1) / 2
+    params = jax.tree.map(lambda a, w, d=decay: d * a + (1 - d) * w, average["params"], state.params)
+    average = {"params": params, **updated}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.extra[entry], average)
+    if name == "moco":
+      np.testing.assert_allclose(state.extra["queue"][: len(queue)], queue[:48], atol=1e-5)
+      assert state.extra["queued"] == min(32 * (k + 1), 48) and not state.extra["queue"][len(queue) :].any()
+
+
+def test_the_bank_is_that_of_a_simulation():
+  states, net = train("instdisc")
+  states = jax.device_get(states)
+  bank = states[0].extra["bank"].copy()
+  assert bank.shape == (1024, 4) and states[0].extra["normalizer"] == 0
+  np.testing.assert_allclose(np.linalg.norm(bank, axis=1), 1, atol=1e-6)
+  for k, (before, state) in enumerate(itertools.pairwise(states)):
+    z, index = outputs_of(net, {"params": before.params, "batch_stats": before.batch_stats}, k)[0].z, batch_of(k).index
+    bank[index] = unit(0.5 * bank[index] + 0.5 * unit(z).mean(1))
+    np.testing.assert_allclose(state.extra["bank"], bank, atol=1e-5)
+    assert state.extra["normalizer"] == states[1].extra["normalizer"] > 0
+
+
+@EVERY_METHOD
+def test_eight_devices_equal_one(name):
+  one, eight = (train(name, devices)[0] for devices in (1, 8))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *jax.device_get([(s[-1].params, s[-1].extra) for s in (one, eight)])
+  )  # fmt: skip
+  for entry in ("queue", "bank"):
+    if entry in eight[-1].extra:
+      shards = eight[-1].extra[entry].addressable_shards
+      assert {len(shard.data) for shard in shards} == {len(eight[-1].extra[entry]) // 8}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_run_resumes_to_the_bit(name, tmp_path):
+  """On 8 devices, from a checkpoint after 2 of 4 steps."""
+  mesh, states = mesh_lib.make_mesh(), []
+  for workdir in (tmp_path / "straight", tmp_path / "resumed"):
+    config = loop.LoopConfig(log_every=1, checkpoint_every=2, keep=3)
+    task, _ = make_task(name, mesh)
+    states.append(loop.run(task, config, mesh=mesh, workdir=workdir, config_json="{}", seed=0)[0])
+    if workdir.name == "straight":
+      shutil.copytree(workdir, tmp_path / "resumed")
+      shutil.rmtree(tmp_path / "resumed/checkpoints/4")
+  jax.tree.map(np.testing.assert_array_equal, *jax.device_get(states))
+  assert int(states[1].step) == 4
+
+
+@EVERY_METHOD
+def test_microbatches_change_nothing(name):
+  """With BatchNorm over the whole batch, encoding in two parts leaves every method's update as it is."""
+  whole, parts = (train(name, microbatches=count)[0][-1] for count in (1, 2))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *jax.device_get([(s.params, s.extra) for s in (whole, parts)])
+  )  # fmt: skip
