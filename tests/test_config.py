@@ -337,13 +337,13 @@ def test_every_ablation_has_a_small_scale():
   rows = [*ablations.TOP_1, "head-none", "head-linear-32", "compose-crop-color", "compose-rotate-rotate"]
   for row in rows:
     paper, small = (config_lib.load(f"configs/ablations.py:{name}") for name in (row, f"small-{row}"))
-    assert (small.batch_size, small.train_epochs) == (paper.batch_size / 16, paper.train_epochs / 16)
+    assert (small.batch_size, small.train_epochs) == (paper.batch_size / 32, paper.train_epochs / 16)
     assert (small.loss, small.projector, small.augment.extra) == (paper.loss, paper.projector, paper.augment.extra)
     assert small.augment.color_strength == paper.augment.color_strength / 2
     assert small.augment.where == ("host" if small.augment.extra else "resident")
     assert (small.encoder.stem, small.augment.size, small.data.train) == ("cifar", 16, "textures:train")
-    at_256 = config_lib.replace(small, {"batch_size": 256, "train_epochs": 10.0})
-    assert float(optimizer.learning_rate(at_256, 5120)(20)) == pytest.approx(4e-3)
+    at_128 = config_lib.replace(small, {"batch_size": 128, "train_epochs": 10.0})
+    assert float(optimizer.learning_rate(at_128, 1280)(10)) == pytest.approx(8e-3)
 
 
 def test_fine_tuning_rows():

@@ -25,6 +25,8 @@ from simclr_jax.runtime import metrics as metrics_lib
 
 VERSION = 1  # of what a cell does; a change of it makes every cell anew
 LABELS = {"linear_10pct": 0.1, "linear_1pct": 0.01}
+# Of the recipe that a set has, whose settings were tuned on it.
+FOR_DATA = {"textures": {"augment.grayscale_prob": 0.5}}
 UNTRAINED = "untrained"  # kinds of cells beside "train"
 PIXELS = "pixels"
 HISTOGRAM = "histogram"
@@ -91,12 +93,13 @@ def open_images(name: str, *, most_train: int, most_test: int) -> Images:
   return Images(name, **parts, has_color=has_color, digest=hashlib.sha256(prints.encode()).hexdigest()[:12])
 
 
-def config_of(setting: Setting, seed: int, epochs: float, changes: dict):
+def config_of(setting: Setting, seed: int, epochs: float, changes: dict, data_name: str = ""):
   """The config of a cell; `epochs` and `changes` are the budget's."""
   recipe = config_lib.load(f"configs/ablations.py:small-{setting.row}")
   warmup = min(1.0, epochs * setting.epochs / 10)
   own = {"seed": seed, "train_epochs": epochs * setting.epochs, "optimizer.warmup_epochs": warmup}
-  return config_lib.replace(recipe, own | changes | dict(setting.changes))
+  of_data = FOR_DATA.get(data_name.partition(":")[0], {})
+  return config_lib.replace(recipe, own | of_data | changes | dict(setting.changes))
 
 
 def key(setting: Setting, config, images: Images) -> str:

@@ -116,7 +116,7 @@ def cells_of(budget: Budget, sets) -> list[Cell]:
       for seed in budget.seeds if name in needed else ():
         if seed != budget.seeds[0] and setting.kind in (cells.PIXELS, cells.HISTOGRAM):
           continue
-        config = cells.config_of(setting, seed, budget.epochs, dict(budget.changes))
+        config = cells.config_of(setting, seed, budget.epochs, dict(budget.changes), images.name)
         out.append(Cell(name, images, config, cells.key(setting, config, images)))
   return out
 
