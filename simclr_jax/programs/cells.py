@@ -73,7 +73,7 @@ class Images:
 
 
 def open_images(name: str, *, most_train: int, most_test: int) -> Images:
-  """The sets NAME:train and NAME:test, at most so many images of each, a tenth of the former held out.
+  """The sets NAME:train and NAME:test, at most `most_train` and `most_test` images, a tenth of the former held out.
 
   Raises:
     UserError: there is no such set, or it has no labels.
@@ -126,7 +126,7 @@ class Runner:
     `setting.measures` names; and the "seconds" that it took.  A cell that diverged has "diverged" alone.
 
     Raises:
-      Interrupted: the state is saved, and `run` goes on from it.
+      Interrupted: the state is saved, and `run` resumes from it.
     """
     began = time.monotonic()
     if setting.kind in (PIXELS, HISTOGRAM):

@@ -273,7 +273,7 @@ def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Find
 
   Raises:
     UserError: no such data set, or one without labels, or the folder is in use.
-    Interrupted: within a cell; given again, the command goes on there.
+    Interrupted: within a cell; given again, the command resumes there.
   """
   sets = [cells.open_images(name, most_train=budget.train, most_test=budget.test) for name in names or budget.data]
   todo = cells_of(budget, sets)

@@ -19,7 +19,7 @@ difference, and a verdict.
     simclr claims --data=npz:cifar10.npz --data=fashion   # NAME:train and NAME:test of each
     simclr claims --budget=full                           # longer runs, more images, more claims
 
-Killed at any moment and given again, the command goes on where it was: a run that has ended is in `claims.json` at once and
+Killed at any moment and given again, the command resumes: a run that has ended is in `claims.json` at once and
 is not repeated. The results are `claims.html`, a table in the terminal, and `claims.json`.
 
 - **Runs.** Each is a row of `configs/ablations.py` at its small scale: ResNet-18 of an eighth of the width, views of 16 pixels,
