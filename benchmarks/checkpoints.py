@@ -2,7 +2,7 @@
 
   python -m benchmarks.checkpoints [--millions=28,800] [--rounds=3] [--folder=/tmp]
 
-A state of so many million float32 parameters and as many of momentum (ResNet-50 with its head: 28; ResNet-152 3x with
+A state of `--millions` million float32 parameters and as many of momentum (ResNet-50 with its head: 28; ResNet-152 3x with
 selective kernels: 800), and the parameters once more as the encoder, in arrays of 4 M.  `stands still` is the time until
 `save` returns, during which a loop makes no step; `sealed` the time until the checkpoint is complete, which is how long a
 loop would wait that writes in the foreground.

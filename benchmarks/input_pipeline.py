@@ -77,7 +77,7 @@ def prepare(folder, count):
 
 
 def endless(batches):
-  """A function that takes so many images from an endless stream."""
+  """A function that takes a given number of images from an endless stream."""
 
   def take(images):
     for _ in range(images // BATCH):
@@ -191,7 +191,7 @@ def decoding(source):
 
 
 def torch_child(folder, kind):
-  """In the other Python: answers every line with the processor seconds of so many images."""
+  """In the other Python: answers every line, a number of images, with the processor seconds they took."""
   import torch
   from PIL import Image
   from torch.utils.data import DataLoader, Dataset

@@ -255,7 +255,7 @@ def profile(args):
 
 
 def flags(args):
-  """The step with each of XLA's flags on its own, as a share of the step without."""
+  """The step with each of XLA's flags on its own, as a fraction of the step without."""
   rows = {}
   for flag in ("", *FLAGS[: 1 if args.tiny else None]):
     env = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()}
@@ -284,7 +284,7 @@ def resnet50_speed(args):
 
 
 def torch_resnet50(args):
-  """Two views of so many images through torchvision's ResNet-50: compiled, channels last, bfloat16, forward, backward, SGD."""
+  """Two views of a batch of images through torchvision's ResNet-50: compiled, channels last, bfloat16, forward, backward, SGD."""
   import torch
   import torchvision
 

@@ -97,7 +97,7 @@ DENSE_BYTES_ACCELERATOR = 128 * 2**20
 
 
 def choose(n, num_devices, platform):
-  """ "dense" for n images on so many devices if a device's share of the matrix, 4 (2n)^2 bytes in all, is small; else
+  """ "dense" for n images on `num_devices` devices if a device's share of the matrix, 4 (2n)^2 bytes in all, is small; else
   "tiled"."""
   most = DENSE_BYTES.get(platform, DENSE_BYTES_ACCELERATOR)
   return "tiled" if 4 * (2 * n) ** 2 / num_devices > most else "dense"

@@ -43,7 +43,7 @@ def skipped_text(names: Sequence[str]) -> str:
 
 
 def spread(count: int, most: int) -> np.ndarray:
-  """Numbers below count, int64, evenly over all of them, at most so many."""
+  """Numbers below count, int64, evenly over all of them, at most `most`."""
   return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
@@ -320,7 +320,7 @@ class Joined(Source):
 
 
 def class_balanced(labels, fraction: float, seed: int) -> np.ndarray:
-  """Sorted indices of a share of every class of labels [n], at least one image of each, drawn by `seed`.
+  """Sorted indices of a fraction of every class of labels [n], at least one image of each, drawn by `seed`.
 
   Of two shares of one seed the smaller is part of the larger.  Images without a label, -1, belong to none.
   """

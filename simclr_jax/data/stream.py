@@ -8,7 +8,7 @@ checkpoint, and the batch does not depend on the number of hosts, threads or res
 left out of any epoch.
 
 An unreadable image never shortens a batch, which would leave the hosts with different counts: the next readable
-image takes its place, the file is named in the log, and the run stops beyond a given share of such files.
+image takes its place, the file is named in the log, and the run stops beyond a given fraction of such files.
 """
 
 import concurrent.futures
@@ -268,7 +268,7 @@ def train_stream(
     batch_size: images of the global batch; this process reads rows process_index * b to (process_index + 1) * b - 1
       of it, b = batch_size / process_count.
     seed: of the permutations and of the augmentations.
-    max_bad_fraction: the share of distinct unreadable images, met by this process, beyond which the stream raises
+    max_bad_fraction: the fraction of distinct unreadable images, met by this process, beyond which the stream raises
       ValueError; any positive share allows at least one.
     bad_file: a text file to which the name of, and the reason for, every unreadable image are appended.
     canvas: without a transform, the side of the square on which images of a folder or a set are laid; larger ones are
@@ -316,7 +316,7 @@ def eval_batches(
     unreadable one).
 
   Raises:
-    ValueError: more than the allowed share of unreadable images, as in `train_stream`.
+    ValueError: more than the allowed fraction of unreadable images, as in `train_stream`.
   """
   if batch_size % process_count:
     raise UserError(f"batch_size={batch_size} cannot be split over {process_count} processes: use a multiple")

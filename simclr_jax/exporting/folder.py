@@ -31,7 +31,7 @@ def check_vacant(path, *, overwrite: bool) -> epath.Path:
     if not overwrite:
       raise UserError(f"{path} is not empty: add --overwrite or name another folder")
     if not (path / "card.json").exists():
-      raise UserError(f"{path} has no card.json, so it is no export: delete it yourself")
+      raise UserError(f"{path} has no card.json, so it is not an export: delete it yourself")
     if foreign := checkpoint.not_in_manifest(path):
       raise UserError(f"{path}/{foreign[0]} is not part of the export there: move it elsewhere, or name another folder")
   return path

@@ -148,7 +148,7 @@ def _contact_sheet(path, pictures, side=96, columns=8):
 def prepare(
   spec: str, output: str, *, data_dir: str | None = None, images_per_shard: int = 1000, short_side: int = 0
 ) -> int:
-  """Writes a data set as TFRecord shards that `tfrecord:OUTPUT` reads; goes on where an earlier call stopped.
+  """Writes a data set as TFRecord shards that `tfrecord:OUTPUT` reads; resumes an earlier call.
 
   Every image is decoded once on the way; unreadable ones are left out and listed in unreadable.txt.  Class names go to
   classes.json.
@@ -296,7 +296,7 @@ def _rate(work, n, seconds):
 
 
 def advice(rates: dict, size: int) -> str:
-  """Which `augment.where` feeds a ResNet-50 on TPU hosts, in so many lines, from images a second a core."""
+  """Which `augment.where` feeds a ResNet-50 on TPU hosts, in a few lines, from images a second a core."""
   lines = ["what a ResNet-50 wants, and the first setting that feeds it with half as much again to spare:"]
   scale = (224 / size) ** 2  # the network's work goes with the area
   for name in ("v4", "v5e", "v6e"):

@@ -30,7 +30,7 @@ def changed(recipe: str, changes: dict):
 
 
 def one_seed(config, seed: int, folder) -> dict:
-  """{(what, share of labels): accuracy} of one seed; share 1 where all labels or none are meant."""
+  """{(what, fraction of labels): accuracy} of one seed; fraction 1 where all labels or none are meant."""
   recipe = config_lib.load(config.pretrain)
   epochs = {"train_epochs": config.pretrain_epochs, "optimizer.warmup_epochs": min(1.0, config.pretrain_epochs / 10)}
   pretraining = changed(config.pretrain, {"seed": seed, **epochs})
@@ -85,7 +85,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   """The program `simclr downstream`; with --resume whatever is finished is kept.
 
   Returns:
-    dict(results, workdir): one {(what, share of labels): accuracy} a seed.
+    dict(results, workdir): one {(what, fraction of labels): accuracy} a seed.
 
   Raises:
     ValueError: a mistake in the config or the data, on one line.

@@ -205,7 +205,7 @@ def check_batch(config, mesh):
   if config.batch_size % (config.microbatches * mesh.size):
     raise UserError(
       f"microbatches={config.microbatches}: batch_size={config.batch_size} on {mesh.size} devices has "
-      f"{config.batch_size // mesh.size} images a device, which is no multiple"
+      f"{config.batch_size // mesh.size} images a device, which is not a multiple of microbatches"
     )
 
 

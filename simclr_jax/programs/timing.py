@@ -20,7 +20,7 @@ from simclr_jax.runtime import mesh as mesh_lib
 STEPS, SECONDS = (
   20,
   30.0,
-)  # of a measurement: so many steps or batches, or fewer where they take longer than that, but three
+)  # of a measurement: steps or batches, and seconds after which three are enough
 FORMS = {"dense": contrast.nt_xent, "tiled": contrast.nt_xent_tiled}
 SLACK = 0.03  # a change that gains less than this says nothing
 

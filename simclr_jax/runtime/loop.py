@@ -174,7 +174,7 @@ class LoopConfig:
     checkpoint_every: 0 saves at the end only.
     keep: newest checkpoints that are kept.
     wandb: see metrics.Writer.
-    profile_steps: so many steps, from the tenth on, are traced by JAX's profiler into workdir/profile.
+    profile_steps: number of steps, from the tenth on, that are traced by JAX's profiler into workdir/profile.
   """
 
   log_every: int

@@ -22,7 +22,7 @@ SILENCE = 20.0  # seconds without one, after which a process counts as gone
 STEP = ("data", "step", "between")  # phases of one training step
 UNLIKE = ("start", "save wait", "trace")  # phases whose time says nothing about the next: restoring, waiting for a disk
 FIRST = 3600.0  # seconds these may take, and a phase of which nothing is known yet: compiling, the first evaluation
-EARLY, ENOUGH = 40.0, 20  # seconds a phase of a step may take until so many were seen
+EARLY, ENOUGH = 40.0, 20  # seconds a phase of a step may take until ENOUGH were seen
 LEAST, MOST = 20.0, 60.0  # seconds between which lies the limit of a phase of a step after that
 TIMES = 5  # as long as the longest may one take
 
