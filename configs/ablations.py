@@ -4,12 +4,17 @@ Command:   simclr pretrain --config=configs/ablations.py:temperature-0.05 --work
            batch-B-EPOCHSep-linear or -sqrt (Table B.1), temperature-T, no_l2-T (Table 5), loss-NAME (Table 4),
            color-S and autoaugment (Table 1, without blur), no_flip, head-none, head-linear-D, head-nonlinear-D
            (Figure 8), compose-FIRST-SECOND (Figure 5; names of augment.EXTRA, on one branch alone)
-Hardware:  the paper used 128 TPU v3 cores, 1.5 hours for 100 epochs at batch 4,096; nobody has run this file yet
+           small-ROW is any of these rows in minutes on two CPU cores, as `simclr claims` runs them: ResNet-18 of an
+           eighth of the width with the CIFAR stem, views of 16 pixels, AdamW; everything else is that of the row, but
+           batches are a 32nd, epochs a 16th and color strengths a half (App. B.9)
+Hardware:  the paper used 128 TPU v3 cores, 1.5 hours for 100 epochs at batch 4,096; nobody has run these rows yet.
+           small-ROW: two CPU cores
 Expected:  linear evaluation top-1 on ImageNet: TOP_1 below; head-nonlinear 3 points above head-linear, those more than 10
            above head-none, whatever D; Figure 5 is a picture: of its cells crop with color is the best
 Source:    arXiv 2002.05709: Tables 1, 4, 5 and B.1, Figure 8, section 3.2.  Not published: learning rate and margin
            of the losses of Table 4, tuned over 0.01, 0.1, 0.3, 0.5, 1 and 0, 0.4, 0.8, 1.6 (App. B.10)
-Data:      a prepared TFDS imagenet2012 in --config.data.data_dir
+Data:      a prepared TFDS imagenet2012 in --config.data.data_dir; small-ROW: textures, which the package has, or any
+           set of images of about 32 pixels, as --config.data.train=npz:FILE:train --config.data.test=npz:FILE:test
 """
 
 import ml_collections
@@ -53,12 +58,48 @@ TOP_1 = {
 FIGURE_5 = ("crop", "cutout", "color", "sobel", "noise", "blur", "rotate")  # FIRST and SECOND
 
 
+SHRINK = dict(batch=32, epochs=16)  # batches and epochs of small-ROW
+
+
 def get_config(arg="temperature-0.1"):
+  row = arg.removeprefix("small-")
+  return _small(_paper(row)) if row != arg else _paper(row)
+
+
+def _small(config):
+  """A row of the paper at the size of CIFAR-10 and of two CPU cores."""
+  on_host, by_sqrt = bool(config.augment.extra), config.optimizer.lr_scaling == "sqrt"
+  config.data = dict(train="textures:train", test="textures:test")
+  config.batch_size //= SHRINK["batch"]
+  config.train_epochs /= SHRINK["epochs"]
+  config.augment.update(
+    where="host" if on_host else "resident",
+    canvas=32,
+    size=16,
+    color_strength=config.augment.color_strength / 2,
+    blur=False,
+    crop_area=(0.2, 1.0),
+    brightness="v2",
+  )
+  config.encoder = dict(depth=18, width=0.125, stem="cifar")
+  # Of AdamW; with both rules 8e-3 at batch 128.
+  config.optimizer.update(
+    name="adamw", base_lr=8e-3 / 128**0.5 if by_sqrt else 1.6e-2, warmup_epochs=1.0, weight_decay=1e-4
+  )
+  config.evaluate = dict(crop=1.0, batch_size=500, knn_k=20)
+  config.checkpoint = dict(keep=1)
+  config.log = dict(every_steps=20)
+  config.probe = dict(method="lbfgs")
+  return config
+
+
+def _paper(arg):
   what, *values = arg.split("-")
   composed = what == "compose" and len(values) == 2 and set(values) <= set(FIGURE_5)
   if arg not in TOP_1 and what != "head" and not composed:
     raise ValueError(
-      f"expected head-KIND-D, compose-FIRST-SECOND with two of {', '.join(FIGURE_5)}, or one of {', '.join(TOP_1)}"
+      f"expected head-KIND-D, compose-FIRST-SECOND with two of {', '.join(FIGURE_5)}, or one of {', '.join(TOP_1)}; or "
+      "small- before one of them"
     )
   extra = {"autoaugment": ("autoaugment",), "compose": tuple(dict.fromkeys(values))}.get(what, ())
   batch_size, epochs, scaling = values if what == "batch" else (4096, "100ep", "linear")

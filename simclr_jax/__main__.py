@@ -99,7 +99,7 @@ COMMANDS = {
     "pretrain", "SimCLR pretraining: views, NT-Xent over the global batch, LARS; ends with scores, an export and a page"
   ),
   "probe": Command(
-    "probe", flags_of.of_a_run, "linear evaluation on the frozen h of a run", for_this_machine, overrides=True
+    "probe", flags_of.probe, "linear evaluation on the frozen h of a run, of classes or of transformations", for_this_machine, overrides=True
   ),
   "finetune": _trains(
     "finetune", "training on few or all labels: from a run or an exported encoder, or from scratch"
@@ -142,6 +142,11 @@ COMMANDS = {
   "downstream": _trains(
     "downstream", "all of it in a row over several seeds, a table and a figure of accuracy against labels",
     flags_of.training,
+  ),
+  "claims": Command(
+    "claims", flags_of.claims,
+    "what is said of SimCLR, measured by small runs: effects with intervals, a verdict each, one page; resumes by itself",
+    for_training,
   ),
   "import": Command(
     "import_official", flags_of.import_official,

@@ -74,13 +74,13 @@ def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum: fl
         lambda old, new: momentum * old + (1 - momentum) * new, before, jax.lax.stop_gradient(variables["batch_stats"])
       )
     else:
-      updated = _merge(updated, momentum) if train else before
+      updated = merge(updated, momentum) if train else before
     return jax.tree.map(lambda x: join(x, devices), outputs), updated
 
   return apply
 
 
-def _merge(updated, momentum):
+def merge(updated, momentum):
   """Moving statistics [k, ...] after one update by each of k microbatches -> after one update by the whole batch.
 
   The mean of the means is exact; to the mean of the variances the variance of the means is added, which in moving

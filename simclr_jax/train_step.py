@@ -41,7 +41,8 @@ def train_step(
   Returns:
     (next state, metrics as float32 scalars).
 
-  BatchNorm statistics and negatives range over the global batch, whatever the number of devices.
+  Negatives range over the global batch, whatever the number of devices, and so do BatchNorm statistics unless the
+  network is that of `of_devices`.
   """
   x = views(batch)
 
@@ -87,6 +88,26 @@ def whole(model, device: Callable):
     return outputs, updated.get("batch_stats", {})
 
   return device, network
+
+
+def of_devices(network: Callable, groups: int):
+  """`network` with BatchNorm per device: each of `groups` devices normalizes its images, both views of them, by its own
+  statistics, and the moving statistics are those of all.
+
+  Device k of `groups` has the k-th block of n / groups images, so this needs no more than one real device.  It is what
+  synchronized BatchNorm prevents: the statistics tell a pair from the images of other devices (arXiv 2002.05709,
+  section 2.2).
+  """
+
+  def apply(variables, views, train=True):
+    if not train:
+      return network(variables, views, train)
+    split = views.reshape(groups, len(views) // groups, *views.shape[1:])
+    outputs, updated = jax.vmap(lambda part: network(variables, part, train))(split)
+    outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    return outputs, accumulate.merge(updated, BN_MOMENTUM)
+
+  return apply
 
 
 def in_microbatches(model, device: Callable, *, microbatches: int, devices: int, batch_norm: str):

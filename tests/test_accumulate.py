@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from simclr_jax import accumulate, contrast
+from simclr_jax import accumulate, contrast, train_step
+from simclr_jax.programs import pretrain
+from simclr_jax.runtime import errors
 from simclr_jax.runtime import mesh as mesh_lib
 
 N, K, D = 32, 4, 8
@@ -138,3 +141,29 @@ def test_split_and_join(devices):
 def test_unknown_choice():
   with pytest.raises(ValueError, match="batch_norm='global': expected one of microbatch, exact"):
     in_parts(batch_norm="global")
+
+
+@pytest.mark.parametrize(
+  "changes", [{"norm_devices": 3}, {"norm_devices": 1}, {"norm_devices": 0}, {"microbatches": 2}]
+)
+def test_parts_for_batch_norm_that_make_no_sense_are_refused(changes):
+  mesh = mesh_lib.make_mesh(jax.devices()[:1])
+  with pytest.raises(errors.UserError, match="norm_scope=device") as refused:
+    pretrain.check_batch(tiny.config(norm_scope="device", **changes), mesh)
+  assert "\n" not in str(refused.value)
+
+
+def test_batch_norm_of_devices_is_that_of_their_images_alone():
+  """Each of four imagined devices gives what it gives by itself; the moving statistics of the first layer are those of the
+  whole batch, whose statistics that layer would have had; inference mode knows no devices."""
+  x = jax.random.uniform(jax.random.key(0), (N, 2, 8, 8, 3))
+  variables = Net().init(jax.random.key(1), x[:1], False)
+  plain = lambda variables, views, train=True: network(variables, {"views": views}, train)  # noqa: E731
+  grouped = train_step.of_devices(plain, K)
+  z, updated = grouped(variables, x)
+  alone = [plain(variables, x[i : i + N // K])[0] for i in range(0, N, N // K)]
+  np.testing.assert_allclose(z, np.concatenate(alone), atol=1e-5)
+  assert np.abs(z - plain(variables, x)[0]).max() > 0.01
+  for a, b in zip(*(jax.tree.leaves(u["BatchNorm_0"]) for u in (updated, plain(variables, x)[1])), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  np.testing.assert_array_equal(grouped(variables, x, False)[0], plain(variables, x, False)[0])

@@ -126,6 +126,7 @@ def test_every_recipe_is_complete_and_survives_json(path):
     ("--config.data.train=", "config.data.train=: expected a data set such as fashion:train"),
     ("--config.train_epochs=0.0", "set one of them"),
     ("--config.evaluate.every_steps=3", "config.evaluate.every_steps=3 and every_epochs=5.0: set one"),
+    ("--config.norm_devices=4", "config.norm_devices=4: is for config.norm_scope=device"),
     ("--config.zero1=perhaps", "config.zero1=perhaps: expected True or False"),
     ("--config.augment.crop_area=(0.1, 0.5, 1)", "expected a tuple such as (0.08, 1.0) of (float, float)"),
     ("--config.augment.crop_area=(1.0, 0.1)", "expected the smallest first"),
@@ -333,6 +334,21 @@ def test_every_ablation_of_the_paper_is_a_recipe():
   assert config_lib.load("configs/ablations.py:head-linear-64").projector == config_lib.Projector(
     kind="linear", out_dim=64
   )
+
+
+def test_every_ablation_has_a_small_scale():
+  from configs import ablations
+
+  rows = [*ablations.TOP_1, "head-none", "head-linear-32", "compose-crop-color", "compose-rotate-rotate"]
+  for row in rows:
+    paper, small = (config_lib.load(f"configs/ablations.py:{name}") for name in (row, f"small-{row}"))
+    assert (small.batch_size, small.train_epochs) == (paper.batch_size / 32, paper.train_epochs / 16)
+    assert (small.loss, small.projector, small.augment.extra) == (paper.loss, paper.projector, paper.augment.extra)
+    assert small.augment.color_strength == paper.augment.color_strength / 2
+    assert small.augment.where == ("host" if small.augment.extra else "resident")
+    assert (small.encoder.stem, small.augment.size, small.data.train) == ("cifar", 16, "textures:train")
+    at_128 = config_lib.replace(small, {"batch_size": 128, "train_epochs": 10.0})
+    assert float(optimizer.learning_rate(at_128, 1280)(10)) == pytest.approx(8e-3)
 
 
 def test_fine_tuning_rows():

@@ -21,7 +21,7 @@ import simclr_jax
 from simclr_jax import __main__ as cli
 from simclr_jax import exporting, model
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import export, knn, pretrain, probe, runs, trained
+from simclr_jax.programs import export, knn, pretrain, probe, runs, trained, transforms
 from simclr_jax.programs import map as map_lib
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -90,6 +90,22 @@ def test_knn_program_agrees_with_the_run(finished, capsys, monkeypatch):
 def test_probe_by_lbfgs_agrees_with_the_run(finished):
   workdir, result = finished
   assert probe.run(workdir) == pytest.approx(result["scores"][3]["linear"])
+
+
+def test_transforms_are_read_from_a_run_and_from_its_export(finished, capsys, tmp_path):
+  """A run has h and z, an export has h alone: the same h, so the same scores."""
+  workdir, _ = finished
+  flags = cli.parser().parse_args(
+    ["probe", f"--workdir={workdir}", "--of=transforms", f"--json={tmp_path / 'kept.json'}"]
+  )
+  assert probe.main(flags, []) == 0
+  text = capsys.readouterr().out
+  assert "turned by 0, 90, 180 or 270 degrees" in text and "–" in text  # gray images have no hue
+  scores = json.loads((tmp_path / "kept.json").read_text())["scores"]
+  assert set(scores["rotation"]) == {"h", "z", "chance"} and scores["hue"]["h"] is None
+  exported = transforms.run(workdir / "encoder")
+  assert set(exported["rotation"]) == {"h"}
+  assert exported["rotation"]["h"] == pytest.approx(scores["rotation"]["h"], abs=0.02)
 
 
 def test_probe_by_sgd_trains_the_classifier_and_nothing_else(finished):

@@ -13,7 +13,15 @@ This package needs jax and numpy alone.
 import functools
 
 from simclr_jax.contrast.nt_xent import nt_xent
-from simclr_jax.contrast.relatives import cauchy, debiased, decoupled, margin_triplet, nt_logistic, supervised
+from simclr_jax.contrast.relatives import (
+  cauchy,
+  debiased,
+  decoupled,
+  margin_triplet,
+  nt_logistic,
+  supervised,
+  without_false_negatives,
+)
 from simclr_jax.contrast.similarities import PRECISIONS, REDUCTIONS, l2_normalize
 from simclr_jax.contrast.tiled import choose, nt_xent_auto, nt_xent_tiled
 
@@ -44,4 +52,5 @@ __all__ = [
   "nt_xent_auto",
   "nt_xent_tiled",
   "supervised",
+  "without_false_negatives",
 ]

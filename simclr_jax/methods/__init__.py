@@ -5,7 +5,19 @@ A new method is a file with a `create` and a line in METHODS; step, loop, checkp
 
 from typing import Any, Protocol
 
-from simclr_jax.methods import alignment, autoencoder, byol, instdisc, memory, moco, moco_v3, simclr, supcon, tsimcne
+from simclr_jax.methods import (
+  alignment,
+  autoencoder,
+  byol,
+  controls,
+  instdisc,
+  memory,
+  moco,
+  moco_v3,
+  simclr,
+  supcon,
+  tsimcne,
+)
 
 Extra = Any  # a tree of arrays, part of the training state: {} for SimCLR; a target network, a queue, a memory bank
 
@@ -57,6 +69,8 @@ METHODS = {
   "autoencoder": autoencoder.create,
   "alignment": alignment.create,
   "tsimcne": tsimcne.create,
+  "supervised": controls.supervised,
+  "oracle": controls.oracle,
 }
 
 

@@ -423,8 +423,11 @@ class Pretrain(Training):
   # No choices: a new method is a line of methods.METHODS alone, which refuses unknown names.
   method: str = key(
     "simclr",
-    "how the encoder is trained: simclr, memory, moco, moco_v3, byol, instdisc, supcon, autoencoder, alignment or tsimcne; a "
-    "section memory means memory",
+    "how the encoder is trained: simclr, memory, moco, moco_v3, byol, instdisc, supcon, autoencoder, alignment or tsimcne; or "
+    "the controls supervised and oracle; a section memory means memory",
+  )
+  removed_negatives: float = key(
+    1.0, "method=oracle: fraction of the negatives of the same class that are left out", at_least=0, at_most=1
   )
   start: str = key(
     "", "a run, or a folder of simclr export or import: training starts from its encoder, whose architecture replaces that "
@@ -437,6 +440,15 @@ class Pretrain(Training):
   )
   microbatch_norm: str = key(
     "microbatch", "statistics of BatchNorm: microbatch, or exact: of the whole batch", choices=("microbatch", "exact")
+  )
+  norm_scope: str = key(
+    "global", "images that BatchNorm ranges over: global: the batch; device: the part of it on one device, for the experiment "
+    "on what that leaks", choices=("global", "device"),
+  )  # fmt: skip
+  norm_devices: int = key(
+    0,
+    "norm_scope=device: number of devices that the batch is divided over for BatchNorm; 0: those there are",
+    at_least=0,
   )
   zero1: bool = key(False, "split the state of the optimizer over the devices")
   augment: Augment
@@ -453,6 +465,12 @@ class Pretrain(Training):
 
   def check(self):
     super().check()
+    if self.norm_scope == "device" and self.microbatches > 1:
+      raise UserError(
+        f"norm_scope=device: config.microbatches={self.microbatches} also divides the batch for BatchNorm; leave it 1"
+      )
+    if self.norm_scope == "global" and self.norm_devices:
+      raise UserError(f"norm_devices={self.norm_devices}: is for config.norm_scope=device")
     if self.memory:
       object.__setattr__(self, "method", "memory")
     for name, kind in SECTIONS.items():

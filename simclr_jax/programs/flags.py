@@ -24,6 +24,29 @@ def of_a_run(parser):
   parser.epilog = "--config.KEY=VALUE changes a value of the run's config, e.g. --config.evaluate.knn_k=200"
 
 
+def probe(parser):
+  of_a_run(parser)
+  parser.add_argument(
+    "--of", choices=("classes", "transforms"), default="classes",
+    help="what is predicted from h: the class (default); or color, rotation, noise, edges, hue and place of the crop, "
+    "from z too, for which --workdir may be an exported encoder",
+  )  # fmt: skip
+  parser.add_argument("--json", default="", metavar="FILE", help="--of=transforms: write the scores")
+
+
+def claims(parser):
+  add = parser.add_argument
+  add(
+    "--data", action="append", default=[], metavar="SET",
+    help="SET:train and SET:test are a data set, such as textures or npz:FILE; may be repeated (default: the budget's)",
+  )  # fmt: skip
+  add(
+    "--budget", choices=("quick", "full"), default="quick", help="quick: about an hour a set (default); full: a night"
+  )
+  add("--workdir", default="runs/claims", metavar="DIR", help="folder of the results, from which it resumes")
+  add("--plan", action="store_true", help="list the runs and what they will take, and run nothing")
+
+
 def quickstart(parser):
   parser.add_argument("folder", metavar="DIR", help="image files at any depth; labels are not needed")
   parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of the run")

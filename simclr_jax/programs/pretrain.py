@@ -110,6 +110,8 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
   pipeline = view_pipeline(config)
   if config.microbatches == 1:
     augmented, network = train_step.whole(model, pipeline.device)
+    if config.norm_scope == "device":
+      network = train_step.of_devices(network, norm_devices(config, mesh))
   else:
     augmented, network = train_step.in_microbatches(
       model,
@@ -246,9 +248,22 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   return {"state": state, "scores": result["scores"], "workdir": workdir, "page": page}
 
 
+def norm_devices(config, mesh) -> int:
+  """Number of parts of the batch that BatchNorm looks at separately."""
+  return config.norm_devices or mesh.size if config.norm_scope == "device" else 1
+
+
 def check_batch(config, mesh):
-  """Raises UserError unless every device gets the same number of images, of each microbatch too."""
+  """Raises UserError unless every device gets the same number of images, of each microbatch too, and BatchNorm has parts
+  that are those of the devices or lie within them."""
   mesh_lib.check_divisible(config.batch_size, mesh)
+  if config.norm_scope == "device":
+    groups = norm_devices(config, mesh)
+    if groups == 1 or groups % mesh.size or config.batch_size % groups:
+      raise UserError(
+        f"norm_scope=device with norm_devices={groups}: expected a number above 1 that is a multiple of the {mesh.size} "
+        f"devices and divides batch_size={config.batch_size}"
+      )
   if config.batch_size % (config.microbatches * mesh.size):
     raise UserError(
       f"microbatches={config.microbatches}: batch_size={config.batch_size} on {mesh.size} devices has "
@@ -288,13 +303,18 @@ def _greet(config, workdir, mesh, source, test, abstract, task, changes):
   elif test is source and source.num_classes:
     print("scored      nothing, for there are no images that training does not see: see data.test and data.held_out")
   print("parameters  " + ", ".join(f"{name} {count:,}" for name, count in parts.items()))
-  print(
-    f"devices     {mesh.size} x {device.device_kind}, {jax.process_count()} process(es); BatchNorm and negatives range over all {config.batch_size} images"
-  )
+  print(f"devices     {mesh.size} x {device.device_kind}, {jax.process_count()} process(es); {_ranges(config, mesh)}")
   chance = task.log_with_every_row.get("chance_loss")
   at_chance = f"; loss at chance {chance:.3f}" if chance else ""
   print(f"training    {task.total_steps:,} steps of {config.batch_size} images{at_chance}")
   print(f"view pairs  {workdir / 'views.png'}", flush=True)
+
+
+def _ranges(config, mesh) -> str:
+  every = f"over all {config.batch_size} images"
+  if config.norm_scope == "global":
+    return f"BatchNorm and negatives range {every}"
+  return f"BatchNorm ranges over {config.batch_size // norm_devices(config, mesh)} images, negatives range {every}"
 
 
 def _farewell(config, workdir, result, pairs, clock, changes) -> dict:

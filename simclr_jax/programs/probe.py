@@ -18,7 +18,7 @@ import optax
 from simclr_jax import augment, data, exporting, optimizer, views
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import same, splits, trained
+from simclr_jax.programs import same, splits, trained, transforms
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -145,5 +145,10 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
 
 
 def main(flags, overrides) -> int:
+  if flags.of == "transforms":
+    transforms.run(flags.workdir, step=flags.step, overrides=overrides, json_file=flags.json)
+    return 0
+  if flags.json:
+    raise UserError("--json: expected --of=transforms beside it; linear evaluation prints its one number")
   run(flags.workdir, step=flags.step, overrides=overrides)
   return 0

@@ -18,7 +18,7 @@ ON_THE_MAP = 2000  # images of the page's map, at most
 
 
 @functools.lru_cache
-def _representations(model):
+def representations(model):
   """Jitted (variables, images [m, h, w, 3]) -> {"h", "z"}, BatchNorm in inference mode."""
 
   @jax.jit
@@ -41,7 +41,7 @@ class PretrainEvaluation:
 
   def __init__(self, config, train_source, test_source, mesh):
     model = model_lib.create(config, train_source.num_classes)
-    self._apply, self._mesh, self._config = _representations(model), mesh, config
+    self._apply, self._mesh, self._config = representations(model), mesh, config
     self.is_bank = test_source is train_source  # then there is nothing to score
     self.num_classes = 0 if self.is_bank else train_source.num_classes
     make = functools.partial(embed.eval_set, config=config, mesh=mesh, labeled=True)

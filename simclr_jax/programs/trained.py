@@ -41,8 +41,8 @@ class Start:
     return self.config.tap if isinstance(self.config, config_lib.Finetune) else 0
 
 
-def open_start(path) -> Start:
-  """The networks of a run's newest checkpoint, or of a folder that `simclr export` or `simclr import` wrote.
+def open_start(path, step: int | None = None) -> Start:
+  """The networks of a run's newest checkpoint, or of the one of `step`, or of a folder that `simclr export` or `simclr import` wrote.
 
   Raises:
     ValueError: neither.
@@ -59,7 +59,7 @@ def open_start(path) -> Start:
     variables = {"encoder": encoder, **{name: tree for name, tree in heads.items() if tree}}
     return Start(config_lib.build(config_lib.Encoder, card["architecture"]), config.projector, variables, config)
   config = config_lib.from_json(checkpoint.read_config(path))
-  _, state = checkpoint.read_run_state(path)
+  _, state = checkpoint.read_run_state(path, step)
   variables = {
     name: {"params": params, "batch_stats": state["batch_stats"].get(name, {})}
     for name, params in state["params"].items()

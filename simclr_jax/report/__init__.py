@@ -8,7 +8,7 @@ Scores and shares (`knn`, `contrastive_accuracy`, `data_wait`, …) are fraction
 
 from simclr_jax.report.charts import accuracy_against_labels_svg, step_times_svg
 from simclr_jax.report.map import map_png, thumbnail_side
-from simclr_jax.report.pages import write_map, write_report, write_runs
+from simclr_jax.report.pages import write_claims, write_map, write_report, write_runs
 from simclr_jax.report.pictures import neighbors_png, view_pairs_png
 from simclr_jax.report.tables import Link, aligned, score_table
 
@@ -22,6 +22,7 @@ __all__ = [
   "step_times_svg",
   "thumbnail_side",
   "view_pairs_png",
+  "write_claims",
   "write_map",
   "write_report",
   "write_runs",

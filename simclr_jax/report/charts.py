@@ -166,6 +166,42 @@ def _overlay(key, lines, palette) -> Figure:
   return Figure(heading, _small_svg(heading, parts))
 
 
+# ---- effects ------------------------------------------------------------------------------------------------------
+
+
+def effect(name, interval, *, paper=None, margin=None, digits=1) -> Markup:
+  """A difference and its interval beside zero, as a small SVG.
+
+  interval: (mean, low, high), all finite. paper: the difference that a paper measured, drawn as a diamond. margin: what
+  counts as no difference, drawn as a band about zero.
+  """
+  height, middle = 58, 20
+  mean, low, high = interval
+  shown = [0.0, low, high, *([] if paper is None else [paper]), *([] if margin is None else [-margin, margin])]
+  least, most = min(shown), max(shown)
+  if least == most:
+    least, most = -1.0, 1.0
+  room = 0.06 * (most - least)
+  x = Scale(least - room, most + room, LEFT, WIDTH - RIGHT)
+  parts = []
+  if margin is not None:
+    parts.append(
+      element("path", class_="margin", d=f"M{x(-margin):.1f} {TOP}H{x(margin):.1f}V{height - BOTTOM}H{x(-margin):.1f}z")
+    )
+  for tick in _ticks(least, most):
+    parts.append(
+      element("path", class_="zero" if abs(tick) < 1e-9 else "grid", d=f"M{x(tick):.1f} {TOP}V{height - BOTTOM}")
+    )
+    parts.append(element("text", _short(tick), style="text-anchor:middle", x=x(tick), y=height - 6))
+  hint = element("title", f"{name}: {mean:+.{digits}f}, from {low:+.{digits}f} to {high:+.{digits}f}")
+  parts.append(element("path", hint, class_="interval", d=f"M{x(low):.1f} {middle}H{x(high):.1f}"))
+  parts.append(element("circle", class_="mean", cx=x(mean), cy=middle, r=4))
+  if paper is not None:
+    diamond = f"M{x(paper):.1f} {middle - 6}l6 6l-6 6l-6 -6z"
+    parts.append(element("path", element("title", f"paper: {paper:+.{digits}f}"), class_="paper", d=diamond))
+  return element("svg", *parts, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=name)
+
+
 # ---- what both have in common -------------------------------------------------------------------------------------
 
 

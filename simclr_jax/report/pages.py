@@ -84,6 +84,31 @@ def write_runs(path, *, histories, keys, **page):
   render.write_page(path, "runs.html", legend=legend, figures=figures, **page)
 
 
+def write_claims(path, *, title, summary, claims, matrices):
+  """Writes a page of claims, each with its effect, and of matrices of accuracies.
+
+  Args:
+    claims: dicts with data, name, says, source, verdict, unit ("points" or ""), paper (number or None), margin (number or
+      None), values {score: number}, and interval (mean, low, high), or None where nothing was measured.
+    matrices: {name of a data set: (names, accuracy or None [first][second])}.
+  """
+  groups = {}
+  for claim in claims:
+    digits = 1 if claim["unit"] else 3
+    drawn = claim["interval"] and all(map(tables.is_finite, claim["interval"]))
+    svg = charts.effect(claim["name"], claim["interval"], paper=claim["paper"], margin=claim["margin"], digits=digits) if drawn else None  # fmt: skip
+    groups.setdefault(claim["data"], []).append(claim | {"svg": svg, "digits": digits})
+  heat = {data: (names, _shades(rows)) for data, (names, rows) in matrices.items()}
+  render.write_page(path, "claims.html", title=title, summary=summary, groups=groups, matrices=heat)
+
+
+def _shades(rows):
+  """[[(value or None, its place between the lowest and the highest of all)]]."""
+  known = [value for row in rows for value in row if value is not None]
+  low, span = min(known), max(max(known) - min(known), 1e-9)
+  return [[(value, None if value is None else (value - low) / span) for value in row] for row in rows]
+
+
 def _scores(rows):
   columns, ranked = tables.rank(rows)
   if not columns:

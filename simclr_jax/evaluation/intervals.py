@@ -1,0 +1,60 @@
+"""Differences over seeds: their mean, its interval, and what that says of a claim.
+
+An interval is Student's t with n - 1 degrees of freedom over n paired differences, one a seed: both settings of a pair
+have the same seed, so that what a seed does to both cancels.
+"""
+
+import dataclasses
+
+import numpy as np
+import scipy.stats
+
+SUPPORTED, NOT_SUPPORTED, CONTRARY = "supported", "not supported", "contrary"
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+  """mean, and low and high of the confidence interval; both are not finite where there is one difference alone."""
+
+  mean: float
+  low: float
+  high: float
+
+  @property
+  def excludes_zero(self) -> bool:
+    return self.low > 0 or self.high < 0
+
+
+def interval(differences, confidence: float = 0.95) -> Interval:
+  """The t-interval of the mean of differences [n].
+
+  Raises:
+    ValueError: there is none.
+  """
+  x = np.asarray(differences, np.float64)
+  if not len(x):
+    raise ValueError("no differences: expected one for each seed")
+  mean = float(x.mean())
+  if len(x) == 1:
+    return Interval(mean, float("-inf"), float("inf"))
+  half = float(scipy.stats.t.ppf(0.5 + confidence / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+  return Interval(mean, mean - half, mean + half)
+
+
+def verdict(found: Interval, direction: int, margin: float) -> str:
+  """What the interval says of a claim.
+
+  Args:
+    direction: 1 where the claim is that the difference is above 0; -1 below 0; 0 that it does not matter, that is, lies
+      within `margin` of 0.
+
+  Returns:
+    SUPPORTED if all of the interval agrees with the claim; CONTRARY if all of it contradicts the claim, which for
+    direction 0 is all of it beyond the margin on one side; NOT_SUPPORTED if it does neither.
+  """
+  if direction == 0:
+    if -margin < found.low and found.high < margin:
+      return SUPPORTED
+    return CONTRARY if found.low > margin or found.high < -margin else NOT_SUPPORTED
+  low, high = (found.low, found.high) if direction > 0 else (-found.high, -found.low)
+  return SUPPORTED if low > 0 else CONTRARY if high < 0 else NOT_SUPPORTED

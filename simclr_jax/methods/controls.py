@@ -1,0 +1,74 @@
+"""Controls: SimCLR's network and views with labels, or without the negatives of the same class.
+
+They are no methods to pretrain by, but what the claims about SimCLR are measured against.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+import optax
+
+from simclr_jax import contrast
+
+
+class Logits(nn.Module):
+  """A linear classifier on z; with projector.kind=none on h.  Initial values are the online classifier's."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, z, views, train=False):
+    """z [m, d] -> float32 [m, num_classes]."""
+    return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01))(z)
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+  """A methods.Method that remembers nothing; `of_batch` is (outputs, batch) -> (loss, metrics)."""
+
+  of_batch: Callable
+  predictor: nn.Module | None = None
+  chance_loss: float | None = None
+
+  def init(self, variables, outputs):
+    return {}
+
+  def loss(self, outputs, extra, network, batch):
+    loss, metrics = self.of_batch(outputs, batch)
+    return loss, metrics, {}
+
+  def after(self, variables, extra, updates):
+    return {}
+
+
+def supervised(config, mesh, source=None) -> Control:
+  """Cross-entropy on the labels of both views: the supervised baseline of arXiv 2002.05709, Table 1, at equal compute.
+
+  Raises:
+    ValueError: there are no labels.
+  """
+  if source is None or not source.num_classes:
+    raise ValueError("config.method='supervised': needs labeled training images")
+
+  def of_batch(outputs, batch):
+    label = jnp.broadcast_to(batch.label[:, None], outputs.prediction.shape[:2])
+    weight = (label >= 0) / jnp.maximum((label >= 0).sum(), 1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(outputs.prediction, jnp.maximum(label, 0))
+    return jnp.sum(weight * losses), {}
+
+  return Control(of_batch, Logits(source.num_classes))
+
+
+def oracle(config, mesh, source=None) -> Control:
+  """NT-Xent that is told which negatives share the class of the anchor, and leaves out config.removed_negatives of them.
+
+  Raises:
+    ValueError: the loss is not NT-Xent.
+  """
+  if config.loss.name != "nt_xent":
+    raise ValueError(f"config.loss.name={config.loss.name!r}: the oracle is for nt_xent")
+  options = {key: value for key, value in dict(config.loss).items() if key in ("temperature", "normalize", "precision")}
+  options["removed"] = config.removed_negatives
+  return Control(lambda outputs, batch: contrast.without_false_negatives(outputs.z, labels=batch.label, **options))

@@ -1,0 +1,321 @@
+"""Cells: the small runs that claims are measured with, each a setting, a seed and a data set, run once.
+
+A cell trains by a row of configs/ablations.py, reads what its claims need from the trained network, and leaves nothing but
+those numbers.  Cells that differ in their seed alone share their compiled programs.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from simclr_jax import data, diagnostics
+from simclr_jax import model as model_lib
+from simclr_jax.evaluation import embed, invariance, knn, linear
+from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import pretrain, scores, splits
+from simclr_jax.runtime import loop
+from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime import metrics as metrics_lib
+
+VERSION = 1  # of what a cell does; a change of it makes every cell anew
+LABELS = {"linear_10pct": 0.1, "linear_1pct": 0.01}
+# Of the recipe that a set has, whose settings were tuned on it.
+FOR_DATA = {"textures": {"augment.grayscale_prob": 0.5}}
+UNTRAINED = "untrained"  # kinds of cells beside "train"
+PIXELS = "pixels"
+HISTOGRAM = "histogram"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What a cell is, but for its seed and its data.
+
+  Attributes:
+    row: of configs/ablations.py, without small-.
+    changes: values of its config by dotted keys.
+    kind: "train"; or without training, "untrained", "pixels" and "histogram", of 64 colors.
+    epochs: of training, as a multiple of the budget's.
+    labels: fraction of the labeled images that it trains on.
+    measures: what is read beside the accuracy of linear evaluation on h: keys of MEASURES.
+  """
+
+  row: str = "temperature-0.1"
+  changes: tuple[tuple[str, object], ...] = ()
+  kind: str = "train"
+  epochs: float = 1.0
+  labels: float = 1.0
+  measures: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+  """A data set, ready for cells.
+
+  Attributes:
+    name: as --data names it.
+    train, validation, test: labeled sources; validation images are held out of train, and settings are chosen on them.
+    has_color: whether any of a sample of the images is not gray.
+    digest: of the fingerprints of the three.
+  """
+
+  name: str
+  train: data.Source
+  validation: data.Source
+  test: data.Source
+  has_color: bool
+  digest: str
+
+
+def open_images(name: str, *, most_train: int, most_test: int) -> Images:
+  """The sets NAME:train and NAME:test, at most `most_train` and `most_test` images, a tenth of the former held out.
+
+  Raises:
+    UserError: there is no such set, or it has no labels.
+  """
+  section = config_lib.Data(train=f"{name}:train", test=f"{name}:test")
+  train, test = splits.check_labeled(section, *splits.open_data(section))
+  train, test = (data.Subset(part, most if most < len(part) else 0, splits.SEED) for part, most in ((train, most_train), (test, most_test)))  # fmt: skip
+  held_out = splits.hold_out(train.labels, 0.1)
+  parts = {
+    "train": data.Selection(train, np.setdiff1d(np.arange(len(train)), held_out)),
+    "validation": data.Selection(train, held_out),
+    "test": test,
+  }
+  sample = [train.read(i) for i in range(min(32, len(train)))]
+  has_color = any(np.ptp(image.astype(int), axis=-1).max() > 0 for image in sample)
+  prints = json.dumps({key: part.fingerprint() for key, part in parts.items()}, sort_keys=True)
+  return Images(name, **parts, has_color=has_color, digest=hashlib.sha256(prints.encode()).hexdigest()[:12])
+
+
+def config_of(setting: Setting, seed: int, epochs: float, changes: dict, data_name: str = ""):
+  """The config of a cell; `epochs` and `changes` are the budget's."""
+  recipe = config_lib.load(f"configs/ablations.py:small-{setting.row}")
+  warmup = min(1.0, epochs * setting.epochs / 10)
+  own = {"seed": seed, "train_epochs": epochs * setting.epochs, "optimizer.warmup_epochs": warmup}
+  of_data = FOR_DATA.get(data_name.partition(":")[0], {})
+  return config_lib.replace(recipe, own | of_data | changes | dict(setting.changes))
+
+
+def key(setting: Setting, config, images: Images) -> str:
+  """What a cell is kept under: everything that its numbers depend on."""
+  what = dataclasses.asdict(setting) | {"changes": [], "row": "", "measures": sorted(setting.measures)}
+  text = json.dumps([VERSION, what, config_lib.to_dict(config), images.digest], sort_keys=True, default=list)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Runner:
+  """Runs cells in one process.
+
+  Args:
+    folder: where a cell that is running keeps its checkpoint; it is deleted with the cell's end.
+  """
+
+  def __init__(self, folder):
+    self._folder, self._mesh = folder, mesh_lib.make_mesh()
+    self._shared = ("", None)  # what cells of other seeds have in common, and their task
+    self._sets = {}
+
+  def run(self, setting: Setting, config, images: Images) -> dict:
+    """The numbers of one cell: "linear", the accuracy on test images; "validation", on held-out training images; those that
+    `setting.measures` names; and the "seconds" that it took.  A cell that diverged has "diverged" alone.
+
+    Raises:
+      Interrupted: the state is saved, and `run` resumes from it.
+    """
+    began = time.monotonic()
+    if setting.kind in (PIXELS, HISTOGRAM):
+      numbers = self._of_pixels(setting, config, images)
+    else:
+      numbers = self._of_network(setting, config, images)
+    return {name: float(value) for name, value in numbers.items()} | {"seconds": time.monotonic() - began}
+
+  def _of_network(self, setting, config, images):
+    train = images.train
+    if setting.labels < 1:
+      train = data.Selection(train, data.class_balanced(train.labels, setting.labels, config.seed))
+      steps = -(-int(len(images.train) * config.train_epochs) // config.batch_size)  # as many as with all labels
+      config = config_lib.replace(config, {"train_epochs": 0.0, "train_steps": steps, "batch_size": min(config.batch_size, len(train))})  # fmt: skip
+    task = self._task(setting, config, train, images)
+    if setting.kind == UNTRAINED:
+      state, row = jax.jit(task.init)(jax.random.key(config.seed)), {}
+    else:
+      workdir = self._folder / key(setting, config, images)
+      try:
+        state, _ = loop.run(
+          task, loop.LoopConfig(log_every=max(1, task.total_steps // 4)), mesh=self._mesh, workdir=workdir,
+          config_json=config_lib.to_json(config), seed=config.seed,
+        )  # fmt: skip
+      except loop.Diverged as error:
+        print(f"diverged: {error}")
+        return {"diverged": 1.0}
+      row = metrics_lib.read(workdir)[-1]
+      shutil.rmtree(workdir)
+    model = scores.representations(model_lib.create(config, images.train.num_classes))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    parts = [embed.embed(model, variables, part, self._mesh) for part in self._eval_sets(config, images)]
+    labels = [part.labels() for part in self._eval_sets(config, images)]
+    numbers = dict(zip(("linear", "validation"), _linear([part["h"] for part in parts], labels, images), strict=True))
+    found = Found(config, images, parts, labels, variables, model, row)
+    for name in setting.measures:
+      numbers |= MEASURES[name](found)
+    if config.method == "supervised":
+      numbers |= _classifier(variables, parts, labels)
+    return numbers
+
+  def _task(self, setting, config, train, images):
+    """The task of a cell; of one that differs from the last in its seed alone, with the functions that are compiled."""
+    task = pretrain.make_task(config, train, mesh=self._mesh)
+    digest = key(setting, config_lib.replace(config, {"seed": 0}), images)
+    if digest == self._shared[0]:
+      shared = self._shared[1]
+      return dataclasses.replace(task, init=shared.init, step=shared.step)
+    self._shared = (digest, task)
+    return task
+
+  def _eval_sets(self, config, images):
+    """Train, test and validation images as the config evaluates them, kept."""
+    how = (images.digest, config.augment.size, config.evaluate.crop)
+    if how not in self._sets:
+      self._sets[how] = [
+        embed.eval_set(part, config, self._mesh, labeled=True)
+        for part in (images.train, images.test, images.validation)
+      ]
+    return self._sets[how]
+
+  def _of_pixels(self, setting, config, images):
+    native = [
+      embed.eval_set(part, config, self._mesh, size=32, crop=1.0, labeled=True)
+      for part in (images.train, images.test, images.validation)
+    ]
+    labels = [part.labels() for part in native]
+    if setting.kind == PIXELS:
+      parts = [part.pixels() for part in native]
+    else:
+      parts = [np.concatenate([color_histogram(b["image"][b["mask"]]) for b in part.batches()]) for part in native]
+    numbers = dict(zip(("linear", "validation"), _linear(parts, labels, images), strict=True))
+    found = Found(config, images, [{"h": x} for x in parts], labels, None, None, {})
+    for name in setting.measures:
+      numbers |= MEASURES[name](found)
+    return numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What a measure may look at: features {"h", "z"} and labels of the train, test and validation images, the network, and the
+  last logged row."""
+
+  config: config_lib.Section
+  images: Images
+  parts: Sequence[dict]
+  labels: Sequence[np.ndarray]
+  variables: dict | None
+  model: object
+  row: dict
+
+
+def _linear(parts, labels, images) -> tuple[float, float]:
+  """Accuracy of one linear classifier on the test and on the validation images."""
+  classifier = linear.logistic_regression(parts[0], labels[0], num_classes=images.train.num_classes)
+  return tuple(linear.accuracy(classifier, x, y) for x, y in zip(parts[1:], labels[1:], strict=True))
+
+
+def _classifier(variables, parts, labels):
+  """Test and validation accuracy of the classifier that a supervised network was trained with, in place of a new one."""
+  head = variables["params"]["predictor"]["Dense_0"]
+  logits = [part["z"] @ np.asarray(head["kernel"]) + np.asarray(head["bias"]) for part in parts[1:]]
+  return dict(zip(("linear", "validation"), (linear.top_1(x, y) for x, y in zip(logits, labels[1:], strict=True)), strict=True))  # fmt: skip
+
+
+def _of_z(found: Found):
+  return {"linear_z": _linear([part["z"] for part in found.parts], found.labels, found.images)[0]}
+
+
+def _few_labels(found: Found):
+  """Linear evaluation with a tenth and a hundredth of the labels, and kNN with k = 20 and 200."""
+  (x, y), (test_x, test_y) = ((part["h"], y) for part, y in zip(found.parts[:2], found.labels[:2], strict=True))
+  classes, numbers = found.images.train.num_classes, {}
+  for name, fraction in LABELS.items():
+    chosen = data.class_balanced(y, fraction, found.config.seed)
+    few = linear.logistic_regression(x[chosen], y[chosen], num_classes=classes, folds=linear.FOLDS)
+    numbers[name] = linear.accuracy(few, test_x, test_y)
+  for k in (20, 200):
+    numbers[f"knn_{k}"] = knn.accuracy(x, y, test_x, test_y, k=k, num_classes=classes)
+  return numbers
+
+
+def _contrastive(found: Found):
+  """Of the last training steps: contrastive accuracy."""
+  return {"contrastive": found.row["contrastive_accuracy"]}
+
+
+def _geometry(found: Found):
+  """Spread of z and effective ranks of h and z as fractions of what there could be (diagnostics.py)."""
+  test = found.parts[1]
+  return {
+    "spread_z": diagnostics.embedding_std(test["z"]) * test["z"].shape[1] ** 0.5,
+    **{f"rank_{name}": diagnostics.rank(test[name]) / test[name].shape[1] for name in ("h", "z")},
+  }
+
+
+def _transforms(found: Found):
+  """What can be read from h and z (invariance.py), as "color_h", "color_z" and so on."""
+
+  def encode(images):
+    return found.model(found.variables, images)
+
+  few = [np.concatenate([b["image"][b["mask"]] for b in part.batches()]) for part in _some(found, (1000, 500))]
+  read = invariance.predictions(encode, *few, seed=found.config.seed)
+  return {f"{what}_{name}": value for what, of in read.items() for name, value in of.items() if value is not None}
+
+
+def _some(found: Found, counts):
+  sources = (found.images.train, found.images.test)
+  return [
+    embed.eval_set(data.Subset(source, min(count, len(source)), 0), found.config, mesh_lib.make_mesh())
+    for source, count in zip(sources, counts, strict=True)
+  ]
+
+
+def _histogram_matching(found: Found):
+  """How often the color histogram of one view of an image is nearer to that of its other view than to those of 255 other
+  images, without any network."""
+  view_pipeline = pretrain.view_pipeline(found.config)
+  count = min(256, len(found.images.train))
+  images, extent = data.in_memory(
+    data.Subset(found.images.train, count, found.config.seed), canvas=view_pipeline.canvas
+  )
+  seeds = np.random.default_rng(found.config.seed).integers(0, 2**31, (count, 2)).astype(np.int32)
+  views = np.asarray(_pairs(view_pipeline, images, extent, seeds))
+  first, second = (np.sqrt(color_histogram(views[:, k])) for k in (0, 1))
+  likeness = first @ second.T
+  return {"matched": float(np.mean(likeness.argmax(1) == np.arange(count)))}
+
+
+def _pairs(view_pipeline, images, extent, seeds):
+  from simclr_jax.views import Batch
+
+  number = np.zeros(len(seeds), np.int32)
+  batch = Batch(pixels={"image": images, "extent": extent}, label=number, index=number, seed=seeds)
+  return jax.jit(view_pipeline.device)(batch)
+
+
+def color_histogram(x) -> np.ndarray:
+  """float32 [n, 64]: fractions of the pixels of x [n, h, w, 3] in [0, 1] in four levels of each channel."""
+  level = np.clip((4 * np.asarray(x)).astype(int), 0, 3) @ [16, 4, 1]
+  return np.stack([(level == color).mean((1, 2)) for color in range(64)], 1).astype(np.float32)
+
+
+MEASURES = {
+  "z": _of_z,
+  "few": _few_labels,
+  "contrastive": _contrastive,
+  "geometry": _geometry,
+  "transforms": _transforms,
+  "matching": _histogram_matching,
+}

@@ -1,0 +1,326 @@
+"""`simclr claims`: what is said of SimCLR, measured by small runs on this machine, with an interval and a verdict each.
+
+The runs are the cells of programs/cells.py, the claims those of programs/experiments.py.  Every cell that ends is in
+claims.json at once, so that the command, killed at any moment and given again, loses one cell at most; within a cell SIGTERM
+and Ctrl-C save the state.
+"""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+
+from simclr_jax import report
+from simclr_jax.evaluation import intervals
+from simclr_jax.programs import cells, experiments
+from simclr_jax.runtime import files, lock
+from simclr_jax.runtime.errors import UserError
+from simclr_jax.runtime.progress import duration
+
+FILE, PAGE = "claims.json", "claims.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """How large the runs are.
+
+  Attributes:
+    seeds: at least three, for the interval of a mean of two is of no use.
+    epochs: of training, of most settings.
+    train, test: images of a data set that are used, at most.
+    data: the sets, where none are named.
+    changes: values of every cell's config.
+    full: whether the claims of the full budget are measured too.
+  """
+
+  seeds: tuple[int, ...]
+  epochs: float
+  train: int
+  test: int
+  data: tuple[str, ...]
+  changes: tuple[tuple[str, object], ...] = ()
+  full: bool = False
+
+
+BUDGETS = {
+  "quick": Budget(seeds=(0, 1, 2), epochs=8.0, train=5000, test=2000, data=("textures",)),
+  "full": Budget(seeds=(0, 1, 2), epochs=40.0, train=20_000, test=10_000, data=("textures", "fashion"), full=True),
+}
+# What a cell takes on two free CPU cores, for --plan before anything was measured: seconds for a view pair of 16 pixels
+# through the network of the small scale, for one whose views TensorFlow makes, and beside training.
+SECONDS_A_PAIR, SECONDS_A_PAIR_ON_HOST, SECONDS_BESIDE = 0.7e-3, 1.4e-3, 5.0
+SECONDS_TO_COMPILE = 8.0  # once for the seeds of a setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One small run: of a setting, by its name, and its config."""
+
+  setting: str
+  images: cells.Images
+  config: object
+  key: str
+
+  @property
+  def seed(self) -> int:
+    return self.config.seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """What became of a claim on a data set.
+
+  Attributes:
+    interval: of the difference, in the claim's unit; None where cells are missing.
+    verdict: one of intervals', "diverged", or "not measured".
+    values: means over the seeds of the scores of the formula, by their names in it.
+  """
+
+  claim: experiments.Claim
+  data: str
+  interval: intervals.Interval | None
+  verdict: str
+  values: dict[str, float]
+
+
+def terms(formula: str) -> list[tuple[int, str, str]]:
+  """[(sign, setting or best(setting,setting), score)] of a claim's formula."""
+  found = re.findall(r"([+-]?)\s*((?:best\([^)]*\)|[\w.]+?))\.([a-z]\w*)(?=\s|$)", formula)
+  return [(-1 if sign == "-" else 1, setting, score) for sign, setting, score in found]
+
+
+def settings_of(claim) -> list[str]:
+  """The names of the settings that a claim compares."""
+  return [name for _, setting, _ in terms(claim.formula) for name in alternatives(setting)]
+
+
+def alternatives(setting: str) -> list[str]:
+  """The settings that `setting` of a formula may be: itself, or those of its best(...)."""
+  return setting.removeprefix("best(").removesuffix(")").split(",")
+
+
+def claims_of(budget: Budget, images: cells.Images):
+  """The claims that the budget measures on a data set."""
+  return [c for c in experiments.CLAIMS if (budget.full or not c.full) and (images.has_color or not c.color)]
+
+
+def cells_of(budget: Budget, sets) -> list[Cell]:
+  """All cells that the claims need, in the order in which they are run; settings that have no seed have one cell."""
+  out = []
+  for images in sets:
+    needed = {name for claim in claims_of(budget, images) for name in settings_of(claim)}
+    if budget.full and images.has_color:  # all of the heat map
+      needed |= {name for name in experiments.SETTINGS if name.startswith("compose_")}
+    for name, setting in experiments.SETTINGS.items():
+      for seed in budget.seeds if name in needed else ():
+        if seed != budget.seeds[0] and setting.kind in (cells.PIXELS, cells.HISTOGRAM):
+          continue
+        config = cells.config_of(setting, seed, budget.epochs, dict(budget.changes), images.name)
+        out.append(Cell(name, images, config, cells.key(setting, config, images)))
+  return out
+
+
+class Results:
+  """The numbers of the cells that have ended, in a file that is replaced as a whole after each.
+
+  Raises:
+    UserError: the file is not what this wrote.
+  """
+
+  def __init__(self, folder):
+    self._file = folder / FILE
+    self.cells, self._end = {}, {}
+    if self._file.exists():
+      try:
+        self.cells = json.loads(files.read_text(self._file))["cells"]
+      except (ValueError, KeyError, TypeError):
+        raise UserError(f"{self._file} is damaged: move it away to measure everything again") from None
+
+  def add(self, cell: Cell, numbers: dict):
+    about = {"setting": cell.setting, "seed": cell.seed, "data": cell.images.name}
+    self.cells[cell.key] = about | {"numbers": numbers}
+    self._write()
+
+  def conclude(self, end: dict):
+    """Keeps what follows from the cells beside them."""
+    self._end = end
+    self._write()
+
+  def _write(self):
+    files.write_text(self._file, json.dumps({**self._end, "cells": self.cells}, indent=1))
+
+  def scores(self, todo) -> dict[tuple[str, str], dict[int, dict]]:
+    """{(data set, setting): {seed: numbers}} of those of the cells that have ended."""
+    out = {}
+    for cell in todo:
+      if cell.key in self.cells:
+        out.setdefault((cell.images.name, cell.setting), {})[cell.seed] = self.cells[cell.key]["numbers"]
+    return out
+
+
+def judge(claim, data: str, scores, seeds) -> Finding:
+  """What the cells of a data set say of a claim; `scores` as `Results.scores` returns them."""
+  factor = 100.0 if claim.unit == "points" else 1.0
+  total, values = np.zeros(len(seeds)), {}
+  for sign, setting, score in terms(claim.formula):
+    names = alternatives(setting)
+    of = {name: scores.get((data, name), {}) for name in names}
+    seeded = {name: [by_seed.get(seed, by_seed.get(seeds[0]) if len(by_seed) == 1 and _has_no_seed(name) else None) for seed in seeds] for name, by_seed in of.items()}  # fmt: skip
+    if any(cell is None for row in seeded.values() for cell in row):
+      return Finding(claim, data, None, "not measured", {})
+    whole = {name: row for name, row in seeded.items() if not any("diverged" in cell for cell in row)}
+    if not whole:
+      return Finding(claim, data, None, "diverged", {})
+    chosen = max(whole, key=lambda name: np.mean([cell.get("validation", 0.0) for cell in whole[name]]))
+    found = factor * np.array([cell[score] for cell in whole[chosen]])
+    values[f"{chosen}.{score}"] = float(found.mean())
+    total += sign * found
+  interval = intervals.interval(total)
+  return Finding(claim, data, interval, intervals.verdict(interval, claim.direction, claim.margin), values)
+
+
+def _has_no_seed(name: str) -> bool:
+  return experiments.SETTINGS[name].kind in (cells.PIXELS, cells.HISTOGRAM)
+
+
+def estimate(cell: Cell, first_of_setting: bool, results: Results) -> float:
+  """Seconds that a cell will take: as many as its setting took for another seed, or what two free CPU cores would need."""
+  took = [c["numbers"]["seconds"] for c in results.cells.values() if (c["setting"], c["data"]) == (cell.setting, cell.images.name)]  # fmt: skip
+  if took:
+    return min(took)
+  setting, config = experiments.SETTINGS[cell.setting], cell.config
+  if setting.kind != "train":
+    return SECONDS_BESIDE
+  pair = SECONDS_A_PAIR if config.augment.where == "resident" else SECONDS_A_PAIR_ON_HOST
+  pair *= 2.0 if config.method == "autoencoder" else 1.0
+  return config.train_epochs * len(cell.images.train) * pair + SECONDS_BESIDE + first_of_setting * SECONDS_TO_COMPILE
+
+
+def plan(todo: list[Cell], results: Results) -> str:
+  """The cells as a table: how many there are of each setting, how many are done, and how long the rest will take."""
+  rows = [["data", "setting", "cells", "done", "seconds each", "left"]]
+  left_in_all, groups = 0.0, {}
+  for cell in todo:
+    groups.setdefault((cell.images.name, cell.setting), []).append(cell)
+  for (data, name), group in groups.items():
+    missing = [cell for cell in group if cell.key not in results.cells]
+    seconds = [estimate(cell, i == 0, results) for i, cell in enumerate(missing)]
+    left_in_all += sum(seconds)
+    each = f"{np.mean(seconds):.0f}" if seconds else "–"
+    rows.append([data, name, str(len(group)), str(len(group) - len(missing)), each, duration(sum(seconds))])
+  done = sum(cell.key in results.cells for cell in todo)
+  return f"{report.aligned(rows)}\n\n{len(todo)} cells, {done} of them done; about {duration(left_in_all)} left on two free CPU cores"
+
+
+def table(findings: list[Finding]) -> str:
+  """The findings as aligned text, contrary ones in capitals."""
+  rows = [["data", "claim", "paper", "ours", "95 % interval", "verdict", "source"]]
+  for f in findings:
+    unit = " points" if f.claim.unit == "points" else ""
+    digits = 1 if unit else 3
+    ours, interval = "–", "–"
+    if f.interval:
+      ours, interval = (
+        f"{f.interval.mean:+.{digits}f}{unit}",
+        f"{f.interval.low:+.{digits}f} to {f.interval.high:+.{digits}f}",
+      )
+    paper = "–" if f.claim.paper is None else f"{f.claim.paper:+.1f}"
+    verdict = f.verdict.upper() if f.verdict == intervals.CONTRARY else f.verdict
+    rows.append([f.data, f.claim.name, paper, ours, interval, verdict, f.claim.source])
+  return report.aligned(rows)
+
+
+def summary(findings: list[Finding]) -> str:
+  """One sentence that counts the verdicts."""
+  counts = {v: sum(f.verdict == v for f in findings) for v in (intervals.SUPPORTED, intervals.NOT_SUPPORTED, intervals.CONTRARY)}  # fmt: skip
+  sure = sum(f.interval is not None and f.interval.excludes_zero for f in findings)
+  text = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+  return f"{len(findings)} claims: {text}; {sure} of the intervals exclude zero."
+
+
+def rows_of(findings: list[Finding]) -> list[dict]:
+  """The findings as plain data, for the page and for claims.json."""
+  return [
+    dict(
+      data=f.data, name=f.claim.name, says=f.claim.says, source=f.claim.source, verdict=f.verdict, paper=f.claim.paper,
+      unit=f.claim.unit, margin=f.claim.margin if f.claim.direction == 0 else None, values=f.values,
+      interval=f.interval and dataclasses.astuple(f.interval),
+    )
+    for f in findings
+  ]  # fmt: skip
+
+
+def matrix(scores, data: str):
+  """(names, accuracy [first][second], None where not measured) of Figure 5 on a data set; or None.
+
+  A pair that was measured in one order alone has that number in both places.
+  """
+  measured = {}
+  for (name, setting), by_seed in scores.items():
+    found = [cell["linear"] for cell in by_seed.values() if "linear" in cell]
+    if name == data and setting.startswith("compose_") and found:
+      measured[tuple(setting.split("_")[1:])] = float(np.mean(found))
+  names = [name for name in experiments.FIGURE_5 if any(name in pair for pair in measured)]
+  return (names, [[measured.get((a, b), measured.get((b, a))) for b in names] for a in names]) if names else None
+
+
+def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Finding]:
+  """The program: runs the cells that are missing, prints the table and writes the page.
+
+  Args:
+    names: of data sets, NAME:train and NAME:test; the budget's, if there are none.
+
+  Raises:
+    UserError: no such data set, or one without labels, or the folder is in use.
+    Interrupted: within a cell; given again, the command resumes there.
+  """
+  sets = [cells.open_images(name, most_train=budget.train, most_test=budget.test) for name in names or budget.data]
+  todo = cells_of(budget, sets)
+  folder = files.absolute(workdir)
+  results = Results(folder)
+  if plan_only:
+    print(plan(todo, results))
+    return []
+  folder.mkdir(parents=True, exist_ok=True)
+  lock.take(folder)
+  try:
+    measure(todo, results, folder)
+  finally:
+    lock.release(folder)
+  scores = results.scores(todo)
+  findings = [judge(claim, images.name, scores, budget.seeds) for images in sets for claim in claims_of(budget, images)]
+  hours = sum(results.cells[cell.key]["numbers"]["seconds"] for cell in todo) / 3600
+  text = (
+    f"{summary(findings)} {len(todo)} runs on {', '.join(images.name for images in sets)}, {hours:.2f} hours in all."
+  )
+  results.conclude({"summary": text, "findings": rows_of(findings)})
+  report.write_claims(
+    folder / PAGE, title="What is said of SimCLR, measured", summary=text, claims=rows_of(findings),
+    matrices={images.name: found for images in sets if (found := matrix(scores, images.name))},
+  )  # fmt: skip
+  print(f"\n{table(findings)}\n\n{text}\n{folder / PAGE}")
+  return findings
+
+
+def measure(todo: list[Cell], results: Results, folder):
+  """Runs the cells that are not in the results, and adds them."""
+  runner = cells.Runner(folder / "cells")
+  missing = [cell for cell in todo if cell.key not in results.cells]
+  left = [estimate(cell, i == 0 or cell.setting != missing[i - 1].setting, results) for i, cell in enumerate(missing)]
+  for i, cell in enumerate(missing):
+    if cell.key in results.cells:  # the same under another name
+      continue
+    print(
+      f"cell {len(todo) - len(missing) + i + 1} of {len(todo)}: {cell.setting}, seed {cell.seed}, {cell.images.name}; "
+      f"about {duration(sum(left[i:]))} left", flush=True,
+    )  # fmt: skip
+    numbers = runner.run(experiments.SETTINGS[cell.setting], cell.config, cell.images)
+    results.add(cell, numbers)
+    score = f"linear {100 * numbers['linear']:.1f} %" if "linear" in numbers else "diverged"
+    print(f"  {score}, {numbers['seconds']:.0f} s", flush=True)
+
+
+def main(flags, overrides) -> int:
+  run(flags.data, flags.workdir, budget=BUDGETS[flags.budget], plan_only=flags.plan)
+  return 0

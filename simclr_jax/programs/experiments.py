@@ -1,0 +1,209 @@
+"""What is said of SimCLR, as differences between small runs: the settings and the claims of `simclr claims`.
+
+Every setting is a row of configs/ablations.py at its small scale.  A claim is a sum of scores with signs, taken seed by
+seed: "simclr.linear - pixels.linear" is how far the h of SimCLR is above raw pixels, and best(a,b).linear is the score of
+that of the settings a and b which is best on held-out training images.
+"""
+
+import dataclasses
+
+from simclr_jax.programs.cells import HISTOGRAM, PIXELS, UNTRAINED, Setting
+
+V1 = "v1"
+FIGURE_5 = ("crop", "cutout", "color", "sobel", "noise", "blur", "rotate")
+FIGURE_5_QUICK = ("crop", "color", "sobel", "rotate")
+
+
+def _changed(row="temperature-0.1", *, epochs=1.0, labels=1.0, measures=(), **changes) -> Setting:
+  """A setting with changes whose keys have __ for the dots."""
+  flat = tuple((key.replace("__", "."), value) for key, value in changes.items())
+  return Setting(row, flat, epochs=epochs, labels=labels, measures=measures)
+
+
+_SUPERVISED = dict(method="supervised", projector__kind="none", optimizer__base_lr=2e-3)
+_AUTOENCODER = dict(method="autoencoder", projector__kind="none", optimizer__base_lr=2e-3)
+_TRAIN_ACCURACY = ("contrastive",)
+
+SETTINGS: dict[str, Setting] = {
+  "pixels": Setting(kind=PIXELS, measures=("few",)),
+  "histogram": Setting(kind=HISTOGRAM, measures=("few",)),
+  "untrained": Setting(kind=UNTRAINED, measures=("few",)),
+  "simclr": Setting(measures=("z", "few", "contrastive", "geometry", "transforms", "matching")),
+  "crop_alone": _changed(augment__color_strength=0.0, measures=("contrastive", "matching")),
+  "autoencoder": _changed(**_AUTOENCODER, measures=("few",)),
+  "supervised": _changed(**_SUPERVISED),
+  "supervised_10pct": _changed(**_SUPERVISED, labels=0.1),
+  "supervised_1pct": _changed(**_SUPERVISED, labels=0.01),
+  "head_linear": Setting("head-linear-128"),
+  "head_none": Setting("head-none"),
+  "z_32": Setting("head-nonlinear-32"),
+  "no_l2": Setting("no_l2-10", measures=_TRAIN_ACCURACY),
+  "temperature_0.05": Setting("temperature-0.05", measures=_TRAIN_ACCURACY),
+  "temperature_1": Setting("temperature-1", measures=_TRAIN_ACCURACY),
+  "short": Setting(epochs=0.25),
+  "small_batch": Setting("batch-512-100ep-linear"),
+  "small_batch_short": Setting("batch-512-100ep-linear", epochs=0.25),
+  "norm_per_device": _changed(norm_scope="device", norm_devices=16, measures=_TRAIN_ACCURACY),
+  "oracle": _changed(method="oracle"),
+  "debiased": _changed(loss__name="debiased", loss__reduction=None),
+  "alignment": _changed(method="alignment", measures=("geometry",)),
+  "weak_color": Setting("color-0.125"),
+  "supervised_weak_color": _changed("color-0.125", **_SUPERVISED),
+  "rotated": _changed(augment__extra=(("rotate", 0.75),), augment__where="host"),
+  **{
+    f"compose_{a}_{b}": Setting(f"compose-{a}-{b}", epochs=0.5)
+    for i, a in enumerate(FIGURE_5_QUICK)
+    for b in FIGURE_5_QUICK[i:]
+  },
+  # The further ones are of the full budget.
+  "temperature_0.5": Setting("temperature-0.5", measures=_TRAIN_ACCURACY),
+  "no_l2_100": Setting("no_l2-100", measures=_TRAIN_ACCURACY),
+  "z_2048": Setting("head-nonlinear-2048"),
+  "oracle_half": _changed(method="oracle", removed_negatives=0.5),
+  "long": Setting(epochs=2.0),
+  **{f"{name}_128_{lr:g}": _changed(batch_size=128, optimizer__name=name, optimizer__base_lr=lr, optimizer__lr_scaling="none")
+     for name, lrs in (("lars", (0.3, 1.0, 3.0)), ("sgd", (0.03, 0.1, 0.3)), ("adamw", (1e-3, 2e-3, 4e-3))) for lr in lrs},
+  **{f"{name}_2048_{lr:g}": _changed(batch_size=2048, optimizer__name=name, optimizer__base_lr=lr, optimizer__lr_scaling="none")
+     for name, lrs in (("lars", (1.0, 3.0, 9.0)), ("sgd", (0.1, 0.3, 1.0)), ("adamw", (2e-3, 4e-3, 8e-3))) for lr in lrs},
+  **{
+    f"compose_{a}_{b}": Setting(f"compose-{a}-{b}", epochs=0.5)
+    for i, a in enumerate(FIGURE_5) for b in FIGURE_5[i:]
+    if not {a, b} <= set(FIGURE_5_QUICK)
+  },
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """A sentence that a difference supports or contradicts.
+
+  Attributes:
+    name: a short one, for tables.
+    says: the claim in plain English.
+    source: paper, and table or figure or section.
+    paper: the difference that the paper measured, in the unit of `unit`; None where it prints no numbers.
+    formula: the difference, see the module.
+    direction: as in intervals.verdict.
+    margin: how little counts as no difference, where the direction is 0.
+    unit: "points" of accuracy, or "" for scores that are not percentages.
+    color: whether it is about color, which gray images have not.
+    full: whether it is of the full budget alone.
+  """
+
+  name: str
+  says: str
+  source: str
+  formula: str
+  paper: float | None = None
+  direction: int = 1
+  margin: float = 2.0
+  unit: str = "points"
+  color: bool = False
+  full: bool = False
+
+
+def _others(names, without):
+  return ",".join(f"compose_{a}_{b}" for i, a in enumerate(names) for b in names[i:] if {a, b} != without and a != b)
+
+
+def _best(kind: str, batch: int) -> str:
+  return "best(" + ",".join(name for name in SETTINGS if name.startswith(f"{kind}_{batch}_")) + ").linear"
+
+
+CLAIMS = (
+  Claim("h over pixels", "A linear classifier reads classes better from h than from raw pixels.",
+        f"{V1}, section 2.3", "simclr.linear - pixels.linear"),
+  Claim("h over histogram", "A linear classifier reads classes better from h than from a histogram of 64 colors.",
+        f"{V1}, section 3.1", "simclr.linear - histogram.linear"),
+  Claim("h over untrained", "Training makes h better than that of an untrained encoder.",
+        f"{V1}, section 2.3", "simclr.linear - untrained.linear"),
+  Claim("h over autoencoder", "Contrastive training beats an autoencoder that sees as many views.",
+        "Hinton and Salakhutdinov 2006", "simclr.linear - autoencoder.linear"),
+  Claim("supervised over h", "With all labels, supervised training of the same length beats a linear classifier on h.",
+        f"{V1}, Table 8: 76.5 and 69.3", "supervised.linear - simclr.linear", paper=7.2),
+  Claim("10 % of labels", "With a tenth of the labels, h and a linear classifier beat supervised training.",
+        f"{V1}, Table 7, fine-tuned: 65.6 and 56.4", "simclr.linear_10pct - supervised_10pct.linear", paper=9.2),
+  Claim("1 % of labels", "With a hundredth of the labels, h and a linear classifier beat supervised training.",
+        f"{V1}, Table 7, fine-tuned: 48.3 and 25.4", "simclr.linear_1pct - supervised_1pct.linear", paper=22.9),
+  Claim("h over z", "The layer before the head is a better representation than the one after it.",
+        f"{V1}, section 4.2: more than 10 points", "simclr.linear - simclr.linear_z", paper=10.0),
+  Claim("nonlinear head", "A nonlinear projection head is better than a linear one.",
+        f"{V1}, Figure 8: 3 points", "simclr.linear - head_linear.linear", paper=3.0),
+  Claim("linear head", "A linear projection head is better than none.",
+        f"{V1}, Figure 8: more than 10 points between nonlinear and none", "head_linear.linear - head_none.linear", paper=7.0),
+  Claim("width of z", "The width of z, 128 or 32, does not matter.",
+        f"{V1}, Figure 8", "simclr.linear - z_32.linear", paper=0.0, direction=0),
+  Claim("z forgets color", "Whether an image has color is read better from h than from z.",
+        f"{V1}, Table 3: 99.3 and 97.4", "simclr.color_h - simclr.color_z", paper=1.9, color=True),
+  Claim("z forgets hue", "The hue of an image is read better from h than from z.",
+        f"{V1}, section 4.2", "simclr.hue_h - simclr.hue_z", unit="", color=True),
+  Claim("z forgets rotation", "The rotation of an image is read better from h than from z.",
+        f"{V1}, Table 3, pretrained with rotations: 67.6 and 25.6", "simclr.rotation_h - simclr.rotation_z", paper=42.0),
+  Claim("z forgets noise", "Whether an image has noise is read better from h than from z.",
+        f"{V1}, Table 3, pretrained with noise: 99.5 and 59.6", "simclr.noise_h - simclr.noise_z", paper=39.9),
+  Claim("z forgets edges", "Whether an image is its own edges is read better from h than from z.",
+        f"{V1}, Table 3, pretrained with Sobel: 96.6 and 56.3", "simclr.sobel_h - simclr.sobel_z", paper=40.3),
+  Claim("z forgets position", "Where a crop was taken is read better from h than from z.",
+        f"{V1}, section 4.2", "simclr.position_h - simclr.position_z", unit=""),
+  Claim("crop and color", "Color distortion beside crops makes h better than crops alone.",
+        f"{V1}, Figure 5", "simclr.linear - crop_alone.linear", color=True),
+  Claim("shortcut", "Crops alone make the contrastive task easier: its accuracy is higher than with color distortion.",
+        f"{V1}, section 3.1", "crop_alone.contrastive - simclr.contrastive", color=True),
+  Claim("histograms suffice", "Without color distortion, histograms of 64 colors find the other crop of an image more often.",
+        f"{V1}, Figure 6", "crop_alone.matched - simclr.matched", color=True),
+  Claim("decisive pair", "Of all pairs of transformations on one branch, crop and color is the best.",
+        f"{V1}, Figure 5", f"compose_crop_color.linear - best({_others(FIGURE_5_QUICK, {'crop', 'color'})}).linear", color=True),
+  Claim("color helps SimCLR more", "Stronger color distortion helps contrastive training more than supervised training.",
+        f"{V1}, Table 1, strengths 1/8 and 1: +3.6 and -1.3",
+        "simclr.linear - weak_color.linear - supervised.linear + supervised_weak_color.linear", paper=4.9, color=True),
+  Claim("rotation hurts", "Rotation as a further augmentation makes h worse.",
+        f"{V1}, Figure 5", "simclr.linear - rotated.linear"),
+  Claim("l2 normalization", "Cosine similarity at temperature 0.1 is better than dot products at 10.",
+        f"{V1}, Table 5: 64.4 and 57.2", "simclr.linear - no_l2.linear", paper=7.2),
+  Claim("high accuracy, low score", "Without normalization the contrastive accuracy is higher, though h is worse.",
+        f"{V1}, Table 5: 91.7 and 87.8", "no_l2.contrastive - simclr.contrastive", paper=3.9),
+  Claim("temperature 1", "Temperature 0.1 is better than 1.",
+        f"{V1}, Table 5: 64.4 and 58.0", "simclr.linear - temperature_1.linear", paper=6.4),
+  Claim("temperature 0.05", "Temperature 0.1 is better than 0.05.",
+        f"{V1}, Table 5: 64.4 and 59.7", "simclr.linear - temperature_0.05.linear", paper=4.7),
+  Claim("longer training", "Four times the epochs make h better.",
+        f"{V1}, Table B.1, batch 4,096, 400 and 100 epochs: 68.2 and 64.6", "simclr.linear - short.linear", paper=3.6),
+  Claim("larger batches", "In short training, a batch of 128 is better than 16.",
+        f"{V1}, Table B.1, 100 epochs, 4,096 and 512: 64.6 and 60.7", "short.linear - small_batch_short.linear", paper=3.9),
+  Claim("the gap shrinks", "The advantage of the larger batch shrinks with longer training.",
+        f"{V1}, Table B.1: 3.9 at 100 epochs, 2.0 at 400",
+        "short.linear - small_batch_short.linear - simclr.linear + small_batch.linear", paper=1.9),
+  Claim("global BatchNorm", "BatchNorm over the global batch makes h better than over 8 images a device.",
+        f"{V1}, section 2.2", "simclr.linear - norm_per_device.linear"),
+  Claim("BatchNorm leaks", "BatchNorm over 8 images a device raises the contrastive accuracy: its statistics give pairs away.",
+        f"{V1}, section 2.2", "norm_per_device.contrastive - simclr.contrastive"),
+  Claim("false negatives", "Leaving out the negatives of the same class, as an oracle can, makes h better.",
+        "Chuang et al. 2020, Figure 2", "oracle.linear - simclr.linear"),
+  Claim("debiased loss", "The debiased loss makes h better than NT-Xent.",
+        "Chuang et al. 2020, Table 1", "debiased.linear - simclr.linear"),
+  Claim("collapse", "Without negatives z collapses: it spreads over less of the sphere.",
+        "SimSiam, section 4.1", "simclr.spread_z - alignment.spread_z", unit=""),
+  Claim("no negatives, no features", "Without negatives h is worse.",
+        "SimSiam, section 4.1", "simclr.linear - alignment.linear"),
+  Claim("dimensional collapse of z", "z uses a smaller part of its dimensions than h.",
+        "Jing et al. 2022", "simclr.rank_h - simclr.rank_z", unit=""),
+  # ---- the full budget ----
+  Claim("temperature 0.5", "Temperature 0.1 is better than 0.5.",
+        f"{V1}, Table 5: 64.4 and 60.7", "simclr.linear - temperature_0.5.linear", paper=3.7, full=True),
+  Claim("l2 normalization, 100", "Cosine similarity at temperature 0.1 is better than dot products at 100.",
+        f"{V1}, Table 5: 64.4 and 57.0", "simclr.linear - no_l2_100.linear", paper=7.4, full=True),
+  Claim("width of z, 2048", "The width of z, 128 or 2048, does not matter.",
+        f"{V1}, Figure 8", "simclr.linear - z_2048.linear", paper=0.0, direction=0, full=True),
+  Claim("half an oracle", "Leaving out all negatives of the same class is better than leaving out half of them.",
+        "Chuang et al. 2020, Figure 2", "oracle.linear - oracle_half.linear", full=True),
+  Claim("still longer", "Twice the epochs again make h better.",
+        f"{V1}, Table B.1, batch 4,096, 800 and 400 epochs: 68.9 and 68.2", "long.linear - simclr.linear", paper=0.7, full=True),
+  Claim("decisive pair of all", "Of all pairs of the seven transformations of Figure 5, crop and color is the best.",
+        f"{V1}, Figure 5", f"compose_crop_color.linear - best({_others(FIGURE_5, {'crop', 'color'})}).linear", color=True, full=True),
+  Claim("LARS at 2,048", "At batch 2,048, LARS is better than SGD.",
+        f"{V1}, section 2.2", f"{_best('lars', 2048)} - {_best('sgd', 2048)}", full=True),
+  Claim("LARS over AdamW at 2,048", "At batch 2,048, LARS is better than AdamW.",
+        f"{V1}, section 2.2", f"{_best('lars', 2048)} - {_best('adamw', 2048)}", full=True),
+  Claim("LARS at 128", "At batch 128, LARS and SGD are as good.",
+        f"{V1}, section 2.2", f"{_best('lars', 128)} - {_best('sgd', 128)}", direction=0, full=True),
+)  # fmt: skip

@@ -1,0 +1,96 @@
+"""`simclr probe --of=transforms`: what h, and z where the head is at hand, keep of the transformations of an image.
+
+The readout is fitted on images that training saw and scored on others; labels are not needed.
+"""
+
+import functools
+import json
+
+import jax
+import numpy as np
+
+from simclr_jax import data, report
+from simclr_jax.data.sources import spread
+from simclr_jax.encoder import resnet
+from simclr_jax.evaluation import embed, invariance
+from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import splits, trained
+from simclr_jax.projector import Projector
+from simclr_jax.runtime import files
+from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
+
+TRAIN, TEST = 2000, 1000  # images, at most
+MEANING = {
+  "color": "color or grayscale",
+  "rotation": "turned by 0, 90, 180 or 270 degrees",
+  "noise": "original or with noise",
+  "sobel": "original or its edges",
+  "hue": "mean hue, R²",
+  "position": "place of the crop, R²",
+}
+
+
+def run(workdir, *, step: int | None = None, overrides=(), json_file: str = "") -> dict:
+  """Prints how well each transformation can be read from h and z of a run, or from h of an exported encoder.
+
+  Args:
+    workdir: a run of pretraining, or a folder that `simclr export` or `simclr import` wrote.
+    json_file: where to write the scores too, if anywhere.
+
+  Returns:
+    What `invariance.predictions` does.
+
+  Raises:
+    UserError: neither of the two, no data named, or too few images.
+  """
+  start = trained.open_start(workdir, step)
+  if not isinstance(start.config, config_lib.Pretrain | config_lib.Finetune):
+    raise UserError(f"--workdir={workdir}: its card names no data; give a run, or the export of one")
+  config = config_lib.override(start.config, overrides)
+  train, test = splits.open_data(config.data)
+  if test is train:  # nothing is held out of images without labels: halves of them
+    if len(train) < 4:
+      raise UserError(f"data.train={config.data.train}: {len(train)} images; expected at least 4")
+    middle = len(train) // 2
+    train, test = (data.Selection(train, part) for part in (np.arange(middle), np.arange(middle, len(train))))
+  mesh = mesh_lib.make_mesh()
+  train, test = (_images(source, count, config, mesh) for source, count in ((train, TRAIN), (test, TEST)))
+  scores = invariance.predictions(_encode(start), train, test, seed=config.seed)
+  print(table(scores))
+  print(f"\nread by a linear classifier or regression on {len(train):,} images, scored on {len(test):,} others")
+  if json_file:
+    rows = {name: {**of, "chance": invariance.CHANCE[name]} for name, of in scores.items()}
+    about = {"workdir": str(workdir), "train_images": len(train), "test_images": len(test), "seed": config.seed}
+    files.write_text(files.absolute(json_file), json.dumps({**about, "scores": rows}, indent=2))
+  return scores
+
+
+def table(scores) -> str:
+  """The scores as aligned text: accuracies in percent, R² as they are, – where there is nothing to predict."""
+  names = list(next(iter(scores.values())))
+  rows = [["", *names, "chance"]]
+  for prediction, of in scores.items():
+    chance = invariance.CHANCE[prediction]
+    values = [*(of[name] for name in names), chance]
+    rows.append([MEANING[prediction], *("–" if v is None else f"{100 * v:.1f} %" if chance else f"{v:.3f}" for v in values)])  # fmt: skip
+  return report.aligned(rows)
+
+
+def _images(source, count, config, mesh):
+  """At most `count` readable images from all over a source, float32, as evaluation sees them."""
+  few = data.Selection(source, spread(len(source), count))
+  batches = embed.eval_set(few, config, mesh).batches()
+  return np.concatenate([batch["image"][batch["mask"]] for batch in batches])
+
+
+def _encode(start: trained.Start):
+  """images [m, s, s, 3] -> {"h"} or {"h", "z"}, float32, BatchNorm in inference mode."""
+  encoder, head = resnet(**start.encoder), Projector(**start.projector)
+
+  @jax.jit
+  def encode(variables, images):
+    h = encoder.apply(variables["encoder"], images, train=False)
+    return {"h": h} | ({"z": head.apply(variables["projector"], h, train=False)} if "projector" in variables else {})
+
+  return functools.partial(encode, {name: start.variables[name] for name in ("encoder", "projector") if name in start.variables})  # fmt: skip

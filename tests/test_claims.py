@@ -1,0 +1,387 @@
+"""Claims: statistics against scipy, verdicts, formulas, and cells that are run once, whatever ends the command."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+import tiny
+
+from simclr_jax import __main__ as cli
+from simclr_jax import report
+from simclr_jax.evaluation import intervals
+from simclr_jax.programs import cells, claims, claims_page, experiments
+from simclr_jax.programs.experiments import Claim
+from simclr_jax.runtime import errors
+from simclr_jax.runtime import mesh as mesh_lib
+
+CHANGES = (("encoder.width", 0.0625), ("batch_size", 16), ("projector.out_dim", 16), ("evaluate.batch_size", 32))
+TINY = claims.Budget(seeds=(0, 1), epochs=0.5, train=60, test=32, data=(), changes=CHANGES)
+FEW = (
+  Claim("h over pixels", "h beats pixels.", "v1", "simclr.linear - pixels.linear", paper=1.0),
+  Claim("training", "Training helps.", "v1", "simclr.linear - untrained.linear"),
+  Claim("z", "h beats z.", "v1", "simclr.linear - simclr.linear_z"),
+)
+
+
+@pytest.fixture
+def few(monkeypatch):
+  """Three claims of four settings, of which SimCLR's alone trains and measures z alone."""
+  monkeypatch.setattr(experiments, "CLAIMS", FEW)
+  settings = {name: cells.Setting(kind=experiments.SETTINGS[name].kind) for name in ("pixels", "untrained")}
+  monkeypatch.setattr(experiments, "SETTINGS", settings | {"simclr": cells.Setting(measures=("z",))})
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+  """A labeled set of 96 gray images, split in two."""
+  source = tiny.source(96)
+  images = np.stack([source.read(i) for i in range(96)])
+  path = tmp_path_factory.mktemp("data") / "tiny.npz"
+  parts = {"train": slice(0, 64), "test": slice(64, None)}
+  np.savez(
+    path,
+    **{f"{name}_{k}": a[p] for name, p in parts.items() for k, a in (("images", images), ("labels", source.labels))},
+  )
+  return f"npz:{path}"
+
+
+# ---- statistics and verdicts -----------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_that_of_scipys_paired_test():
+  rng = np.random.default_rng(0)
+  a, b = rng.normal(size=(2, 5))
+  found = intervals.interval(a - b)
+  expected = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
+  assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+  assert found.mean == pytest.approx(np.mean(a - b))
+  # Three values worked by hand: 2 +- 4.303 * 1 / sqrt(3).
+  found = intervals.interval([1.0, 2.0, 3.0])
+  assert (found.low, found.high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+  assert not found.excludes_zero and intervals.interval([1.0, 1.1, 1.2]).excludes_zero
+  assert intervals.interval([1.0]).low == -np.inf
+  with pytest.raises(ValueError, match="no differences"):
+    intervals.interval([])
+
+
+@pytest.mark.parametrize(
+  "low, high, direction, expected",
+  [
+    (1, 2, 1, "supported"),
+    (-1, 2, 1, "not supported"),
+    (-2, -1, 1, "contrary"),
+    (0, 2, 1, "not supported"),
+    (-2, -1, -1, "supported"),
+    (1, 2, -1, "contrary"),
+    (-1, 2, -1, "not supported"),
+    (-1, 1.5, 0, "supported"),
+    (0.5, 1.5, 0, "supported"),  # a difference for sure, and one that is too small to matter
+    (-1, 3, 0, "not supported"),
+    (3, 4, 0, "contrary"),
+    (-4, -3, 0, "contrary"),
+  ],
+)
+def test_verdicts(low, high, direction, expected):
+  assert intervals.verdict(intervals.Interval((low + high) / 2, low, high), direction, margin=2.0) == expected
+
+
+# ---- formulas --------------------------------------------------------------------------------------------------------
+
+
+def scores_of(**by_setting):
+  """{("set", setting): {seed: {"linear", "validation"}}} of lists of accuracies."""
+  return {
+    ("set", name): {seed: {"linear": value, "validation": value} for seed, value in enumerate(values)}
+    for name, values in by_setting.items()
+  }
+
+
+def test_a_difference_is_taken_seed_by_seed_and_what_has_no_seed_counts_for_all():
+  claim = Claim("a", "a", "v1", "simclr.linear - pixels.linear")
+  found = claims.judge(claim, "set", scores_of(simclr=[0.5, 0.6, 0.7], pixels=[0.4]), (0, 1, 2))
+  expected = intervals.interval([10.0, 20.0, 30.0])
+  assert found.interval.mean == pytest.approx(20) and found.interval.low == pytest.approx(expected.low)
+  assert found.verdict == "not supported"  # three seeds so far apart
+  assert found.values == {"simclr.linear": pytest.approx(60), "pixels.linear": pytest.approx(40)}
+  paired = claims.judge(Claim("b", "b", "v1", "simclr.linear - head_none.linear"), "set",
+                        scores_of(simclr=[0.5, 0.6, 0.7], head_none=[0.41, 0.5, 0.61]), (0, 1, 2))  # fmt: skip
+  assert paired.verdict == "supported"
+
+
+def test_four_terms_are_a_difference_of_differences():
+  claim = Claim("a", "a", "v1", "simclr.linear - short.linear - supervised.linear + oracle.linear")
+  found = claims.judge(
+    claim, "set", scores_of(simclr=[0.9] * 3, short=[0.8] * 3, supervised=[0.5] * 3, oracle=[0.45] * 3), (0, 1, 2)
+  )
+  assert found.interval.mean == pytest.approx(5)
+
+
+def test_the_best_of_several_is_the_best_on_held_out_images():
+  """It is the worse of the two on test images, which are not asked."""
+  scores = scores_of(simclr=[0.5, 0.5], short=[0.3, 0.3], oracle=[0.4, 0.4])
+  for cell in scores["set", "short"].values():
+    cell["validation"] = 0.9
+  found = claims.judge(Claim("a", "a", "v1", "simclr.linear - best(short,oracle).linear"), "set", scores, (0, 1))
+  assert found.interval.mean == pytest.approx(20) and "short.linear" in found.values
+
+
+def test_what_is_missing_and_what_diverged_is_said():
+  claim = Claim("a", "a", "v1", "simclr.linear - short.linear")
+  assert claims.judge(claim, "set", scores_of(simclr=[0.5, 0.5], short=[0.3]), (0, 1)).verdict == "not measured"
+  scores = scores_of(simclr=[0.5, 0.5], short=[0.3, 0.3])
+  scores["set", "short"][1] = {"diverged": 1.0}
+  assert claims.judge(claim, "set", scores, (0, 1)).verdict == "diverged"
+
+
+SCORES = {  # what each measure adds
+  "z": {"linear_z"}, "few": {"linear_10pct", "linear_1pct", "knn_20", "knn_200"}, "contrastive": {"contrastive"},
+  "geometry": {"spread_z", "rank_h", "rank_z"}, "matching": {"matched"},
+  "transforms": {f"{what}_{name}" for what in ("color", "rotation", "noise", "sobel", "hue", "position") for name in "hz"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("claim", experiments.CLAIMS, ids=lambda c: c.name)
+def test_every_claim_asks_for_what_is_measured(claim):
+  assert claim.says.endswith(".") and claim.source
+  found = claims.terms(claim.formula)
+  assert sum(sign for sign, _, _ in found) == 0 and len(found) in (2, 4)
+  assert len(found) == 1 + claim.formula.count(" - ") + claim.formula.count(" + ")
+  for _, setting, score in found:
+    for name in claims.alternatives(setting):
+      measured = set().union(*(SCORES[m] for m in experiments.SETTINGS[name].measures))
+      assert score in measured | {"linear"}, name
+
+
+@pytest.mark.parametrize("name", experiments.SETTINGS)
+def test_every_setting_has_a_config(name):
+  config = cells.config_of(experiments.SETTINGS[name], 1, 4.0, {})
+  assert config.seed == 1 and config.encoder.width == 0.125
+
+
+# ---- cells -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_kept_under_what_made_it(spec):
+  images = cells.open_images(spec, most_train=60, most_test=32)
+  assert (len(images.train), len(images.validation), len(images.test), images.has_color) == (54, 6, 32, False) or len(images.train) + len(images.validation) == 60  # fmt: skip
+  key = lambda setting, seed=0: cells.key(setting, cells.config_of(setting, seed, 1.0, {}), images)  # noqa: E731
+  base = cells.Setting(measures=("z", "few"))
+  assert key(base) == key(cells.Setting(row="loss-nt_xent", measures=("few", "z")))  # the same run by another name
+  others = [key(base, 1), key(cells.Setting()), key(cells.Setting("temperature-1", measures=("z", "few")))]
+  fewer = cells.open_images(spec, most_train=50, most_test=32)
+  others.append(cells.key(base, cells.config_of(base, 0, 1.0, {}), fewer))
+  assert len({key(base), *others}) == 5
+
+
+def on_one_device(monkeypatch):
+  """Compiling for one device takes a third of the time."""
+  one_device = mesh_lib.make_mesh(jax.devices()[:1])
+  monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
+
+
+def test_claims_end_to_end_and_again_without_a_run(few, spec, tmp_path, capsys, monkeypatch):
+  on_one_device(monkeypatch)
+  monkeypatch.setattr(experiments, "CLAIMS", (Claim("a", "A.", "v1", "untrained.linear - pixels.linear", paper=1.0),))
+  assert claims.run([spec], tmp_path, budget=TINY, plan_only=True) == []
+  assert "3 cells, 0 of them done" in capsys.readouterr().out and not list(tmp_path.iterdir())
+  findings = claims.run([spec], tmp_path, budget=TINY)
+  assert findings[0].interval and findings[0].verdict in ("supported", "not supported", "contrary")
+  kept = json.loads((tmp_path / "claims.json").read_text())
+  assert sorted(c["setting"] for c in kept["cells"].values()) == ["pixels", "untrained", "untrained"]
+  assert all(0 <= c["numbers"]["linear"] <= 1 and c["numbers"]["seconds"] > 0 for c in kept["cells"].values())
+  assert kept["findings"][0]["verdict"] == findings[0].verdict and "3 runs" in kept["summary"]
+  page = (tmp_path / "claims.html").read_text()
+  assert page.count("<article") == 1 and "paper: +1.0" in page
+
+  monkeypatch.setattr(cells.Runner, "run", lambda *_: pytest.fail("a cell was run twice"))
+  assert claims.run([spec], tmp_path, budget=TINY) == findings
+  claims.run([spec], tmp_path, budget=TINY, plan_only=True)
+  assert "3 cells, 3 of them done" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_cells_that_train_share_their_programs_and_leave_numbers_alone(few, spec, tmp_path, capsys, monkeypatch):
+  """Every measure on three seeds, the last of which goes on after a signal; the second and third compile nothing."""
+  on_one_device(monkeypatch)
+  setting = cells.Setting(measures=("z", "few", "contrastive", "geometry", "transforms"))
+  monkeypatch.setattr(experiments, "SETTINGS", {"simclr": setting})
+  monkeypatch.setattr(experiments, "CLAIMS", FEW[2:])
+  budget = dataclasses.replace(TINY, seeds=(0, 1, 2))
+  (finding,) = claims.run([spec], tmp_path, budget=budget)
+  assert capsys.readouterr().out.count("compiling the step: 0:00") >= 2
+  assert finding.interval and not list((tmp_path / "cells").iterdir())
+  first, *_ = json.loads((tmp_path / "claims.json").read_text())["cells"].values()
+  measured = set().union(*(SCORES[name] for name in setting.measures))
+  colorless = {f"{what}_{name}" for what in ("color", "hue") for name in "hz"}
+  assert set(first["numbers"]) == measured - colorless | {"linear", "validation", "seconds"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name", ["supervised_10pct", "oracle", "norm_per_device", "debiased", "autoencoder", "rotated", "alignment"]
+)
+def test_settings_that_are_no_plain_simclr_train(name, spec, tmp_path, monkeypatch):
+  on_one_device(monkeypatch)
+  images = cells.open_images(spec, most_train=60, most_test=32)
+  setting = experiments.SETTINGS[name]
+  changes = dict(CHANGES) | ({"norm_devices": 4} if name == "norm_per_device" else {})
+  setting = dataclasses.replace(setting, changes=tuple(c for c in setting.changes if c[0] != "norm_devices"))
+  config = cells.config_of(setting, 0, 0.5, changes)
+  numbers = cells.Runner(tmp_path).run(setting, config, images)
+  assert 0 <= numbers["linear"] <= 1 and np.isfinite(list(numbers.values())).all()
+
+
+@pytest.mark.parametrize("ends_at", [0, 1, 3, 4])
+def test_an_error_at_any_cell_loses_that_cell_alone(few, spec, tmp_path, monkeypatch, ends_at):
+  ran = []
+
+  def run(self, setting, config, images):
+    if len(ran) == ends_at and "again" not in ran:
+      raise RuntimeError("the power fails")
+    ran.append((setting, config.seed))
+    return {"linear": 0.5, "validation": 0.5, "linear_z": 0.25, "seconds": 1.0}
+
+  monkeypatch.setattr(cells.Runner, "run", run)
+  with pytest.raises(RuntimeError):
+    claims.run([spec], tmp_path, budget=TINY)
+  before, kept = list(ran), tmp_path / "claims.json"
+  assert (len(json.loads(kept.read_text())["cells"]) if kept.exists() else 0) == ends_at
+  ran.append("again")
+  findings = claims.run([spec], tmp_path, budget=TINY)
+  ran.remove("again")
+  assert len(ran) == len(set(ran)) == 5 and ran[:ends_at] == before
+  assert [f.verdict for f in findings] == ["not supported", "not supported", "supported"]
+  assert findings[2].interval.low == pytest.approx(25)
+
+
+def test_a_damaged_file_of_results_is_one_line(few, spec, tmp_path):
+  (tmp_path / "claims.json").write_text('{"cells": {')
+  with pytest.raises(errors.UserError, match="claims.json is damaged"):
+    claims.run([spec], tmp_path, budget=TINY)
+
+
+def test_flags():
+  flags = cli.parser().parse_args(["claims", "--data=textures", "--data=npz:a.npz", "--budget=full"])
+  assert flags.data == ["textures", "npz:a.npz"] and flags.workdir == "runs/claims" and not flags.plan
+
+
+def test_color_claims_are_not_made_of_gray_images(spec):
+  images = cells.open_images(spec, most_train=60, most_test=32)
+  names = {claim.name for claim in claims.claims_of(claims.BUDGETS["full"], images)}
+  assert "h over z" in names and "temperature 0.5" in names and not any(c.color for c in claims.claims_of(TINY, images))
+  assert "temperature 0.5" not in {claim.name for claim in claims.claims_of(claims.BUDGETS["quick"], images)}
+
+
+def test_the_histogram_counts_colors():
+  x = np.zeros((1, 2, 2, 3), np.float32)
+  x[0, 0, 0] = (1.0, 0.3, 0.6)
+  (found,) = cells.color_histogram(x)
+  assert found[0] == 0.75 and found[3 * 16 + 1 * 4 + 2] == 0.25 and found.sum() == 1
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_effects_and_the_matrix_and_escapes(tmp_path):
+  row = dict(data="set <1>", name="a <b>", says="It is so.", source="v1", unit="points", margin=None, values={"simclr.linear": 60.0})  # fmt: skip
+  rows = [
+    row | dict(verdict="contrary", paper=3.0, interval=(-2.0, -3.0, -1.0)),
+    row | dict(verdict="supported", paper=0.0, interval=(0.5, -0.5, 1.5), margin=2.0),
+    row | dict(verdict="not measured", paper=None, interval=None),
+  ]
+  report.write_claims(
+    tmp_path / "claims.html", title="t", summary="s", claims=rows, matrices={"set": (["crop", "color"], [[0.3, 0.5], [0.5, None]])}
+  )  # fmt: skip
+  page = (tmp_path / "claims.html").read_text()
+  assert "a <b>" not in page and "a &lt;b&gt;" in page
+  assert page.count('<figure class="effect">') == 2 and 'class="margin"' in page and 'class="bad"' in page
+  assert "--a:0.70" in page and "--a:0.08" in page  # the best and the worst pair
+
+
+def test_the_matrix_shows_a_pair_in_both_orders():
+  scores = {
+    ("set", "compose_crop_color"): {0: {"linear": 0.5}, 1: {"linear": 0.7}},
+    ("set", "compose_crop_crop"): {0: {"linear": 0.3}},
+    ("set", "compose_crop_sobel"): {0: {"diverged": 1.0}},
+    ("other", "compose_crop_rotate"): {0: {"linear": 0.1}},
+  }
+  names, rows = claims.matrix(scores, "set")
+  assert names == ["crop", "color"] and rows == [[0.3, pytest.approx(0.6)], [pytest.approx(0.6), None]]
+  assert claims.matrix(scores, "none") is None
+
+
+def test_the_page_of_the_docs_lists_every_claim():
+  """python -m simclr_jax.programs.claims_page [FOLDER] > docs/claims.md"""
+  page = (pathlib.Path(__file__).parents[1] / "docs/claims.md").read_text()
+  assert page.startswith(claims_page.page())
+
+
+def test_the_page_of_the_docs_has_the_results():
+  rows = [
+    dict(data="textures", name="h over z", unit="points", paper=10.0, verdict="contrary", interval=[-2.0, -3.0, -1.0]),
+    dict(data="textures", name="hue", unit="", paper=None, verdict="not measured", interval=None),
+  ]
+  text = claims_page.results({"summary": "Two claims.", "findings": rows})
+  assert "| h over z | +10.0 | -2.0 | -3.0 to -1.0 | **contrary** |" in text
+  assert "| hue |  |  |  | not measured |" in text and "### textures" in text
+
+
+def test_contrary_stands_out_in_the_table():
+  claim = Claim("a", "a", "v1", "simclr.linear - short.linear", paper=2.0)
+  found = claims.judge(claim, "set", scores_of(simclr=[0.5, 0.51, 0.52], short=[0.6, 0.61, 0.62]), (0, 1, 2))
+  text = claims.table([found])
+  assert "CONTRARY" in text and "-10.0 points" in text and "+2.0" in text
+  assert (
+    claims.summary([found]) == "1 claims: 0 supported, 0 not supported, 1 contrary; 1 of the intervals exclude zero."
+  )
+
+
+KILLED = """
+import sys
+import pathlib
+sys.path.insert(0, {tests!r})
+import conftest
+from simclr_jax.programs import cells, claims, experiments
+import test_claims
+experiments.CLAIMS = test_claims.FEW
+experiments.SETTINGS = {{"pixels": cells.Setting(kind="pixels"), "untrained": cells.Setting(kind="untrained"),
+                        "simclr": cells.Setting(measures=("z",))}}
+claims.run([{spec!r}], {workdir!r}, budget=test_claims.TINY)
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_loses_at_most_one_cell(spec, tmp_path):
+  """Killed once a cell is kept, and again later: what was kept is not run again, and the rest is."""
+  program = KILLED.format(tests=str(pathlib.Path(__file__).parent), spec=spec, workdir=str(tmp_path / "claims"))
+  file, outputs = tmp_path / "claims" / "claims.json", []
+
+  def kept():
+    return set(json.loads(file.read_text())["cells"]) if file.exists() else set()
+
+  for enough in (1, 4, 5):
+    before = kept()
+    with open(tmp_path / "out.txt", "w") as out:
+      process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=out, stderr=subprocess.STDOUT, env=dict(os.environ)
+      )
+      deadline = time.monotonic() + 240
+      while len(kept()) < enough and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+      if enough < 5:
+        process.send_signal(signal.SIGKILL)
+      process.wait(240)
+    outputs.append((tmp_path / "out.txt").read_text())
+    assert before <= kept() and len(kept()) >= enough, outputs[-1]
+    # The cells that were begun: those that are kept since, and one more at most.
+    assert outputs[-1].count("cell ") - outputs[-1].count("5 cells") <= len(kept()) - len(before) + 1, outputs[-1]
+  assert "5 cells" in outputs[-1] and (tmp_path / "claims" / "claims.html").exists()
