@@ -17,6 +17,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 
 import jax
@@ -27,7 +28,7 @@ from flax import traverse_util
 
 import simclr_jax
 from simclr_jax.encoder import resnet
-from simclr_jax.exporting import image_check
+from simclr_jax.exporting import image_check, torch_names
 from simclr_jax.exporting.folder import read_card, save_export, write_card
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, files
@@ -130,7 +131,16 @@ def make_card(
     "checksum": checksum(variables),
     "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
+  if format == "huggingface":  # which is made to be published
+    card |= {key: _without_folders(card[key]) for key in ("data", "pretraining")}
   return card
+
+
+def _without_folders(value):
+  """A value of a card in which paths are their last parts: folder:/home/me/photos becomes folder:photos."""
+  if isinstance(value, dict):
+    return {key: _without_folders(one) for key, one in value.items()}
+  return re.sub(r"[^:]*/(?=.)", "", value) if isinstance(value, str) else value
 
 
 def checksum(variables) -> str:
@@ -184,6 +194,8 @@ def write_format(path, export: Export, example: dict, python: str, overwrite: bo
 
   path = save_export(path, fill, overwrite=overwrite)
   print(f"{export.format}: {lines[0].format(path=path)}", flush=True)
+  if export.format == "huggingface":
+    print(f"upload it with: hf upload NAME/REPOSITORY {path}", flush=True)
 
 
 def tensorflow_reads_jax() -> bool:
@@ -218,13 +230,38 @@ def make_example(export: Export) -> dict:
 
 
 def prove(folder, export: Export, python: str):
-  """Runs the folder's verify.py in an interpreter that does not see this package.
+  """Runs the folder's verify.py in an interpreter that does not see this package: `python`, or where that lacks a library
+  this one.
 
   Returns:
     (proof, line) for the card and for the reader; `line` holds "{path}" where the folder's name belongs.
   Raises:
     ValueError: the folder does not open, or gives another h.
   """
+  tried = []
+  for interpreter in dict.fromkeys((python, sys.executable)):
+    tried.append(_verified_by(interpreter, folder))
+    if not _missing(tried[-1]):
+      break
+  done = tried[-1]
+  libraries, remark = FORMATS[export.format][2], ""
+  if export.format in ("torchvision", "timm") and not torch_names.agrees(export.architecture, export.format):
+    libraries = ("torch", "safetensors")
+    remark = f"; own module, verified with torch; {export.format}, which has no such network, was not used"
+  if _missing(done):
+    reason = f"not verified: {_missing(tried[0])} is not installed"
+    return reason, f"{reason}; to verify: pip install {' '.join(libraries)}, then python {{path}}/verify.py"
+  found = re.search(r"largest relative difference .*", done.stdout)
+  if found and not done.returncode:
+    return found[0] + remark, found[0] + remark
+  if found:
+    raise UserError(f"{export.format}: what was written is not this encoder, so it is not kept: {found[0]}")
+  why = " ".join(((done.stderr or done.stdout).strip() or "it printed nothing").split("\n")[-1].split())[:300]
+  raise UserError(f"{export.format}: load.py fails in {interpreter}, so nothing is kept: {why}")
+
+
+def _verified_by(python: str, folder) -> subprocess.CompletedProcess:
+  """verify.py of the folder, run by `python`."""
   environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
   # On the CPU: the accelerator is this process's, and its products may be of less than float32.
   environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -233,20 +270,15 @@ def prove(folder, export: Export, python: str):
   with tempfile.TemporaryDirectory() as scratch:
     environment["HF_MODULES_CACHE"] = scratch  # where transformers copies modeling_*.py
     try:
-      done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
+      return subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
     except OSError as error:
       raise UserError(f"--python={python} does not start ({error.strerror})") from None
-  if missing := re.search(r"^ModuleNotFoundError: No module named '([\w.]+)'", done.stderr, re.M):
-    install = " ".join(FORMATS[export.format][2])
-    reason = f"not verified: {missing[1]} is not installed"
-    return reason, f"{reason}; to verify: pip install {install}, then python {{path}}/verify.py"
-  found = re.search(r"largest relative difference .*", done.stdout)
-  if found and not done.returncode:
-    return found[0], found[0]
-  if found:
-    raise UserError(f"{export.format}: what was written is not this encoder, so it is not kept: {found[0]}")
-  why = " ".join(((done.stderr or done.stdout).strip() or "it printed nothing").split("\n")[-1].split())[:300]
-  raise UserError(f"{export.format}: load.py fails in {python}, so nothing is kept: {why}")
+
+
+def _missing(done: subprocess.CompletedProcess) -> str:
+  """The module that verify.py did not find; empty if it found all."""
+  found = re.search(r"^ModuleNotFoundError: No module named '([\w.]+)'", done.stderr, re.M)
+  return found[1] if found else ""
 
 
 def load_encoder(path):
