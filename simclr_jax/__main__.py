@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -155,14 +157,27 @@ COMMANDS = {
     "recipes", flags_of.recipes,
     "the recipes that ship with the package: what each costs and should score; with a NAME, all of its header", nothing,
   ),
+  "config": Command(
+    "resolved", flags_of.config, "every value that a recipe ends up with: where it comes from, and what it means",
+    nothing, overrides=True,
+  ),
+  "completion": Command(
+    "completion", flags_of.completion, "prints a script that completes commands, flags, recipes and keys", nothing
+  ),
   "runs": Command("runs", flags_of.runs, "the runs below a folder beside each other: a table, and a page", nothing),
 }  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
-  """Its help ends with the keys of the config of a program that has recipes of its own."""
+  """Its help ends with the keys of the config of a program that has recipes of its own; what is misspelled gets the nearest
+  name.
 
-  program = None
+  Attributes:
+    program: of the keys in the help.
+    takes: the program whose keys it takes as --config.KEY=VALUE, or None.
+  """
+
+  program = takes = None
 
   def format_help(self):
     if not self.program:
@@ -170,6 +185,33 @@ class _Parser(argparse.ArgumentParser):
     from simclr_jax.programs import config as config_lib
 
     return f"{super().format_help()}\n{config_lib.help_text(config_lib.PROGRAMS[self.program])}\n"
+
+  def error(self, message):
+    words = re.match(r"argument \w+: invalid choice: '([^']*)' \(choose from (.*)\)", message)
+    if words:
+      message += _near(words[1], re.findall(r"[\w.-]+", words[2]))
+    super().error(message)
+
+  def parse_known_args(self, args=None, namespace=None):
+    found, unknown = super().parse_known_args(args, namespace)
+    if unknown:
+      self._refuse(unknown)
+    return found, unknown
+
+  def _refuse(self, words):
+    known = [flag for action in self._actions for flag in action.option_strings]
+    if self.takes:
+      from simclr_jax.programs import config as config_lib
+
+      known += [f"--config.{row.key}" for row in config_lib.describe(config_lib.PROGRAMS[self.takes])]
+    name = words[0].partition("=")[0]
+    key = f"--config.{name.lstrip('-')}"
+    self.error(f"unrecognized arguments: {' '.join(words)}{_near(key if key in known else name, known)}")
+
+
+def _near(name, known) -> str:
+  near = difflib.get_close_matches(name, known, n=1)
+  return f"; did you mean {near[0]}?" if near else ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -180,10 +222,13 @@ def parser() -> argparse.ArgumentParser:
   )  # fmt: skip
   top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
   subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+  parsers = {}
   for name, command in COMMANDS.items():
-    sub = subparsers.add_parser(name, help=command.text, description=command.text, allow_abbrev=False)
+    sub = parsers[name] = subparsers.add_parser(name, help=command.text, description=command.text, allow_abbrev=False)
     command.add_flags(sub)
     sub.program = name if command.recipes == (name,) else None
+    sub.takes = (command.recipes or ("pretrain",))[0] if command.overrides else None
+  parsers["completion"].set_defaults(parsers=parsers)
   return top
 
 

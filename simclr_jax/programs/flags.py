@@ -113,6 +113,18 @@ def recipes(parser):
   parser.add_argument("name", nargs="?", default="", metavar="NAME", help="one recipe, such as smoke")
 
 
+def config(parser):
+  parser.add_argument("recipe", metavar="RECIPE", help="a recipe, such as smoke or configs/v1.py:1x")
+  parser.epilog = "--config.KEY=VALUE changes one value of the recipe, e.g. --config.batch_size=512"
+
+
+def completion(parser):
+  parser.add_argument("shell", choices=("bash", "zsh"), metavar="SHELL", help="bash or zsh")
+  parser.epilog = (
+    'bash: eval "$(simclr completion bash)" in ~/.bashrc; zsh: the same with zsh in ~/.zshrc, after compinit'
+  )
+
+
 def runs(parser):
   parser.add_argument("folder", metavar="DIR", help="folder with runs in it")
   parser.add_argument("--output", metavar="HTML", help="the page (default: DIR/runs.html)")

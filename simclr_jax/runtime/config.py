@@ -13,6 +13,7 @@ import json
 import math
 import numbers
 import pathlib
+import re
 import shutil
 import textwrap
 import types
@@ -421,15 +422,36 @@ def describe(kind, prefix="", default=None) -> list[Row]:
 
 def help_text(kind) -> str:
   """Every key of a config's class with type, default and meaning, as wide as the terminal."""
-  rows = [row._replace(key=f"--config.{row.key}") for row in describe(kind)]
-  columns = [max(len(row[i]) for row in rows) for i in range(2)] + [max(len(row.default) for row in rows)]
-  indent = " " * (sum(columns) + 8)
+  return "keys of the config\n" + columns([row._replace(key=f"--config.{row.key}") for row in describe(kind)])
+
+
+def explain(config, origin) -> str:
+  """Every resolved key of a config with its value, where that comes from, and its meaning, as wide as the terminal.
+
+  Args:
+    origin: key -> "default", or who gave the value; of a default that other values have changed it becomes "derived".
+  """
+  about = {row.key: row for row in describe(type(config))}
+  rows = []
+  for name, value in flatten(config).items():
+    row = about.get(name) or about.get(re.sub(r"\.[^.]+\.", ".NAME.", name, count=1))
+    shown, source = "''" if value == "" else str(value), origin(name)
+    if row and source == "default" and shown != row.default:
+      source = "derived"
+    rows.append((name, shown, source, row.meaning if row else "not used"))
+  return columns(rows)
+
+
+def columns(rows) -> str:
+  """Rows of four cells as text, the last cell of each wrapped, as wide as the terminal."""
+  widths = [max(len(row[i]) for row in rows) for i in range(3)]
+  indent = " " * (sum(widths) + 8)
   width = max(shutil.get_terminal_size((140, 24)).columns, len(indent) + 40)
   lines = []
   for row in rows:
-    first = "  " + "  ".join(cell.ljust(w) for cell, w in zip(row[:3], columns, strict=True)) + "  "
-    lines += textwrap.wrap(row.meaning, width, initial_indent=first, subsequent_indent=indent, drop_whitespace=True)
-  return "keys of the config\n" + "\n".join(lines)
+    first = "  " + "  ".join(cell.ljust(w) for cell, w in zip(row[:3], widths, strict=True)) + "  "
+    lines += textwrap.wrap(row[3], width, initial_indent=first, subsequent_indent=indent, drop_whitespace=True)
+  return "\n".join(lines)
 
 
 def expected(field) -> str:
