@@ -5,35 +5,20 @@
 
 import io
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from simclr_jax import data, exporting
+from simclr_jax import data
 from simclr_jax.evaluation import embed as embed_lib
 from simclr_jax.evaluation import linear
-from simclr_jax.exporting import image_check
+from simclr_jax.exporting import Encoder, image_check, load_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain as program
 from simclr_jax.programs import same
 from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
-
-
-class Encoder(NamedTuple):
-  """What `load_encoder` returns.
-
-  Attributes:
-    apply: float [n, size, size, 3] in [0, 1] -> h float32 [n, d].
-    variables: {"params", "batch_stats"}, nested dicts of numpy arrays, for `simclr_jax.encoder.resnet(...).apply`.
-    card: what is known of it: card["feature_dimension"], card["preprocessing"], card["scores"], ...
-  """
-
-  apply: Callable[[Any], Any]
-  variables: dict
-  card: dict
 
 
 def pretrain(
@@ -71,7 +56,7 @@ def pretrain(
     changes = {"data.train": f"npz:{file}", "data.test": "", **changes}
   config = config_lib.replace(config_lib.load(recipe), changes)
   program.run(config, str(workdir), resume=resume, overwrite=overwrite, recipe=recipe)
-  return Encoder(*exporting.load_encoder(folder / "encoder"))
+  return load_encoder(folder / "encoder")
 
 
 def _keep(file, images, labels, same_only):
@@ -109,7 +94,7 @@ def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) 
   Raises:
     ValueError: the folder is not an export, or the images are of another type, range or shape.
   """
-  encoder = Encoder(*(exporting.load_encoder(encoder) if isinstance(encoder, str | os.PathLike) else encoder))
+  encoder = load_encoder(encoder) if isinstance(encoder, str | os.PathLike) else Encoder(*encoder)
   crop = embed_lib.crop_of(config_lib.from_dict(encoder.card["pretraining"]))
   parts = []
   for start in range(0, len(images), batch_size):

@@ -298,6 +298,11 @@ def test_preprocessing_of_a_folder_is_that_of_the_evaluation(kind, monkeypatch):
       np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
+def test_an_encoder_is_one_line(small):
+  text = repr(simclr_jax.load_encoder(small))
+  assert text == "Encoder(ResNet-18, width 0.0625, images [n, 16, 16, 3] -> h [n, 32], step 3)"
+
+
 def write_torch_folder(tmp_path, name, variables, **config):
   """The files of a folder for a library of torch, of a network whose weights are not looked at."""
   encoder = dict(depth=18, width=0.0625, stem="cifar") | config.pop("encoder", {})

@@ -19,6 +19,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,27 @@ _RESIZES = {
   "bicubic_antialias": "bicubic, half-pixel centers, antialiased",
   "bicubic_tf1": "bicubic_tf1: a = -0.75, no half-pixel centers, no antialiasing, as TF1 resizes",
 }
+
+
+class Encoder(NamedTuple):
+  """An encoder that was loaded.
+
+  Attributes:
+    apply: images [n, size, size, 3], floats in [0, 1] or uint8 -> h float32 [n, d].
+    variables: {"params", "batch_stats"}, nested dicts of numpy arrays, for `simclr_jax.encoder.resnet(...).apply`.
+    card: what is known of it: card["feature_dimension"], card["preprocessing"], card["scores"], ...
+  """
+
+  apply: Callable[[Any], Any]
+  variables: dict
+  card: dict
+
+  def __repr__(self):
+    architecture, size = self.card["architecture"], self.card["preprocessing"]["size"]
+    return (
+      f"Encoder(ResNet-{architecture['depth']}, width {architecture['width']:g}, "
+      f"images [n, {size}, {size}, 3] -> h [n, {self.card['feature_dimension']}], step {self.card.get('step')})"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,11 +304,11 @@ def _missing(done: subprocess.CompletedProcess) -> str:
   return found[1] if found else ""
 
 
-def load_encoder(path):
+def load_encoder(path) -> Encoder:
   """Opens a folder that `simclr export` or a finished run wrote; nothing else is needed.
 
   Returns:
-    (apply, variables, card): `apply(images)` maps images [n, size, size, 3], floats in [0, 1] or uint8, to h float32
+    Encoder(apply, variables, card): `apply(images)` maps images [n, size, size, 3], floats in [0, 1] or uint8, to h float32
     [n, d], jitted, in float32 whatever it was trained in, BatchNorm in inference mode; it raises ValueError for images
     of another size or range than the card's, and inside of jit of another size.  `variables` is {"params",
     "batch_stats"} as numpy, for `resnet(...).apply`, which takes any size; `card` is card.json.
@@ -316,7 +339,7 @@ def load_encoder(path):
       return jitted(images / 255 if images.dtype == jnp.uint8 else images)
     return jitted(image_check.check_images(images, size))
 
-  return apply, variables, card
+  return Encoder(apply, variables, card)
 
 
 def read_safetensors(path) -> dict:

@@ -164,7 +164,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   if not jax.process_index():
     _write_about(workdir, config, task, mesh, recipe, changes)
     report.view_pairs_png(workdir / "views.png", pairs)
-    _greet(config, workdir, mesh, train_source, test_source, abstract, task, changes)
+    _greet(config, workdir, mesh, train_source, test_source, abstract, task)
 
   state, clock = loop.run(
     dataclasses.replace(task, data=same.for_other_processes(train_source)),
@@ -213,11 +213,9 @@ def _write_about(workdir, config, task, mesh, recipe, changes):
   files.write_text(workdir / "run.json", json.dumps(about, indent=2))
 
 
-def _greet(config, workdir, mesh, source, test, abstract, task, changes):
+def _greet(config, workdir, mesh, source, test, abstract, task):
   parts = {name: int(count_parameters(tree)) for name, tree in abstract.params.items()}
   device = mesh.devices.flat[0]
-  if changes is not None:
-    print(f"changed     {', '.join(f'{key}={now}' for key, _, now in changes) or 'nothing of the recipe'}")
   print(f"config      {workdir / 'config.json'}")
   print(f"images      {len(source):,} from {config.data.train}, {source.num_classes or 'no'} classes")
   if test is not source and not config.data.test:
@@ -286,5 +284,8 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
 
 
 def main(flags, overrides) -> int:
+  changes = config_lib.difference(config_lib.load(flags.recipe), flags.config)
+  if not jax.process_index():
+    print(f"changed     {', '.join(f'{key}={now}' for key, _, now in changes) or 'nothing of the recipe'}")
   run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite, recipe=flags.recipe)
   return 0
