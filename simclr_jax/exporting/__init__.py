@@ -149,7 +149,7 @@ def make_card(
     "data": config.data.train if hasattr(config, "data") else "not stated",
     "step": step,
     "scores": scores,
-    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES} | {"simclr_jax": simclr_jax.__version__},
+    "versions": _versions() | {"simclr_jax": simclr_jax.__version__},
     "license": license,
     "checksum": checksum(variables),
     "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -157,6 +157,15 @@ def make_card(
   if format == "huggingface":  # which is made to be published
     card |= {key: _without_folders(card[key]) for key in ("data", "pretraining")}
   return card
+
+
+def _versions() -> dict:
+  """{package: version} of those of _PACKAGES that are installed; TensorFlow need not be."""
+  found = {}
+  for name in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return found
 
 
 def _without_folders(value):
@@ -222,8 +231,10 @@ def write_format(path, export: Export, example: dict, python: str, overwrite: bo
 
 
 def tensorflow_reads_jax() -> bool:
-  """Whether the TensorFlow here reads the StableHLO that the JAX here writes.  2.21 stops at "unregistered operation
-  vhlo.custom_call_v2" of JAX 0.12."""
+  """Whether there is a TensorFlow here that reads the StableHLO that the JAX here writes.  2.21 stops at "unregistered
+  operation vhlo.custom_call_v2" of JAX 0.12."""
+  if "tensorflow" not in _versions():
+    return False
   jax_version, tensorflow = (
     tuple(map(int, importlib.metadata.version(name).split(".")[:2])) for name in ("jax", "tensorflow")
   )
@@ -305,7 +316,7 @@ def _missing(done: subprocess.CompletedProcess) -> str:
 
 
 def load_encoder(path) -> Encoder:
-  """Opens a folder that `simclr export` or a finished run wrote; nothing else is needed.
+  """Opens a folder that `simclr export` wrote, or a finished run; nothing else is needed.
 
   Returns:
     Encoder(apply, variables, card): `apply(images)` maps images [n, size, size, 3], floats in [0, 1] or uint8, to h float32
@@ -316,6 +327,9 @@ def load_encoder(path) -> Encoder:
   Raises:
     ValueError: the folder is not an export, is damaged, does not match its card, or is in a format of others.
   """
+  path = files.absolute(path)
+  if not (path / "card.json").exists() and (path / "encoder/card.json").exists():  # a run
+    path = path / "encoder"
   card = read_card(path)
   arguments, size = _arguments(card), card["preprocessing"]["size"]
   try:
@@ -367,5 +381,24 @@ def snippet(path, size: int) -> str:
       f"images = np.random.rand(4, {size}, {size}, 3)  # yours: floats in [0, 1], RGB, not standardized",
       "h = encode(images)",
       "print(h.shape)",
+    )
+  )
+
+
+def torch_snippet(path, size: int) -> str:
+  """The same in PyTorch, after the command of its first line."""
+  return "\n".join(
+    (
+      f"# once: simclr export --encoder={path} --output={path}_torch --format=torchvision",
+      "import sys",
+      "",
+      "import torch",
+      "",
+      f'sys.path.insert(0, "{path}_torch")',
+      "from load import load_model",
+      "",
+      "model = load_model()  # a torch.nn.Module; this package is not needed",
+      f"images = torch.rand(4, 3, {size}, {size})  # yours: floats in [0, 1], RGB, not standardized",
+      "print(model(images).shape)",
     )
   )
