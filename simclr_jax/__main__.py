@@ -101,13 +101,13 @@ COMMANDS = {
     "pretrain", "SimCLR pretraining: views, NT-Xent over the global batch, LARS; ends with scores, an export and a page"
   ),
   "probe": Command(
-    "probe", flags_of.of_a_run, "linear evaluation on the frozen h of a run", for_this_machine, overrides=True
+    "probe", flags_of.of_a_run, "linear evaluation on the frozen h of a run or an exported encoder", for_this_machine, overrides=True
   ),
   "finetune": _trains(
     "finetune", "training on few or all labels: from a run or an exported encoder, or from scratch"
   ),
   "knn": Command(
-    "knn", flags_of.of_a_run, "k-nearest-neighbor accuracy of the h of a run", for_this_machine, overrides=True
+    "knn", flags_of.of_a_run, "k-nearest-neighbor accuracy of the h of a run or an exported encoder", for_this_machine, overrides=True
   ),
   "distill": _trains(
     "distill",
@@ -119,7 +119,7 @@ COMMANDS = {
   ),
   "map": Command(
     "map", flags_of.map_of_images,
-    "a map of a run's or a file's features, with near-duplicates and outliers: a page, a picture, tables",
+    "a map of the features of a run, an encoder or a file, with near-duplicates and outliers: a page, a picture, tables",
     for_this_machine, overrides=True,
   ),
   "export": Command(
@@ -261,6 +261,8 @@ def main(argv=None) -> int:
   top = parser()
   flags = top.parse_args(words)
   command = COMMANDS[flags.command]
+  if command.recipes and not flags.config and not getattr(flags, "resume", False):
+    top.error("--config is missing: name a recipe, or resume the run in --workdir with --resume")
   if overrides and not command.overrides:
     top.error(f"{overrides[0]}: {flags.command} takes no config values")
   trains = command.prepare is for_training
@@ -299,6 +301,9 @@ def _outcome(command, flags, overrides, heard: bool) -> int:
     of_user = isinstance(error, UserError) or isinstance(error, OSError) and (error.filename or error.errno is None)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # whatever was being written
       of_user, message = True, f"the disk is full ({error}); free space and give the same command again, with --resume"
+    if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("tensorflow"):
+      of_user = True
+      message = "this needs TensorFlow, which is not installed: pip install tensorflow tensorflow-datasets; arrays and exports do without"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "Out of memory" in message:
       of_user, message = True, _out_of_memory(error)
     if code == 1 and (not of_user or os.environ.get("SIMCLR_TRACEBACK")):
@@ -323,9 +328,14 @@ def _run(command, flags, overrides) -> int:
   if command.recipes:  # a wrong value is reported before the seconds that importing JAX takes
     from simclr_jax.programs import config as config_lib
 
-    flags.recipe, flags.config = flags.config, config_lib.load(flags.config, overrides)
-    if flags.config.program not in command.recipes:
-      raise UserError(f"--config={flags.recipe} is a recipe for simclr {flags.config.program}")
+    if flags.config:
+      flags.recipe, flags.config = flags.config, config_lib.load(flags.config, overrides)
+      if flags.config.program not in command.recipes:
+        raise UserError(f"--config={flags.recipe} is a recipe for simclr {flags.config.program}")
+    else:
+      flags.recipe, flags.config = config_lib.of_run(flags.workdir, overrides)
+      if flags.config.program not in command.recipes:
+        raise UserError(f"--workdir={flags.workdir} is a run of simclr {flags.config.program}")
   command.prepare(flags)
   return importlib.import_module(f"simclr_jax.programs.{command.module}").main(flags, overrides)
 

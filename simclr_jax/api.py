@@ -3,8 +3,12 @@
 `simclr_jax.pretrain(...)`, `simclr_jax.embed(...)` and `simclr_jax.probe(...)` are these functions.
 """
 
+import difflib
+import functools
+import inspect
 import io
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -21,8 +25,34 @@ from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 
+def _in_python(function):
+  """Errors of a function that this decorates speak of arguments, where those of a command speak of flags; a misspelled
+  argument gets the nearest name."""
+  names = inspect.signature(function).parameters
+  takes_keys = any(one.kind is one.VAR_KEYWORD for one in names.values())
+
+  @functools.wraps(function)
+  def wrapped(*args, **kwargs):
+    keys = {row.key.rpartition(".")[0] for row in config_lib.describe(config_lib.Pretrain)} if takes_keys else set()
+    keys |= {row.key for row in config_lib.describe(config_lib.Pretrain)} if takes_keys else set()
+    for name in kwargs.keys() - names.keys() - keys:
+      near = difflib.get_close_matches(name, names, n=1)
+      if near or not takes_keys:  # else the config says which key is meant
+        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(names)}"
+        raise TypeError(f"{function.__name__}() has no argument {name}: {hint}")
+    try:
+      return function(*args, **kwargs)
+    except UserError as error:
+      message = re.sub(r"(?<![\w/])(--)?config\.(?!json)(?=\w)", "", str(error))
+      message = re.sub(r"(?<![\w/])--(resume|overwrite)\b", r"\1=True", message)
+      raise UserError(re.sub(r"(?<![\w/])--(?=\w)", "", message)) from None
+
+  return wrapped
+
+
+@_in_python
 def pretrain(
-  images: np.ndarray | str,
+  images: np.ndarray | str | None,
   workdir: str,
   *,
   recipe: str = "folder",
@@ -34,7 +64,8 @@ def pretrain(
   """Pretrains an encoder and leaves a whole run, page and checkpoints included, in `workdir`.
 
   Args:
-    images: uint8 [n, h, w, 3] or [n, h, w]; or a data set such as "folder:/my/images".
+    images: uint8 [n, h, w, 3] or [n, h, w]; or a data set such as "folder:/my/images"; or None, to resume the run in
+      `workdir` with the images and the config that it has.
     workdir: folder of the run; arrays are kept beside it, in WORKDIR.npz, so that the run can go on by itself.
     recipe: file in configs/ that gives everything else.
     labels: whatever `data.make_labels` takes, for the scores alone: a tenth of every class is held out of training and
@@ -46,6 +77,12 @@ def pretrain(
   Raises:
     ValueError: a mistake in the arguments, on one line.
   """
+  if images is None:
+    if not resume:
+      raise UserError("images=None: give images, or resume=True to go on with the run in workdir")
+    recipe, config = config_lib.of_run(workdir)
+    program.run(config_lib.replace(config, changes), str(workdir), resume=True, recipe=recipe)
+    return load_encoder(workdir)
   specs = (images,) if isinstance(images, str) else ()
   folder = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
   if isinstance(images, str):
@@ -84,11 +121,12 @@ def _keep(file, images, labels, same_only):
   files.write_bytes(file, buffer.getvalue())
 
 
+@_in_python
 def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
   """h of images of any size, cropped and resized as the encoder's card says: float32 [n, d].
 
   Args:
-    encoder: what `pretrain` or `load_encoder` returned, or the folder of an export.
+    encoder: what `pretrain` or `load_encoder` returned, or the folder of an export or of a finished run.
     images: uint8, or floating point in [0, 1]: [n, h, w, 3], or a list of [h, w, 3] of several sizes.
     batch_size: images that the network sees at once.
   Raises:
@@ -109,6 +147,7 @@ def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) 
   return np.concatenate(parts) if parts else np.zeros((0, encoder.card["feature_dimension"]), np.float32)
 
 
+@_in_python
 def probe(h: np.ndarray, labels: np.ndarray, test_h: np.ndarray, test_labels: np.ndarray) -> dict[str, float]:
   """Linear evaluation: multinomial logistic regression on h, its penalty chosen on a tenth of it.
 

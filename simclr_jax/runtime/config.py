@@ -386,6 +386,29 @@ def read_recipe(name: str) -> dict:
   return config.to_dict()
 
 
+def read_config(workdir) -> str:
+  """config.json of a run.
+
+  Raises:
+    ValueError: there is no run in this folder, or the file is damaged.
+  """
+  from simclr_jax.runtime import files  # a tenth of a second, which --help does not wait for
+
+  folder = files.absolute(workdir)
+  try:
+    text = files.read_sealed(folder / "config.json")
+  except FileNotFoundError:
+    raise UserError(f"--workdir={workdir}: no run here (config.json is missing); `simclr pretrain` makes one") from None
+  except UserError as error:
+    raise UserError(f"{error} (a copy is in {folder / 'checkpoints'}/STEP/config/metadata)") from None
+  try:
+    if not isinstance(json.loads(text), dict):
+      raise ValueError
+  except ValueError:
+    raise UserError(f"{workdir}/config.json is damaged: it is not a JSON object; restore it from a copy") from None
+  return text
+
+
 # ---- for the reader --------------------------------------------------------------------------------------------------
 
 
