@@ -18,7 +18,7 @@ from simclr_jax import data, exporting, methods, optimizer, report, train_step, 
 from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import same, scores, splits
+from simclr_jax.programs import recipes, same, scores, splits
 from simclr_jax.runtime import checkpoint, errors, files, loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -260,12 +260,13 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     config=config_lib.to_dict(config),
     files=files,
     snippet=snippet,
+    torch_snippet=exporting.torch_snippet(workdir / "encoder", config.augment.size),
     views=pairs,
     neighbors=result["neighbors"],
     confusion=result["confusion"],
     class_names=result.get("class_names"),
     verdict=result["verdict"],
-    healthy=not result["collapsed"],
+    healthy=False if result["collapsed"] else None,  # never green: what has not collapsed may still be worth little
     seconds=dict(clock.seconds),
     map_of_images=result["map"],
     changes=changes,
@@ -284,8 +285,10 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
 
 
 def main(flags, overrides) -> int:
-  changes = config_lib.difference(config_lib.load(flags.recipe), flags.config)
-  if not jax.process_index():
+  changes = config_lib.difference(config_lib.load(flags.recipe), flags.config) if flags.recipe else ()
+  if flags.recipe and not jax.process_index():
+    made_for = recipes.header(config_lib.find_recipe(flags.recipe).partition(":")[0]).get("Hardware", "").split()
+    print(f"recipe      {flags.recipe}" + f", made for {' '.join(made_for)}" * bool(made_for))
     print(f"changed     {', '.join(f'{key}={now}' for key, _, now in changes) or 'nothing of the recipe'}")
   run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite, recipe=flags.recipe)
   return 0
