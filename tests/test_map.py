@@ -74,6 +74,16 @@ def test_accuracy_leaves_a_point_out_of_its_own_vote():
   assert clusters.accuracy_of_h(clusters.neighbors(h), np.repeat([0, 1], 20)) == 1
 
 
+def test_a_vote_stands_beside_what_needs_no_network():
+  """Images of one color a class: a histogram knows the class, whatever h is; noise in h does not."""
+  labels = np.arange(40) % 2
+  pictures = np.zeros((40, 16, 16, 3), np.uint8)
+  pictures[..., 0], pictures[..., 2] = 200 * labels[:, None, None], 200 * (1 - labels[:, None, None])
+  assert clusters.baselines(pictures, labels) == {"raw pixels": 1.0, "color histograms": 1.0}
+  note = map_lib.chart(rng.normal(size=(40, 8)), pictures, ["x"] * 40, labels, ["a", "b"])["note"]
+  assert "% in h, 100.0 % in raw pixels of the thumbnails, 100.0 % in their color histograms;" in note
+
+
 def test_a_point_is_no_neighbor_of_itself_even_among_copies():
   h = rng.normal(size=(30, 8)).astype(np.float32)
   h[1:20] = h[0]  # more copies than neighbors

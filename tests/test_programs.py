@@ -371,6 +371,8 @@ def test_resuming_takes_everything_from_the_folder(finished, tmp_path, capfd, mo
   with monkeypatch.context() as patch:
     patch.setattr(pretrain, "run", lambda config, workdir, **options: called.append((config, options)))
     assert cli.main(["pretrain", "--resume", f"--workdir={workdir}"]) == 0
+  said = capfd.readouterr().out
+  assert "recipe      smoke, made for two CPU cores; 5 to 6 minutes" in said and ", batch_size=16, " in said
   ((config, options),) = called
   assert config_lib.to_json(config) == (workdir / "config.json").read_text()
   assert options == {"resume": True, "overwrite": False, "recipe": "smoke"}

@@ -1,7 +1,10 @@
 """Runs whose images are in memory never import TensorFlow: here nobody can."""
 
+import contextlib
+import importlib.metadata
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -95,6 +98,21 @@ assert len(features.h) == 20
     tiny.export(tmp_path / "encoder"),
     tmp_path,
   )
+
+
+def test_the_smaller_installation_brings_no_tensorflow():
+  """grep -v tensorflow requirements.txt | pip install -r /dev/stdin, with all that it depends on."""
+  lines = [line for line in (TESTS.parent / "requirements.txt").read_text().splitlines() if "tensorflow" not in line]
+  todo = [line for line in lines if line.partition("#")[0].strip()]
+  assert len(todo) > 10 and any(line.startswith("flatbuffers") for line in todo)
+  found = set()
+  while todo:
+    name = re.match(r"[\w.-]+", todo.pop())[0].lower()
+    if name not in found:
+      found.add(name)
+      with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of other platforms
+        todo += [one for one in importlib.metadata.requires(name) or [] if "extra ==" not in one]
+  assert "jax" in found and not any(name.startswith(("tensorflow", "keras")) for name in found)
 
 
 def test_arrays_and_exports_where_it_is_not_installed(tmp_path):
