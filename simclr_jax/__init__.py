@@ -5,11 +5,10 @@ __version__ = "0.1.0"
 
 def __getattr__(name):
   # Lazily, so that `simclr --help` and `import simclr_jax` do not wait for JAX.
-  if name == "load_encoder":
-    from simclr_jax.exporting import load_encoder
+  if name in ("pretrain", "embed", "probe", "load_encoder"):
+    from simclr_jax.runtime import cpu
 
-    return load_encoder
-  if name in ("pretrain", "embed", "probe"):
+    cpu.choose_platform()
     from simclr_jax import api
 
     return getattr(api, name)

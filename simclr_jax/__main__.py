@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -99,13 +101,13 @@ COMMANDS = {
     "pretrain", "SimCLR pretraining: views, NT-Xent over the global batch, LARS; ends with scores, an export and a page"
   ),
   "probe": Command(
-    "probe", flags_of.probe, "linear evaluation on the frozen h of a run, of classes or of transformations", for_this_machine, overrides=True
+    "probe", flags_of.probe, "linear evaluation on the frozen h of a run or an exported encoder, of classes or of transformations", for_this_machine, overrides=True
   ),
   "finetune": _trains(
     "finetune", "training on few or all labels: from a run or an exported encoder, or from scratch"
   ),
   "knn": Command(
-    "knn", flags_of.of_a_run, "k-nearest-neighbor accuracy of the h of a run", for_this_machine, overrides=True
+    "knn", flags_of.of_a_run, "k-nearest-neighbor accuracy of the h of a run or an exported encoder", for_this_machine, overrides=True
   ),
   "distill": _trains(
     "distill",
@@ -117,7 +119,7 @@ COMMANDS = {
   ),
   "map": Command(
     "map", flags_of.map_of_images,
-    "a map of a run's or a file's features, with near-duplicates and outliers: a page, a picture, tables",
+    "a map of the features of a run, an encoder or a file, with near-duplicates and outliers: a page, a picture, tables",
     for_this_machine, overrides=True,
   ),
   "export": Command(
@@ -160,14 +162,27 @@ COMMANDS = {
     "recipes", flags_of.recipes,
     "the recipes that ship with the package: what each costs and should score; with a NAME, all of its header", nothing,
   ),
+  "config": Command(
+    "resolved", flags_of.config, "every value that a recipe ends up with: where it comes from, and what it means",
+    nothing, overrides=True,
+  ),
+  "completion": Command(
+    "completion", flags_of.completion, "prints a script that completes commands, flags, recipes and keys", nothing
+  ),
   "runs": Command("runs", flags_of.runs, "the runs below a folder beside each other: a table, and a page", nothing),
 }  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
-  """Its help ends with the keys of the config of a program that has recipes of its own."""
+  """Its help ends with the keys of the config of a program that has recipes of its own; what is misspelled gets the nearest
+  name.
 
-  program = None
+  Attributes:
+    program: of the keys in the help.
+    takes: the program whose keys it takes as --config.KEY=VALUE, or None.
+  """
+
+  program = takes = None
 
   def format_help(self):
     if not self.program:
@@ -175,6 +190,33 @@ class _Parser(argparse.ArgumentParser):
     from simclr_jax.programs import config as config_lib
 
     return f"{super().format_help()}\n{config_lib.help_text(config_lib.PROGRAMS[self.program])}\n"
+
+  def error(self, message):
+    words = re.match(r"argument \w+: invalid choice: '([^']*)' \(choose from (.*)\)", message)
+    if words:
+      message += _near(words[1], re.findall(r"[\w.-]+", words[2]))
+    super().error(message)
+
+  def parse_known_args(self, args=None, namespace=None):
+    found, unknown = super().parse_known_args(args, namespace)
+    if unknown:
+      self._refuse(unknown)
+    return found, unknown
+
+  def _refuse(self, words):
+    known = [flag for action in self._actions for flag in action.option_strings]
+    if self.takes:
+      from simclr_jax.programs import config as config_lib
+
+      known += [f"--config.{row.key}" for row in config_lib.describe(config_lib.PROGRAMS[self.takes])]
+    name = words[0].partition("=")[0]
+    key = f"--config.{name.lstrip('-')}"
+    self.error(f"unrecognized arguments: {' '.join(words)}{_near(key if key in known else name, known)}")
+
+
+def _near(name, known) -> str:
+  near = difflib.get_close_matches(name, known, n=1)
+  return f"; did you mean {near[0]}?" if near else ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -185,10 +227,13 @@ def parser() -> argparse.ArgumentParser:
   )  # fmt: skip
   top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
   subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+  parsers = {}
   for name, command in COMMANDS.items():
-    sub = subparsers.add_parser(name, help=command.text, description=command.text, allow_abbrev=False)
+    sub = parsers[name] = subparsers.add_parser(name, help=command.text, description=command.text, allow_abbrev=False)
     command.add_flags(sub)
     sub.program = name if command.recipes == (name,) else None
+    sub.takes = (command.recipes or ("pretrain",))[0] if command.overrides else None
+  parsers["completion"].set_defaults(parsers=parsers)
   return top
 
 
@@ -221,6 +266,8 @@ def main(argv=None) -> int:
   top = parser()
   flags = top.parse_args(words)
   command = COMMANDS[flags.command]
+  if command.recipes and not flags.config and not getattr(flags, "resume", False):
+    top.error("--config is missing: name a recipe, or resume the run in --workdir with --resume")
   if overrides and not command.overrides:
     top.error(f"{overrides[0]}: {flags.command} takes no config values")
   trains = command.prepare is for_training
@@ -259,6 +306,9 @@ def _outcome(command, flags, overrides, heard: bool) -> int:
     of_user = isinstance(error, UserError) or isinstance(error, OSError) and (error.filename or error.errno is None)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # whatever was being written
       of_user, message = True, f"the disk is full ({error}); free space and give the same command again, with --resume"
+    if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("tensorflow"):
+      of_user = True
+      message = "this needs TensorFlow, which is not installed: pip install tensorflow tensorflow-datasets; arrays and exports do without"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "Out of memory" in message:
       of_user, message = True, _out_of_memory(error)
     if code == 1 and (not of_user or os.environ.get("SIMCLR_TRACEBACK")):
@@ -283,9 +333,14 @@ def _run(command, flags, overrides) -> int:
   if command.recipes:  # a wrong value is reported before the seconds that importing JAX takes
     from simclr_jax.programs import config as config_lib
 
-    flags.recipe, flags.config = flags.config, config_lib.load(flags.config, overrides)
-    if flags.config.program not in command.recipes:
-      raise UserError(f"--config={flags.recipe} is a recipe for simclr {flags.config.program}")
+    if flags.config:
+      flags.recipe, flags.config = flags.config, config_lib.load(flags.config, overrides)
+      if flags.config.program not in command.recipes:
+        raise UserError(f"--config={flags.recipe} is a recipe for simclr {flags.config.program}")
+    else:
+      flags.recipe, flags.config = config_lib.of_run(flags.workdir, overrides)
+      if flags.config.program not in command.recipes:
+        raise UserError(f"--workdir={flags.workdir} is a run of simclr {flags.config.program}")
   command.prepare(flags)
   return importlib.import_module(f"simclr_jax.programs.{command.module}").main(flags, overrides)
 

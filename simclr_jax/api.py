@@ -3,17 +3,20 @@
 `simclr_jax.pretrain(...)`, `simclr_jax.embed(...)` and `simclr_jax.probe(...)` are these functions.
 """
 
+import difflib
+import functools
+import inspect
 import io
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import re
+from typing import Any
 
 import numpy as np
 
-from simclr_jax import data, exporting
+from simclr_jax import data
 from simclr_jax.evaluation import embed as embed_lib
 from simclr_jax.evaluation import linear
-from simclr_jax.exporting import image_check
+from simclr_jax.exporting import Encoder, image_check, load_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain as program
 from simclr_jax.programs import same
@@ -22,22 +25,34 @@ from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 
-class Encoder(NamedTuple):
-  """What `load_encoder` returns.
+def _in_python(function):
+  """Errors of a function that this decorates speak of arguments, where those of a command speak of flags; a misspelled
+  argument gets the nearest name."""
+  names = inspect.signature(function).parameters
+  takes_keys = any(one.kind is one.VAR_KEYWORD for one in names.values())
 
-  Attributes:
-    apply: float [n, size, size, 3] in [0, 1] -> h float32 [n, d].
-    variables: {"params", "batch_stats"}, nested dicts of numpy arrays, for `simclr_jax.encoder.resnet(...).apply`.
-    card: what is known of it: card["feature_dimension"], card["preprocessing"], card["scores"], ...
-  """
+  @functools.wraps(function)
+  def wrapped(*args, **kwargs):
+    keys = {row.key.rpartition(".")[0] for row in config_lib.describe(config_lib.Pretrain)} if takes_keys else set()
+    keys |= {row.key for row in config_lib.describe(config_lib.Pretrain)} if takes_keys else set()
+    for name in kwargs.keys() - names.keys() - keys:
+      near = difflib.get_close_matches(name, names, n=1)
+      if near or not takes_keys:  # else the config says which key is meant
+        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(names)}"
+        raise TypeError(f"{function.__name__}() has no argument {name}: {hint}")
+    try:
+      return function(*args, **kwargs)
+    except UserError as error:
+      message = re.sub(r"(?<![\w/])(--)?config\.(?!json)(?=\w)", "", str(error))
+      message = re.sub(r"(?<![\w/])--(resume|overwrite)\b", r"\1=True", message)
+      raise UserError(re.sub(r"(?<![\w/])--(?=\w)", "", message)) from None
 
-  apply: Callable[[Any], Any]
-  variables: dict
-  card: dict
+  return wrapped
 
 
+@_in_python
 def pretrain(
-  images: np.ndarray | str,
+  images: np.ndarray | str | None,
   workdir: str,
   *,
   recipe: str = "folder",
@@ -49,7 +64,8 @@ def pretrain(
   """Pretrains an encoder and leaves a whole run, page and checkpoints included, in `workdir`.
 
   Args:
-    images: uint8 [n, h, w, 3] or [n, h, w]; or a data set such as "folder:/my/images".
+    images: uint8 [n, h, w, 3] or [n, h, w]; or a data set such as "folder:/my/images"; or None, to resume the run in
+      `workdir` with the images and the config that it has.
     workdir: folder of the run; arrays are kept beside it, in WORKDIR.npz, so that the run can go on by itself.
     recipe: file in configs/ that gives everything else.
     labels: whatever `data.make_labels` takes, for the scores alone: a tenth of every class is held out of training and
@@ -61,6 +77,12 @@ def pretrain(
   Raises:
     ValueError: a mistake in the arguments, on one line.
   """
+  if images is None:
+    if not resume:
+      raise UserError("images=None: give images, or resume=True to go on with the run in workdir")
+    recipe, config = config_lib.of_run(workdir)
+    program.run(config_lib.replace(config, changes), str(workdir), resume=True, recipe=recipe)
+    return load_encoder(workdir)
   specs = (images,) if isinstance(images, str) else ()
   folder = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
   if isinstance(images, str):
@@ -71,7 +93,7 @@ def pretrain(
     changes = {"data.train": f"npz:{file}", "data.test": "", **changes}
   config = config_lib.replace(config_lib.load(recipe), changes)
   program.run(config, str(workdir), resume=resume, overwrite=overwrite, recipe=recipe)
-  return Encoder(*exporting.load_encoder(folder / "encoder"))
+  return load_encoder(folder / "encoder")
 
 
 def _keep(file, images, labels, same_only):
@@ -99,17 +121,18 @@ def _keep(file, images, labels, same_only):
   files.write_bytes(file, buffer.getvalue())
 
 
+@_in_python
 def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
   """h of images of any size, cropped and resized as the encoder's card says: float32 [n, d].
 
   Args:
-    encoder: what `pretrain` or `load_encoder` returned, or the folder of an export.
+    encoder: what `pretrain` or `load_encoder` returned, or the folder of an export or of a finished run.
     images: uint8, or floating point in [0, 1]: [n, h, w, 3], or a list of [h, w, 3] of several sizes.
     batch_size: images that the network sees at once.
   Raises:
     ValueError: the folder is not an export, or the images are of another type, range or shape.
   """
-  encoder = Encoder(*(exporting.load_encoder(encoder) if isinstance(encoder, str | os.PathLike) else encoder))
+  encoder = load_encoder(encoder) if isinstance(encoder, str | os.PathLike) else Encoder(*encoder)
   crop = embed_lib.crop_of(config_lib.from_dict(encoder.card["pretraining"]))
   parts = []
   for start in range(0, len(images), batch_size):
@@ -124,6 +147,7 @@ def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) 
   return np.concatenate(parts) if parts else np.zeros((0, encoder.card["feature_dimension"]), np.float32)
 
 
+@_in_python
 def probe(h: np.ndarray, labels: np.ndarray, test_h: np.ndarray, test_labels: np.ndarray) -> dict[str, float]:
   """Linear evaluation: multinomial logistic regression on h, its penalty chosen on a tenth of it.
 

@@ -35,7 +35,11 @@ def test_arrays_in_arrays_out(tmp_path):
   several = [np.tile(images[0], (2, 2, 1)), images[1]]
   np.testing.assert_allclose(simclr_jax.embed(str(tmp_path / "run/encoder"), several)[1], h[1], rtol=1e-4, atol=1e-5)
   assert simclr_jax.embed(encoder, images[:0]).shape == (0, h.shape[1])
-  with pytest.raises(ValueError, match="is not empty: add --resume"):
+  h_of_run = simclr_jax.embed(str(tmp_path / "run"), images[:5])
+  np.testing.assert_array_equal(h_of_run, simclr_jax.embed(encoder, images[:5]))
+  again = simclr_jax.pretrain(None, str(tmp_path / "run"), resume=True)
+  assert again.card["checksum"] == encoder.card["checksum"]
+  with pytest.raises(ValueError, match="^workdir=.* is not empty: add resume=True to go on, overwrite=True to"):
     simclr_jax.pretrain(images, str(tmp_path / "run"), recipe="smoke", **SMALL)
 
 
@@ -66,8 +70,24 @@ def test_mistakes_are_one_line(tmp_path):
     simclr_jax.pretrain(np.zeros((4, 8, 8, 3)), str(tmp_path / "a"))
   with pytest.raises(ValueError, match="2 labels for 4 images"):
     simclr_jax.pretrain(np.zeros((4, 8, 8, 3), np.uint8), str(tmp_path / "a"), labels=[0, 1])
-  with pytest.raises(ValueError, match="did you mean config.batch_size"):
+  with pytest.raises(ValueError, match=r"^batch_sise: no such key; did you mean batch_size\?$"):
     simclr_jax.pretrain(np.zeros((4, 8, 8, 3), np.uint8), str(tmp_path / "b"), batch_sise=4)
+
+
+def test_mistakes_speak_of_arguments(tmp_path):
+  images = np.zeros((4, 8, 8, 3), np.uint8)
+  with pytest.raises(ValueError, match=r"^batch_size=0: expected a whole number of at least 2"):
+    simclr_jax.pretrain(images, str(tmp_path / "a"), batch_size=0)
+  with pytest.raises(ValueError, match=r"^images=None: give images, or resume=True"):
+    simclr_jax.pretrain(None, str(tmp_path / "a"))
+  with pytest.raises(ValueError, match=r"^workdir=.*: no run here"):
+    simclr_jax.pretrain(None, str(tmp_path / "a"), resume=True)
+  with pytest.raises(TypeError, match=r"pretrain\(\) has no argument overwrit: did you mean overwrite\?"):
+    simclr_jax.pretrain(images, str(tmp_path / "a"), overwrit=True)
+  with pytest.raises(TypeError, match=r"embed\(\) has no argument batchsize: did you mean batch_size\?"):
+    simclr_jax.embed("encoder", images, batchsize=4)
+  with pytest.raises(TypeError, match=r"probe\(\) has no argument k: it takes h, labels, test_h, test_labels"):
+    simclr_jax.probe(images, [0], images, [0], k=1)
 
 
 def test_probe_takes_labels_of_any_kind():

@@ -26,8 +26,8 @@ from simclr_jax import (
 )
 from simclr_jax.evaluation import linear
 from simclr_jax.methods import simclr
+from simclr_jax.programs import completion, pretrain, resolved
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import pretrain
 from simclr_jax.runtime import loop
 from simclr_jax.runtime.errors import UserError
 
@@ -433,6 +433,9 @@ sys.exit(main(sys.argv[1:]))
     (["plan", "--config=smoke", "--topology=v4:2x2x1", "--config.batch_size=0"], 1, "config.batch_size=0"),
     (["knn", "--config.evaluate.knn_k=3"], 2, "--workdir"),
     (["recipes"], 0, "textures"),
+    (["config", "smoke", "--config.encoder.width=2"], 0, "encoder.width"),
+    (["completion", "bash"], 0, "complete -o default -F _simclr simclr"),
+    (["pretran"], 2, "did you mean pretrain?"),
   ],
 )
 def test_answers_come_before_jax_is_imported(argv, code, message):
@@ -443,6 +446,49 @@ def test_answers_come_before_jax_is_imported(argv, code, message):
   assert time.monotonic() - began < 5  # a tenth of a second on an idle machine
   if code == 1:
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("simclr: ")
+
+
+@pytest.mark.parametrize(
+  "argv, message",
+  [
+    (["knn", "--workdri=x"], "unrecognized arguments: --workdri=x; did you mean --workdir?"),
+    (["pretrain", "--encoder.width=2"], "--encoder.width=2; did you mean --config.encoder.width?"),
+    (["data", "prepare", "x", "--ouput=y"], "--ouput=y; did you mean --output?"),
+    (["completion", "bsh"], "; did you mean bash?"),
+  ],
+)
+def test_a_misspelled_flag_names_the_nearest(argv, message, capsys):
+  from simclr_jax import __main__ as cli
+
+  required = {"knn": [], "pretrain": ["--config=smoke"], "data": ["--output=z"], "completion": []}[argv[0]]
+  with pytest.raises(SystemExit):
+    cli.main([*argv, *required, *([] if argv[0] in ("data", "completion") else ["--workdir=y"])])
+  assert message in capsys.readouterr().err
+
+
+def test_the_resolved_config_says_where_values_come_from(capsys):
+  text = resolved.run("v1:1x", ["--config.encoder.width=2", "--config.memory={'size': 4}"])
+  found = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line[2] != " "}
+  assert found["encoder.width"][:4] == ["2.0", "command", "line", "multiplies"]
+  assert found["batch_size"][:2] == ["4096", "recipe"] and found["encoder.sk_ratio"][:2] == ["0.0", "default"]
+  assert found["memory.size"][:3] == ["4", "command", "line"] and found["method"][:2] == ["memory", "derived"]
+  assert set(found) == set(config_lib.flatten(config_lib.load("v1:1x", ["--config.memory.size=4"])))
+  assert "rows.textures.metric" in resolved.run("transfer:small") and "not used" in resolved.run("smoke")
+  assert capsys.readouterr().out.startswith("v1:1x, for simclr pretrain")
+
+
+def test_completion_in_bash():
+  from simclr_jax import __main__ as cli
+
+  script = completion.script(cli.parser().parse_args(["completion", "bash"]).parsers, "bash")
+  lines = ["simclr pre", "simclr pretrain --res", "simclr pretrain --config=smo", "simclr recipes text"]
+  lines += ["simclr plan --config.encoder.wi", "simclr data ins"]
+  ask = 'COMPREPLY=(); COMP_LINE="$1" COMP_POINT=${#1} COMP_CWORD=$(($(wc -w <<< "$1") - 1)); _simclr; echo "${COMPREPLY[*]}"'
+  code = f'{script}\nask() {{ {ask}; }}\nfor line in "$@"; do ask "$line"; done'
+  done = subprocess.run(["bash", "-c", code, "bash", *lines], capture_output=True, text=True)
+  expected = ["pretrain", "--resume", "smoke", "textures", "--config.encoder.width=", "inspect"]
+  assert done.stdout.splitlines() == expected and not done.stderr.replace("\n", "").strip()
+  assert completion.script(cli.parser().parse_args(["completion", "zsh"]).parsers, "zsh").startswith("autoload")
 
 
 def test_every_command_has_a_main():

@@ -20,12 +20,13 @@ import pytest
 import test_tree
 import tiny
 from flax import traverse_util
+from PIL import Image
 
 import simclr_jax
 from simclr_jax import __main__ as command
-from simclr_jax import exporting, model
+from simclr_jax import augment, exporting, model
 from simclr_jax.encoder import resnet
-from simclr_jax.exporting import torch_names
+from simclr_jax.exporting import torch_folders, torch_names
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import export, pretrain
 from simclr_jax.projector import Projector
@@ -221,11 +222,31 @@ def test_folders_open_without_this_package(small, tmp_path, capsys):
 @pytest.mark.skipif(not has(TORCH_PYTHON, "torch", "torchvision", "timm", "transformers"), reason="no torch")
 @pytest.mark.skipif(not has(sys.executable, "safetensors"), reason="no safetensors")
 def test_torch_formats(exported, tmp_path, capsys):
-  export.run(output=tmp_path, encoder=exported, formats=THERE, head=True, python=TORCH_PYTHON)
-  found = differences(capsys.readouterr().out)
-  assert found.keys() == set(THERE) and all(value <= 1e-5 for value in found.values()), found
+  export.run(output=tmp_path, encoder=exported, formats=(*THERE, "stablehlo"), head=True, python=TORCH_PYTHON)
+  text = capsys.readouterr().out
+  found = differences(text)
+  assert found.keys() == {*THERE, "stablehlo"} and all(value <= 1e-5 for value in found.values()), found
+  assert f"hf upload NAME/REPOSITORY {tmp_path / 'huggingface'}" in text
+  by_itself = (tmp_path / "timm/load.py").read_text() == (exporting.LOADERS / "load_timm.py").read_text()
+  assert text.count("own module, verified with torch; timm, which has no such network, was not used") == (not by_itself)
+  show_of_card(tmp_path / "huggingface", exported)
   for name in THERE:
     check_card(tmp_path / name, name, simclr_jax.load_encoder(exported)[1])
+
+
+def show_of_card(folder, exported):
+  """The snippet of a folder's README, on a photo that has to be cropped, gives the h of simclr_jax.embed."""
+  photo = np.random.default_rng(3).integers(0, 256, (90, 70, 3), np.uint8)
+  Image.fromarray(photo).save(folder.parent / "photo.png")
+  code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+  code = code.replace('Image.new("RGB", (640, 480))', 'Image.open("../photo.png")')
+  code += '\nimport numpy\nnumpy.save("../h.npy", h.numpy())\n'
+  modules = folder.parent / "modules"  # where transformers copies the folder's Python files
+  environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules)}
+  done = subprocess.run([TORCH_PYTHON, "-B", "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  h, expected = np.load(folder.parent / "h.npy"), simclr_jax.embed(exported, [photo])
+  np.testing.assert_allclose(h, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.slow
@@ -263,6 +284,58 @@ def test_torch_names_are_those_of_torchvision():
     1,
     1,
   )
+
+
+@pytest.mark.parametrize("kind", augment.RESIZES)
+def test_preprocessing_of_a_folder_is_that_of_the_evaluation(kind, monkeypatch):
+  monkeypatch.syspath_prepend(exporting.LOADERS)
+  preprocessing = importlib.import_module("preprocessing")
+  rng = np.random.default_rng(0)
+  for shape, dtype in (((33, 50, 3), "uint8"), ((377, 501, 3), "uint8"), ((17, 16, 3), "float32")):
+    image = rng.integers(0, 256, shape, np.uint8) if dtype == "uint8" else rng.random(shape, np.float32)
+    for size in (16, 31):
+      expected = augment.center_crop(image, size=size, resize=kind).numpy()
+      found = preprocessing.center_crop(image, size=size, proportion=0.875, resize=kind)
+      assert found.dtype == np.float32
+      np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_an_encoder_is_one_line(small):
+  text = repr(simclr_jax.load_encoder(small))
+  assert text == "Encoder(ResNet-18, width 0.0625, images [n, 16, 16, 3] -> h [n, 32], step 3)"
+
+
+def write_torch_folder(tmp_path, name, variables, **config):
+  """The files of a folder for a library of torch, of a network whose weights are not looked at."""
+  encoder = dict(depth=18, width=0.0625, stem="cifar") | config.pop("encoder", {})
+  license = config.pop("license", "not stated")
+  changes = {"encoder": encoder, "augment.size": 16, "data.train": "folder:/home/me/photos", **config}
+  config = config_lib.replace(config_lib.load("v1"), changes)
+  card = exporting.make_card(variables, config, format=name, scores={"h": {"knn": 0.5}}, step=3, license=license)
+  folder = tmp_path / name
+  folder.mkdir()
+  torch_folders.write(folder, exporting.Export(name, variables, card))
+  return folder, card
+
+
+def test_folders_for_torch_say_what_they_are(small, tmp_path):
+  """The libraries of torch are not needed for what the files say; test_torch_formats opens them."""
+  variables = simclr_jax.load_encoder(small)[1]
+  folder, card = write_torch_folder(tmp_path, "timm", variables)
+  assert card["data"] == "folder:/home/me/photos"
+  assert json.loads((folder / "config.json").read_text())["architecture"] == "simclr_resnet18"  # timm's is another
+  folder, card = write_torch_folder(tmp_path, "huggingface", variables, license="My own: 2.0")
+  assert card["data"] == "folder:photos" == card["pretraining"]["data"]["train"]
+  files_of_it = {path.name for path in folder.iterdir()}
+  processor = json.loads((folder / "preprocessor_config.json").read_text())
+  module, _, name = processor["auto_map"]["AutoImageProcessor"].partition(".")
+  assert f"{module}.py" in files_of_it and f"class {name}(" in (folder / f"{module}.py").read_text()
+  assert (processor["side"], processor["proportion"], processor["interpolation"]) == (16, 0.875, "bicubic")
+  readme = (folder / "README.md").read_text()
+  assert "license: other\nlicense_name: my-own-2.0\n" in readme and "/home" not in readme
+  compile(readme.partition("```python\n")[2].partition("```")[0], "README.md", "exec")
+  for name, line in (("Apache-2.0", "license: apache-2.0"), ("not stated", "license: unknown")):
+    assert torch_folders._license({"license": name}) == [line]
 
 
 def test_a_run_and_its_head(tmp_path, capsys):
@@ -391,6 +464,9 @@ def test_what_cannot_be_verified_says_so(small, tmp_path, capsys, monkeypatch):
   bare = tmp_path / "bare"
   bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')  # no site-packages: not even numpy
   bare.chmod(0o755)
+  export.run(output=tmp_path / "here", encoder=small, formats=["stablehlo"], python=str(bare))
+  assert differences(capsys.readouterr().out)["stablehlo"] <= 1e-5  # by this interpreter, which has what it takes
+  monkeypatch.setattr(sys, "executable", str(bare))
   export.run(output=tmp_path / "out", encoder=small, formats=["stablehlo"], python=str(bare))
   line = capsys.readouterr().out.strip()
   assert line == (

@@ -193,6 +193,8 @@ def test_the_program(start, tmp_path, capsys):
   spec = tiny.npz(tmp_path / "tiny.npz")
   changes = {"data.train": spec, "data.test": f"{spec}:test", "start": start[0], "tap": 1, "labels.fraction": 0.5}
   result = finetune.run(config(**changes), tmp_path / "run")
+  page = (tmp_path / "run/report.html").read_text()
+  assert "<h1>Fine-tuning on npz</h1>" in page and "By the classifier." in page and "Confusion matrix" in page
   assert 0 <= result["scores"]["accuracy"] <= result["scores"]["top_5"] <= 1
   assert "with 47 labels" in capsys.readouterr().out
   for folder in (tmp_path / "run", tmp_path / "run/encoder"):
@@ -210,6 +212,8 @@ def test_mistakes_are_one_line_and_touch_nothing(start, tmp_path, capsys):
   changes = {"data.train": spec, "data.test": f"{spec}:test", "start": start[0], "labels.fraction": 0.5}
   with pytest.raises(ValueError, match="tap=3: start=.* has 2 layers"):
     finetune.run(config(**{**changes, "tap": 3}), tmp_path / "other")
+  with pytest.raises(ValueError, match=r"labels.fraction=0.5 leaves: set --config.batch_size=40, or raise labels.fr"):
+    finetune.run(config(**{**changes, "batch_size": 64}), tmp_path / "other")
   with pytest.raises(ValueError, match="exceeds the 47 training images"):
     finetune.run(config(**{**changes, "batch_size": 64}), tmp_path / "other")
   with pytest.raises(ValueError, match="no run here"):

@@ -205,3 +205,12 @@ def test_a_wrong_platform_is_one_line(monkeypatch, error, said):
     mesh_lib.check_devices()
   assert str(told.value).startswith("JAX_PLATFORMS=foo: no devices (") and said in str(told.value)
   assert "\n" not in str(told.value) and "(set" not in str(told.value)
+
+
+def test_the_expected_time_is_said_once_where_it_is_long(tmp_path, monkeypatch, capsys):
+  run(tmp_path / "short", task(12))
+  assert "expected" not in capsys.readouterr().out
+  monkeypatch.setattr(loop, "WORTH_SAYING", -1.0)
+  run(tmp_path / "long", task(12))
+  said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("expected")]
+  assert len(said) == 1 and said[0].endswith("for 4 more steps at this speed")

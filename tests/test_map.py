@@ -1,7 +1,10 @@
 """The map keeps neighbors, says how well it does, and finds copies and outliers."""
 
 import csv
+import itertools
 import re
+import shutil
+import subprocess
 import types
 
 import jax
@@ -78,6 +81,16 @@ def test_accuracy_leaves_a_point_out_of_its_own_vote():
   assert clusters.accuracy_of_h(clusters.neighbors(h), np.repeat([0, 1], 20)) == 1
 
 
+def test_a_vote_stands_beside_what_needs_no_network():
+  """Images of one color a class: a histogram knows the class, whatever h is; noise in h does not."""
+  labels = np.arange(40) % 2
+  pictures = np.zeros((40, 16, 16, 3), np.uint8)
+  pictures[..., 0], pictures[..., 2] = 200 * labels[:, None, None], 200 * (1 - labels[:, None, None])
+  assert clusters.baselines(pictures, labels) == {"raw pixels": 1.0, "color histograms": 1.0}
+  note = map_lib.chart(rng.normal(size=(40, 8)), pictures, ["x"] * 40, labels, ["a", "b"])["note"]
+  assert "% in h, 100.0 % in raw pixels of the thumbnails, 100.0 % in their color histograms;" in note
+
+
 def test_a_point_is_no_neighbor_of_itself_even_among_copies():
   h = rng.normal(size=(30, 8)).astype(np.float32)
   h[1:20] = h[0]  # more copies than neighbors
@@ -117,6 +130,104 @@ def test_colors_and_sheets(tmp_path):
   shown = dict(note="", views={"a": rng.normal(size=(5, 2))}, pictures=pictures, names=["</script>x"] * 5)
   report.write_map(tmp_path / "map.html", title="t", summary="", map_of_images=shown)
   assert (tmp_path / "map.html").read_text().count("</script>") == 2  # of the page itself
+
+
+DICHROMATS = {  # of linear RGB: Machado, Oliveira and Fernandes 2009, table 1, severity 1
+  "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+  "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+  "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def linear(color):
+  c = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+  return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+  """CIE L*a*b* of linear sRGB."""
+  to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+  t = np.array(to_xyz) @ rgb / [0.95047, 1, 1.08883]
+  x, y, z = np.where(t > 0.008856, np.cbrt(t), 7.787 * t + 16 / 116)
+  return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("seen", ["normal", *DICHROMATS])
+def test_classes_are_told_apart_in_both_themes_and_by_color_blind_eyes(seen):
+  """Forty classes: by color within a shape, by shape otherwise."""
+  kinds = colors.marks(map_report.LEGEND_OF_PAGE)
+  assert len(set(kinds)) == map_report.LEGEND_OF_PAGE
+  matrix = np.array(DICHROMATS.get(seen, np.eye(3)))
+  found = [lab(np.clip(matrix @ linear(color), 0, 1)) for color in colors.EIGHT]
+  assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(found, 2)) > 28
+  luminance = [linear(color) @ [0.2126, 0.7152, 0.0722] + 0.05 for color in colors.EIGHT]
+  for page in ("#ffffff", "#1b1f23"):
+    other = linear(page) @ [0.2126, 0.7152, 0.0722] + 0.05
+    assert min(max(one, other) / min(one, other) for one in luminance) > 1.9
+
+
+def test_near_duplicates_are_shown_as_groups():
+  pairs = [(0, 1, 0.99, 0.98), (4, 5, 0.9, 0.97), (2, 3, 0.95, 0.96), (1, 2, 0.93, 0.96)]
+  assert [sorted(members) for members in map_lib.group(pairs)] == [[0, 1, 2, 3], [4, 5]]
+  names = [f"/data/{'ab'[i % 2]}/{i}.png" for i in range(6)]
+  chart = dict(pictures=np.zeros((6, 16, 16, 3), np.uint8), names=names)
+  shown = map_lib.findings(chart, dict(duplicates=pairs, outliers=[(5, 2.0)]))
+  text, groups = shown["duplicates"]
+  assert text.startswith("4 pairs in 2 groups") and [len(pictures) for _, pictures in groups] == [4, 2]
+  assert groups[1][0] == "a/4.png\nb/5.png\npixels 0.970, h 0.900"
+  assert groups[0][0].endswith("pixels at least 0.960, h at least 0.930") and "a/0.png" in groups[0][0]
+  assert shown["outliers"][1][0][0] == "b/5.png\n2.00 times"
+
+
+GESTURES = """
+const canvas = document.querySelector(".stage canvas"), card = document.querySelector(".card"), log = [];
+const root = document.getElementById("map-of-images"), box = canvas.getBoundingClientRect();
+const send = (kind, pointerType, pointerId, x, y) => canvas.dispatchEvent(new PointerEvent(kind, {
+  pointerType, pointerId, clientX: box.left + x, clientY: box.top + y, bubbles: true, cancelable: true }));
+const wheel = (deltaY) => !canvas.dispatchEvent(new WheelEvent("wheel", {
+  deltaY, clientX: box.left + 100, clientY: box.top + 100, bubbles: true, cancelable: true }));
+const at = () => root.dataset.at.split(" ").map(Number);
+const data = JSON.parse(document.getElementById("map-data").textContent), inner = box.width - 48;
+const [x, y] = [0, 1].map((k) => box.width / 2 + (data.views[0][k] / 1e4 - 0.5) * inner);
+const check = (what, right) => log.push(right ? "" : what);
+const tap = (px, py) => { for (const kind of ["pointerdown", "pointerup", "pointerleave"]) send(kind, "touch", 1, px, py); };
+tap(x, y);
+check("tap", !card.hidden && card.querySelector("span").textContent === "a/0.png");
+check("wheel down scrolls the page", !wheel(100) && at()[0] === 1 && canvas.style.touchAction === "pan-y");
+send("pointerdown", "touch", 1, 100, 100); send("pointermove", "touch", 1, 100, 140); send("pointerup", "touch", 1, 100, 140);
+check("no pan before zoom", at().join() === "1,0.5,0.5");
+check("wheel up zooms", wheel(-400) && at()[0] > 2 && canvas.style.touchAction === "none");
+const [zoom, cx] = at();
+send("pointerdown", "touch", 1, 100, 100); send("pointermove", "touch", 1, 150, 100);
+check("one finger pans", Math.abs(at()[1] - (cx - 50 / zoom / inner)) < 2e-3);
+send("pointerdown", "touch", 2, 200, 100); send("pointermove", "touch", 2, 250, 100);
+check("two fingers zoom", Math.abs(at()[0] - 2 * zoom) < 0.01);
+send("pointerup", "touch", 2, 250, 100); send("pointerup", "touch", 1, 150, 100);
+check("and leave no card", card.hidden);
+send("pointermove", "mouse", 9, x, y);
+wheel(4000);
+check("zoomed out", at().join() === "1,0.5,0.5");
+send("pointermove", "mouse", 9, x, y); check("hover", !card.hidden);
+send("pointerleave", "mouse", 9, x, y); check("and leave", card.hidden);
+document.title = "wrong: " + log.filter((what) => what).join("; ");
+"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+def test_gestures_in_a_browser(tmp_path):
+  xy = np.array([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.2]])
+  shown = dict(
+    note="", views={"a": xy}, pictures=rng.integers(0, 256, (4, 16, 16, 3), np.uint8),
+    names=[f"/data/a/{i}.png" for i in range(4)], labels=np.arange(4) % 2, class_names=["a", "b"],
+  )  # fmt: skip
+  page = tmp_path / "map.html"
+  report.write_map(page, title="t", summary="", map_of_images=shown)
+  page.write_text(page.read_text().replace("</body>", f"<script>onload = () => {{ {GESTURES} }};</script></body>"))
+  command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+  command += ["--window-size=390,844", "--virtual-time-budget=3000", "--enable-logging=stderr", "--dump-dom", str(page)]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert re.search("<title>(.*?)</title>", done.stdout)[1].strip() == "wrong:", done.stderr
+  assert "CONSOLE" not in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 from PIL import Image
@@ -94,3 +95,26 @@ def test_the_progress_line_fits_the_terminal(columns, monkeypatch, capsys):
   assert "\n" not in said and len(said) < columns and said.startswith("step 10251/12345")
   assert ("loss 2.264" in said) == ("ETA 0:12" in said) == (columns >= 40)
   assert ("kNN 82.0 %" in said) == (columns >= 110) and ("waiting for data 3 %" in said) == (columns >= 200)
+
+
+def test_progress_in_a_notebook_takes_the_place_of_the_line_before(monkeypatch, capsys):
+  """A stand-in for IPython in a kernel, some of which say that their output is a terminal."""
+  shown = []
+
+  def display(content, raw, display_id):
+    assert raw and display_id
+    shown.append(content["text/plain"])
+    return types.SimpleNamespace(update=lambda content, raw: shown.__setitem__(-1, content["text/plain"]))
+
+  notebook = types.SimpleNamespace(
+    get_ipython=lambda: types.SimpleNamespace(kernel=1), display=types.SimpleNamespace(display=display)
+  )
+  monkeypatch.setitem(sys.modules, "IPython", notebook)
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+  progress = Progress(10, 4.0)
+  for step in range(1, 11):
+    progress.update(step, {"loss": 2.0}, 10.0 - step)
+  with progress.doing("compiling"):
+    pass
+  assert shown == ["step 10/10 (2.5 epochs)  loss 2.000  ETA 0:00"]
+  assert capsys.readouterr().out == "compiling: 0:00\n"

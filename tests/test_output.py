@@ -12,7 +12,7 @@ import pytest
 
 from simclr_jax import __main__ as cli
 from simclr_jax.report import pages
-from simclr_jax.runtime import checkpoint, files, output
+from simclr_jax.runtime import checkpoint, cpu, files, output
 
 CHILD = """
 import os, sys
@@ -188,3 +188,18 @@ def test_a_run_under_nohup_outlives_its_terminal():
     process.wait(timeout=0.5)
   process.kill()
   process.wait()
+
+
+@pytest.mark.parametrize(
+  "shown, given, chosen",
+  [((), None, "cpu"), (("/dev/accel*",), None, None), (("/dev/dxg",), None, None), ((), "tpu", "tpu"), ((), "", "cpu")],
+)
+def test_without_an_accelerator_jax_looks_for_none(monkeypatch, shown, given, chosen):
+  """Or a plugin that is installed, such as libtpu, complains of what is missing."""
+  monkeypatch.setattr(cpu.glob, "glob", lambda pattern: [pattern] * (pattern in shown))
+  if given is None:
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+  else:
+    monkeypatch.setenv("JAX_PLATFORMS", given)
+  assert cpu.choose_platform() == (chosen == "cpu")
+  assert os.environ.get("JAX_PLATFORMS") == chosen

@@ -87,6 +87,43 @@ def test_knn_program_agrees_with_the_run(finished, capsys, monkeypatch):
   assert f"{100 * value:.2f} %" in capsys.readouterr().out
 
 
+def test_an_encoder_is_scored_as_its_run_and_stays_as_it_was(finished, tmp_path, monkeypatch, capsys):
+  workdir, result = finished
+  encoder = tmp_path / "encoder"
+  shutil.copytree(workdir / "encoder", encoder)
+  before = {path: path.stat().st_mtime for path in encoder.rglob("*")}
+  assert cli.main(["knn", f"--encoder={encoder}"]) == 0
+  assert f"of step 4: {100 * result['scores'][3]['knn']:.2f} %" in capsys.readouterr().out
+  assert cli.main(["map", f"--workdir={encoder}", "--images=20"]) == 0
+  assert (tmp_path / "encoder.map/map.html").exists()
+  assert {path: path.stat().st_mtime for path in encoder.rglob("*")} == before
+  assert cli.main(["knn", f"--encoder={encoder}", "--step=4"]) == 1
+  assert "holds one encoder" in capsys.readouterr().err
+  assert simclr_jax.load_encoder(workdir).card == simclr_jax.load_encoder(encoder).card
+
+
+def test_an_encoder_of_another_program_is_scored_by_the_data_that_are_named(finished, tmp_path):
+  """As of simclr import, which has seen no data."""
+  workdir, result = finished
+  trained_by, c = simclr_jax.load_encoder(workdir), tiny.config()
+  imported = config_lib.from_dict(
+    {
+      "source": {}, "encoder": config_lib.to_dict(c.encoder), "augment": {"size": 16},
+      "evaluate": {"crop": c.evaluate.crop}, "projector": {"kind": "none"},
+    }
+  )  # fmt: skip
+  exporting.write(tmp_path / "official", trained_by.variables, imported, scores={}, step=0)
+  with pytest.raises(ValueError, match="config.data.train is missing"):
+    knn.run(tmp_path / "official")
+  spec = json.loads((workdir / "config.json").read_text())["data"]["train"]
+  keys = [
+    f"--config.data.train={spec}",
+    f"--config.data.test={spec}:test",
+    f"--config.evaluate.knn_k={c.evaluate.knn_k}",
+  ]
+  assert knn.run(tmp_path / "official", overrides=keys) == pytest.approx(result["scores"][3]["knn"])
+
+
 def test_probe_by_lbfgs_agrees_with_the_run(finished):
   workdir, result = finished
   assert probe.run(workdir) == pytest.approx(result["scores"][3]["linear"])
@@ -339,6 +376,28 @@ def test_resume_with_another_config_is_refused(finished, capfd):
   assert "in the run and" in capfd.readouterr().err
   assert cli.main(["pretrain", "--config=smoke", f"--workdir={workdir}"]) == 1
   assert "--resume" in capfd.readouterr().err
+
+
+def test_resuming_takes_everything_from_the_folder(finished, tmp_path, capfd, monkeypatch):
+  workdir, _ = finished
+  with pytest.raises(SystemExit):
+    cli.main(["pretrain", f"--workdir={workdir}"])
+  assert "--config is missing: name a recipe, or resume" in capfd.readouterr().err
+  called = []
+  with monkeypatch.context() as patch:
+    patch.setattr(pretrain, "run", lambda config, workdir, **options: called.append((config, options)))
+    assert cli.main(["pretrain", "--resume", f"--workdir={workdir}"]) == 0
+  said = capfd.readouterr().out
+  assert "recipe      smoke, made for two CPU cores; 5 to 6 minutes" in said and ", batch_size=16, " in said
+  ((config, options),) = called
+  assert config_lib.to_json(config) == (workdir / "config.json").read_text()
+  assert options == {"resume": True, "overwrite": False, "recipe": "smoke"}
+  assert cli.main(["pretrain", "--resume", f"--workdir={workdir}", "--config.batch_size=8"]) == 1
+  assert "--resume: config.batch_size is 16 in the run and 8 now" in capfd.readouterr().err
+  assert cli.main(["finetune", "--resume", f"--workdir={workdir}"]) == 1
+  assert f"--workdir={workdir} is a run of simclr pretrain" in capfd.readouterr().err
+  assert cli.main(["pretrain", "--resume", f"--workdir={tmp_path / 'none'}"]) == 1
+  assert "no run here" in capfd.readouterr().err
 
 
 def test_sigterm_saves_and_exits_42(tmp_path):

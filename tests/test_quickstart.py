@@ -97,6 +97,7 @@ def test_mistakes_are_one_line(tmp_path, capfd):
   (tmp_path / "few").mkdir()
   for argv, message in (
     ([str(tmp_path / "none")], "there is no folder"),
+    ([], "name a folder of images, or resume a quickstart with --resume"),
     ([str(tmp_path / "few")], "no image in or below"),
     ([str(tmp_path / "few"), "--minutes=-1"], "--minutes=-1.0: expected a number above 0"),
   ):
@@ -135,7 +136,7 @@ def test_folder_to_page_and_again(tmp_path, monkeypatch, capsys):
   check(found, planted, tmp_path / "run")
   with pytest.raises(ValueError, match="--resume"):
     quickstart.run(tmp_path / "photos", tmp_path / "run")
-  again = quickstart.run(tmp_path / "photos", tmp_path / "run", resume=True)
+  again = quickstart.run(None, tmp_path / "run", resume=True)
   assert config_lib.difference(found["config"], again["config"]) == []
   np.testing.assert_array_equal(found["chart"]["views"]["PCA"], again["chart"]["views"]["PCA"])
 

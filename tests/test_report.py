@@ -355,6 +355,31 @@ def test_a_constant_curve_has_distinct_ticks(tmp_path, value):
   np.testing.assert_allclose(values, value, atol=max(abs(value) * 1e-3, 0.01 if value == 0 else 0))
 
 
+@pytest.mark.parametrize(
+  "last, expected",
+  [
+    (272, [0, 50, 100, 150, 200, 250]),
+    (5000, [0, 1000, 2000, 3000, 4000, 5000]),
+    (2, [0, 1, 2]),
+    (1, [0, 1]),
+    (0, [0]),
+  ],
+)
+def test_steps_below_a_curve_are_round(last, expected):
+  assert charts._step_ticks(0, last) == expected
+  assert charts._step_ticks(7, 7) == [7] and charts._step_ticks(1, 7) == [2, 4, 6]
+
+
+def test_a_page_says_when_on_what_and_how_it_was_made(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["/venv/bin/simclr", "map", "--workdir=a b"])
+  page = write(tmp_path)
+  footer = page.partition("<footer>")[2].partition("</footer>")[0]
+  assert re.match(r"Written \d{4}-\d\d-\d\d \d\d:\d\d UTC with simclr_jax \d", footer)
+  assert "by <code>simclr map &#39;--workdir=a b&#39;</code>" in footer
+  monkeypatch.setattr(sys, "argv", ["/venv/bin/ipykernel_launcher.py"])
+  assert "<code>" not in write(tmp_path).partition("<footer>")[2]
+
+
 def test_scores_on_the_page_and_in_the_terminal_agree(tmp_path):
   scores = full_arguments(tmp_path)["scores"]
   page = Page(write(tmp_path, scores=scores))

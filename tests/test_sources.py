@@ -11,6 +11,7 @@ from simclr_jax import data
 from simclr_jax.data.sets import textures
 from simclr_jax.programs import scores
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 
 
 def test_fashion():
@@ -196,3 +197,18 @@ def test_the_first_image_may_be_unreadable(tmp_path):
     (tmp_path / f"{i}.png").write_bytes(b"")
   with pytest.raises(ValueError, match="none of the 3 images can be read: the last is .*2.png .empty file.$"):
     data.first_readable(source)
+
+
+@pytest.mark.parametrize(
+  "spec, meant",
+  [
+    ("/my/photos", "folder:/my/photos"),
+    ("~/photos", "folder:~/photos"),
+    ("arrays.npz", "npz:arrays.npz"),
+    ("foldr:/my/photos", "folder:/my/photos"),
+  ],
+)
+def test_a_path_alone_is_told_what_it_lacks(spec, meant):
+  with pytest.raises(UserError) as error:
+    data.open_source(spec)
+  assert f"{spec!r} is not a data set; did you mean {meant}? Known are fashion:SPLIT" in str(error.value)

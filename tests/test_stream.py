@@ -168,6 +168,8 @@ def test_unreadable_images_are_replaced_counted_and_named(damaged, caplog):
   assert len(named) == 3 and all(any(file in line for line in named) for file in reasons)
   again = data.train_stream(damaged, crop_like, batch_size=20, seed=0, max_bad_fraction=0.1, start_step=4)
   assert_same(take(again, 2), batches[4:])
+  again = [record.getMessage() for record in caplog.records if "unreadable" in record.getMessage()]
+  assert again == named  # said once, however many streams meet them
 
 
 def test_the_run_stops_past_the_share(damaged):

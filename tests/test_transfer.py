@@ -70,6 +70,8 @@ def test_linear_rows(tmp_path, teacher, capsys):  # noqa: F811
   c = config(teacher[0], rows(tmp_path))
   result = transfer.run(c, tmp_path / "run")
   assert "paper" not in capsys.readouterr().out  # the paper's columns stand only beside its own sets
+  page = (tmp_path / "run/report.html").read_text()
+  assert "<h1>Transfer</h1>" in page and "held_out, top 1" in page and "permutation test" in page
   saved = json.loads((tmp_path / "run/transfer.json").read_text())
   assert {row["name"] for row in saved} == {"split", "held_out"} and saved == result["rows"]
   row = next(row for row in saved if row["name"] == "held_out")

@@ -1,13 +1,17 @@
 """Runs whose images are in memory never import TensorFlow: here nobody can."""
 
+import contextlib
+import importlib.metadata
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from simclr_jax import augment, data
 from simclr_jax.evaluation import embed
@@ -27,10 +31,28 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
-def python(code, *arguments):
-  """Runs code where TensorFlow cannot be imported; returns what it printed."""
+ABSENT = """
+import importlib.metadata, sys
+NAMES = ("tensorflow", "tensorflow_datasets", "tensorflow-datasets", "keras")
+class Absent:
+  def find_spec(self, name, path=None, target=None):
+    if name.partition(".")[0] in NAMES:
+      raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+find_spec, version = importlib.util.find_spec, importlib.metadata.version
+importlib.util.find_spec = lambda name, package=None: None if name.partition(".")[0] in NAMES else find_spec(name, package)
+def version_of_those_there(name):
+  if name in NAMES:
+    raise importlib.metadata.PackageNotFoundError(name)
+  return version(name)
+importlib.metadata.version = version_of_those_there
+"""
+
+
+def python(code, *arguments, without=BLOCKED):
+  """Runs code where TensorFlow cannot be imported, or is not installed; returns what it printed."""
   environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
-  command = [sys.executable, "-c", BLOCKED + code, *map(str, arguments)]
+  command = [sys.executable, "-c", without + code, *map(str, arguments)]
   done = subprocess.run(command, capture_output=True, text=True, env=environment)
   assert done.returncode == 0, done.stderr
   return done.stdout
@@ -78,8 +100,56 @@ assert len(features.h) == 20
   )
 
 
+def test_the_smaller_installation_brings_no_tensorflow():
+  """grep -v tensorflow requirements.txt | pip install -r /dev/stdin, with all that it depends on."""
+  lines = [line for line in (TESTS.parent / "requirements.txt").read_text().splitlines() if "tensorflow" not in line]
+  todo = [line for line in lines if line.partition("#")[0].strip()]
+  assert len(todo) > 10 and any(line.startswith("flatbuffers") for line in todo)
+  found = set()
+  while todo:
+    name = re.match(r"[\w.-]+", todo.pop())[0].lower()
+    if name not in found:
+      found.add(name)
+      with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of other platforms
+        todo += [one for one in importlib.metadata.requires(name) or [] if "extra ==" not in one]
+  assert "jax" in found and not any(name.startswith(("tensorflow", "keras")) for name in found)
+
+
+def test_arrays_and_exports_where_it_is_not_installed(tmp_path):
+  """What the smaller installation is for; whatever needs TensorFlow says so on one line."""
+  (tmp_path / "photos").mkdir()
+  for i in range(4):
+    Image.fromarray(np.full((9, 9, 3), i, np.uint8)).save(tmp_path / f"photos/{i}.jpg")
+  out = python(
+    """
+import contextlib, io, numpy as np, simclr_jax
+from simclr_jax.__main__ import main
+encoder, folder = sys.argv[1:]
+images = np.zeros((5, 28, 28, 3), np.uint8)
+h = simclr_jax.embed(encoder, images)
+assert simclr_jax.probe(np.eye(4)[[0, 1] * 9], [0, 1] * 9, np.eye(4)[:2], [0, 1])["accuracy"] == 1
+assert main(["export", f"--encoder={encoder}", f"--output={folder}/out", "--format=safetensors"]) == 0
+assert (simclr_jax.embed(f"{folder}/out", images) == h).all()
+for words in (
+  ["export", f"--encoder={encoder}", f"--output={folder}/saved", "--format=savedmodel"],
+  ["embed", f"--encoder={encoder}", f"--data=folder:{folder}/photos", f"--output={folder}/h.npz"],
+):
+  with contextlib.redirect_stderr(io.StringIO()) as said:
+    assert main(words) == 1
+  print(said.getvalue().strip())
+""",
+    tiny.export(tmp_path / "encoder"),
+    tmp_path,
+    without=ABSENT,
+  )
+  saved, embedded = (line for line in out.splitlines() if line.startswith("simclr: "))
+  assert saved == "simclr: --format=savedmodel needs TensorFlow: pip install tensorflow, or choose onnx"
+  assert embedded.startswith("simclr: this needs TensorFlow, which is not installed: pip install tensorflow")
+
+
 @pytest.mark.slow
-def test_a_resident_run(tmp_path):
+@pytest.mark.parametrize("without", [BLOCKED, ABSENT], ids=["blocked", "absent"])
+def test_a_resident_run(tmp_path, without):
   out = python(
     """
 import tiny
@@ -96,6 +166,7 @@ assert main(["runs", sys.argv[1]]) == 0
 assert main(["export", f"--workdir={workdir}", f"--output={sys.argv[1]}/export", "--format=safetensors"]) == 0
 """,
     tmp_path,
+    without=without,
   )
   assert "SimCLR h" in out
 

@@ -4,7 +4,9 @@ A `Source` (sources.py) answers `len(source)` and `source.read(i)`; `open_source
 (stream.py) makes batches of it in an order that is a function of the seed and the step (order.py).
 """
 
+import difflib
 import functools
+import os
 
 from simclr_jax.data.classes import align, labeled, match_classes
 from simclr_jax.data.decode import MAX_PIXELS, BadImage, decode, jpeg_header, significant_bits, sniff
@@ -78,13 +80,28 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
     "parquet": ParquetSource,
   }
   if not rest or kind not in openers:
-    raise UserError(f"{spec!r} is not a data set: use {SPECS}")
+    raise UserError(f"{spec!r} is not a data set{_instead(spec, openers) or ': use'} {SPECS}")
   if files.is_remote(rest) and kind in ("folder", "files", "array_record", "parquet"):
     raise UserError(
       f"{spec}: {kind}: is read from this machine only; write a copy into the bucket once, with simclr data prepare "
       f"{kind}:PATH --output=gs://BUCKET/NAME, and name it as tfrecord:gs://BUCKET/NAME"
     )
   return openers[kind](rest)
+
+
+def _instead(spec: str, kinds) -> str:
+  """What is probably meant by a path alone, or by a misspelled kind; empty where there is no telling."""
+  kind, _, rest = spec.partition(":")
+  near = difflib.get_close_matches(kind, kinds, n=1)
+  if rest and near:
+    meant = f"{near[0]}:{rest}"
+  elif spec.endswith(".npz"):
+    meant = f"npz:{spec}"
+  elif spec.startswith(("/", "~", ".")) or os.path.isdir(spec):
+    meant = f"folder:{spec}"
+  else:
+    return ""
+  return f"; did you mean {meant}? Known are"
 
 
 @functools.lru_cache(maxsize=4)  # textures take a second to draw

@@ -14,7 +14,6 @@ image takes its place, the file is named in the log, and the run stops beyond a 
 import concurrent.futures
 import contextlib
 import functools
-import logging
 import os
 import threading
 import weakref
@@ -25,10 +24,9 @@ from etils import epath
 
 from simclr_jax.data.decode import BadImage, import_tensorflow, jpeg_header, sniff
 from simclr_jax.data.order import draws
-from simclr_jax.data.sources import Source
+from simclr_jax.data.sources import Source, say_once
 from simclr_jax.runtime.errors import UserError
 
-logger = logging.getLogger(__name__)
 CHUNK = 16  # images that are read in one call of Python
 ENDLESS = 2**40  # steps
 AHEAD = 2  # batches that are made, or complete, while the loop holds another
@@ -111,9 +109,10 @@ class _Reader:
       self._lines.append(line)
       self._file.write_text("".join(f"{line}\n" for line in self._lines))
     if count <= 20:
-      logger.warning("unreadable image %s: %s; the next image takes its place", name, reason)
+      # Once, though a training stream, evaluation and others meet it.
+      say_once(f"unreadable image {name}: {reason}; the next image takes its place")
     elif count == 21:
-      logger.warning("more than 20 unreadable images; the others are counted%s", "" if self._file else " but not named")
+      say_once(f"more than 20 unreadable images; the others are counted{'' if self._file else ' but not named'}")
     if count == self._allowed + 1:
       self._error = UserError(
         f"{count} of {len(self.source)} images are unreadable, more than the {self._allowed} allowed by"

@@ -114,6 +114,17 @@ def accuracy_of_h(near, labels) -> float:
   return float((_majority(labels[near]) == labels).mean())
 
 
+def baselines(pictures, labels) -> dict[str, float]:
+  """The same vote by what needs no network, {name: fraction}: raw pixels, and a histogram of colors in 4 x 4 x 4 bins.
+
+  pictures: uint8 [n, s, s, 3]; labels: int [n], >= 0.
+  """
+  code = (pictures // 64).astype(np.int64) @ np.array([16, 4, 1])
+  histogram = np.stack([np.bincount(one.ravel(), minlength=64) for one in code])
+  features = {"raw pixels": pictures.reshape(len(pictures), -1), "color histograms": histogram}
+  return {name: accuracy_of_h(neighbors(x.astype(np.float32)), labels) for name, x in features.items()}
+
+
 def _majority(labels):
   """int [m]: the most frequent label in each row of labels [m, k], the lowest of several."""
   return np.stack([(labels == c).sum(1) for c in range(labels.max() + 1)], 1).argmax(1)

@@ -17,7 +17,10 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,7 @@ from etils import epath
 from flax import traverse_util
 
 import simclr_jax
-from simclr_jax.exporting import image_check
+from simclr_jax.exporting import image_check, torch_names
 from simclr_jax.exporting.folder import read_card, save_export, write_card
 from simclr_jax.model import make_encoder
 from simclr_jax.projector import Projector
@@ -55,6 +58,27 @@ _RESIZES = {
   "bicubic_antialias": "bicubic, half-pixel centers, antialiased",
   "bicubic_tf1": "bicubic_tf1: a = -0.75, no half-pixel centers, no antialiasing, as TF1 resizes",
 }
+
+
+class Encoder(NamedTuple):
+  """An encoder that was loaded.
+
+  Attributes:
+    apply: images [n, size, size, 3], floats in [0, 1] or uint8 -> h float32 [n, d].
+    variables: {"params", "batch_stats"}, nested dicts of numpy arrays, for `simclr_jax.encoder.resnet(...).apply`.
+    card: what is known of it: card["feature_dimension"], card["preprocessing"], card["scores"], ...
+  """
+
+  apply: Callable[[Any], Any]
+  variables: dict
+  card: dict
+
+  def __repr__(self):
+    architecture, size = self.card["architecture"], self.card["preprocessing"]["size"]
+    return (
+      f"Encoder(ResNet-{architecture['depth']}, width {architecture['width']:g}, "
+      f"images [n, {size}, {size}, 3] -> h [n, {self.card['feature_dimension']}], step {self.card.get('step')})"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +158,30 @@ def make_card(
     "data": config.data.train if hasattr(config, "data") else "not stated",
     "step": step,
     "scores": scores,
-    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES} | {"simclr_jax": simclr_jax.__version__},
+    "versions": _versions() | {"simclr_jax": simclr_jax.__version__},
     "license": license,
     "checksum": checksum(variables),
     "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
+  if format == "huggingface":  # which is made to be published
+    card |= {key: _without_folders(card[key]) for key in ("data", "pretraining")}
   return card
+
+
+def _versions() -> dict:
+  """{package: version} of those of _PACKAGES that are installed; TensorFlow need not be."""
+  found = {}
+  for name in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return found
+
+
+def _without_folders(value):
+  """A value of a card in which paths are their last parts: folder:/home/me/photos becomes folder:photos."""
+  if isinstance(value, dict):
+    return {key: _without_folders(one) for key, one in value.items()}
+  return re.sub(r"[^:]*/(?=.)", "", value) if isinstance(value, str) else value
 
 
 def checksum(variables) -> str:
@@ -199,11 +241,15 @@ def write_format(path, export: Export, example: dict, python: str, overwrite: bo
 
   path = save_export(path, fill, overwrite=overwrite)
   print(f"{export.format}: {lines[0].format(path=path)}", flush=True)
+  if export.format == "huggingface":
+    print(f"upload it with: hf upload NAME/REPOSITORY {path}", flush=True)
 
 
 def tensorflow_reads_jax() -> bool:
-  """Whether the TensorFlow here reads the StableHLO that the JAX here writes.  2.21 stops at "unregistered operation
-  vhlo.custom_call_v2" of JAX 0.12."""
+  """Whether there is a TensorFlow here that reads the StableHLO that the JAX here writes.  2.21 stops at "unregistered
+  operation vhlo.custom_call_v2" of JAX 0.12."""
+  if "tensorflow" not in _versions():
+    return False
   jax_version, tensorflow = (
     tuple(map(int, importlib.metadata.version(name).split(".")[:2])) for name in ("jax", "tensorflow")
   )
@@ -233,13 +279,38 @@ def make_example(export: Export) -> dict:
 
 
 def prove(folder, export: Export, python: str):
-  """Runs the folder's verify.py in an interpreter that does not see this package.
+  """Runs the folder's verify.py in an interpreter that does not see this package: `python`, or where that lacks a library
+  this one.
 
   Returns:
     (proof, line) for the card and for the reader; `line` holds "{path}" where the folder's name belongs.
   Raises:
     ValueError: the folder does not open, or gives another h.
   """
+  tried = []
+  for interpreter in dict.fromkeys((python, sys.executable)):
+    tried.append(_verified_by(interpreter, folder))
+    if not _missing(tried[-1]):
+      break
+  done = tried[-1]
+  libraries, remark = FORMATS[export.format][2], ""
+  if export.format in ("torchvision", "timm") and not torch_names.agrees(export.architecture, export.format):
+    libraries = ("torch", "safetensors")
+    remark = f"; own module, verified with torch; {export.format}, which has no such network, was not used"
+  if _missing(done):
+    reason = f"not verified: {_missing(tried[0])} is not installed"
+    return reason, f"{reason}; to verify: pip install {' '.join(libraries)}, then python {{path}}/verify.py"
+  found = re.search(r"largest relative difference .*", done.stdout)
+  if found and not done.returncode:
+    return found[0] + remark, found[0] + remark
+  if found:
+    raise UserError(f"{export.format}: what was written is not this encoder, so it is not kept: {found[0]}")
+  why = " ".join(((done.stderr or done.stdout).strip() or "it printed nothing").split("\n")[-1].split())[:300]
+  raise UserError(f"{export.format}: load.py fails in {interpreter}, so nothing is kept: {why}")
+
+
+def _verified_by(python: str, folder) -> subprocess.CompletedProcess:
+  """verify.py of the folder, run by `python`."""
   environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
   # On the CPU: the accelerator is this process's, and its products may be of less than float32.
   environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -248,31 +319,26 @@ def prove(folder, export: Export, python: str):
   with tempfile.TemporaryDirectory() as scratch:
     environment["HF_MODULES_CACHE"] = scratch  # where transformers copies modeling_*.py
     try:
-      done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
+      return subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
     except OSError as error:
       raise UserError(f"--python={python} does not start ({error.strerror})") from None
-  if missing := re.search(r"^ModuleNotFoundError: No module named '([\w.]+)'", done.stderr, re.M):
-    install = " ".join(FORMATS[export.format][2])
-    reason = f"not verified: {missing[1]} is not installed"
-    return reason, f"{reason}; to verify: pip install {install}, then python {{path}}/verify.py"
-  found = re.search(r"largest relative difference .*", done.stdout)
-  if found and not done.returncode:
-    return found[0], found[0]
-  if found:
-    raise UserError(f"{export.format}: what was written is not this encoder, so it is not kept: {found[0]}")
-  why = " ".join(((done.stderr or done.stdout).strip() or "it printed nothing").split("\n")[-1].split())[:300]
-  raise UserError(f"{export.format}: load.py fails in {python}, so nothing is kept: {why}")
 
 
-def load_encoder(path, network=None):
-  """Opens a folder that `simclr export` or a finished run wrote; nothing else is needed.
+def _missing(done: subprocess.CompletedProcess) -> str:
+  """The module that verify.py did not find; empty if it found all."""
+  found = re.search(r"^ModuleNotFoundError: No module named '([\w.]+)'", done.stderr, re.M)
+  return found[1] if found else ""
+
+
+def load_encoder(path, network=None) -> Encoder:
+  """Opens a folder that `simclr export` wrote, or a finished run; nothing else is needed.
 
   Args:
     network: the Linen module of an encoder of your own (encoder.name="module:function"), which no folder holds, and which
       is not imported by a name that a folder gives.
 
   Returns:
-    (apply, variables, card): `apply(images)` maps images [n, size, size, 3], floats in [0, 1] or uint8, to h float32
+    Encoder(apply, variables, card): `apply(images)` maps images [n, size, size, 3], floats in [0, 1] or uint8, to h float32
     [n, d], jitted, in float32 whatever it was trained in, BatchNorm in inference mode; it raises ValueError for images
     of another size or range than the card's, and inside of jit of another size.  `variables` is {"params",
     "batch_stats"} as numpy, for `resnet(...).apply`, which takes any size; `card` is card.json.
@@ -280,6 +346,9 @@ def load_encoder(path, network=None):
   Raises:
     ValueError: the folder is not an export, is damaged, does not match its card, or is in a format of others.
   """
+  path = files.absolute(path)
+  if not (path / "card.json").exists() and (path / "encoder/card.json").exists():  # a run
+    path = path / "encoder"
   card = read_card(path)
   name, arguments, size = card["architecture"]["name"], _arguments(card), card["preprocessing"]["size"]
   if network is None and ":" in name:
@@ -305,7 +374,7 @@ def load_encoder(path, network=None):
       return jitted(images / 255 if images.dtype == jnp.uint8 else images)
     return jitted(image_check.check_images(images, size))
 
-  return apply, variables, card
+  return Encoder(apply, variables, card)
 
 
 def read_safetensors(path) -> dict:
@@ -333,5 +402,24 @@ def snippet(path, size: int) -> str:
       f"images = np.random.rand(4, {size}, {size}, 3)  # yours: floats in [0, 1], RGB, not standardized",
       "h = encode(images)",
       "print(h.shape)",
+    )
+  )
+
+
+def torch_snippet(path, size: int) -> str:
+  """The same in PyTorch, after the command of its first line."""
+  return "\n".join(
+    (
+      f"# once: simclr export --encoder={path} --output={path}_torch --format=torchvision",
+      "import sys",
+      "",
+      "import torch",
+      "",
+      f'sys.path.insert(0, "{path}_torch")',
+      "from load import load_model",
+      "",
+      "model = load_model()  # a torch.nn.Module; this package is not needed",
+      f"images = torch.rand(4, 3, {size}, {size})  # yours: floats in [0, 1], RGB, not standardized",
+      "print(model(images).shape)",
     )
   )

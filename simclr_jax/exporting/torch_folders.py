@@ -7,6 +7,7 @@ CIFAR stem), the folder has modeling_simclr.py, which needs torch alone.
 """
 
 import json
+import re
 
 from safetensors.numpy import save_file
 
@@ -34,10 +35,11 @@ def write(folder, export):
     if not agrees:
       export.copy(folder, modeling_huggingface="modeling_huggingface.py")
     _write_json(folder / "config.json", _hugging_face_config(export, agrees))
+    export.copy(folder, preprocessing="preprocessing.py", image_processing_simclr="image_processing_simclr.py")
     _write_json(folder / "preprocessor_config.json", _preprocessor(export))
     (folder / "README.md").write_text(_readme(export, agrees))
   if library == "timm":
-    _write_json(folder / "config.json", _timm_config(export))
+    _write_json(folder / "config.json", _timm_config(export, agrees))
   export.copy(folder, load=f"load_{library if agrees or library == 'huggingface' else 'modeling'}.py")
 
 
@@ -81,23 +83,20 @@ def _hugging_face_config(export, agrees) -> dict:
 
 
 def _preprocessor(export) -> dict:
-  preprocessing = export.card["preprocessing"]
   return {
-    "image_processor_type": "ConvNextImageProcessor",
-    "do_resize": True,
-    "size": {"shortest_edge": export.size},
-    "crop_pct": preprocessing["center_crop"],
-    "resample": 2 if preprocessing["resize"].startswith("bilinear") else 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": False,
+    "image_processor_type": "SimCLRImageProcessor",
+    "auto_map": {"AutoImageProcessor": "image_processing_simclr.SimCLRImageProcessor"},
+    "side": export.size,
+    "proportion": export.card["preprocessing"]["center_crop"],
+    "interpolation": export.card["pretraining"]["augment"]["resize"] or "bicubic",
   }
 
 
-def _timm_config(export) -> dict:
+def _timm_config(export, agrees) -> dict:
+  """For a network that timm has not, an architecture that timm refuses by its name; modeling_simclr.py has it."""
   preprocessing, depth = export.card["preprocessing"], export.architecture["depth"]
   return {
-    "architecture": f"resnet{depth}",
+    "architecture": f"resnet{depth}" if agrees else f"simclr_resnet{depth}",
     "num_classes": 0,
     "num_features": export.card["feature_dimension"],
     "pretrained_cfg": {
@@ -118,17 +117,32 @@ def _timm_config(export) -> dict:
   }
 
 
+# As the hub calls licenses: https://huggingface.co/docs/hub/repositories-licenses
+_HUB_LICENSES = {
+  "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
+  "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "isc", "unlicense",
+}  # fmt: skip
+
+
+def _license(card) -> list:
+  """The lines of the front matter."""
+  name = card["license"]
+  if name == "not stated":
+    return ["license: unknown"]
+  if name.lower() in _HUB_LICENSES:
+    return [f"license: {name.lower()}"]
+  return ["license: other", f"license_name: {re.sub('[^a-z0-9.]+', '-', name.lower()).strip('-')}"]
+
+
 def _readme(export, agrees) -> str:
   """The model card, with the front matter that the Hugging Face hub reads."""
   card, architecture = export.card, export.architecture
   preprocessing = card["preprocessing"]
-  license = card["license"].lower() if card["license"] != "not stated" else "other"
-  load = ["import transformers", "", 'model = transformers.AutoModel.from_pretrained("FOLDER")']
-  if not agrees:
-    load[-1] = 'model = transformers.AutoModel.from_pretrained("FOLDER", trust_remote_code=True)  # runs FOLDER/*.py'
-  elif architecture["pool_padding"] == "official":
-    load.insert(1, "from pooling import EndPaddedMaxPool  # FOLDER/pooling.py")
-    load.append("model.embedder.pooler = EndPaddedMaxPool()  # pads as in training")
+  before, after = [], []
+  if agrees and architecture["pool_padding"] == "official":
+    before = ["import sys", "", "sys.path.insert(0, folder)", "from pooling import EndPaddedMaxPool", ""]
+    after = ["model.embedder.pooler = EndPaddedMaxPool()  # pads as in training"]
+  trust = "" if agrees else ", trust_remote_code=True"
   scores = [
     f"| {name} | {key} | {value:.4g} |"
     for name, row in card["scores"].items()
@@ -139,36 +153,49 @@ def _readme(export, agrees) -> str:
   return "\n".join(
     [
       "---",
-      f"license: {license}",
+      *_license(card),
       "library_name: transformers",
       "pipeline_tag: image-feature-extraction",
       "tags: [simclr, self-supervised, resnet]",
       "---",
       "",
-      f"# SimCLR encoder: ResNet-{architecture['depth']} {architecture['width']}x",
+      f"# SimCLR encoder: ResNet-{architecture['depth']}, width {architecture['width']:g}",
       "",
-      f"Maps images to h, {card['feature_dimension']} numbers; the projection head is "
-      + ("in projector.safetensors." if export.projector else "thrown away."),
-      f"Trained on {card['data']}, {card['step']} steps. License of the weights: {card['license']}.",
+      f"Maps images to features h of {card['feature_dimension']} dimensions. The projection head is "
+      + ("in projector.safetensors." if export.projector else "not included."),
+      f"Trained on {card['data']} for {card['step']} steps. License of the weights: {card['license']}.",
       "card.json holds the recipe, the scores, the versions and the checksum.",
       "",
+      "## Usage",
+      "",
+      "The image processor and, where transformers has no such network, the model are the Python files of this folder:",
+      "`trust_remote_code=True` runs them. Read them first.",
+      "",
+      "```python",
+      'folder = "."  # or huggingface_hub.snapshot_download("NAME/REPOSITORY")',
+      *before,
+      "import torch",
+      "from PIL import Image",
+      "from transformers import AutoImageProcessor, AutoModel",
+      "",
+      "processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)",
+      f"model = AutoModel.from_pretrained(folder{trust}).eval()",
+      *after,
+      'image = Image.new("RGB", (640, 480))  # yours: Image.open(FILE)',
+      "with torch.inference_mode():",
+      '  h = model(**processor(image, return_tensors="pt")).pooler_output.flatten(1)',
+      f"print(h.shape)  # [1, {card['feature_dimension']}]",
+      "```",
+      "",
+      "`python verify.py` compares h of 16 images with the values in example.npz.",
+      "",
       "## Images",
+      "",
+      "The processor does what the evaluation of this encoder does:",
       "",
       f"- RGB, float32 in {preprocessing['range']}",
       f"- the central square of {preprocessing['center_crop']} of the shorter side, resized to {export.size} pixels",
       f"- resize: {preprocessing['resize']}",
-      "",
-      "preprocessor_config.json comes as near as an image processor can: it resizes first, in whole pixels, and always with",
-      "antialiasing. For the numbers of card.json crop first and resize as above.",
-      "",
-      "## Load",
-      "",
-      "```python",
-      *load,
-      "h = model.eval()(pixel_values).pooler_output.flatten(1)  # float32 [n, 3, h, w] -> [n, d]",
-      "```",
-      "",
-      "`python verify.py` compares with 16 images whose h is in example.npz.",
       *(["", "## Scores", "", "| representation | score | value |", "|---|---|---|", *scores] if scores else []),
       "",
     ]

@@ -6,6 +6,7 @@ Importing this costs nothing: no JAX and no TensorFlow.  Where a section goes to
 defaults and choices are those of that function; tests/test_config.py compares them.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -19,6 +20,7 @@ from simclr_jax.runtime.config import (
   difference,
   every,
   expected,
+  explain,
   find_recipe,
   flatten,
   frozen,
@@ -28,6 +30,7 @@ from simclr_jax.runtime.config import (
   options,
   override,
   parse,
+  read_config,
   read_recipe,
   recipe_folder,
   replace,
@@ -40,17 +43,22 @@ from simclr_jax.runtime.errors import UserError
 __all__ = [
   "build",
   "check_same",
+  "describe",
   "difference",
   "every",
+  "explain",
   "find_recipe",
   "flatten",
   "from_dict",
   "from_json",
   "help_text",
   "load",
+  "of_run",
   "options",
   "override",
+  "parse",
   "program",
+  "read_recipe",
   "recipe_folder",
   "replace",
   "to_dict",
@@ -634,6 +642,23 @@ def load(recipe: str, overrides=()):
   """
   values = read_recipe(recipe)
   return from_dict(merge(values, parse(overrides), class_of(values)))
+
+
+def of_run(workdir, overrides=()):
+  """(the name of the recipe, the config) of the run in a folder, with overrides applied; the name is empty where the run
+  does not say, or the recipe is gone.
+
+  Raises:
+    UserError: there is no run, its config is damaged, or as for `load`.
+  """
+  from simclr_jax.runtime import files
+
+  config = override(from_json(read_config(workdir)), overrides)
+  about = files.absolute(workdir) / "run.json"
+  recipe = json.loads(files.read_text(about)).get("recipe", "") if about.exists() else ""
+  with contextlib.suppress(UserError):
+    return find_recipe(recipe) and recipe, config
+  return "", config
 
 
 def from_dict(values: dict):

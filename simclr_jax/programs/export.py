@@ -13,6 +13,7 @@ from simclr_jax import exporting
 from simclr_jax.exporting.folder import check_vacant
 from simclr_jax.model import make_encoder
 from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import trained
 from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime.errors import UserError
 
@@ -32,8 +33,8 @@ def run(
   """The program `simclr export`: the encoder of a run, or of an exported folder, in one or several formats.
 
   Args:
-    workdir: folder of a run; or
-    encoder: a folder that `simclr export`, `simclr import` or a finished run wrote.
+    workdir: folder of a run, or one that `simclr export`, `simclr import` or a finished run wrote.
+    encoder: the same.
     output: one format goes to this folder itself, several to a folder each below it.
     formats: keys of exporting.FORMATS, or "all".
     head: take the projection head along.
@@ -54,17 +55,23 @@ def run(
     check_vacant(path, overwrite=overwrite)
     if exporting.FORMATS[name][1] and not importlib.util.find_spec(exporting.FORMATS[name][1]):
       raise UserError(f"--format={name} needs {exporting.FORMATS[name][1]}: pip install 'simclr_jax[export]'")
+    if name == "savedmodel" and not importlib.util.find_spec("tensorflow"):
+      raise UserError("--format=savedmodel needs TensorFlow: pip install tensorflow, or choose onnx")
     if name == "savedmodel" and not exporting.tensorflow_reads_jax():
       raise UserError(
         "--format=savedmodel: TensorFlow up to 2.21 does not read the programs of JAX 0.11 and later; export with JAX 0.10"
         " (Python 3.11), or choose onnx"
       )
-  variables, projector, config, facts = _of_folder(encoder) if encoder else _of_run(workdir, step, head)
-  facts |= {"license": license} if license else {}
-  if encoder and step is not None:
+  source = workdir or encoder
+  folder = trained.exported(source)
+  if encoder and not (files.absolute(encoder) / "config.json").exists():
+    folder = encoder
+  if folder and step is not None:
     raise UserError(f"--step={step}: a folder holds one encoder; it belongs to --workdir")
+  variables, projector, config, facts = _of_folder(folder) if folder else _of_run(source, step, head)
+  facts |= {"license": license} if license else {}
   if head and not projector:
-    raise UserError(f"{encoder or workdir} has no projection head: leave --head out")
+    raise UserError(f"{source} has no projection head: leave --head out")
   variables, projector = (jax.tree.map(np.asarray, tree) for tree in (variables, projector if head else None))
   example = None
   for name, path in targets.items():

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simclr_jax import augment, augment_extra, data, exporting, optimizer, views
+from simclr_jax import augment, augment_extra, data, exporting, optimizer, report, views
 from simclr_jax import model as model_lib
 from simclr_jax.evaluation import embed
 from simclr_jax.model import TrainState
@@ -26,6 +26,7 @@ from simclr_jax.programs import same, splits, trained
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, errors, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime import metrics as metrics_lib
 from simclr_jax.runtime.errors import UserError
 
 ADVICE = "lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
@@ -183,7 +184,13 @@ def _last(name: str) -> str:
 def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=None) -> loop.Task:
   """A resolved config and the labeled images as the loop wants them."""
   if config.batch_size > len(source):
-    raise UserError(f"batch_size={config.batch_size} exceeds the {len(source)} training images: lower it")
+    left = f" that labels.fraction={config.labels.fraction:g} leaves" if config.labels.fraction < 1 else ""
+    most = len(source) // mesh.size * mesh.size
+    cure = f"set --config.batch_size={most}" if most else f"give at least {mesh.size} images, one a device"
+    raise UserError(
+      f"batch_size={config.batch_size} exceeds the {len(source)} training images{left}: {cure}"
+      + (", or raise labels.fraction" if left else "")
+    )
   model = create(config, source.num_classes)
   tx, schedule = optimizer_of(config, len(source))
 
@@ -259,7 +266,10 @@ class ClassifierEvaluation:
     return embed.embed(self._apply, variables, self._images, self._mesh), self._images.labels()
 
   def run(self, state) -> dict:
-    logits, labels = self.logits(state)
+    return self.scores(*self.logits(state))
+
+  def scores(self, logits, labels) -> dict:
+    """{"accuracy", "top_5"}: fractions."""
     own = np.take_along_axis(logits, labels[:, None], 1)
     rank = np.sum(logits > own, 1)
     return {"accuracy": float(np.mean(rank < 1)), "top_5": float(np.mean(rank < 5))}
@@ -283,7 +293,8 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
     config_json=config_lib.to_json(config),
     seed=config.seed,
   )
-  scores = evaluation.run(state)
+  logits, labels = evaluation.logits(state)
+  scores = evaluation.scores(logits, labels)
   step = int(state.step)
   if not jax.process_index():
     heads = {name: model_lib.part(state, name) for name in ("projector", "classifier") if name in state.params}
@@ -298,8 +309,36 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
     )
     files.write_sealed(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
     print(f"time {clock.text()}")
+    _page(workdir, config, source, test_source, scores, (logits, labels), clock)
   checkpoint.mark_complete(workdir, step)
   return {"state": state, "scores": scores, "workdir": workdir, "config": config}
+
+
+def _page(workdir, config, source, test_source, scores, predictions, clock):
+  """report.html: scores, curves, classes and confusion of a classifier."""
+  logits, labels = predictions
+  confusion = np.zeros((source.num_classes,) * 2, int)
+  np.add.at(confusion, (labels, logits.argmax(1)), 1)
+  what = "Distillation" if isinstance(config, config_lib.Distill) else "Fine-tuning"
+  begun = config.start or "scratch"
+  report.write_report(
+    workdir / "report.html",
+    title=f"{what} on {config.data.train.partition(':')[0]}",
+    summary=f"{splits.describe(config.data, test_source)}: top-1 {100 * scores['accuracy']:.1f} %, top-5 "
+    f"{100 * scores['top_5']:.1f} %, from {begun} with {len(source):,} training images.",
+    history=metrics_lib.read(workdir),
+    confusion=confusion,
+    predicted_by="the classifier",
+    class_names=source.class_names,
+    seconds=dict(clock.seconds),
+    config=config_lib.to_dict(config),
+    files={
+      workdir / "encoder": "the encoder f, and the heads on it",
+      workdir / "checkpoints": "to resume from",
+      workdir / "metrics.jsonl": "every logged number; TensorBoard files are beside it",
+    },
+  )
+  print(f"  {workdir / 'report.html'}  the page to look at", flush=True)
 
 
 def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:

@@ -2,10 +2,14 @@
 
 import argparse
 
+ENCODER = "a run, or a folder that simclr export, import or a finished run wrote"
+
 
 def training(parser):
   """Of programs that take a recipe and fill a folder."""
-  parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe, such as configs/smoke.py or smoke")
+  parser.add_argument(
+    "--config", metavar="RECIPE", help="a recipe, such as configs/smoke.py or smoke; with --resume that of the run"
+  )
   parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
   _again(parser)
   parser.epilog = "--config.KEY=VALUE changes one value of the recipe, e.g. --config.batch_size=512"
@@ -17,9 +21,9 @@ def training_on_several(parser):
 
 
 def of_a_run(parser):
-  """Of programs that score the encoder of a run of pretraining."""
-  parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
-  parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+  """Of programs that score an encoder."""
+  parser.add_argument("--workdir", "--encoder", required=True, metavar="DIR", help=ENCODER)
+  parser.add_argument("--step", type=int, help="checkpoint of a run to use (default: the newest)")
   _several(parser)
   parser.epilog = "--config.KEY=VALUE changes a value of the run's config, e.g. --config.evaluate.knn_k=200"
 
@@ -48,7 +52,12 @@ def claims(parser):
 
 
 def quickstart(parser):
-  parser.add_argument("folder", metavar="DIR", help="image files at any depth; labels are not needed")
+  parser.add_argument(
+    "folder",
+    nargs="?",
+    metavar="DIR",
+    help="image files at any depth; labels are not needed; with --resume that of the run",
+  )
   parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of the run")
   parser.add_argument("--minutes", type=float, default=6.0, help="for everything, roughly (default: 6)")
   _again(parser)
@@ -87,8 +96,8 @@ def import_official(parser):
 
 def export(parser):
   source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument("--workdir", metavar="DIR", help="folder of the run")
-  source.add_argument("--encoder", metavar="DIR", help="or a folder that simclr export, import or a finished run wrote")
+  source.add_argument("--workdir", metavar="DIR", help=ENCODER)
+  source.add_argument("--encoder", metavar="DIR", help="the same")
   add = parser.add_argument
   add("--output", required=True, metavar="DIR", help="one format: this folder; several: one each below it")
   add(
@@ -105,7 +114,7 @@ def export(parser):
 
 def embed(parser):
   add = parser.add_argument
-  add("--encoder", required=True, metavar="DIR", help="a run, or a folder `simclr export` wrote")
+  add("--encoder", "--workdir", required=True, metavar="DIR", help=ENCODER)
   add("--data", required=True, metavar="DATA", help="a data set such as folder:/my/images")
   add("--output", required=True, metavar="FILE", help="ends in .npz, .parquet or .safetensors")
   add("--data_dir", metavar="DIR", help="where prepared TensorFlow Datasets are")
@@ -116,7 +125,9 @@ def embed(parser):
 
 def map_of_images(parser):
   what = parser.add_mutually_exclusive_group(required=True)
-  what.add_argument("--workdir", metavar="DIR", help="a run: its test images, or training images if it has none")
+  what.add_argument(
+    "--workdir", "--encoder", metavar="DIR", help=f"{ENCODER}: its test images, or training images if it has none"
+  )
   what.add_argument("--features", metavar="FILE", help="a file `simclr embed` wrote")
   add = parser.add_argument
   add(
@@ -138,6 +149,18 @@ def _seed(text: str) -> int:
 
 def recipes(parser):
   parser.add_argument("name", nargs="?", default="", metavar="NAME", help="one recipe, such as smoke")
+
+
+def config(parser):
+  parser.add_argument("recipe", metavar="RECIPE", help="a recipe, such as smoke or configs/v1.py:1x")
+  parser.epilog = "--config.KEY=VALUE changes one value of the recipe, e.g. --config.batch_size=512"
+
+
+def completion(parser):
+  parser.add_argument("shell", choices=("bash", "zsh"), metavar="SHELL", help="bash or zsh")
+  parser.epilog = (
+    'bash: eval "$(simclr completion bash)" in ~/.bashrc; zsh: the same with zsh in ~/.zshrc, after compinit'
+  )
 
 
 def runs(parser):

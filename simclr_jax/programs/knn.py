@@ -1,11 +1,11 @@
-"""`simclr knn`: k-nearest-neighbor accuracy of the h of a run."""
+"""`simclr knn`: k-nearest-neighbor accuracy of the h of a run or an exported encoder."""
 
 from simclr_jax.evaluation import embed, knn
 from simclr_jax.programs import splits, trained
 
 
 def run(workdir, *, step: int | None = None, overrides=()) -> float:
-  """The program `simclr knn`: prints and returns the accuracy of the h of a run on its test images."""
+  """The program `simclr knn`: prints and returns the accuracy of the h of a run, or of an export, on its test images."""
   opened = trained.TrainedRun(workdir, step=step, overrides=overrides)
   train, test = splits.check_labeled(opened.config.data, opened.train_source, opened.test_source)
   (bank, bank_labels), (queries, labels) = opened.h(embed.bank(train, opened.config)), opened.h(test)

@@ -16,6 +16,8 @@ from simclr_jax.programs import trained
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
+MOST_OF_A_GROUP = 6  # near-duplicates that a page shows of each group
+
 
 def thumbnails(source, index) -> np.ndarray:
   """uint8 [n, s, s, 3]: the central squares of the images `index` [n] of a source, as large as a page can carry."""
@@ -51,10 +53,12 @@ def chart(h, pictures, names, labels=None, class_names=(), *, seed: int = 0, xy=
   if known:
     map_xy, pca_xy = views.values()
     a, b = (100 * clusters.accuracy(xy, labels) for xy in (map_xy, pca_xy))
+    pixels, colors = (100 * share for share in clusters.baselines(pictures, labels).values())
     note = (
-      f"{len(h):,} images. A vote of the {near.shape[1]} nearest neighbors names the right class for {a:.1f} % on the "
-      f"map, {b:.1f} % on PCA, {100 * clusters.accuracy_of_h(near, labels):.1f} % in h. Silhouette of the classes "
-      f"{clusters.silhouette(map_xy, labels):.2f}, on PCA {clusters.silhouette(pca_xy, labels):.2f}."
+      f"{len(h):,} images. A vote of the {near.shape[1]} nearest neighbors names the right class for "
+      f"{100 * clusters.accuracy_of_h(near, labels):.1f} % in h, {pixels:.1f} % in raw pixels of the thumbnails, "
+      f"{colors:.1f} % in their color histograms; {a:.1f} % on the map and {b:.1f} % on PCA of h. Silhouette of the "
+      f"classes {clusters.silhouette(map_xy, labels):.2f}, on PCA {clusters.silhouette(pca_xy, labels):.2f}."
     )
   else:
     a, b = (clusters.trustworthiness(h, xy, seed=seed) for xy in views.values())
@@ -72,19 +76,44 @@ def anomalies(h, pictures) -> dict:
 
 def findings(chart: dict, found: dict, *, most: int = 24) -> dict:
   """What a page shows of near-duplicates and outliers: dict(duplicates, outliers), arguments of `report.write_map`."""
-  pictures, names = chart["pictures"], [os.path.basename(str(name)) for name in chart["names"]]
-  pairs = [
-    (f"{names[i]}\n{names[j]}\npixels {pixels:.3f}, h {deep:.3f}", [pictures[i], pictures[j]])
-    for i, j, deep, pixels in found["duplicates"][:most]
+  pictures = chart["pictures"]
+  names = ["/".join(str(name).split(os.sep)[-2:]) for name in chart["names"]]  # with the folder of the class
+  groups = group(found["duplicates"])
+  alike = [
+    (_caption(names, members, found["duplicates"]), [pictures[i] for i in members[:MOST_OF_A_GROUP]])
+    for members in groups[:most]
   ]
   alone = [(f"{names[i]}\n{far:.2f} times", [pictures[i]]) for i, far in found["outliers"][: most // 2]]
   count = len(found["duplicates"])
   text = (
-    f"{count:,} pair{'' if count == 1 else 's'} whose thumbnails correlate by at least {clusters.ALIKE_PIXELS} and "
-    f"whose h have a cosine of at least {clusters.ALIKE_H}" + (f"; the {most} most alike." if count > most else ".")
+    f"{count:,} pair{'' if count == 1 else 's'} in {len(groups):,} group{'' if len(groups) == 1 else 's'}, whose thumbnails "
+    f"correlate by at least {clusters.ALIKE_PIXELS} and whose h have a cosine of at least {clusters.ALIKE_H}"
+    + (f"; the {most} groups with the most alike." if len(groups) > most else ".")
   )
   far = "Distance to the five nearest neighbors in h, relative to that of the median image."
-  return dict(duplicates=(text, pairs), outliers=(far, alone))
+  return dict(duplicates=(text, alike), outliers=(far, alone))
+
+
+def group(pairs) -> list[list[int]]:
+  """Images that pairs (i, j, ...) connect, in the order of the first pair of each group."""
+  of = {}
+  for i, j, *_ in pairs:
+    one, other = of.setdefault(i, [i]), of.setdefault(j, [j])
+    if one is not other:
+      one += other
+      of.update(dict.fromkeys(other, one))
+  return list({id(members): members for members in of.values()}.values())
+
+
+def _caption(names, members, pairs) -> str:
+  """The names of a group, and how alike its least alike pair is."""
+  inside = [pair for pair in pairs if pair[0] in members]
+  deep, pixels = min(pair[2] for pair in inside), min(pair[3] for pair in inside)
+  least = "" if len(inside) == 1 else "at least "
+  more = [f"and {len(members) - MOST_OF_A_GROUP} more"] if len(members) > MOST_OF_A_GROUP else []
+  return "\n".join(
+    [*(names[i] for i in members[:MOST_OF_A_GROUP]), *more, f"pixels {least}{pixels:.3f}, h {least}{deep:.3f}"]
+  )
 
 
 def write(folder, chart: dict, found: dict):
@@ -123,8 +152,8 @@ def run(
   seed: int = 0,
   overrides=(),
 ) -> dict:
-  """The program `simclr map`: a map of a run's test images (training images if it has none), or of a file that
-  `simclr embed` wrote.
+  """The program `simclr map`: a map of the test images of a run or an export (training images if it has none), or
+  of a file that `simclr embed` wrote.
 
   Args:
     method: "infonc-tsne", of h; or "tsimcne", which places the images by the network of a run of configs/tsimcne.py.
@@ -150,7 +179,7 @@ def run(
     h, labels = opened.encode(part), part.labels()
     xy = opened.on_the_map(h) if method == "tsimcne" else None
     index, class_names = chosen[part.rows()], source.class_names
-    title, folder = f"Map of {spec}", epath.Path(workdir) / "map"
+    title, folder = f"Map of {spec}", opened.results("map")
   else:
     made = features.load(table)
     source = data.open_source(made.data)

@@ -19,7 +19,7 @@ from simclr_jax import data, exporting, methods, optimizer, report, train_step, 
 from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import same, scores, splits, trained
+from simclr_jax.programs import recipes, same, scores, splits, trained
 from simclr_jax.runtime import checkpoint, errors, files, loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -229,7 +229,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   if not jax.process_index():
     _write_about(workdir, config, task, mesh, recipe, changes)
     report.view_pairs_png(workdir / "views.png", pairs)
-    _greet(config, workdir, mesh, train_source, test_source, abstract, task, changes)
+    _greet(config, workdir, mesh, train_source, test_source, abstract, task)
 
   state, clock = loop.run(
     dataclasses.replace(task, data=same.for_other_processes(train_source)),
@@ -291,11 +291,9 @@ def _write_about(workdir, config, task, mesh, recipe, changes):
   files.write_text(workdir / "run.json", json.dumps(about, indent=2))
 
 
-def _greet(config, workdir, mesh, source, test, abstract, task, changes):
+def _greet(config, workdir, mesh, source, test, abstract, task):
   parts = {name: int(count_parameters(tree)) for name, tree in abstract.params.items()}
   device = mesh.devices.flat[0]
-  if changes is not None:
-    print(f"changed     {', '.join(f'{key}={now}' for key, _, now in changes) or 'nothing of the recipe'}")
   print(f"config      {workdir / 'config.json'}")
   print(f"images      {len(source):,} from {config.data.train}, {source.num_classes or 'no'} classes")
   if test is not source and not config.data.test:
@@ -345,12 +343,13 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     config=config_lib.to_dict(config),
     files=files,
     snippet=snippet,
+    torch_snippet=exporting.torch_snippet(workdir / "encoder", config.augment.size),
     views=pairs,
     neighbors=result["neighbors"],
     confusion=result["confusion"],
     class_names=result.get("class_names"),
     verdict=result["verdict"],
-    healthy=not result["collapsed"],
+    healthy=False if result["collapsed"] else None,  # never green: what has not collapsed may still be worth little
     seconds=dict(clock.seconds),
     map_of_images=result["map"],
     changes=changes,
@@ -369,5 +368,10 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
 
 
 def main(flags, overrides) -> int:
+  changes = config_lib.difference(config_lib.load(flags.recipe), flags.config) if flags.recipe else ()
+  if flags.recipe and not jax.process_index():
+    made_for = recipes.header(config_lib.find_recipe(flags.recipe).partition(":")[0]).get("Hardware", "").split()
+    print(f"recipe      {flags.recipe}" + f", made for {' '.join(made_for)}" * bool(made_for))
+    print(f"changed     {', '.join(f'{key}={now}' for key, _, now in changes) or 'nothing of the recipe'}")
   run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite, recipe=flags.recipe)
   return 0

@@ -1,4 +1,4 @@
-"""`simclr probe`: linear evaluation on the frozen h of a run.
+"""`simclr probe`: linear evaluation on the frozen h of a run or an exported encoder.
 
 Two protocols: a multinomial regression by L-BFGS on features computed once (evaluation/linear.py), and the paper's
 ImageNet protocol, SGD-Nesterov on crop+flip views without warm-up and weight decay, BatchNorm in inference mode (v1
@@ -130,8 +130,8 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
       make_task(opened, source),
       loop.LoopConfig(log_every=c.log.every_steps),
       mesh=opened.mesh,
-      workdir=checkpoint.claim_workdir(str(opened.workdir / "probe" / folder), resume=True, overwrite=False),
-      config_json=checkpoint.read_config(workdir),
+      workdir=checkpoint.claim_workdir(str(opened.results("probe") / folder), resume=True, overwrite=False),
+      config_json=config_lib.to_json(c),
       seed=c.seed,
     )
     classifier = jax.device_get(state.params)

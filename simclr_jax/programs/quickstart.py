@@ -198,10 +198,11 @@ def classes(root: str, names) -> tuple[np.ndarray | None, list[str]]:
   return np.asarray([found.index(parts[0]) for parts in first], np.int32), found
 
 
-def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, overwrite: bool = False) -> dict:
+def run(folder: str | None, workdir, *, minutes: float = 6.0, resume: bool = False, overwrite: bool = False) -> dict:
   """The program `simclr quickstart`.
 
-  Images are all image files at any depth below `folder`.  `minutes` is for everything, roughly.
+  Images are all image files at any depth below `folder`, by default that of the run that is resumed.  `minutes` is for
+  everything, roughly.
 
   Returns:
     dict(config, why, chart, found, unreadable): what was chosen and what was found, see map.chart and map.anomalies.
@@ -212,6 +213,11 @@ def run(folder: str, workdir, *, minutes: float = 6.0, resume: bool = False, ove
   began = time.monotonic()
   if not minutes > 0:
     raise UserError(f"--minutes={minutes}: expected a number above 0")
+  kept = files.absolute(workdir) / "quickstart.json"
+  if not folder:
+    if not (resume and kept.exists()):
+      raise UserError("name a folder of images, or resume a quickstart with --resume --workdir=RUN")
+    folder = json.loads(files.read_sealed(kept))["folder"]
   root = os.path.abspath(os.path.expanduser(folder))
   spec, root = f"files:{root}", files.printable(root)  # as the names of its images are
   source = data.open_source(spec)

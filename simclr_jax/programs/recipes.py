@@ -11,7 +11,7 @@ import textwrap
 
 from simclr_jax.programs import config as config_lib
 
-FIELDS = ("Command", "Hardware", "Expected", "Source", "Data")
+FIELDS = ("Command", "Hardware", "Expected", "Source", "Data", "Rules")
 SHOWN = {"Hardware": "hardware, time", "Expected": "expected", "Source": "source"}
 LINES = 4  # of a cell
 

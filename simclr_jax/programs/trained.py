@@ -1,4 +1,4 @@
-"""Opening what was trained: the networks of a run or of an exported folder, and a pretraining run with its data."""
+"""Opening what was trained: the networks of a run or of an exported folder, alone or with the data of their training."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from simclr_jax.model import make_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import splits
 from simclr_jax.projector import Projector
-from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -67,29 +67,71 @@ def open_start(path, step: int | None = None) -> Start:
   return Start(config.encoder, config.projector, variables, config)
 
 
+def exported(path):
+  """The folder of the exported encoder that `path` is or, for a run of fine-tuning, holds; None for a run of pretraining."""
+  path = epath.Path(path)
+  if (path / "card.json").exists():
+    return path
+  if (path / "encoder/card.json").exists() and (path / "config.json").exists():
+    made_by = config_lib.program(config_lib.from_json(checkpoint.read_config(path)))
+    return None if made_by == "pretrain" else path / "encoder"
+  return None
+
+
+def _for_evaluation(config, overrides):
+  """The config of an encoder's training, with overrides, as one of pretraining, which says how kNN and probes score."""
+  if isinstance(config, config_lib.Pretrain):
+    return config_lib.override(config, overrides)
+  values = {
+    **{name: config_lib.to_dict(getattr(config, name)) for name in ("data", "encoder") if hasattr(config, name)},
+    "augment": {"size": config.augment.size, "resize": config.augment.resize or "bicubic"},
+    "evaluate": {"crop": config.evaluate.crop, "batch_size": config.evaluate.batch_size},
+    # Nothing is trained by them.
+    **{"batch_size": 256, "train_steps": 1, "optimizer": {"base_lr": 1.0}},
+  }
+  changes = config_lib.parse(overrides)
+  return config_lib.build(config_lib.Pretrain, config_lib.merge(values, changes, config_lib.Pretrain))
+
+
 class TrainedRun:
-  """A finished (or interrupted) pretraining run, opened for evaluation: its config, its encoder, its data.
+  """A pretraining run, finished or interrupted, or an exported encoder, opened for evaluation: its config, encoder and data.
 
   Raises:
-    ValueError: no run or no such checkpoint in the folder, or an override that does not fit.
+    ValueError: neither is in the folder, no such checkpoint, or an override that does not fit.
   """
 
   def __init__(self, workdir, *, step: int | None = None, overrides=()):
     self.workdir = epath.Path(workdir)
-    self.config = config_lib.override(config_lib.from_json(checkpoint.read_config(workdir)), overrides)
-    made_by = config_lib.program(self.config)
-    if made_by != "pretrain":
-      raise UserError(
-        f"--workdir={workdir} is a run of simclr {made_by}: its encoder is in {self.workdir / 'encoder'}; score that "
-        "with simclr transfer"
-      )
     self.mesh = mesh_lib.make_mesh()
+    self._exported = exported(workdir)
+    if self._exported:
+      if step is not None:
+        raise UserError(f"--step={step}: {self._exported} holds one encoder; a run of pretraining has several")
+      _, self.variables, card = exporting.load_encoder(self._exported)
+      self.step = card.get("step", 0)
+      self.config = _for_evaluation(config_lib.from_dict(card["pretraining"]), overrides)
+    else:
+      self.config = config_lib.override(config_lib.from_json(checkpoint.read_config(workdir)), overrides)
+      made_by = config_lib.program(self.config)
+      if made_by != "pretrain":
+        raise UserError(
+          f"--workdir={workdir} is a run of simclr {made_by}: its encoder is in {self.workdir / 'encoder'} when it is done"
+        )
+      size = self.config.augment.size
+      like = jax.eval_shape(
+        make_encoder(self.config.encoder.name, **self.config.encoder).init,
+        jax.random.key(0),
+        jnp.zeros((1, size, size, 3)),
+      )
+      self.step, self.variables = checkpoint.read_run_export(workdir, "encoder", like, step)
     self.encoder = make_encoder(self.config.encoder.name, **self.config.encoder)
-    size = self.config.augment.size
-    like = jax.eval_shape(self.encoder.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    self.step, self.variables = checkpoint.read_run_export(workdir, "encoder", like, step)
     self.train_source, self.test_source = splits.open_data(self.config.data)
     self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
+
+  def results(self, name: str):
+    """Where a program leaves what it makes: in the folder of a run, beside that of an export, which stays as it was written."""
+    folder = files.absolute(self.workdir)
+    return folder.with_name(f"{folder.name}.{name}") if self._exported == self.workdir else folder / name
 
   def h(self, source):
     """(h float32 [n, d], labels int32 [n]) of all readable labeled images of a source, BatchNorm in inference mode."""

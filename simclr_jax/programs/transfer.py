@@ -266,9 +266,34 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     print(f"{name}: " + ", ".join(f"{key} {100 * value:.2f} %" for key, value in out["scores"].items()), flush=True)
   text = table(rows)
   files.write_text(workdir / "transfer.txt", text + "\n")
+  _page(workdir, config, rows)
   checkpoint.mark_complete(workdir)
-  print(f"\n{text}\n\n{workdir / 'transfer.txt'}", flush=True)
+  print(f"\n{text}\n\n{workdir / 'transfer.txt'}\n{workdir / 'report.html'}  the page to look at", flush=True)
   return {"rows": rows, "workdir": workdir}
+
+
+def _page(workdir, config, rows):
+  """report.html: a row a method and encoder, a column a data set; what was chosen, and p against the first encoder."""
+  scores, choices = {}, []
+  for row in rows:
+    for key, value in row["scores"].items():
+      scores.setdefault(key, {"representation": key})[f"{row['name']}, {row['metric'].replace('_', ' ')}"] = value
+      p, chosen = row["p"].get(key), row["chosen"][key]
+      chosen = chosen if isinstance(chosen, dict) else {"l2": chosen}
+      why = () if p is None else (f"differs from SimCLR with p = {p:.2g} in a permutation test",)
+      choices.append((f"{row['name']}, {key}", ", ".join(f"{name} {x:.3g}" for name, x in chosen.items()), *why))
+  report.write_report(
+    workdir / "report.html",
+    title="Transfer",
+    summary=f"{config.start} on {', '.join(row['name'] for row in rows)}.",
+    scores=list(scores.values()),
+    choices=choices,
+    config=config_lib.to_dict(config),
+    files={
+      workdir / "transfer.txt": "the table, beside the paper's",
+      workdir / "transfer.json": "the same for programs",
+    },
+  )
 
 
 def main(flags, overrides) -> int:

@@ -11,8 +11,8 @@ import numpy as np
 
 from simclr_jax import data, report
 from simclr_jax.data.sources import spread
-from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed, invariance
+from simclr_jax.model import make_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import splits, trained
 from simclr_jax.projector import Projector
@@ -86,7 +86,7 @@ def _images(source, count, config, mesh):
 
 def _encode(start: trained.Start):
   """images [m, s, s, 3] -> {"h"} or {"h", "z"}, float32, BatchNorm in inference mode."""
-  encoder, head = resnet(**start.encoder), Projector(**start.projector)
+  encoder, head = make_encoder(start.encoder.name, **start.encoder), Projector(**start.projector)
 
   @jax.jit
   def encode(variables, images):

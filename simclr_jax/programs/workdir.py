@@ -9,7 +9,7 @@ from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime.errors import UserError
 
 WRITES = (  # beside checkpoint.WRITES: patterns of names at the top of a workdir
-  "run.json", "data.json*", "scores.json*", "views.png", "neighbors.png", "report.html", "encoder", "export", "map", "probe",
+  "run.json", "data.json*", "scores.json*", "views.png", "neighbors.png", "report.html", "encoder", "encoder_torch", "export", "map", "probe",
   "unreadable*.txt", "quickstart.json*", "features.npz", "features.npz.parts", "features.npz.unreadable.txt",
   "downstream.*", "seed[0-9]*", "transfer", "transfer.*", "runs.html",
 )  # fmt: skip

@@ -93,8 +93,7 @@ def _curve(key, points, *, span, epochs, reference, lost) -> Figure:
   steps, values = (np.array(axis, float) for axis in zip(*points, strict=True))
   low, high = _limits(values if reference is None else np.append(values, reference), unit, from_zero)
   first, last = span
-  labels = {round((first + last) / 2): "middle", last: "end", first: "start"}  # one each, however few steps there are
-  x, y, parts = _axes(unit, low, high, first, last, labels)
+  x, y, parts = _axes(unit, low, high, first, last)
   notes = []
   if reference is not None:
     parts.append(element("path", class_="reference", d=f"M{LEFT} {y(reference):.1f}H{WIDTH - RIGHT}"))
@@ -158,7 +157,7 @@ def _overlay(key, lines, palette) -> Figure:
   heading, unit, _ = CURVES.get(key, (key, "number", False))
   low, high = _limits(np.concatenate([values for _, values in lines.values()]), unit)
   last = max(steps[-1] for steps, _ in lines.values())
-  x, y, parts = _axes(unit, low, high, 0, last, {0: "start", last: "end"})
+  x, y, parts = _axes(unit, low, high, 0, last)
   for name, (steps, values) in lines.items():
     hint = element("title", f"{name}: {value_text(values[-1], unit)}")
     steps, values = downsample(steps, values, 200)
@@ -229,8 +228,8 @@ def _limits(values, unit, from_zero=False):
   return low, high
 
 
-def _axes(unit, low, high, first, last, labels):
-  """(step → x, value → y, what is drawn): a line at every round value, and labels {step: text-anchor} below."""
+def _axes(unit, low, high, first, last):
+  """(step → x, value → y, what is drawn): a line at every round value, and round steps below."""
   ticks = _ticks(low, high)
   x = Scale(first, max(last, first + 1), LEFT, WIDTH - RIGHT)
   y = Scale(min(low, ticks[0]), max(high, ticks[-1]), HEIGHT - BOTTOM, TOP)
@@ -239,7 +238,9 @@ def _axes(unit, low, high, first, last, labels):
     text = f"{100 * tick:.4g}%" if unit == "percent" else _short(tick)
     parts.append(element("path", class_="grid", d=f"M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"))
     parts.append(element("text", text, class_="y", x=LEFT - 6, y=y(tick) + 3.5))
-  for step, anchor in labels.items():
+  for step in _step_ticks(first, last):
+    near_edge = {x(step) < LEFT + 12: "start", x(step) > WIDTH - RIGHT - 12: "end"}
+    anchor = near_edge.get(True, "middle")
     parts.append(element("text", _short(step), style=f"text-anchor:{anchor}", x=x(step), y=HEIGHT - 5))
   return x, y, parts
 
@@ -254,6 +255,12 @@ def _ticks(low, high):
   power = 10.0 ** math.floor(math.log10(rough))
   step = next(power * m for m in (10, 5, 2, 1) if power * m <= rough * 1.0001)
   return [step * i for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
+
+
+def _step_ticks(first, last) -> list[int]:
+  """Round whole numbers within [first, last], or both ends where there are not two."""
+  ticks = [round(tick) for tick in _ticks(first, last) if tick == round(tick)] if last > first else []
+  return ticks if len(ticks) > 1 else sorted({first, last})
 
 
 def value_text(value, unit) -> str:

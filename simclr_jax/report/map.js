@@ -2,18 +2,25 @@
   const root = document.getElementById("map-of-images"), stage = root.querySelector(".stage");
   const canvas = stage.querySelector("canvas"), card = root.querySelector(".card"), sheet = root.querySelector("img");
   const data = JSON.parse(document.getElementById("map-data").textContent);
-  const { side, columns, names, labels, classes, colors, views } = data;
-  const pen = canvas.getContext("2d"), n = names.length;
-  let view = 0, pictures = !labels, only = -1, zoom = 1, cx = 0.5, cy = 0.5, size = 0, hovered = -1, grip = null;
+  const { side, columns, names, labels, classes, colors, shapes, views } = data;
+  const pen = canvas.getContext("2d"), n = names.length, fingers = new Map();
+  let view = 0, pictures = !labels, only = -1, zoom = 1, cx = 0.5, cy = 0.5, size = 0, hovered = -1, moved = 0;
 
   const margin = 24;
+  const scale = () => zoom * (size - 2 * margin);
   const place = (i) => [
-    size / 2 + (views[view][2 * i] / 1e4 - cx) * zoom * (size - 2 * margin),
-    size / 2 + (views[view][2 * i + 1] / 1e4 - cy) * zoom * (size - 2 * margin),
+    size / 2 + (views[view][2 * i] / 1e4 - cx) * scale(), size / 2 + (views[view][2 * i + 1] / 1e4 - cy) * scale(),
   ];
   const shown = (i) => only < 0 || labels[i] === only;
   const stamp = (to, i, x, y, w) =>
     to.drawImage(sheet, (i % columns) * side, Math.floor(i / columns) * side, side, side, x, y, w, w);
+
+  function mark(x, y, radius, corners) {
+    pen.beginPath();
+    if (!corners.length) pen.arc(x, y, radius, 0, 7);
+    for (const [dx, dy] of corners) pen.lineTo(x + radius * dx, y + radius * dy);
+    pen.closePath();
+  }
 
   function draw() {
     size = stage.clientWidth;
@@ -38,7 +45,8 @@
         const edge = labels ? 2 : 0;
         stamp(pen, i, x - picture / 2 + edge, y - picture / 2 + edge, picture - 2 - 2 * edge + (labels ? 1 : 0));
       } else {
-        pen.beginPath(); pen.arc(x, y, radius, 0, 7); pen.fill();
+        mark(x, y, radius, labels && labels[i] >= 0 ? shapes[labels[i]] : []);
+        pen.fill();
       }
     }
     pen.globalAlpha = 1;
@@ -50,16 +58,21 @@
     for (const b of root.querySelectorAll("[data-view]")) b.classList.toggle("on", +b.dataset.view === view);
     for (const b of root.querySelectorAll("[data-class]")) b.classList.toggle("on", +b.dataset.class === only);
     root.querySelector("[data-pictures]").classList.toggle("on", pictures);
+    // Until it is zoomed in, a finger that moves up or down scrolls the page.
+    canvas.style.touchAction = zoom > 1 ? "none" : "pan-y";
+    root.dataset.at = [zoom, cx, cy].map((x) => x.toFixed(3)).join(" ");
   }
 
-  function point(event) {
-    const box = canvas.getBoundingClientRect(), px = event.clientX - box.left, py = event.clientY - box.top;
-    if (grip && event.buttons) {
-      cx = grip[2] - (px - grip[0]) / zoom / (size - 2 * margin);
-      cy = grip[3] - (py - grip[1]) / zoom / (size - 2 * margin);
-      card.hidden = true;
-      return draw();
-    }
+  function zoomBy(factor, px, py) {  // what is at (px, py) stays there
+    const ux = cx + (px - size / 2) / scale(), uy = cy + (py - size / 2) / scale();
+    zoom = Math.max(1, Math.min(40, zoom * factor));
+    [cx, cy] = zoom === 1 ? [0.5, 0.5] : [ux - (px - size / 2) / scale(), uy - (py - size / 2) / scale()];
+    hide();
+  }
+
+  function hide() { hovered = -1; card.hidden = true; draw(); }
+
+  function point(px, py) {
     let best = -1, least = 22 * 22;
     for (let i = 0; i < n; i++) {
       if (!shown(i)) continue;
@@ -80,23 +93,51 @@
     card.style.top = Math.max(0, Math.min(size - 176, y - 80)) + "px";
   }
 
-  canvas.addEventListener("pointermove", point);
-  canvas.addEventListener("pointerdown", (event) => {
+  const where = (event) => {
     const box = canvas.getBoundingClientRect();
-    grip = event.pointerType === "mouse" ? [event.clientX - box.left, event.clientY - box.top, cx, cy] : null;
-    if (!grip) point(event);
+    return [event.clientX - box.left, event.clientY - box.top];
+  };
+
+  canvas.addEventListener("pointerdown", (event) => {
+    fingers.set(event.pointerId, where(event));
+    if (fingers.size === 1) moved = 0;
   });
-  canvas.addEventListener("pointerup", () => { grip = null; });
-  canvas.addEventListener("pointerleave", () => { hovered = -1; grip = null; card.hidden = true; draw(); });
+  canvas.addEventListener("pointermove", (event) => {
+    const now = where(event), before = fingers.get(event.pointerId);
+    if (!before) return point(...now);
+    fingers.set(event.pointerId, now);
+    moved += Math.hypot(now[0] - before[0], now[1] - before[1]);
+    if (fingers.size === 2) {
+      const [other] = [...fingers].filter(([id]) => id !== event.pointerId).map(([, at]) => at);
+      const apart = (at) => Math.hypot(at[0] - other[0], at[1] - other[1]);
+      zoomBy(apart(now) / Math.max(apart(before), 1), (now[0] + other[0]) / 2, (now[1] + other[1]) / 2);
+    } else if (moved > 6 && (zoom > 1 || event.pointerType === "mouse")) {
+      cx -= (now[0] - before[0]) / scale();
+      cy -= (now[1] - before[1]) / scale();
+      hide();
+    }
+  });
+  canvas.addEventListener("pointerup", (event) => {
+    if (fingers.delete(event.pointerId) && !fingers.size && moved <= 6) point(...where(event));
+  });
+  canvas.addEventListener("pointercancel", (event) => fingers.delete(event.pointerId));
+  canvas.addEventListener("pointerleave", (event) => {
+    fingers.delete(event.pointerId);
+    if (event.pointerType === "mouse") hide();  // a finger that was lifted leaves its card
+  });
+  canvas.addEventListener("wheel", (event) => {
+    if (zoom === 1 && event.deltaY > 0) return;  // the page scrolls on
+    event.preventDefault();
+    zoomBy(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.002)), ...where(event));
+  }, { passive: false });
   root.addEventListener("click", (event) => {
     const b = event.target.closest("button");
     if (!b) return;
     if (b.dataset.view) { view = +b.dataset.view; zoom = 1; cx = cy = 0.5; }
-    if (b.dataset.zoom) { zoom = Math.max(1, Math.min(40, zoom * b.dataset.zoom)); if (zoom === 1) cx = cy = 0.5; }
+    if (b.dataset.zoom) zoomBy(+b.dataset.zoom, size / 2, size / 2);
     if (b.dataset.pictures) pictures = !pictures;
     if (b.dataset.class) only = only === +b.dataset.class ? -1 : +b.dataset.class;
-    card.hidden = true;
-    draw();
+    hide();
   });
   new ResizeObserver(draw).observe(stage);
   sheet.complete ? draw() : sheet.addEventListener("load", draw);

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from simclr_jax.report import pictures
-from simclr_jax.report.colors import TEN, colors
+from simclr_jax.report.colors import marks
 from simclr_jax.runtime import files
 
 SHEET_PIXELS = 6e6  # of the sheet of thumbnails inside a page: about 2 MB as JPEG
@@ -53,10 +53,16 @@ def map_png(path, xy, *, thumbnails=None, labels=None, class_names=(), side: int
 
 
 def _draw_points(image, place, labels, class_names, radius):
-  draw, palette = ImageDraw.Draw(image), colors(len(class_names))
+  draw, kinds = ImageDraw.Draw(image), marks(len(class_names))
   for i in np.random.default_rng(0).permutation(len(place)):  # or the last class would cover the others
-    color = TEN[0] if labels is None else GRAY if labels[i] < 0 else palette[labels[i]]
-    x, y = place[i]
+    color, shape = kinds[0] if labels is None else (GRAY, ()) if labels[i] < 0 else kinds[labels[i]]
+    _draw_mark(draw, *place[i], radius, color, shape)
+
+
+def _draw_mark(draw, x, y, radius, color, shape):
+  if shape:
+    draw.polygon([(x + radius * dx, y + radius * dy) for dx, dy in shape], fill=color)
+  else:
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
 
 
@@ -77,9 +83,9 @@ def _with_legend(image, class_names):
   out = Image.new("RGB", (image.width, image.height + step * rows + 16), "white")
   out.paste(image)
   draw = ImageDraw.Draw(out)
-  for i, (name, color) in enumerate(zip(class_names, colors(len(class_names)), strict=True)):
+  for i, (name, (color, shape)) in enumerate(zip(class_names, marks(len(class_names)), strict=True)):
     x, y = 28 + i % columns * (image.width - 40) // columns, image.height + i // columns * step
-    draw.ellipse((x, y + 4, x + 11, y + 15), fill=color)
+    _draw_mark(draw, x + 5.5, y + 9.5, 5.5, color, shape)
     draw.text((x + 18, y), str(name)[:20], fill="#333", font=font)
   return out
 
@@ -88,7 +94,8 @@ def _with_legend(image, class_names):
 
 
 def map_data(*, views, pictures, names, note, labels=None, class_names=()) -> dict:
-  """What the template `image_map` shows: dict(note, headings, legend [(name, color)], sheet, data for map.js).
+  """What the template `image_map` shows: dict(note, headings, legend [(name, color, shape)], sheet, data for
+  map.js).
 
   Args:
     views: {heading: float [n, 2]}; the first is shown first.
@@ -100,7 +107,7 @@ def map_data(*, views, pictures, names, note, labels=None, class_names=()) -> di
   """
   known = labels is not None and len(class_names) > 0
   classes = [str(name) for name in class_names] if known else []
-  palette = colors(len(classes))
+  palette, shapes = zip(*marks(len(classes)), strict=True)
   sheet, side, columns = _contact_sheet(pictures)
   data = {
     "side": side,
@@ -109,9 +116,10 @@ def map_data(*, views, pictures, names, note, labels=None, class_names=()) -> di
     "labels": [int(label) for label in labels] if known else None,
     "classes": classes,
     "colors": palette,
+    "shapes": shapes,
     "views": [np.rint(1e4 * unit_square(np.asarray(xy, float))).astype(int).ravel().tolist() for xy in views.values()],
   }
-  legend = list(zip(classes, palette, strict=True)) if 0 < len(classes) <= LEGEND_OF_PAGE else []
+  legend = list(zip(classes, palette, shapes, strict=True)) if 0 < len(classes) <= LEGEND_OF_PAGE else []
   return dict(note=note, headings=list(views), legend=legend, sheet=sheet, data=data)
 
 

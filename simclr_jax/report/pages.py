@@ -32,9 +32,11 @@ class Report:
   # The arguments of `neighbors_png`, with or without same_label; the first 12 queries and 8 neighbors are shown.
   neighbors: tuple | None = None
   confusion: np.ndarray | None = None  # counts [c, c], rows the true class, columns the predicted one
+  predicted_by: str = "a vote of the nearest neighbors in h"
   class_names: Sequence[str] | None = None  # c names; without them classes are numbered
   seconds: dict[str, float] | None = None  # {phase: seconds}, the time budget
   snippet: str = ""  # Python text that loads the encoder
+  torch_snippet: str = ""  # the same in PyTorch
   files: dict | None = None  # {path: what it is}; sizes are read from disk, those of folders summed
   changes: Sequence[tuple] | None = None  # (key, value in the recipe, value in this run)
   config: dict | None = None  # the resolved config, nested

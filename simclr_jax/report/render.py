@@ -3,20 +3,38 @@
 Style, scripts and pictures are inside the page; a Content-Security-Policy makes a browser enforce that.
 """
 
+import datetime
 import functools
 import importlib.resources
+import os
+import pathlib
+import shlex
+import sys
 
 import jinja2
 from markupsafe import Markup
 
+import simclr_jax
 from simclr_jax.report import pictures, tables
 from simclr_jax.runtime import files
 
 
 def write_page(path, template: str, **data):
   """Renders a file of templates/ with `data` and writes it to `path` in one move."""
-  page = _environment().get_template(template).render(nav=[], **data)
+  page = _environment().get_template(template).render(nav=[], made=_made(), **data)
   files.write_bytes(path, page.encode("utf-8", "replace"))
+
+
+def _made() -> dict:
+  """When, by which version, on what and by which command a page is written: dict(text, command)."""
+  parts = [f"Written {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC with simclr_jax {simclr_jax.__version__}"]
+  if "jax" in sys.modules:  # else nothing was computed for the page
+    devices = sys.modules["jax"].devices()
+    cores = f" of {os.cpu_count()} cores" if devices[0].platform == "cpu" else ""
+    parts.append(f"on {len(devices)} x {devices[0].device_kind}{cores}")
+  program = pathlib.Path(sys.argv[0])
+  called = program.name == "simclr" or program.parts[-2:] == ("simclr_jax", "__main__.py")
+  return {"text": " ".join(parts), "command": shlex.join(["simclr", *sys.argv[1:]]) if called else ""}
 
 
 @functools.cache

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from simclr_jax.runtime import files, lock, processes
+from simclr_jax.runtime.config import read_config as read_config  # part of what this module offers
 from simclr_jax.runtime.errors import UserError
 
 
@@ -481,26 +482,6 @@ def write_config(workdir, config_json: str):
   """config.json of a run, sealed; by process 0."""
   if not jax.process_index():
     files.write_sealed(files.absolute(workdir) / "config.json", config_json)
-
-
-def read_config(workdir) -> str:
-  """config.json of a run.
-
-  Raises:
-    ValueError: there is no run in this folder, or the file is damaged.
-  """
-  try:
-    text = files.read_sealed(files.absolute(workdir) / "config.json")
-  except FileNotFoundError:
-    raise UserError(f"--workdir={workdir}: no run here (config.json is missing); `simclr pretrain` makes one") from None
-  except UserError as error:
-    raise UserError(f"{error} (a copy is in {folder(workdir)}/STEP/config/metadata)") from None
-  try:
-    if not isinstance(json.loads(text), dict):
-      raise ValueError
-  except ValueError:
-    raise UserError(f"{workdir}/config.json is damaged: it is not a JSON object; restore it from a copy") from None
-  return text
 
 
 def mark_complete(workdir, step: int | None = None):

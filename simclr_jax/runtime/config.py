@@ -13,6 +13,7 @@ import json
 import math
 import numbers
 import pathlib
+import re
 import shutil
 import textwrap
 import types
@@ -386,6 +387,29 @@ def read_recipe(name: str) -> dict:
   return config.to_dict()
 
 
+def read_config(workdir) -> str:
+  """config.json of a run.
+
+  Raises:
+    ValueError: there is no run in this folder, or the file is damaged.
+  """
+  from simclr_jax.runtime import files  # a tenth of a second, which --help does not wait for
+
+  folder = files.absolute(workdir)
+  try:
+    text = files.read_sealed(folder / "config.json")
+  except FileNotFoundError:
+    raise UserError(f"--workdir={workdir}: no run here (config.json is missing); `simclr pretrain` makes one") from None
+  except UserError as error:
+    raise UserError(f"{error} (a copy is in {folder / 'checkpoints'}/STEP/config/metadata)") from None
+  try:
+    if not isinstance(json.loads(text), dict):
+      raise ValueError
+  except ValueError:
+    raise UserError(f"{workdir}/config.json is damaged: it is not a JSON object; restore it from a copy") from None
+  return text
+
+
 # ---- for the reader --------------------------------------------------------------------------------------------------
 
 
@@ -422,15 +446,36 @@ def describe(kind, prefix="", default=None) -> list[Row]:
 
 def help_text(kind) -> str:
   """Every key of a config's class with type, default and meaning, as wide as the terminal."""
-  rows = [row._replace(key=f"--config.{row.key}") for row in describe(kind)]
-  columns = [max(len(row[i]) for row in rows) for i in range(2)] + [max(len(row.default) for row in rows)]
-  indent = " " * (sum(columns) + 8)
+  return "keys of the config\n" + columns([row._replace(key=f"--config.{row.key}") for row in describe(kind)])
+
+
+def explain(config, origin) -> str:
+  """Every resolved key of a config with its value, where that comes from, and its meaning, as wide as the terminal.
+
+  Args:
+    origin: key -> "default", or who gave the value; of a default that other values have changed it becomes "derived".
+  """
+  about = {row.key: row for row in describe(type(config))}
+  rows = []
+  for name, value in flatten(config).items():
+    row = about.get(name) or about.get(re.sub(r"\.[^.]+\.", ".NAME.", name, count=1))
+    shown, source = "''" if value == "" else str(value), origin(name)
+    if row and source == "default" and shown != row.default:
+      source = "derived"
+    rows.append((name, shown, source, row.meaning if row else "not used"))
+  return columns(rows)
+
+
+def columns(rows) -> str:
+  """Rows of four cells as text, the last cell of each wrapped, as wide as the terminal."""
+  widths = [max(len(row[i]) for row in rows) for i in range(3)]
+  indent = " " * (sum(widths) + 8)
   width = max(shutil.get_terminal_size((140, 24)).columns, len(indent) + 40)
   lines = []
   for row in rows:
-    first = "  " + "  ".join(cell.ljust(w) for cell, w in zip(row[:3], columns, strict=True)) + "  "
-    lines += textwrap.wrap(row.meaning, width, initial_indent=first, subsequent_indent=indent, drop_whitespace=True)
-  return "keys of the config\n" + "\n".join(lines)
+    first = "  " + "  ".join(cell.ljust(w) for cell, w in zip(row[:3], widths, strict=True)) + "  "
+    lines += textwrap.wrap(row[3], width, initial_indent=first, subsequent_indent=indent, drop_whitespace=True)
+  return "\n".join(lines)
 
 
 def expected(field) -> str:

@@ -1,4 +1,4 @@
-"""What makes training on a CPU fast, set before jax starts."""
+"""A machine without an accelerator: JAX is told so before it starts, and what makes training on a CPU fast is set."""
 
 import ctypes
 import glob
@@ -7,26 +7,34 @@ import os
 # XLA:CPU sends single convolutions down a slow path; without it a step takes about half the time.
 CPU_XLA_FLAGS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 
-_ACCELERATORS = ("/dev/nvidia*", "/dev/accel*", "/dev/vfio*")
+# NVIDIA, the same in WSL, AMD, TPU.
+_ACCELERATORS = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio*")
 # mallopt(3): never hand freed memory back to the kernel, take none by mmap, and share one arena (others use mmap).
 _MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
 
 
-def prepare() -> str | None:
-  """Sets XLA's flags and malloc's parameters if the run will be on a CPU; call it first, before jax is imported.
+def choose_platform() -> bool:
+  """Sets JAX_PLATFORMS=cpu where it is unset and the machine shows no accelerator; call it before jax is imported.
 
-  A run will be on a CPU if JAX_PLATFORMS is cpu or, with JAX_PLATFORMS unset, if the machine shows no accelerator.
+  JAX would find that out by itself, after plugins such as libtpu have looked for their devices and complained.
+
+  Returns:
+    whether the run will be on a CPU.
+  """
+  if not os.environ.get("JAX_PLATFORMS") and not any(glob.glob(pattern) for pattern in _ACCELERATORS):
+    os.environ["JAX_PLATFORMS"] = "cpu"
+  return os.environ.get("JAX_PLATFORMS") == "cpu"
+
+
+def prepare() -> str | None:
+  """`choose_platform`, and where that is the CPU XLA's flags and malloc's parameters; call it before jax is imported.
+
   What the user has set in the environment, XLA_FLAGS or any of malloc's variables, is left alone.
 
   Returns:
     the line to print that says what was set, or None if nothing was.
   """
-  platforms = os.environ.get("JAX_PLATFORMS", "")
-  if platforms:
-    on_cpu = platforms == "cpu"
-  else:
-    on_cpu = not any(glob.glob(pattern) for pattern in _ACCELERATORS)
-  if not on_cpu:
+  if not choose_platform():
     return None
   done = []
   if "XLA_FLAGS" not in os.environ:

@@ -27,6 +27,7 @@ from simclr_jax.runtime import progress as progress_lib
 from simclr_jax.runtime.errors import UserError
 
 AGREE_EVERY = 100  # steps between two comparisons of what the devices hold; there is one before each checkpoint too
+TIMED_STEPS, WORTH_SAYING = 8, 60.0  # steps after which the time that is left is said once, where it is as many seconds
 State = Any  # a pytree dataclass with an int32 `step`
 Batch = Mapping[str, Any]
 
@@ -279,6 +280,9 @@ class Loop:
       with self.clock.phase("step", "compare"):  # the first of which compiles
         self.compare(batch)
     self.update(batch)
+    if self.step == self.first + TIMED_STEPS and (left := self.seconds_left()) > WORTH_SAYING:
+      steps = self.task.total_steps - self.step
+      self.progress.note(f"expected: {progress_lib.duration(left)} for {steps:,} more steps at this speed")
     last = self.step == self.task.total_steps
     if last or self.step % self.config.log_every == 0:
       self.log()

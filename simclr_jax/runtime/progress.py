@@ -50,8 +50,26 @@ def duration(seconds: float) -> str:
   return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def _notebook():
+  """A function that shows a text in the output of the notebook's cell in the place of the one before; None elsewhere."""
+  shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+  if not hasattr(shell, "kernel"):
+    return None
+  handles = []
+
+  def show(text):
+    content = {"text/plain": text}
+    if handles:
+      handles[0].update(content, raw=True)
+    else:
+      handles.append(sys.modules["IPython"].display.display(content, raw=True, display_id=True))
+
+  return show
+
+
 class Progress:
-  """One line that a person watches: rewritten in place on a terminal, printed now and then into a log file.
+  """One line that a person watches: rewritten in place on a terminal and in a notebook, printed now and then into a log
+  file.
 
   Args:
     show: which numbers of a program stand in it after the loss, {key: label}; a label that ends in " %" shows a fraction
@@ -67,7 +85,8 @@ class Progress:
     seconds_between_lines: float = 10.0,
   ):
     self._total, self._per_epoch, self._show = total_steps, steps_per_epoch, show or {}
-    self._live = sys.stdout.isatty()
+    self._notebook = _notebook()
+    self._live = not self._notebook and sys.stdout.isatty()  # some notebooks call themselves a terminal
     self._active = jax.process_index() == 0
     self._between, self._last = seconds_between_lines, -math.inf
     self._latest = {}
@@ -78,6 +97,9 @@ class Progress:
     if not self._active:
       return
     last_step = step >= self._total
+    if self._notebook:
+      self._notebook(self._line(step, eta))
+      return
     if not self._live and not last_step and time.monotonic() - self._last < self._between:
       return
     self._last = time.monotonic()
