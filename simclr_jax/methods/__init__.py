@@ -85,6 +85,12 @@ def create(config, mesh, source=None) -> Method:
   """
   if config.method not in METHODS:
     raise ValueError(f"config.method={config.method!r}: expected one of {', '.join(METHODS)}")
+  own = config.method not in ("simclr", "memory")
+  for key, plain in (("name", "nt_xent"), ("tile", None)):
+    if own and config.loss[key] != plain:
+      raise ValueError(
+        f"config.loss.{key}={config.loss[key]}: config.method={config.method!r} has its own loss; leave it out"
+      )
   views = config.augment.views
   if views != 2 and (config.method, config.loss.name) != ("simclr", "nt_xent"):
     which = f"config.method={config.method!r}" + f" with config.loss.name={config.loss.name}" * (
