@@ -382,7 +382,7 @@ def file_zeroed(rng, workdir):
 def stopped_late(rng, workdir):
   """The steps of a run that was killed, oldest first; two at least."""
   run = Run(workdir)
-  run.wait_for(f"step {rng.randint(6, STEPS - 1)}")
+  run.wait_for(f"step {rng.randint(7, STEPS - 1)}")  # the save after step 6 has waited for the seal of step 4
   run.processes[0].kill()
   run.ended()
   return sorted(
