@@ -28,7 +28,7 @@ is not repeated. The results are `claims.html`, a table in the terminal, and `cl
 - **Scores** are accuracies of a linear classifier on test images unless said. Where the best of several settings is taken, it
   is the best on held-out training images.
 - **Intervals** are Student's t over differences of runs with the same seed. With three seeds they are wide, and they say nothing
-  of other data, other networks or other learning rates.
+  of other data, other networks or other learning rates. Of intervals of 95 %, one in twenty excludes zero by chance.
 - **Verdicts.** *Supported*: all of the interval agrees with the claim. *Contrary*: all of it contradicts the claim. *Not
   supported*: neither. That something does not matter is supported where all of the interval is within 2 points of zero.
 - **The paper's numbers** are for ResNet-50 on ImageNet after 100 to 1,000 epochs; what a claim shares with them is its
