@@ -45,7 +45,7 @@ class Budget:
 
 BUDGETS = {
   "quick": Budget(seeds=(0, 1, 2), epochs=8.0, train=5000, test=2000, data=("textures",)),
-  "full": Budget(seeds=(0, 1, 2), epochs=40.0, train=20_000, test=10_000, data=("textures", "fashion"), full=True),
+  "full": Budget(seeds=(0, 1, 2), epochs=20.0, train=10_000, test=10_000, data=("textures", "fashion"), full=True),
 }
 # What a cell takes on two free CPU cores, for --plan before anything was measured: seconds for a view pair of 16 pixels
 # through the network of the small scale, for one whose views TensorFlow makes, and beside training.

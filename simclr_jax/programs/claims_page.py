@@ -23,7 +23,7 @@ Killed at any moment and given again, the command resumes: a run that has ended 
 is not repeated. The results are `claims.html`, a table in the terminal, and `claims.json`.
 
 - **Runs.** Each is a row of `configs/ablations.py` at its small scale: ResNet-18 of an eighth of the width, views of 16 pixels,
-  AdamW. `quick` trains 8 epochs on 5,000 images, `full` 40 on 20,000. Views of 16 pixels are too small to be blurred, so
+  AdamW. `quick` trains 8 epochs on 5,000 images, `full` 20 on 10,000. Views of 16 pixels are too small to be blurred, so
   blur in the matrix of pairs changes nothing.
 - **Scores** are accuracies of a linear classifier on test images unless said. Where the best of several settings is taken, it
   is the best on held-out training images.
