@@ -9,9 +9,9 @@ Expected:  CIFAR-10: not measured yet; InstDisc's paper has kNN 80.4 with 4,096 
            Linear evaluation top-1 on ImageNet, ResNet-50: moco 71.1 after 800 epochs (67.5 after 200), moco_v3 74.6
            after 1,000 (68.9 after 100, 72.8 after 300), byol 74.3 after 1,000; instdisc 54.0, kNN 46.5; supcon 78.7,
            with AutoAugment and with labels
-Source:    arXiv 1911.05722 and 2003.04297 (moco); 2104.02057 and the authors' CONFIG.md (moco_v3); 2006.07733, App. J
-           (byol); 1805.01978, Tables 1 and 2, and the authors' README (instdisc); 2004.11362, Table 2 (supcon); Hinton
-           and Salakhutdinov, Science 313 (autoencoder).  All have SimCLR's head and augmentation here; only crops are
+Source:    arXiv 1911.05722 and 2003.04297 (moco); 2104.02057 and the authors' CONFIG.md (moco_v3); 2006.07733,
+           section 3.3 (byol); 1805.01978, Tables 1 and 2, and the authors' README (instdisc); 2004.11362, Table 2 (supcon);
+           Hinton and Salakhutdinov, Science 313 (autoencoder).  All have SimCLR's head and augmentation here; only crops are
            the papers'.  The learning rate of supcon on ImageNet and everything of CIFAR-10 but InstDisc's loss is not
            the papers', and not tuned
 Data:      a prepared TFDS cifar10 or imagenet2012 in --config.data.data_dir, or arrays:

@@ -136,11 +136,20 @@ def create(config, num_examples: int):
   Raises:
     ValueError: unknown optimizer name.
   """
+  schedule = learning_rate(config, num_examples)
+  return rule(config, schedule), schedule
+
+
+def rule(config, schedule):
+  """The optax transformation of `config.optimizer` (name, momentum, weight_decay) with the learning rate of a schedule.
+
+  Raises:
+    ValueError: unknown optimizer name.
+  """
   c = config.optimizer
   if c.name not in OPTIMIZERS:
     raise ValueError(f"optimizer.name={c.name!r}: expected one of {', '.join(OPTIMIZERS)}")
-  schedule = learning_rate(config, num_examples)
-  return OPTIMIZERS[c.name](schedule, momentum=c.momentum, weight_decay=c.weight_decay), schedule
+  return OPTIMIZERS[c.name](schedule, momentum=c.momentum, weight_decay=c.weight_decay)
 
 
 def classifier_l2(params, weight_decay):

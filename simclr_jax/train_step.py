@@ -31,7 +31,8 @@ def train_step(
   """One update.
 
   Args:
-    views: Batch -> float32 [n, 2, h, w, 3] in [0, 1], t(x) and t'(x) of n images x; n is the global batch size.
+    views: Batch -> float32 [n, 2, h, w, 3] in [0, 1], t(x) and t'(x) of n images x, or more than 2 views of each; n is
+      the global batch size.
     network: ({"params", "batch_stats"}, views) -> (model.Outputs, updated batch_stats).
     method: a methods.Method, which has the loss.
     tx, schedule: what optimizer.create returns.
@@ -66,14 +67,14 @@ def online_classifier(logits, label):
   """(loss, metrics) of the linear classifier that watches h without touching it.
 
   Args:
-    logits: [n, 2, classes] of both views, or None without labels.
+    logits: [n, views, classes], or None without labels.
     label: int32 [n], -1 where there is none: such images do not count.
   """
   if logits is None:
     return jnp.zeros(()), {"online_loss": jnp.zeros(())}
-  y = jnp.maximum(label, 0)[:, None]  # both views of an image have its label
+  y = jnp.maximum(label, 0)[:, None]  # all views of an image have its label
   known = label >= 0
-  weight = known[:, None] / (2 * jnp.maximum(known.sum(), 1))
+  weight = known[:, None] / (logits.shape[1] * jnp.maximum(known.sum(), 1))
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.broadcast_to(y, logits.shape[:2]))
   loss = jnp.sum(weight * losses)
   return loss, {"online_loss": loss, "online_accuracy": jnp.sum(weight * (logits.argmax(-1) == y))}

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from simclr_jax import augment_on_device
@@ -24,7 +25,7 @@ class Batch:
   """One global batch of n images, split over the devices along the first axis.
 
   Attributes:
-    pixels: what the host's half of a ViewPipeline made: views, float32 or uint8 [n, 2, size, size, 3]; or dict(image
+    pixels: what the host's half of a ViewPipeline made: k views, float32 or uint8 [n, k, size, size, 3]; or dict(image
       uint8 [n, h, w, 3], extent int32 [n, 2]), images in the top left corners of canvases and their heights and widths.
     label: int32 [n], -1 where there is none.
     index: int32 [n], numbers of the images in the data set.
@@ -50,7 +51,7 @@ class ViewPipeline:
 
   Attributes:
     host: (image uint8 [h, w, 3], seed [2]) -> tensor, a TensorFlow function; None where images stay as they are.
-    device: Batch -> float32 [n, 2, size, size, 3] in [0, 1], part of the compiled step.
+    device: Batch -> float32 [n, k, size, size, 3] in [0, 1], part of the compiled step.
     spec: n -> Batch of shapes and dtypes, all that compiling a step needs.
     canvas: side of the square on which images travel where `host` is None.
     resident: whether the images live on the devices from the start.
@@ -76,7 +77,9 @@ class ViewPipeline:
     jax.eval_shape(self.device, Batch(pixels=pixels, label=one, index=one, seed=np.zeros((1, 2), np.int32)))
 
 
-def pipeline(*, where: str = "host", canvas: int = 512, precision: str = "highest", **options) -> ViewPipeline:
+def pipeline(
+  *, where: str = "host", canvas: int = 512, views: int = 2, precision: str = "highest", **options
+) -> ViewPipeline:
   """The pipeline of `config.augment`.
 
   where="host"         the host does everything: float32 views.
@@ -85,18 +88,22 @@ def pipeline(*, where: str = "host", canvas: int = 512, precision: str = "highes
   where="resident"     the images live on the devices; the host sends their numbers.
 
   Args:
+    views: k of each image, at least 2: as many pairs as that takes, the first of which is that of k = 2.
     precision: of the device's products: "default" for a network that computes in bfloat16, which sees no difference.
     options: of `augment_extra.two_views`, or of augment_on_device.py.
 
   Raises:
-    ValueError: unknown `where`, impossible `canvas`, or an option of the host in a pipeline without it.
+    ValueError: unknown `where`, impossible `canvas` or `views`, or an option of the host in a pipeline without it.
   """
   if where not in WHERE:
     raise ValueError(f"augment.where={where!r}: expected one of {', '.join(WHERE)}")
   if not isinstance(canvas, int) or canvas < 1:
     raise ValueError(f"augment.canvas={canvas!r}: expected the side of the canvas in pixels")
+  if not isinstance(views, int) or views < 2:
+    raise ValueError(f"augment.views={views!r}: expected a number of views of at least 2")
   if where == "host":
-    return ViewPipeline(_host("two_views", options), _pixels, _spec(_views(options["size"], np.float32)), canvas, False)
+    spec = _spec(_views(views, options["size"], np.float32))
+    return ViewPipeline(_host("two_views", views, options), _pixels, spec, canvas, False)
   for name in HOST_ONLY:
     if options.pop(name, ()):
       raise ValueError(f"augment.where={where!r}: augment.{name} is done by the host, with augment.where=host")
@@ -104,32 +111,57 @@ def pipeline(*, where: str = "host", canvas: int = 512, precision: str = "highes
   options["precision"] = precision
   if where == "device":
     color_and_blur = functools.partial(augment_on_device.color_and_blur, **options)
-    device = lambda batch: color_and_blur(batch.pixels, batch.seed)  # noqa: E731
-    return ViewPipeline(_host("two_crops", crop), device, _spec(_views(crop["size"], np.uint8)), canvas, False)
+    half = lambda batch, pair, seed: color_and_blur(_two(batch.pixels, pair), seed)  # noqa: E731
+    spec = _spec(_views(views, crop["size"], np.uint8))
+    return ViewPipeline(_host("two_crops", views, crop), _device(half, views), spec, canvas, False)
   two_views = functools.partial(augment_on_device.two_views, **crop, **options)
-  device = lambda batch: two_views(batch.pixels["image"], batch.pixels["extent"], batch.seed)  # noqa: E731
+  half = lambda batch, pair, seed: two_views(batch.pixels["image"], batch.pixels["extent"], seed)  # noqa: E731
   images = {"image": ((canvas, canvas, 3), np.uint8), "extent": ((2,), np.int32)}
-  return ViewPipeline(None, device, _spec(images), canvas, where == "resident")
+  return ViewPipeline(None, _device(half, views), _spec(images), canvas, where == "resident")
 
 
-def _host(name, options):
+def _host(name, views, options):
   """A function of augment_extra.py or augment.py, which need TensorFlow, imported when it is first called."""
 
   def half(image, seed):
     from simclr_jax import augment, augment_extra
 
     function = augment_extra.two_views if name == "two_views" else augment.two_crops
-    return function(image, seed, **options)
+    if views == 2:
+      return function(image, seed, **options)
+    import tensorflow as tf
+
+    seeds = [seed, *(tf.random.experimental.stateless_fold_in(seed, pair) for pair in range(1, -(-views // 2)))]
+    return tf.concat([function(image, s, **options) for s in seeds], axis=0)[:views]
 
   return half
+
+
+def _device(half, views):
+  """Batch -> [n, views, ...], from (Batch, number of a pair, its seed [n, 2]) -> [n, 2, ...]."""
+
+  def device(batch):
+    # An odd constant: seeds of other pairs are as far apart as those of other images.
+    seeds = [batch.seed + jnp.int32(pair * 0x1E3779B1) if pair else batch.seed for pair in range(-(-views // 2))]
+    pairs = [half(batch, pair, seed) for pair, seed in enumerate(seeds)]
+    return pairs[0] if views == 2 else jnp.concatenate(pairs, axis=1)[:, :views]
+
+  return device
+
+
+def _two(pixels, pair):
+  """Views 2 pair and 2 pair + 1 of pixels [n, k, ...], the last one twice where k is odd."""
+  if pixels.shape[1] == 2:
+    return pixels
+  return pixels[:, jnp.minimum(jnp.arange(2 * pair, 2 * pair + 2), pixels.shape[1] - 1)]
 
 
 def _pixels(batch):
   return batch.pixels
 
 
-def _views(size, dtype):
-  return (2, size, size, 3), dtype
+def _views(views, size, dtype):
+  return (views, size, size, 3), dtype
 
 
 def _spec(pixels):

@@ -1,6 +1,7 @@
 """The contrastive losses on one page: the official code's numbers, and float64 loops over anchors and candidates."""
 
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -297,3 +298,29 @@ def test_cauchy_far_from_the_origin(d):
   z = random_z(9, d, 0.5)
   near, far = (loss_only(contrast.cauchy, z + offset) for offset in (0, 64))
   np.testing.assert_allclose(far, near, rtol=1e-5 if d == 2 else 1e-2)
+
+
+@pytest.mark.parametrize("views", [2, 3, 4])
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+def test_all_pairs_of_several_views(form, views):
+  """The mean over pairs of views of the loss by its definition; of two views it is what it was, bit for bit."""
+  z, tau = np.random.default_rng(0).normal(size=(6, views, 4)), 0.3
+  unit = z / np.linalg.norm(z, axis=-1, keepdims=True)
+  losses = []
+  for a, b in itertools.combinations(range(views), 2):
+    for i, (u, v) in itertools.product(range(6), ((a, b), (b, a))):
+      others = [unit[i, u] @ unit[j, w] for j in range(6) for w in (a, b) if j != i]
+      e = np.exp(np.array([unit[i, u] @ unit[i, v], *others]) / tau)
+      losses.append(-np.log(e[0] / e.sum()))
+  loss = contrast.nt_xent if form == "dense" else functools.partial(contrast.nt_xent_tiled, tile=4)
+  (value, metrics), gradient = jax.value_and_grad(lambda z: loss(z, tau), has_aux=True)(jnp.float32(z))
+  assert float(value) == pytest.approx(np.mean(losses), rel=1e-5)
+  assert gradient.shape == z.shape and 0 <= metrics["contrastive_accuracy"] <= 1
+  if views == 2:
+    plain = contrast.nt_xent.__wrapped__ if form == "dense" else contrast.nt_xent_tiled.__wrapped__
+    options = {} if form == "dense" else {"tile": 4}
+    np.testing.assert_array_equal(value, plain(jnp.float32(z), tau, **options)[0])
+  else:
+    step = 1e-3 * np.random.default_rng(1).normal(size=z.shape)
+    change = float(loss(jnp.float32(z + step), tau)[0] - loss(jnp.float32(z - step), tau)[0]) / 2
+    assert change == pytest.approx(float(np.sum(np.asarray(gradient) * step)), rel=2e-2)

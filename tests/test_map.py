@@ -2,18 +2,25 @@
 
 import csv
 import re
+import types
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
-from simclr_jax import report
+from simclr_jax import data, model, report
 from simclr_jax.evaluation import clusters
-from simclr_jax.programs import embed
+from simclr_jax.evaluation import embed as embed_lib
+from simclr_jax.methods import tsimcne
+from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import embed, pretrain, trained
 from simclr_jax.programs import map as map_lib
 from simclr_jax.report import colors
 from simclr_jax.report import map as map_report
+from simclr_jax.runtime import checkpoint, loop
+from simclr_jax.runtime import mesh as mesh_lib
 
 rng = np.random.default_rng(0)
 
@@ -141,3 +148,55 @@ def test_mistakes(table, tmp_path):
     map_lib.run()
   with pytest.raises(ValueError, match="1 image: a map needs at least two"):
     map_lib.run(table=table, images=1)
+
+
+def test_silhouette_by_a_loop_and_by_scikit_learn():
+  xy, labels = rng.normal(size=(40, 2)), rng.integers(0, 3, 40)
+  labels[7] = 5  # alone in its class
+  scores = []
+  for i in range(40):
+    distance = np.linalg.norm(xy - xy[i], axis=1)
+    own = [distance[j] for j in range(40) if labels[j] == labels[i] and j != i]
+    others = [distance[labels == c].mean() for c in set(labels) - {labels[i]}]
+    scores.append((min(others) - np.mean(own)) / max(min(others), np.mean(own)) if own else 0.0)
+  assert clusters.silhouette(xy, labels) == pytest.approx(np.mean(scores), abs=1e-9)
+  metrics = pytest.importorskip("sklearn.metrics")
+  assert clusters.silhouette(xy, labels) == pytest.approx(metrics.silhouette_score(xy, labels), abs=1e-9)
+  assert np.isnan(clusters.silhouette(xy, np.zeros(40, int)))
+
+
+def test_the_map_of_features_has_no_network(table):
+  with pytest.raises(ValueError, match="the network of the map is in the run, not in --features"):
+    map_lib.run(table=table, method="tsimcne")
+
+
+@pytest.mark.slow
+def test_tsimcne_trains_a_map_that_places_new_images_too(tmp_path, capsys):
+  spec = tiny.npz(tmp_path / "set.npz")
+  changes = {"tsimcne.stages": (1.0, 1.0, 2.0), "optimizer.name": "sgd", "data.train": spec, "data.held_out": 0.0}
+  config = tiny.config(method="tsimcne", **changes, **{"data.test": ""})
+  mesh, text = mesh_lib.make_mesh(jax.devices()[:1]), config_lib.to_json(config)
+  task = pretrain.make_task(config, data.open_source(spec), mesh=mesh)
+  options = dict(mesh=mesh, workdir=tmp_path / "run", config_json=text, seed=0)
+  state, _ = loop.run(task, loop.LoopConfig(log_every=4), **options)
+  checkpoint.write_config(tmp_path / "run", text)
+  found = map_lib.run(tmp_path / "run", method="tsimcne", images=40)
+  out = capsys.readouterr().out
+  assert list(found["views"]) == ["t-SimCNE", "PCA"] and "Silhouette of the classes" in out
+  net = model.create(config, 10, tsimcne.Plane())
+
+  def placed(spec, index):
+    source = data.open_source(spec)
+    crop = embed_lib.crop_of(config)
+    images = crop([source.read(int(i)) for i in index])
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return np.asarray(net.apply(variables, images[:, None], train=False).prediction[:, 0, 0])
+
+  index = np.sort(data.permutation(0, 0, 96)[:40])
+  np.testing.assert_allclose(found["views"]["t-SimCNE"], placed(spec, index), atol=1e-4)
+  new = [f"--config.data.test={spec}:test"]
+  found = map_lib.run(tmp_path / "run", method="tsimcne", output=tmp_path / "new", overrides=new)
+  np.testing.assert_allclose(found["views"]["t-SimCNE"], placed(f"{spec}:test", np.arange(32)), atol=1e-4)
+  with pytest.raises(ValueError, match="is a run of config.method=simclr: expected one of tsimcne"):
+    run = types.SimpleNamespace(config=tiny.config(), workdir="x")
+    trained.TrainedRun.on_the_map(run, None)

@@ -213,6 +213,8 @@ def test_upsampling_repeats_pixels():
     ({"method": "supcon"}, "config.method='supcon' learns from labels and fashion:train has none"),
     ({"method": "moco", "loss.temperature": None}, "config.method='moco' needs one, such as 0.2"),
     ({"method": "byol", "moco.size": 8}, "config.method='byol': config.moco is for config.method=moco"),
+    ({"method": "byol", "loss.name": "decoupled"}, "config.loss.name=decoupled: config.method='byol' has its own loss"),
+    ({"method": "moco", "loss.tile": 4}, "config.loss.tile=4: config.method='moco' has its own loss; leave it out"),
     ({"method": "instdisc", "instdisc.decay": 1.0}, "instdisc.decay=1.0: expected a number of at least 0 and below 1"),
   ],
 )
@@ -232,7 +234,7 @@ def test_every_recipe_of_a_method_names_it_and_makes_it():
   from configs import methods as recipes
 
   variants = [*recipes.CIFAR10, *(f"{name}-imagenet" for name in recipes.IMAGENET)]
-  assert set(recipes.CIFAR10) == set(methods.METHODS) - {"simclr", "memory"}
+  assert set(recipes.CIFAR10) == set(methods.METHODS) - {"simclr", "memory", "tsimcne"}
   for variant in variants:
     config = config_lib.load(f"configs/methods.py:{variant}")
     method = methods.create(config, None, data.AbstractSource(1_281_167, 1000))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from simclr_jax import methods, model, optimizer, train_step
+from simclr_jax import data, methods, model, optimizer, train_step
 from simclr_jax.methods import autoencoder
 from simclr_jax.programs import pretrain
 from simclr_jax.projector import BatchNorm, Projector
@@ -30,6 +30,12 @@ CHANGES = {
   "supcon": {},
   "alignment": {},
   "autoencoder": {},
+  "tsimcne": {
+    "tsimcne.stages": (1.0, 1.0, 2.0),
+    "tsimcne.last_lr": 0.5,
+    "optimizer.name": "sgd",
+    "optimizer.base_lr": 0.01,
+  },
 }
 
 
@@ -71,6 +77,8 @@ def make_task(name, mesh, microbatches=1):
   parts = dict(encoder=Toy(), projector=Projector(2, 4), num_classes=3)
   net = model.WithPredictor(**parts, predictor=predictor) if predictor else model.SimCLR(**parts)
   tx = optimizer.sgd_nesterov(0.01)
+  if hasattr(method, "optimizer"):
+    tx, _ = method.optimizer(config, IMAGES)
   device = lambda batch: batch.pixels  # noqa: E731
   if microbatches == 1:
     views, network = train_step.whole(net, device)
@@ -180,3 +188,46 @@ def test_microbatches_change_nothing(name):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *jax.device_get([(s.params, s.extra) for s in (whole, parts)])
   )  # fmt: skip
+
+
+def test_tsimcne_trains_in_three_stages():
+  """Of the four updates, 1 is of z, 1 of the output layer alone, and 2 are of everything at half the rate."""
+  states, net = train("tsimcne")
+  states = jax.device_get(states)
+
+  def moved(before, after, name):
+    return max(
+      np.abs(a - b).max() for a, b in zip(*(jax.tree.leaves(s.params[name]) for s in (before, after)), strict=True)
+    )
+
+  first, second, third = itertools.pairwise(states)
+  assert moved(*first, "encoder") > 0 and moved(*first, "projector") > 0 and moved(*first, "predictor") == 0
+  assert moved(*second, "encoder") == 0 and moved(*second, "projector") == 0 and moved(*second, "predictor") > 0
+  assert all(moved(*third, name) > 0 for name in ("encoder", "projector", "predictor", "classifier"))
+  assert moved(*second, "classifier") > 0
+  outputs = outputs_of(net, {"params": states[0].params, "batch_stats": states[0].batch_stats}, 0)[0]
+  assert outputs.prediction.shape == (N, 2, 2, 2)
+  np.testing.assert_array_equal(outputs.prediction[:, :, 0], outputs.prediction[:, :, 1])
+
+
+def test_the_schedule_of_tsimcne_starts_again_in_each_stage():
+  changes = {"tsimcne.stages": (5.0, 1.0, 4.0), "tsimcne.last_lr": 0.01, "optimizer.warmup_epochs": 1.0}
+  config = tiny.config(method="tsimcne", train_steps=100, **changes)
+  method = methods.create(config, None, tiny.source(IMAGES))
+  assert method.ends == (50, 60)
+  _, schedule = method.optimizer(config, IMAGES)
+  rates = np.array([schedule(step) for step in (0, 2, 50, 60)]) / config.optimizer.base_lr
+  np.testing.assert_allclose(rates, [0, 1, 1, 0.01], atol=1e-6)
+  assert schedule(49) < 0.01 * schedule(2) and schedule(59) < 0.03 * schedule(50) and schedule(99) < 0.01 * schedule(60)
+  with pytest.raises(ValueError, match="expected at least one step in each stage"):
+    methods.create(tiny.config(method="tsimcne", train_steps=4), None, tiny.source(IMAGES))
+
+
+@pytest.mark.parametrize("name, entry, rows", [("moco", "queue", 64), ("instdisc", "bank", 2048)])
+def test_plan_counts_queue_and_bank_as_split(name, entry, rows):
+  changes = {"optimizer.warmup_epochs": 0.0} | ({"moco.size": 64} if name == "moco" else {})
+  config = tiny.config(method=name, **changes)
+  mesh = mesh_lib.make_mesh()
+  _, (state, _) = pretrain.abstract_step(config, mesh, data.AbstractSource(2000, 10))
+  memory = state.extra[entry]
+  assert memory.shape == (rows, 16) and memory.sharding.shard_shape(memory.shape) == (rows // 8, 16)

@@ -4,7 +4,8 @@
 `nt_xent_tiled` is the same function in the memory of one tile, on one device or around a ring of them.
 `nt_xent_auto` takes the cheaper of the two.
 
-Everywhere z is [n, 2, d]: the projections of n images, two views each, the views of an image side by side.
+Everywhere z is [n, 2, d]: the projections of n images, two views each, the views of an image side by side.  NT-Xent also
+takes k views, [n, k, d], of which it compares all pairs.
 Both views of image i are each other's positive; the 2n - 2 views of the other images are the negatives.
 This package needs jax and numpy alone.
 """

@@ -3,16 +3,26 @@
 import jax
 import jax.numpy as jnp
 
-from simclr_jax.contrast.similarities import MASKED, compare, dot, matrix_metrics, potentials, prepare, reduce
+from simclr_jax.contrast.similarities import (
+  MASKED,
+  compare,
+  dot,
+  matrix_metrics,
+  over_pairs,
+  potentials,
+  prepare,
+  reduce,
+)
 
 
+@over_pairs
 def nt_xent(z, temperature, *, normalize=True, reduction="mean", precision="highest", bank=None, banked=0):
   """NT-Xent over the global batch, with the whole [2n, 2n] matrix of similarities in memory.
 
   Under jit, z may be sharded over its first axis; negatives range over all of it.
 
   Args:
-    z: [n, 2, d] projections, any float type; computed in float32.
+    z: [n, 2, d] projections, any float type; computed in float32.  [n, k, d] for k > 2 views: see `over_pairs`.
     temperature: tau > 0, a number or a scalar array (which may be learned).
     normalize: divide each projection by its norm (cosine similarity); otherwise plain dot products.
     reduction: "mean" over the 2n anchors (the paper's equation), or "official_sum": the mean over the n images

@@ -1,5 +1,8 @@
 """What every loss on z shares: checks, logits of all pairs, and the metrics of the similarity matrix."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +11,24 @@ PRECISIONS = ("highest", "high", "default")
 # Stands for -inf in a masked logit: exp of it is exactly 0 beside any real logit, and unlike -inf it leaves
 # a row without negatives (n = 1) with loss 0 and gradient 0 where inf - inf would be NaN.
 MASKED = jnp.finfo(jnp.float32).min
+
+
+def over_pairs(loss):
+  """A loss of z [n, 2, d] as one of z [n, k, d] too: the mean over all k (k - 1) / 2 pairs of views, and of the metrics.
+
+  The negatives of a pair are the 2n - 2 views of the other images in that pair: the full graph of arXiv 1906.05849,
+  section 3.3.
+  """
+
+  @functools.wraps(loss)
+  def mean(z, *args, **keywords):
+    k = z.shape[1] if z.ndim == 3 else 2
+    if k <= 2:
+      return loss(z, *args, **keywords)
+    pairs = [loss(z[:, jnp.array(pair)], *args, **keywords) for pair in itertools.combinations(range(k), 2)]
+    return jax.tree.map(lambda *values: sum(values) / len(pairs), *pairs)
+
+  return mean
 
 
 def compare(y, precision):

@@ -25,12 +25,23 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from simclr_jax.contrast.nt_xent import nt_xent
-from simclr_jax.contrast.similarities import MASKED, dot, pair_potential, positives, prepare, reduce, row_dot, summary
+from simclr_jax.contrast.similarities import (
+  MASKED,
+  dot,
+  over_pairs,
+  pair_potential,
+  positives,
+  prepare,
+  reduce,
+  row_dot,
+  summary,
+)
 
 AXIS = "data"
 VIEW_PAIRS = tuple(itertools.product((0, 1), (0, 1)))
 
 
+@over_pairs
 def nt_xent_tiled(z, temperature, *, mesh=None, tile=None, normalize=True, reduction="mean", precision="highest"):
   """`nt_xent`, same values, gradients and metrics, in O(n d / devices) memory and about half the multiplications.
 

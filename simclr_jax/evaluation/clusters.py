@@ -1,9 +1,9 @@
 """What a set of representations h looks like: two maps in the plane, how far to trust them, near-duplicates, outliers.
 
-Of the two maps, PCA has distances that mean something everywhere, and the other keeps neighbors together. That one
-minimizes the loss of t-SimCNE (arXiv 2210.09879, eq. 2), NT-Xent with the Cauchy kernel 1 / (1 + d^2) in place of
-exp(cosine / T), over free points instead of the outputs of a network. The partners of an image are not its second view
-but its nearest neighbors in h, which makes it a relative of t-SNE (InfoNC-t-SNE, arXiv 2206.01816).
+Of the two maps, PCA has distances that mean something everywhere, and the other, InfoNC-t-SNE (arXiv 2206.01816), keeps
+neighbors together. It minimizes NT-Xent with the Cauchy kernel 1 / (1 + d^2) in place of exp(cosine / T) over free points,
+of which the partners of an image are its nearest neighbors in h. t-SimCNE (arXiv 2210.09879) has the same loss over the
+outputs of a network, with the second view as the partner: that is a way of training, methods/tsimcne.py.
 """
 
 import functools
@@ -87,6 +87,26 @@ def accuracy(xy, labels, *, k: int = NEIGHBORS) -> float:
   for queries in np.array_split(np.arange(len(xy)), -(-len(xy) // 500)):
     right += int((_majority(labels[_nearest_on_map(xy, queries, k)]) == labels[queries]).sum())
   return right / len(xy)
+
+
+def silhouette(xy, labels) -> float:
+  """Mean over the points xy [n, 2] of (b - a) / max(a, b), a the mean distance to the other points of its class and b that
+  to the points of the nearest other class; 0 for a point that is alone in its class, and nan where there is one class.
+
+  Source: Rousseeuw 1987, as scikit-learn defines it.
+  """
+  xy, labels = np.asarray(xy, np.float64), np.unique(labels, return_inverse=True)[1]
+  counts = np.bincount(labels)
+  if len(counts) < 2:
+    return float("nan")
+  member, total = np.eye(len(counts))[labels], 0.0
+  for rows in np.array_split(np.arange(len(xy)), -(-len(xy) // 500)):
+    sums = np.sqrt(((xy[rows, None] - xy[None]) ** 2).sum(-1)) @ member
+    own = labels[rows]
+    a = np.take_along_axis(sums, own[:, None], 1)[:, 0] / np.maximum(counts[own] - 1, 1)
+    b = np.where(member[rows] > 0, np.inf, sums / counts).min(1)
+    total += np.where(counts[own] > 1, (b - a) / np.maximum(np.maximum(a, b), 1e-12), 0.0).sum()
+  return float(total / len(xy))
 
 
 def accuracy_of_h(near, labels) -> float:

@@ -5,7 +5,19 @@ A new method is a file with a `create` and a line in METHODS; step, loop, checkp
 
 from typing import Any, Protocol
 
-from simclr_jax.methods import alignment, autoencoder, byol, controls, instdisc, memory, moco, moco_v3, simclr, supcon
+from simclr_jax.methods import (
+  alignment,
+  autoencoder,
+  byol,
+  controls,
+  instdisc,
+  memory,
+  moco,
+  moco_v3,
+  simclr,
+  supcon,
+  tsimcne,
+)
 
 Extra = Any  # a tree of arrays, part of the training state: {} for SimCLR; a target network, a queue, a memory bank
 
@@ -20,6 +32,8 @@ class Method(Protocol):
     predictor: a Linen module that is trained on z, (z [m, d], views [m, h, w, 3], train) -> [m, ...]; `outputs` is then
       model.Predicted.
     split: names of entries of its extra state whose rows are split over the devices, such as a memory bank.
+    optimizer: (config, number of images) -> (optax transformation, schedule), in place of optimizer.create, for training
+      in stages.
   """
 
   chance_loss: float | None
@@ -54,6 +68,7 @@ METHODS = {
   "supcon": supcon.create,
   "autoencoder": autoencoder.create,
   "alignment": alignment.create,
+  "tsimcne": tsimcne.create,
   "supervised": controls.supervised,
   "oracle": controls.oracle,
 }
@@ -70,4 +85,16 @@ def create(config, mesh, source=None) -> Method:
   """
   if config.method not in METHODS:
     raise ValueError(f"config.method={config.method!r}: expected one of {', '.join(METHODS)}")
+  own = config.method not in ("simclr", "memory")
+  for key, plain in (("name", "nt_xent"), ("tile", None)):
+    if own and config.loss[key] != plain:
+      raise ValueError(
+        f"config.loss.{key}={config.loss[key]}: config.method={config.method!r} has its own loss; leave it out"
+      )
+  views = config.augment.views
+  if views != 2 and (config.method, config.loss.name) != ("simclr", "nt_xent"):
+    which = f"config.method={config.method!r}" + f" with config.loss.name={config.loss.name}" * (
+      config.method == "simclr"
+    )
+    raise ValueError(f"config.augment.views={views}: {which} is for 2 views; more are for simclr with nt_xent")
   return METHODS[config.method](config, mesh, source)

@@ -2,7 +2,7 @@
 
 There are no negatives.  What keeps all embeddings from becoming equal is the predictor together with a target that no
 gradient reaches and that moves slowly.  The projection head is that of `config.projector`.  LARS and weight decay leave out
-biases and BatchNorm, of the predictor too, as in the paper's Appendix J (optimizer.exclude_from_lars).
+biases and BatchNorm, of the predictor too, as in the paper's section 3.3 (optimizer.exclude_from_lars).
 """
 
 import dataclasses

@@ -109,6 +109,12 @@ class Augment(Crop):
   canvas: int = key(
     512, "side in pixels of the canvas that holds an image for device_crop and resident", at_least=1, option=False
   )
+  views: int = key(
+    2,
+    "views of each image; more than 2 are compared in all pairs, by method=simclr with nt_xent",
+    at_least=2,
+    option=False,
+  )
   color_strength: float = key(
     1.0, "strength of the color distortion; 0 also turns grayscale off", at_least=0, at_most=1.25
   )
@@ -129,6 +135,7 @@ class TuneAugment(Augment):
   """Crops and flips, unless colors are asked for."""
 
   where: str = key("host", "where views are made", choices=("host",), option=False)
+  views: int = key(2, "views of each image, of which one is used", choices=(2,), option=False)
   resize: str | None = key(None, "interpolation of crops; None: as the start was trained", choices=RESIZES)
   color_strength: float | None = key(
     None, "strength of the color distortion; None: crops and flips alone", at_least=0, at_most=1.25
@@ -240,6 +247,20 @@ class InstDisc(Section):
   decay: float = key(0.5, "method=instdisc: decay of the rows of the memory bank", at_least=0, below=1)
   proximal: float = key(
     0.0, "method=instdisc: weight of the squared distance of z from its row of the memory bank", at_least=0
+  )
+
+
+@frozen
+class TSimCNE(Section):
+  """Arguments of methods/tsimcne.py."""
+
+  stages: tuple[float, float, float] = key(
+    (1000.0, 50.0, 450.0),
+    "method=tsimcne: relative lengths of the stages: many dimensions, the plane's layer alone, all",
+    above=0,
+  )
+  last_lr: float = key(
+    0.001, "method=tsimcne: learning rate of the last stage, as a fraction of that of the others", above=0
   )
 
 
@@ -356,6 +377,17 @@ class Training(Section):
       raise UserError("train_epochs=0 and config.train_steps=0: set one of them")
 
 
+# Of methods that have options: there when the method is chosen, and refused otherwise.
+SECTIONS = {
+  "memory": Memory,
+  "moco": MoCo,
+  "moco_v3": MoCoV3,
+  "byol": BYOL,
+  "instdisc": InstDisc,
+  "tsimcne": TSimCNE,
+}
+
+
 @frozen
 class Pretrain(Training):
   """`simclr pretrain`."""
@@ -365,8 +397,8 @@ class Pretrain(Training):
   # No choices: a new method is a line of methods.METHODS alone, which refuses unknown names.
   method: str = key(
     "simclr",
-    "how the encoder is trained: simclr, memory, moco, moco_v3, byol, instdisc, supcon, autoencoder or alignment; or the "
-    "controls supervised and oracle; a section memory means memory",
+    "how the encoder is trained: simclr, memory, moco, moco_v3, byol, instdisc, supcon, autoencoder, alignment or tsimcne; or "
+    "the controls supervised and oracle; a section memory means memory",
   )
   removed_negatives: float = key(
     1.0, "method=oracle: fraction of the negatives of the same class that are left out", at_least=0, at_most=1
@@ -394,6 +426,7 @@ class Pretrain(Training):
   moco_v3: MoCoV3 | None = None
   byol: BYOL | None = None
   instdisc: InstDisc | None = None
+  tsimcne: TSimCNE | None = None
   loss: Loss = section(Loss)
   evaluate: EvaluateFeatures = section(EvaluateFeatures)
   probe: Probe = section(Probe)
@@ -408,7 +441,7 @@ class Pretrain(Training):
       raise UserError(f"norm_devices={self.norm_devices}: is for config.norm_scope=device")
     if self.memory:
       object.__setattr__(self, "method", "memory")
-    for name, kind in {"memory": Memory, "moco": MoCo, "moco_v3": MoCoV3, "byol": BYOL, "instdisc": InstDisc}.items():
+    for name, kind in SECTIONS.items():
       if self[name] and self.method != name:
         raise UserError(f"method={self.method!r}: config.{name} is for config.method={name}")
       if self.method == name and not self[name]:

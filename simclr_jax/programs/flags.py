@@ -119,6 +119,10 @@ def map_of_images(parser):
   what.add_argument("--workdir", metavar="DIR", help="a run: its test images, or training images if it has none")
   what.add_argument("--features", metavar="FILE", help="a file `simclr embed` wrote")
   add = parser.add_argument
+  add(
+    "--method", default="infonc-tsne", choices=("infonc-tsne", "tsimcne"),
+    help="how images get their places: InfoNC-t-SNE on h (the default), or the network of a run of configs/tsimcne.py",
+  )  # fmt: skip
   add("--step", type=int, help="checkpoint of the run to use (default: the newest)")
   add("--output", metavar="DIR", help="folder to write to (default: map, in DIR or beside FILE)")
   add("--images", type=int, default=10_000, help="most images, drawn by --seed (default: 10000)")

@@ -34,21 +34,27 @@ def thumbnails(source, index) -> np.ndarray:
     return np.stack(list(pool.map(small, index)))
 
 
-def chart(h, pictures, names, labels=None, class_names=(), *, seed: int = 0) -> dict:
+def chart(h, pictures, names, labels=None, class_names=(), *, seed: int = 0, xy=None) -> dict:
   """Everything about n images that the map shows.
+
+  Args:
+    xy: float [n, 2], where t-SimCNE places them; by default InfoNC-t-SNE on h does.
 
   Returns:
     the arguments of `map_data` (report/map.py): dict(views {heading: [n, 2]}, note, and what was given); `note` says in
     a sentence how far the map can be trusted.
   """
   near = clusters.neighbors(h)
-  views = {"neighbors": clusters.keep_neighbors(h, near, seed=seed), "PCA": clusters.pca(h)}
+  first = {"InfoNC-t-SNE": clusters.keep_neighbors(h, near, seed=seed)} if xy is None else {"t-SimCNE": xy}
+  views = {**first, "PCA": clusters.pca(h)}
   known = labels is not None and len(class_names) and bool((labels >= 0).all())
   if known:
-    a, b = (100 * clusters.accuracy(xy, labels) for xy in views.values())
+    map_xy, pca_xy = views.values()
+    a, b = (100 * clusters.accuracy(xy, labels) for xy in (map_xy, pca_xy))
     note = (
       f"{len(h):,} images. A vote of the {near.shape[1]} nearest neighbors names the right class for {a:.1f} % on the "
-      f"map, {b:.1f} % on PCA, {100 * clusters.accuracy_of_h(near, labels):.1f} % in h."
+      f"map, {b:.1f} % on PCA, {100 * clusters.accuracy_of_h(near, labels):.1f} % in h. Silhouette of the classes "
+      f"{clusters.silhouette(map_xy, labels):.2f}, on PCA {clusters.silhouette(pca_xy, labels):.2f}."
     )
   else:
     a, b = (clusters.trustworthiness(h, xy, seed=seed) for xy in views.values())
@@ -106,11 +112,22 @@ def _csv(path, head, rows):
   files.write_bytes(path, buffer.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def run(workdir=None, table=None, *, step=None, output=None, images: int = 10_000, seed: int = 0, overrides=()) -> dict:
+def run(
+  workdir=None,
+  table=None,
+  *,
+  method="infonc-tsne",
+  step=None,
+  output=None,
+  images: int = 10_000,
+  seed: int = 0,
+  overrides=(),
+) -> dict:
   """The program `simclr map`: a map of a run's test images (training images if it has none), or of a file that
   `simclr embed` wrote.
 
   Args:
+    method: "infonc-tsne", of h; or "tsimcne", which places the images by the network of a run of configs/tsimcne.py.
     output: folder to write to; by default `map` in the run's folder or next to the file.
     images: the largest number of images, which `seed` draws.
 
@@ -120,6 +137,10 @@ def run(workdir=None, table=None, *, step=None, output=None, images: int = 10_00
   began = time.monotonic()
   if bool(workdir) == bool(table):
     raise UserError("give one of --workdir=RUN and --features=FILE")
+  if table and method == "tsimcne":
+    raise UserError(
+      f"--method=tsimcne: the network of the map is in the run, not in --features={table}: give --workdir=RUN"
+    )
   if workdir:
     opened = trained.TrainedRun(workdir, step=step, overrides=overrides)
     source = opened.test_source
@@ -127,20 +148,21 @@ def run(workdir=None, table=None, *, step=None, output=None, images: int = 10_00
     chosen = np.sort(data.permutation(seed, 0, len(source))[:images])
     part = embed.eval_set(data.Selection(source, chosen), opened.config, opened.mesh)
     h, labels = opened.encode(part), part.labels()
+    xy = opened.on_the_map(h) if method == "tsimcne" else None
     index, class_names = chosen[part.rows()], source.class_names
     title, folder = f"Map of {spec}", epath.Path(workdir) / "map"
   else:
     made = features.load(table)
     source = data.open_source(made.data)
     rows = np.sort(data.permutation(seed, 0, len(made.h))[:images])
-    h, labels, index, class_names = made.h[rows], made.label[rows], made.index[rows], source.class_names
+    xy, h, labels, index, class_names = None, made.h[rows], made.label[rows], made.index[rows], source.class_names
     title, folder = f"Map of {made.data}", epath.Path(table).parent / "map"
   if len(h) < 2:
     raise UserError(f"{len(h)} image: a map needs at least two")
   folder = files.absolute(output) if output else folder
   names = [source.name(int(i)) for i in index]
   pictures = thumbnails(source, index)
-  shown = chart(h, pictures, names, labels if class_names else None, class_names, seed=seed)
+  shown = chart(h, pictures, names, labels if class_names else None, class_names, seed=seed, xy=xy)
   found = anomalies(h, pictures)
   write(folder, shown, found)
   report.write_map(
@@ -172,6 +194,6 @@ def print_findings(names, found: dict, most: int = 5):
 
 
 def main(flags, overrides) -> int:
-  options = {name: getattr(flags, name) for name in ("step", "output", "images", "seed")}
+  options = {name: getattr(flags, name) for name in ("method", "step", "output", "images", "seed")}
   run(flags.workdir, flags.features, **options, overrides=overrides)
   return 0

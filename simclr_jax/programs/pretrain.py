@@ -47,8 +47,8 @@ def view_pipeline(config) -> views.ViewPipeline:
   """The two halves of `config.augment`."""
   # A network that computes in bfloat16 sees no difference; one in float32 is fed float32.
   precision = "default" if config.encoder.dtype == "bfloat16" else "highest"
-  where, canvas = config.augment.where, config.augment.canvas
-  return views.pipeline(where=where, canvas=canvas, precision=precision, **config_lib.options(config.augment))
+  own = {name: config.augment[name] for name in ("where", "canvas", "views")}
+  return views.pipeline(**own, precision=precision, **config_lib.options(config.augment))
 
 
 def _resident(drawn, labels, images, mesh):
@@ -70,7 +70,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None) -> loop.T
   """The config and the training images as the loop wants them; `bad_file` gets the names of unreadable images."""
   method = methods.create(config, mesh, source)
   model = model_lib.create(config, source.num_classes, getattr(method, "predictor", None))
-  tx, schedule = optimizer.create(config, len(source))
+  tx, schedule = getattr(method, "optimizer", optimizer.create)(config, len(source))
   pipeline = view_pipeline(config)
   if config.microbatches == 1:
     augmented, network = train_step.whole(model, pipeline.device)
@@ -213,7 +213,7 @@ def _first_views(task, pipeline):
   """float32 [16, 2, size, size, 3] or fewer: the first view pairs of the first batch."""
   batch = next(iter(task.stream(0)))
   few = jax.tree.map(lambda x: processes.gather(x)[:16] if isinstance(x, jax.Array) else x[:16], batch)
-  return np.asarray(jax.jit(pipeline.device)(few))
+  return np.asarray(jax.jit(pipeline.device)(few)[:, :2])
 
 
 def _write_about(workdir, config, task, mesh, recipe, changes):
@@ -276,7 +276,7 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     h, raw = best["SimCLR h"], best["raw pixels"]
     summary += f" kNN on h {100 * h['knn']:.1f} % (raw pixels {100 * raw['knn']:.1f} %), linear {100 * h['linear']:.1f} % ({100 * raw['linear']:.1f} %)."
   page = dict(
-    title=f"SimCLR on {config.data.train.partition(':')[0]}",
+    title=f"{'SimCLR' if config.method in ('simclr', 'memory') else config.method} on {config.data.train.partition(':')[0]}",
     summary=summary,
     scores=result["scores"],
     history=metrics_lib.read(workdir),

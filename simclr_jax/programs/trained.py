@@ -5,13 +5,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from simclr_jax import exporting
 from simclr_jax.encoder import resnet
 from simclr_jax.evaluation import embed
+from simclr_jax.methods import tsimcne
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import splits
+from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -89,6 +92,22 @@ class TrainedRun:
     """(h float32 [n, d], labels int32 [n]) of all readable labeled images of a source, BatchNorm in inference mode."""
     images = embed.eval_set(source, self.config, self.mesh, labeled=True)
     return self.encode(images), images.labels()
+
+  def on_the_map(self, h):
+    """float32 [n, 2]: the points in the plane at which a run of t-SimCNE places h [n, d], whatever images it is of.
+
+    Raises:
+      UserError: the run is of another method.
+    """
+    if self.config.method != "tsimcne":
+      raise UserError(
+        f"--method=tsimcne: {self.workdir} is a run of config.method={self.config.method}: expected one of tsimcne, such as"
+        " of configs/tsimcne.py; or leave --method out"
+      )
+    _, state = checkpoint.read_run_state(self.workdir, self.step)
+    of = lambda name: {"params": state["params"][name], "batch_stats": state["batch_stats"].get(name, {})}  # noqa: E731
+    z = Projector(**self.config.projector).apply(of("projector"), h)
+    return np.asarray(tsimcne.Plane().apply(of("predictor"), z)[:, 0])
 
   def encode(self, images: embed.EvalSet):
     """h float32 [n, d] of the readable images of a set."""
