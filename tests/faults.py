@@ -541,6 +541,7 @@ def trial(fault, seed, straight, folder):
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--rounds", type=int, default=13, help="of every kind of fault")
+  parser.add_argument("--first", type=int, default=0, help="number of the first round, to go on with others")
   parser.add_argument("--kinds", default="", help="those whose name contains this")
   parser.add_argument("--stalls", action="store_true", help="only whether stalls of ten seconds are taken for hangs")
   parser.add_argument("--json", default="", help="file for one line a trial")
@@ -555,7 +556,7 @@ def main():
       print(f"two processes, 1,000 steps, ten stalls of up to 10 s: {codes}" + ("" if codes == [0, 0] else f"\n{said}"))
       return int(codes != [0, 0])
     rows = []
-    for seed in range(args.rounds):
+    for seed in range(args.first, args.first + args.rounds):
       for fault in faults.FAULTS:
         if args.kinds in fault.__name__:
           rows.append(faults.trial(fault, seed, straight, folder))
