@@ -1,8 +1,8 @@
 """The methods that SimCLR is compared with: on CIFAR-10 as configs/cifar10.py, and on ImageNet as in their papers.
 
 Command:   simclr pretrain --config=configs/methods.py:byol --workdir=runs/byol
-           (or moco, moco_v3, instdisc, supcon, autoencoder, alignment, which collapses; each but the last two with
-           -imagenet too, as in :byol-imagenet)
+           (or moco, moco_v3, instdisc, supcon, autoencoder, alignment, which collapses, or the controls supervised and
+           oracle, which know labels; the first four and byol with -imagenet too, as in :byol-imagenet)
 Hardware:  one GPU for CIFAR-10; the ImageNet rows are of the size of configs/v1.py:1x.  Nobody has run this file yet
 Expected:  CIFAR-10: not measured yet; InstDisc's paper has kNN 80.4 with 4,096 negatives and 80.8 with the softmax over
            all images.  alignment: "COLLAPSED" within 200 steps.
@@ -34,6 +34,9 @@ CIFAR10 = {
   # z is h, so that the bottleneck is what the scores are of; and what collapses.
   "autoencoder": dict(projector=dict(kind="none"), optimizer=ADAMW),
   "alignment": dict(projector=dict(kind="none"), optimizer=ADAMW),
+  # The controls of `simclr claims`.
+  "supervised": dict(projector=dict(kind="none"), optimizer=ADAMW),
+  "oracle": dict(loss=dict(temperature=0.5), optimizer=LARS),
 }
 IMAGENET = {  # batch, epochs, the least area of a crop, and everything else
   "moco": (256, 800.0, 0.2, dict(

@@ -226,9 +226,7 @@ def test_cells_that_train_share_their_programs_and_leave_numbers_alone(few, spec
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "name", ["supervised_10pct", "oracle", "norm_per_device", "debiased", "autoencoder", "rotated", "alignment"]
-)
+@pytest.mark.parametrize("name", ["supervised_10pct", "oracle", "norm_per_device", "autoencoder", "rotated"])
 def test_settings_that_are_no_plain_simclr_train(name, spec, tmp_path, monkeypatch):
   on_one_device(monkeypatch)
   images = cells.open_images(spec, most_train=60, most_test=32)
@@ -347,9 +345,7 @@ def test_contrary_stands_out_in_the_table():
 
 KILLED = """
 import sys
-import pathlib
 sys.path.insert(0, {tests!r})
-import conftest
 from simclr_jax.programs import cells, claims, experiments
 import test_claims
 experiments.CLAIMS = test_claims.FEW
@@ -371,9 +367,8 @@ def test_sigkill_loses_at_most_one_cell(spec, tmp_path):
   for enough in (1, 4, 5):
     before = kept()
     with open(tmp_path / "out.txt", "w") as out:
-      process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=out, stderr=subprocess.STDOUT, env=dict(os.environ)
-      )
+      one_device = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=1"}
+      process = subprocess.Popen([sys.executable, "-c", program], stdout=out, stderr=subprocess.STDOUT, env=one_device)
       deadline = time.monotonic() + 240
       while len(kept()) < enough and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -383,5 +378,5 @@ def test_sigkill_loses_at_most_one_cell(spec, tmp_path):
     outputs.append((tmp_path / "out.txt").read_text())
     assert before <= kept() and len(kept()) >= enough, outputs[-1]
     # The cells that were begun: those that are kept since, and one more at most.
-    assert outputs[-1].count("cell ") - outputs[-1].count("5 cells") <= len(kept()) - len(before) + 1, outputs[-1]
-  assert "5 cells" in outputs[-1] and (tmp_path / "claims" / "claims.html").exists()
+    assert outputs[-1].count(" of 5: ") <= len(kept()) - len(before) + 1, outputs[-1]
+  assert "5 runs on" in outputs[-1] and (tmp_path / "claims" / "claims.html").exists()

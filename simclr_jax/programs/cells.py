@@ -138,7 +138,7 @@ class Runner:
   def _of_network(self, setting, config, images):
     train = images.train
     if setting.labels < 1:
-      train = data.Selection(train, data.class_balanced(train.labels, setting.labels, config.seed))
+      train = data.Selection(train, _labeled_part(train.labels, setting.labels, config.seed))
       steps = -(-int(len(images.train) * config.train_epochs) // config.batch_size)  # as many as with all labels
       config = config_lib.replace(config, {"train_epochs": 0.0, "train_steps": steps, "batch_size": min(config.batch_size, len(train))})  # fmt: skip
     task = self._task(setting, config, train, images)
@@ -241,12 +241,18 @@ def _few_labels(found: Found):
   (x, y), (test_x, test_y) = ((part["h"], y) for part, y in zip(found.parts[:2], found.labels[:2], strict=True))
   classes, numbers = found.images.train.num_classes, {}
   for name, fraction in LABELS.items():
-    chosen = data.class_balanced(y, fraction, found.config.seed)
-    few = linear.logistic_regression(x[chosen], y[chosen], num_classes=classes, folds=linear.FOLDS)
+    chosen = _labeled_part(y, fraction, found.config.seed)
+    folds = min(linear.FOLDS, int(np.unique(y[chosen], return_counts=True)[1].min()))
+    few = linear.logistic_regression(x[chosen], y[chosen], num_classes=classes, folds=folds)
     numbers[name] = linear.accuracy(few, test_x, test_y)
   for k in (20, 200):
     numbers[f"knn_{k}"] = knn.accuracy(x, y, test_x, test_y, k=k, num_classes=classes)
   return numbers
+
+
+def _labeled_part(labels, fraction: float, seed: int):
+  """Indices of a fraction of every class, and of two images of each at least, where it has them: one to choose L2 on."""
+  return data.class_balanced(labels, max(fraction, 2 / np.unique(labels, return_counts=True)[1].min()), seed)
 
 
 def _contrastive(found: Found):

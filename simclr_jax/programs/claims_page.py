@@ -23,12 +23,12 @@ Killed at any moment and given again, the command resumes: a run that has ended 
 is not repeated. The results are `claims.html`, a table in the terminal, and `claims.json`.
 
 - **Runs.** Each is a row of `configs/ablations.py` at its small scale: ResNet-18 of an eighth of the width, views of 16 pixels,
-  AdamW. `quick` trains 8 epochs on 5,000 images, `full` 40 on 20,000. Views of 16 pixels are too small to be blurred, so
+  AdamW. `quick` trains 8 epochs on 5,000 images, `full` 20 on 10,000. Views of 16 pixels are too small to be blurred, so
   blur in the matrix of pairs changes nothing.
 - **Scores** are accuracies of a linear classifier on test images unless said. Where the best of several settings is taken, it
   is the best on held-out training images.
 - **Intervals** are Student's t over differences of runs with the same seed. With three seeds they are wide, and they say nothing
-  of other data, other networks or other learning rates.
+  of other data, other networks or other learning rates. Of intervals of 95 %, one in twenty excludes zero by chance.
 - **Verdicts.** *Supported*: all of the interval agrees with the claim. *Contrary*: all of it contradicts the claim. *Not
   supported*: neither. That something does not matter is supported where all of the interval is within 2 points of zero.
 - **The paper's numbers** are for ResNet-50 on ImageNet after 100 to 1,000 epochs; what a claim shares with them is its

@@ -181,7 +181,7 @@ def effect(name, interval, *, paper=None, margin=None, digits=1) -> Markup:
   if least == most:
     least, most = -1.0, 1.0
   room = 0.06 * (most - least)
-  x = Scale(least - room, most + room, LEFT, WIDTH - RIGHT)
+  x = Scale(least - room, most + room, RIGHT, WIDTH - RIGHT)
   parts = []
   if margin is not None:
     parts.append(
