@@ -60,6 +60,9 @@ def quickstart(parser):
   )
   parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of the run")
   parser.add_argument("--minutes", type=float, default=6.0, help="for everything, roughly (default: 6)")
+  parser.add_argument(
+    "--start", default="", metavar="DIR", help=f"{ENCODER}, to train on from; default: random weights"
+  )
   _again(parser)
 
 

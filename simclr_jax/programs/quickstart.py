@@ -19,6 +19,7 @@ from simclr_jax.evaluation import features
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import embed, pretrain
 from simclr_jax.programs import map as map_lib
+from simclr_jax.programs import trained as trained_lib
 from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -34,12 +35,13 @@ MOST_EPOCHS = 400  # more adds little on a small folder
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """A ResNet and the side of the views that it sees."""
+  """A ResNet, or the encoder of `start`, and the side of the views that it sees."""
 
   size: int
   width: float
   stem: str
   depth: int = 18
+  start: str = ""
 
   @property
   def work(self) -> float:
@@ -47,6 +49,8 @@ class Network:
     return self.size**2 * self.width**2 * self.depth * (16 if self.stem == "cifar" else 1)
 
   def __str__(self):
+    if self.start:
+      return f"the encoder of {self.start} on views of {self.size} pixels"
     return f"ResNet-{self.depth} of width {self.width:g} on views of {self.size} pixels"
 
 
@@ -102,6 +106,8 @@ def recipe_for(source, spec: str, network: Network, batch: int, steps: int, on_c
       "batch_size": batch,
       "train_epochs": 0.0,
       "train_steps": steps,
+      "start": network.start,
+      "head_epochs": 0.05 * epochs if network.start else 0.0,
       "augment.size": network.size,
       "augment.blur": network.size >= 96,
       "augment.crop_area": (0.2, 1.0),  # the paper's 0.08 is for 224 pixels
@@ -129,7 +135,8 @@ def recipe_for(source, spec: str, network: Network, batch: int, steps: int, on_c
 
 def seconds_a_step(config, source, mesh) -> float:
   """Of the real update fed by the real stream, after compiling, measured over five seconds or so."""
-  task = pretrain.make_task(config, source, mesh=mesh)
+  config, start = pretrain.open_start(config)
+  task = pretrain.make_task(config, source, mesh=mesh, start=start)
   like = loop.abstract_state(task, mesh)
   placed = jax.tree.map(lambda x: x.sharding, like)
   state = jax.jit(task.init, out_shardings=placed)(jax.random.key(0))
@@ -146,12 +153,17 @@ def seconds_a_step(config, source, mesh) -> float:
       return spent / done
 
 
-def choose(source, spec: str, mesh, minutes: float, began: float):
-  """(config, [(what, value, why)]) for the images of a source, the devices at hand and `minutes` since `began`."""
+def choose(source, spec: str, mesh, minutes: float, began: float, start: str = ""):
+  """(config, [(what, value, why)]) for the images of a source, the devices at hand and `minutes` since `began`.
+
+  `start` is a run or an exported encoder to train on from, which is the network then.
+  """
   n, side, device = len(source), short_side(source), mesh.devices.flat[0]
   on_cpu = device.platform == "cpu"
   batch, enough = batch_size(n, mesh.size, on_cpu), wanted(n, on_cpu)
   networks, tried, rate, work = candidates(side, on_cpu), [], 0.0, 0.0
+  if start:
+    networks = [Network(trained_lib.open_start(start).config.augment.size, 1.0, "imagenet", start=start)]
   for network in networks:
     left = max(60 * minutes - (time.monotonic() - began) - REST, 12 * minutes)
     # At best the rate goes with the work; what is too slow even so is not tried.
@@ -172,7 +184,9 @@ def choose(source, spec: str, mesh, minutes: float, began: float):
     (
       "network",
       str(network),
-      f"the largest of {len(networks)} that sees {enough:,} images in the time"
+      "training resumes from it"
+      if start
+      else f"the largest of {len(networks)} that sees {enough:,} images in the time"
       if left * rate >= enough
       else f"the smallest of {len(networks)}; more --minutes would serve it: {enough:,} images seen would be good",
     ),
@@ -198,11 +212,13 @@ def classes(root: str, names) -> tuple[np.ndarray | None, list[str]]:
   return np.asarray([found.index(parts[0]) for parts in first], np.int32), found
 
 
-def run(folder: str | None, workdir, *, minutes: float = 6.0, resume: bool = False, overwrite: bool = False) -> dict:
+def run(
+  folder: str | None, workdir, *, minutes: float = 6.0, start: str = "", resume: bool = False, overwrite: bool = False
+) -> dict:
   """The program `simclr quickstart`.
 
   Images are all image files at any depth below `folder`, by default that of the run that is resumed.  `minutes` is for
-  everything, roughly.
+  everything, roughly; `start` is a run or an exported encoder to train on from.
 
   Returns:
     dict(config, why, chart, found, unreadable): what was chosen and what was found, see map.chart and map.anomalies.
@@ -232,7 +248,7 @@ def run(folder: str | None, workdir, *, minutes: float = 6.0, resume: bool = Fal
       raise UserError(f"--workdir={workdir} is a quickstart of {kept['folder']}: name another folder for {root}")
     config, why = config_lib.from_json(checkpoint.read_config(workdir)), kept["why"]
   else:
-    config, why = choose(source, spec, mesh, minutes, began)
+    config, why = choose(source, spec, mesh, minutes, began, start)
   for what, value, reason in why:
     print(f"{what:12}{value} ({reason})")
   checkpoint.write_config(workdir, config_lib.to_json(config))
@@ -290,5 +306,12 @@ def _page(workdir, page, root, source, why, chart, found, unreadable, seconds):
 
 
 def main(flags, overrides) -> int:
-  run(flags.folder, flags.workdir, minutes=flags.minutes, resume=flags.resume, overwrite=flags.overwrite)
+  run(
+    flags.folder,
+    flags.workdir,
+    minutes=flags.minutes,
+    start=flags.start,
+    resume=flags.resume,
+    overwrite=flags.overwrite,
+  )
   return 0
