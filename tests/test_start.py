@@ -1,6 +1,7 @@
 """Pretraining from given weights: what is taken over, what is held, what is refused, and that resuming is exact."""
 
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import tiny
 
 from simclr_jax import load_encoder
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import finetune, pretrain, trained
+from simclr_jax.programs import finetune, pretrain, quickstart, trained
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -112,3 +113,12 @@ def test_stages_of_encoders():
     "block12",
   )
   assert [finetune.stage(name) for name in (*names, "norm")] == [0, 0, 0, 0, 1, 4, 1, 1, 2, 4, float("inf")]
+
+
+def test_quickstart_trains_on(first, monkeypatch):
+  run, _ = first
+  monkeypatch.setattr(quickstart, "seconds_a_step", lambda *_: 0.01)
+  config, why = quickstart.choose(tiny.source(), "files:x", mesh_lib.make_mesh(), 2.0, time.monotonic(), str(run))
+  assert (config.start, config.augment.size) == (str(run), 16) and config.head_epochs > 0
+  assert ("network", f"the encoder of {run} on views of 16 pixels", "training resumes from it") in why
+  assert pretrain.open_start(config)[0].encoder.width == 0.0625
