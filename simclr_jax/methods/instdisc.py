@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from simclr_jax import contrast
 from simclr_jax.methods import simclr
 
-ROWS = 1024  # the bank has a multiple of so many rows, so that any usual number of devices can share them
+ROWS = 1024  # the rows of the bank are a multiple of it, so that any usual number of devices can share them
 
 
 @dataclasses.dataclass(frozen=True)
