@@ -50,6 +50,7 @@ def kinds() -> dict[str, Kind]:
   from simclr_jax import data, exporting
   from simclr_jax.data import shards
   from simclr_jax.evaluation import features
+  from simclr_jax.model import make_encoder
   from simclr_jax.programs import same
   from simclr_jax.runtime import checkpoint, files, lock, loop
 
@@ -127,7 +128,7 @@ def kinds() -> dict[str, Kind]:
 
   def variables(number):
     shapes = jax.eval_shape(
-      exporting.resnet(**config.encoder).init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32)
+      make_encoder(config.encoder.name, **config.encoder).init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32)
     )
     rng = np.random.default_rng(number)
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)

@@ -83,6 +83,7 @@ def test_mistakes(first, changes, words):
     pretrain.run(config_lib.replace(first[1], changes), "unused")
 
 
+@pytest.mark.slow
 def test_a_run_from_an_export_resumes_and_does_not_replace_its_start(first, tmp_path):
   run, config = first
   config = config_lib.replace(

@@ -150,6 +150,7 @@ def test_keys_of_another_encoder_are_refused(changes, words):
     vit_config(**changes)
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_and_loaded(tmp_path, capsys):
   spec = tiny.npz(tmp_path / "tiny.npz")
   config = vit_config(**{"data.train": spec, "data.test": f"{spec}:test"})

@@ -76,10 +76,10 @@ def frozen(path, tune_after: int) -> bool:
 
 def stage(module: str) -> float:
   """Where a part of an encoder stands, from its name: 0 for the stem, 1 to 4 for the groups, or quarters of the blocks."""
-  kind, number = re.fullmatch(r"([a-z_]+?)(\d*)(?:_\w+)?", module).groups()
-  if kind in ("group", "block"):
-    return int(number) if kind == "group" else -(-int(number) // 3)
-  return 0 if kind.startswith(("stem", "patch_embed", "class_token")) else math.inf
+  if numbered := re.fullmatch(r"(group|block)(\d+)", module):
+    kind, number = numbered[1], int(numbered[2])
+    return number if kind == "group" else -(-number // 3)
+  return 0 if module.startswith(("stem", "patch_embed", "class_token")) else math.inf
 
 
 def optimizer_of(config, num_examples: int):
