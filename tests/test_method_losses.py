@@ -216,6 +216,18 @@ def test_upsampling_repeats_pixels():
     ({"method": "byol", "loss.name": "decoupled"}, "config.loss.name=decoupled: config.method='byol' has its own loss"),
     ({"method": "moco", "loss.tile": 4}, "config.loss.tile=4: config.method='moco' has its own loss; leave it out"),
     ({"method": "instdisc", "instdisc.decay": 1.0}, "instdisc.decay=1.0: expected a number of at least 0 and below 1"),
+    (
+      {
+        "method": "autoencoder",
+        "encoder.name": "vit",
+        "encoder.size": "Ti",
+        "encoder.patch": 8,
+        "encoder.depth": None,
+        "encoder.width": 1.0,
+        "encoder.stem": "imagenet",
+      },
+      "encoder.name=vit has no mirror image",
+    ),  # fmt: skip
   ],
 )
 def test_mistakes_are_one_line(changes, message):

@@ -77,6 +77,12 @@ class Autoencoder:
 
 
 def create(config, mesh, source=None) -> Autoencoder:
-  """The autoencoder of `config.encoder`."""
+  """The autoencoder of `config.encoder`.
+
+  Raises:
+    ValueError: the encoder is not a ResNet, whose mirror image the decoder is.
+  """
   c = config.encoder
+  if c.name != "resnet":
+    raise ValueError(f"config.method='autoencoder': encoder.name={c.name} has no mirror image here; use a resnet")
   return Autoencoder(Decoder(c.depth, c.width, c.stem, c.dtype))
