@@ -56,4 +56,4 @@ def verdict(numbers: dict) -> tuple[bool, str]:
     )
   if std < 0.5 * even or rank_ < max(5, d / 50) or dead > d / 2:
     return False, f"narrow: the embeddings use little of their space ({facts}); watch kNN, and collapse"
-  return False, f"healthy: not collapsed, and this says no more; what h is worth the scores say ({facts})"
+  return False, f"healthy: the embeddings have not collapsed; the scores say how good they are ({facts})"

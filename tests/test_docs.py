@@ -6,6 +6,7 @@ a path of the pages to one of a few images, and SHORTER makes a training command
 
 import ast
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -209,3 +210,12 @@ def test_the_tests_that_the_pages_name_exist():
     for file, name in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", page.read_text()):
       text = (ROOT / "tests" / file).read_text()
       assert not name or f"def {name}(" in text, f"{page.name}: {file}::{name}"
+
+
+def test_pictures_are_of_the_pages_as_they_are_drawn_now():
+  """`python docs/pictures.py` makes them again."""
+  spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs/pictures.py")
+  pictures = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(pictures)
+  kept = json.loads(pictures.KEPT.read_text())
+  assert kept == {name: pictures.drawn_with(name) for name in pictures.DRAWN_WITH}, pictures.__doc__
