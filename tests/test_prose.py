@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import subprocess
 
 ROOT = pathlib.Path(__file__).parent.parent
 INSTEAD = {  # regular expression: what to write
@@ -28,10 +27,10 @@ INSTEAD = {  # regular expression: what to write
 
 def prose():
   """(file, text) of pages, recipes, scripts, and the sources with their messages and docstrings."""
-  listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-  for name in listed:
-    if name.endswith((".md", ".py", ".sh", ".yml", ".yaml", ".html", ".js")) and not name.startswith("tests/"):
-      yield name, re.sub(r"\s*\n[ #]*", " ", (ROOT / name).read_text())
+  folders = [ROOT / name for name in ("benchmarks", "configs", "docs", "launch", "simclr_jax")]
+  for path in sorted([*ROOT.glob("*.*"), *(path for folder in folders for path in folder.rglob("*.*"))]):
+    if path.suffix in (".md", ".py", ".sh", ".yml", ".yaml", ".html", ".js", ".sbatch"):
+      yield path.relative_to(ROOT), re.sub(r"\s*\n[ #]*", " ", path.read_text())
 
 
 def test_sentences_that_were_replaced_do_not_come_back():
