@@ -25,7 +25,9 @@ def test_no_fault_leaves_a_wrong_state_or_a_process_behind(tmp_path):
   trials = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
   tried = [trial for trial in trials if trial["ok"] is not None]
   # A full disk is a small file system, which not every machine lets one mount.
-  assert len(trials) == 2 * len(faults.FAULTS) and {trial["fault"] for trial in trials if trial["ok"] is None} <= {"disk full"}
+  assert len(trials) == 2 * len(faults.FAULTS) and {trial["fault"] for trial in trials if trial["ok"] is None} <= {
+    "disk full"
+  }
   assert all(trial["ok"] for trial in tried)
   assert max(trial["seconds"] for trial in tried) < 60
 
