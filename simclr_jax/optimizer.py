@@ -153,6 +153,22 @@ def rule(config, schedule):
   return OPTIMIZERS[c.name](schedule, momentum=c.momentum, weight_decay=c.weight_decay)
 
 
+def held(trains):
+  """An optax transformation that zeroes the updates of the parts of a network that are not trained at the time.
+
+  Args:
+    trains: int32 number of updates done -> {part: bool}, parts by their names at the top of the parameters; those that it
+      does not name are trained.
+  """
+
+  def update(updates, state, params=None):
+    now = trains(state.count)
+    hold = lambda name, tree: jax.tree.map(lambda u: jnp.where(now.get(name, True), u, 0), tree)  # noqa: E731
+    return {name: hold(name, tree) for name, tree in updates.items()}, optax.ScaleByScheduleState(state.count + 1)
+
+  return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
+
+
 def classifier_l2(params, weight_decay):
   """weight_decay * |kernel|^2 / 2 over the classifier, the one decay term LARS leaves to the loss.
 

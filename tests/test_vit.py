@@ -159,6 +159,8 @@ def test_a_run_is_exported_and_loaded(tmp_path, capsys):
   images = np.random.default_rng(0).random((3, 16, 16, 3), np.float32)
   h = vit(**SMALL).apply(model.keep_encoder(result["state"]), images)
   np.testing.assert_allclose(encode(images), h, rtol=1e-5, atol=1e-5)
+  assert repr(load_encoder(tmp_path / "run")).startswith("Encoder(ViT-Ti, patch 8, images [n, 16, 16, 3] -> h [n, 192]")
+  assert "torchvision" not in (tmp_path / "run/report.html").read_text()  # no command that is refused
   assert card["architecture"] == dict(name="vit", size="Ti", patch=8, pool="token", remat="none", dtype="float32")
   for kind in ("orbax", "safetensors", "stablehlo"):
     made = exporting.Export(kind, variables, exporting.make_card(variables, config, scores={}, step=2, format=kind))
@@ -198,6 +200,10 @@ def test_an_encoder_of_ones_own(tmp_path, monkeypatch):
   with pytest.raises(UserError, match="network=my_nets:small"):
     load_encoder(tmp_path / "run/encoder")
   encode, _, card = load_encoder(tmp_path / "run/encoder", network=Mean())
+  assert "Encoder(my_nets:small, images [n, 16, 16, 3] -> h [n, 8]" in repr(
+    load_encoder(tmp_path / "run/encoder", Mean())
+  )
+  assert "network=small()" in exporting.snippet("e", 16, "my_nets:small")
   assert encode(np.zeros((2, 16, 16, 3), np.float32)).shape == (2, 8) and card["feature_dimension"] == 8
   for name in ("my_nets:other", "os:abort", "my_nets:none", "no_such:module"):
     with pytest.raises(ValueError, match="encoder '"):

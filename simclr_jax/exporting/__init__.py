@@ -74,9 +74,10 @@ class Encoder(NamedTuple):
   card: dict
 
   def __repr__(self):
-    architecture, size = self.card["architecture"], self.card["preprocessing"]["size"]
+    net, size = self.card["architecture"], self.card["preprocessing"]["size"]
+    known = {"resnet": "ResNet-{depth}, width {width:g}", "vit": "ViT-{size}, patch {patch}"}
     return (
-      f"Encoder(ResNet-{architecture['depth']}, width {architecture['width']:g}, "
+      f"Encoder({known.get(net['name'], net['name']).format(**net)}, "
       f"images [n, {size}, {size}, 3] -> h [n, {self.card['feature_dimension']}], step {self.card.get('step')})"
     )
 
@@ -391,14 +392,16 @@ def _images(size):
   return jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
 
 
-def snippet(path, size: int) -> str:
-  """Python that loads an export and uses it."""
+def snippet(path, size: int, name: str = "resnet") -> str:
+  """Python that loads an export and uses it; `name` is that of the encoder in its card."""
+  module, own, function = name.partition(":")
   return "\n".join(
     (
       "import numpy as np",
+      *([f"from {module} import {function}"] if own else []),
       "from simclr_jax import load_encoder",
       "",
-      f'encode, variables, card = load_encoder("{path}")',
+      f'encode, variables, card = load_encoder("{path}"{f", network={function}()" if own else ""})',
       f"images = np.random.rand(4, {size}, {size}, 3)  # yours: floats in [0, 1], RGB, not standardized",
       "h = encode(images)",
       "print(h.shape)",

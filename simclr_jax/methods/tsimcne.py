@@ -71,18 +71,12 @@ class TSimCNE:
       now = [rate(step - begin) for rate, begin in zip(rates, begins, strict=True)]
       return jnp.select([step < end for end in self.ends], now[:2], now[2])
 
-    return optax.chain(optimizer.rule(config, schedule), self.freeze()), schedule
+    return optax.chain(optimizer.rule(config, schedule), optimizer.held(self.trains)), schedule
 
-  def freeze(self):
-    """Holds what a stage does not train: the output layer in the first, encoder and head in the second."""
-
-    def update(updates, state, params=None):
-      stage = self.stage(state.count)
-      keep = {"predictor": stage > 0, "encoder": stage != 1, "projector": stage != 1}
-      hold = lambda name, tree: jax.tree.map(lambda u: jnp.where(keep.get(name, True), u, 0), tree)  # noqa: E731
-      return {name: hold(name, tree) for name, tree in updates.items()}, optax.ScaleByScheduleState(state.count + 1)
-
-    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
+  def trains(self, step):
+    """What a stage trains: not the output layer in the first, neither encoder nor head in the second."""
+    stage = self.stage(step)
+    return {"predictor": stage > 0, "encoder": stage != 1, "projector": stage != 1}
 
 
 def create(config, mesh, source=None) -> TSimCNE:

@@ -65,13 +65,6 @@ def open_start(config):
   return config_lib.replace(config_lib.replace(config, networks), how), start
 
 
-def hold_encoder(tx, steps: int):
-  """The update rule `tx`, but the encoder stays as it is during the first `steps` updates."""
-  moves = optax.scale_by_schedule(lambda count: (count >= steps).astype(jnp.float32))
-  held = optax.masked(moves, lambda params: {name: name == "encoder" for name in params})
-  return optax.chain(held, tx, held)
-
-
 def view_pipeline(config) -> views.ViewPipeline:
   """The two halves of `config.augment`."""
   # A network that computes in bfloat16 sees no difference; one in float32 is fed float32.
@@ -106,7 +99,9 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
   model = model_lib.create(config, source.num_classes, getattr(method, "predictor", None))
   tx, schedule = getattr(method, "optimizer", optimizer.create)(config, len(source))
   if config.head_epochs:
-    tx = hold_encoder(tx, int(config.head_epochs * len(source) // config.batch_size))
+    alone = int(config.head_epochs * len(source) // config.batch_size)
+    held = optimizer.held(lambda count: {"encoder": count >= alone})
+    tx = optax.chain(held, tx, held)  # before the rule too, so that it gathers no momentum meanwhile
   pipeline = view_pipeline(config)
   if config.microbatches == 1:
     augmented, network = train_step.whole(model, pipeline.device)
@@ -329,7 +324,8 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     report.neighbors_png(pictures["neighbors"], *result["neighbors"])
     files[str(pictures["neighbors"])] = "nearest neighbors in h"
   metrics_lib.show(workdir, result["step"], pictures)
-  snippet = exporting.snippet(workdir / "encoder", config.augment.size)
+  snippet = exporting.snippet(workdir / "encoder", config.augment.size, config.encoder.name)
+  resnet = config.encoder.name == "resnet"  # what is exported to torch
   best = {row["representation"]: row for row in result["scores"]}
   summary = f"{config.data.train}, {config.train_epochs or config.train_steps} {'epochs' if config.train_epochs else 'steps'} at batch {config.batch_size}."
   if best:
@@ -343,7 +339,7 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     config=config_lib.to_dict(config),
     files=files,
     snippet=snippet,
-    torch_snippet=exporting.torch_snippet(workdir / "encoder", config.augment.size),
+    torch_snippet=exporting.torch_snippet(workdir / "encoder", config.augment.size) if resnet else "",
     views=pairs,
     neighbors=result["neighbors"],
     confusion=result["confusion"],
