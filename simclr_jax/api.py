@@ -33,8 +33,8 @@ def _in_python(function):
 
   @functools.wraps(function)
   def wrapped(*args, **kwargs):
-    keys = {row.key.rpartition(".")[0] for row in config_lib.describe(config_lib.Pretrain)} if takes_keys else set()
-    keys |= {row.key for row in config_lib.describe(config_lib.Pretrain)} if takes_keys else set()
+    rows = config_lib.describe(config_lib.Pretrain) if takes_keys else ()
+    keys = {name for row in rows for name in (row.key, row.key.rpartition(".")[0])}
     for name in kwargs.keys() - names.keys() - keys:
       near = difflib.get_close_matches(name, names, n=1)
       if near or not takes_keys:  # else the config says which key is meant

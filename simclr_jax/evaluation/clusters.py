@@ -119,10 +119,15 @@ def baselines(pictures, labels) -> dict[str, float]:
 
   pictures: uint8 [n, s, s, 3]; labels: int [n], >= 0.
   """
-  code = (pictures // 64).astype(np.int64) @ np.array([16, 4, 1])
-  histogram = np.stack([np.bincount(one.ravel(), minlength=64) for one in code])
-  features = {"raw pixels": pictures.reshape(len(pictures), -1), "color histograms": histogram}
+  features = {"raw pixels": pictures.reshape(len(pictures), -1), "color histograms": color_histogram(pictures / 255)}
   return {name: accuracy_of_h(neighbors(x.astype(np.float32)), labels) for name, x in features.items()}
+
+
+def color_histogram(x) -> np.ndarray:
+  """float32 [n, 64]: fractions of the pixels of x [n, h, w, 3] in [0, 1] in four levels of each channel."""
+  level = np.clip((4 * np.asarray(x)).astype(int), 0, 3) @ [16, 4, 1]
+  counts = np.stack([np.bincount(one.ravel(), minlength=64) for one in level])
+  return (counts / level[0].size).astype(np.float32)
 
 
 def _majority(labels):

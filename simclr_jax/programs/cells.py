@@ -17,6 +17,7 @@ import numpy as np
 from simclr_jax import data, diagnostics
 from simclr_jax import model as model_lib
 from simclr_jax.evaluation import embed, invariance, knn, linear
+from simclr_jax.evaluation.clusters import color_histogram
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain, scores, splits
 from simclr_jax.runtime import loop
@@ -309,12 +310,6 @@ def _pairs(view_pipeline, images, extent, seeds):
   number = np.zeros(len(seeds), np.int32)
   batch = Batch(pixels={"image": images, "extent": extent}, label=number, index=number, seed=seeds)
   return jax.jit(view_pipeline.device)(batch)
-
-
-def color_histogram(x) -> np.ndarray:
-  """float32 [n, 64]: fractions of the pixels of x [n, h, w, 3] in [0, 1] in four levels of each channel."""
-  level = np.clip((4 * np.asarray(x)).astype(int), 0, 3) @ [16, 4, 1]
-  return np.stack([(level == color).mean((1, 2)) for color in range(64)], 1).astype(np.float32)
 
 
 MEASURES = {
