@@ -1,10 +1,11 @@
 """A stranger's first hour, in a terminal: the commands of README.md as they stand, from a clone to the encoder in PyTorch.
 
-  python tests/first_hour.py [--folder=DIR] [--columns=80] [--photos=DIR]
+  python tests/first_hour.py [--folder=DIR] [--photos=DIR]
 
-Clones this checkout, types the commands into bash in a terminal `--columns` wide, and checks after each that it ended well
-and that no line was wider than the terminal, which would leave broken lines behind a progress line.  60 photos are taken from
---photos, or drawn.  What was seen is kept in DIR/terminal.txt.  pip install pexpect; about 25 minutes on two cores.
+Clones this checkout, types the commands into bash in a terminal of 80 columns, and checks after each that it ended well and
+that no line was wider than the terminal, which would leave broken lines behind a progress line.  A short run in terminals of
+110 and 200 columns follows.  60 photos are taken from --photos, or drawn.  What was seen is kept in DIR/terminal_COLUMNS.txt.
+pip install pexpect; about 20 minutes on two cores.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import pexpect
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+WIDTH, OTHER_WIDTHS = 80, (110, 200)
+SHORT_RUN = "simclr pretrain --config=smoke --workdir=runs/columns --overwrite --config.train_steps=60 --config.evaluate.every_steps=20"
 END = "did-it-end"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\].*?\x07")
 
@@ -49,7 +52,7 @@ class Terminal:
   """bash in a terminal; `run` types a command."""
 
   def __init__(self, folder, columns: int):
-    self.columns, self.record = columns, open(folder / "terminal.txt", "w")
+    self.columns, self.record = columns, open(folder / f"terminal_{columns}.txt", "w")
     self.bash = pexpect.spawn(
       "bash", ["--norc"], cwd=str(folder), dimensions=(40, columns), encoding="utf-8", timeout=1800
     )
@@ -75,12 +78,11 @@ class Terminal:
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--folder", default="")
-  parser.add_argument("--columns", type=int, default=80)
   parser.add_argument("--photos", default="")
   args = parser.parse_args()
   folder = pathlib.Path(args.folder or tempfile.mkdtemp())
   photos(folder / "photos", args.photos)
-  terminal = Terminal(folder, args.columns)
+  terminal = Terminal(folder, WIDTH)
   clone, local, activate = commands("README.md", "git clone REPOSITORY", "bash launch/local.sh", ". .venv/bin/activate")
   (quickstart,) = commands("README.md", "simclr quickstart")
   (export,) = commands("docs/python.md", "simclr export --encoder=runs/mine/encoder")
@@ -94,10 +96,16 @@ def main() -> int:
   (block,) = (code for code in blocks if "for_torch" in code)
   (folder / "simclr_jax/in_torch.py").write_text(block)
   assert "torch.Size([4, " in terminal.run("python in_torch.py")
+  for columns in OTHER_WIDTHS:
+    other = Terminal(folder, columns)
+    for command in ("cd simclr_jax", activate, SHORT_RUN):
+      other.run(command)
   head = subprocess.run(
     ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
   ).stdout.strip()
-  print(f"every command of the pages ended well in {args.columns} columns, at {head}; seen: {folder / 'terminal.txt'}")
+  print(
+    f"every command of the pages ended well in {WIDTH} columns, and a short run in {OTHER_WIDTHS}, at {head}; seen: {folder}"
+  )
   return 0
 
 

@@ -143,7 +143,8 @@ def test_what_is_missing_and_what_diverged_is_said():
 
 
 SCORES = {  # what each measure adds
-  "z": {"linear_z"}, "few": {"linear_10pct", "linear_1pct", "knn_20", "knn_200"}, "contrastive": {"contrastive"},
+  "z": {"linear_z"}, "few": {"linear_10pct", "linear_1pct", "knn_20", "knn_200"},
+  "few_z": {"linear_10pct_z", "linear_1pct_z", "knn_20_z", "knn_200_z"}, "contrastive": {"contrastive"},
   "geometry": {"spread_z", "rank_h", "rank_z"}, "matching": {"matched"},
   "transforms": {f"{what}_{name}" for what in ("color", "rotation", "noise", "sobel", "hue", "position") for name in "hz"},
 }  # fmt: skip
@@ -212,7 +213,7 @@ def test_claims_end_to_end_and_again_without_a_run(few, spec, tmp_path, capsys, 
 def test_cells_that_train_share_their_programs_and_leave_numbers_alone(few, spec, tmp_path, capsys, monkeypatch):
   """Every measure on three seeds, the last of which goes on after a signal; the second and third compile nothing."""
   on_one_device(monkeypatch)
-  setting = cells.Setting(measures=("z", "few", "contrastive", "geometry", "transforms"))
+  setting = cells.Setting(measures=("z", "few", "few_z", "contrastive", "geometry", "transforms"))
   monkeypatch.setattr(experiments, "SETTINGS", {"simclr": setting})
   monkeypatch.setattr(experiments, "CLAIMS", FEW[2:])
   budget = dataclasses.replace(TINY, seeds=(0, 1, 2))
@@ -226,7 +227,9 @@ def test_cells_that_train_share_their_programs_and_leave_numbers_alone(few, spec
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["supervised_10pct", "oracle", "norm_per_device", "autoencoder", "rotated"])
+@pytest.mark.parametrize(
+  "name", ["supervised_10pct", "oracle", "norm_per_device", "autoencoder", "rotated", "moco", "byol"]
+)
 def test_settings_that_are_no_plain_simclr_train(name, spec, tmp_path, monkeypatch):
   on_one_device(monkeypatch)
   images = cells.open_images(spec, most_train=60, most_test=32)
@@ -297,7 +300,8 @@ def test_the_page_shows_effects_and_the_matrix_and_escapes(tmp_path):
     row | dict(verdict="not measured", paper=None, interval=None),
   ]
   report.write_claims(
-    tmp_path / "claims.html", title="t", summary="s", claims=rows, matrices={"set": (["crop", "color"], [[0.3, 0.5], [0.5, None]])}
+    tmp_path / "claims.html", title="t", summary="s", claims=rows, matrices={"set": (["crop", "color"], [[0.3, 0.5], [0.5, None]])},
+    standings={"set": [["", "linear"], ["<h>", "60.0 (59.0 to 61.0)"]]},
   )  # fmt: skip
   page = (tmp_path / "claims.html").read_text()
   assert "a <b>" not in page and "a &lt;b&gt;" in page
@@ -328,7 +332,12 @@ def test_the_page_of_the_docs_has_the_results():
     dict(data="textures", name="h over z", unit="points", paper=10.0, verdict="contrary", interval=[-2.0, -3.0, -1.0]),
     dict(data="textures", name="hue", unit="", paper=None, verdict="not measured", interval=None),
   ]
-  text = claims_page.results({"summary": "Two claims.", "findings": rows})
+  scores = {("textures", "simclr"): {0: {f"{key}{z}": 0.5 for key in claims.STANDINGS for z in ("", "_z")},
+                                     1: {f"{key}{z}": 0.6 for key in claims.STANDINGS for z in ("", "_z")}},
+            ("textures", "pixels"): {0: {key: 0.25 for key in claims.STANDINGS}}, ("textures", "short"): {0: {"linear": 0.9}}}  # fmt: skip
+  standings = {"textures": claims.standings(scores, "textures")}
+  text = claims_page.results({"summary": "Two claims.", "findings": rows, "standings": standings})
+  assert "| simclr, z | 55.0 (50.0 to 60.0) |" in text and "| pixels | 25.0 |" in text and "short" not in text
   assert "| h over z | +10.0 | -2.0 | -3.0 to -1.0 | **contrary** |" in text
   assert "| hue |  |  |  | not measured |" in text and "### textures" in text
 

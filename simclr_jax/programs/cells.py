@@ -5,6 +5,7 @@ those numbers.  Cells that differ in their seed alone share their compiled progr
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -237,17 +238,17 @@ def _of_z(found: Found):
   return {"linear_z": _linear([part["z"] for part in found.parts], found.labels, found.images)[0]}
 
 
-def _few_labels(found: Found):
+def _few_labels(found: Found, name: str = "h", suffix: str = ""):
   """Linear evaluation with a tenth and a hundredth of the labels, and kNN with k = 20 and 200."""
-  (x, y), (test_x, test_y) = ((part["h"], y) for part, y in zip(found.parts[:2], found.labels[:2], strict=True))
+  (x, y), (test_x, test_y) = ((part[name], y) for part, y in zip(found.parts[:2], found.labels[:2], strict=True))
   classes, numbers = found.images.train.num_classes, {}
-  for name, fraction in LABELS.items():
+  for share, fraction in LABELS.items():
     chosen = _labeled_part(y, fraction, found.config.seed)
     folds = min(linear.FOLDS, int(np.unique(y[chosen], return_counts=True)[1].min()))
     few = linear.logistic_regression(x[chosen], y[chosen], num_classes=classes, folds=folds)
-    numbers[name] = linear.accuracy(few, test_x, test_y)
+    numbers[share + suffix] = linear.accuracy(few, test_x, test_y)
   for k in (20, 200):
-    numbers[f"knn_{k}"] = knn.accuracy(x, y, test_x, test_y, k=k, num_classes=classes)
+    numbers[f"knn_{k}{suffix}"] = knn.accuracy(x, y, test_x, test_y, k=k, num_classes=classes)
   return numbers
 
 
@@ -315,6 +316,7 @@ def _pairs(view_pipeline, images, extent, seeds):
 MEASURES = {
   "z": _of_z,
   "few": _few_labels,
+  "few_z": functools.partial(_few_labels, name="z", suffix="_z"),
   "contrastive": _contrastive,
   "geometry": _geometry,
   "transforms": _transforms,

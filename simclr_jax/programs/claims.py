@@ -30,8 +30,9 @@ class Budget:
     epochs: of training, of most settings.
     train, test: images of a data set that are used, at most.
     data: the sets, where none are named.
+    groups: of the claims that are measured.
     changes: values of every cell's config.
-    full: whether the claims of the full budget are measured too.
+    pairs: whether all pairs of the heat map are measured, those that no claim needs too.
   """
 
   seeds: tuple[int, ...]
@@ -39,13 +40,25 @@ class Budget:
   train: int
   test: int
   data: tuple[str, ...]
+  groups: tuple[str, ...] = ("quick",)
   changes: tuple[tuple[str, object], ...] = ()
-  full: bool = False
+  pairs: bool = False
 
 
 BUDGETS = {
   "quick": Budget(seeds=(0, 1, 2), epochs=8.0, train=5000, test=2000, data=("textures",)),
-  "full": Budget(seeds=(0, 1, 2), epochs=20.0, train=10_000, test=10_000, data=("textures", "fashion"), full=True),
+  "full": Budget(
+    seeds=(0, 1, 2),
+    epochs=20.0,
+    train=10_000,
+    test=10_000,
+    data=("textures", "fashion"),
+    groups=("quick", "full"),
+    pairs=True,
+  ),
+  "methods": Budget(
+    seeds=(0, 1, 2), epochs=10.0, train=20_000, test=10_000, data=("textures", "fashion"), groups=("methods",)
+  ),
 }
 # What a cell takes on two free CPU cores, for --plan before anything was measured: seconds for a view pair of 16 pixels
 # through the network of the small scale, for one whose views TensorFlow makes, and beside training.
@@ -102,7 +115,7 @@ def alternatives(setting: str) -> list[str]:
 
 def claims_of(budget: Budget, images: cells.Images):
   """The claims that the budget measures on a data set."""
-  return [c for c in experiments.CLAIMS if (budget.full or not c.full) and (images.has_color or not c.color)]
+  return [c for c in experiments.CLAIMS if c.group in budget.groups and (images.has_color or not c.color)]
 
 
 def cells_of(budget: Budget, sets) -> list[Cell]:
@@ -110,7 +123,7 @@ def cells_of(budget: Budget, sets) -> list[Cell]:
   out = []
   for images in sets:
     needed = {name for claim in claims_of(budget, images) for name in settings_of(claim)}
-    if budget.full and images.has_color:  # all of the heat map
+    if budget.pairs and images.has_color:
       needed |= {name for name in experiments.SETTINGS if name.startswith("compose_")}
     for name, setting in experiments.SETTINGS.items():
       for seed in budget.seeds if name in needed else ():
@@ -239,6 +252,32 @@ def summary(findings: list[Finding]) -> str:
   return f"{len(findings)} claims: {text}; {sure} of the intervals exclude zero."
 
 
+STANDINGS = {"knn_20": "kNN", "knn_200": "kNN, k = 200", "linear": "linear", "linear_10pct": "10 %", "linear_1pct": "1 %"}  # fmt: skip
+
+
+def standings(scores, data: str) -> list[dict]:
+  """The representations that were read with few labels too, on a data set, best first by linear evaluation.
+
+  Returns:
+    dicts with the name of the representation, and for each key of STANDINGS (mean, lowest, highest) over the seeds.
+  """
+  rows = []
+  for (name, setting), by_seed in scores.items():
+    for suffix, what in (("", setting), ("_z", f"{setting}, z")):
+      cells_of_it = [cell for cell in by_seed.values() if f"knn_20{suffix}" in cell]
+      if name != data or not cells_of_it:
+        continue
+      values = {key: [cell[key + suffix] for cell in cells_of_it] for key in STANDINGS}
+      rows.append({"name": what} | {key: (float(np.mean(v)), min(v), max(v)) for key, v in values.items()})
+  return sorted(rows, key=lambda row: -row["linear"][0])
+
+
+def standings_table(rows: list[dict]) -> list[list[str]]:
+  """Rows of text, in percent, with the range of the seeds behind each mean; the first is the heading."""
+  cell = lambda mean, low, high: f"{100 * mean:.1f}" + (f" ({100 * low:.1f} to {100 * high:.1f})" if low < high else "")  # noqa: E731
+  return [["", *STANDINGS.values()], *([row["name"], *(cell(*row[key]) for key in STANDINGS)] for row in rows)]
+
+
 def rows_of(findings: list[Finding]) -> list[dict]:
   """The findings as plain data, for the page and for claims.json."""
   return [
@@ -294,11 +333,15 @@ def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Find
   text = (
     f"{summary(findings)} {len(todo)} runs on {', '.join(images.name for images in sets)}, {hours:.2f} hours in all."
   )
-  results.conclude({"summary": text, "findings": rows_of(findings)})
+  tables = {images.name: rows for images in sets if (rows := standings(scores, images.name))}
+  results.conclude({"summary": text, "findings": rows_of(findings), "standings": tables})
   report.write_claims(
     folder / PAGE, title="What is said of SimCLR, measured", summary=text, claims=rows_of(findings),
     matrices={images.name: found for images in sets if (found := matrix(scores, images.name))},
+    standings={name: standings_table(rows) for name, rows in tables.items()},
   )  # fmt: skip
+  for name, rows in tables.items():
+    print(f"\n{name}: accuracy in %, mean (lowest to highest) of the seeds\n{report.aligned(standings_table(rows))}")
   print(f"\n{table(findings)}\n\n{text}\n{folder / PAGE}")
   return findings
 

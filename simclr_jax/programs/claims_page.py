@@ -1,6 +1,6 @@
-"""docs/claims.md, from the list of claims and, where a run of `simclr claims` is named, from its claims.json.
+"""docs/claims.md, from the list of claims and, where runs of `simclr claims` are named, from their claims.json.
 
-python -m simclr_jax.programs.claims_page [FOLDER] > docs/claims.md
+python -m simclr_jax.programs.claims_page [FOLDER ...] > docs/claims.md
 """
 
 import json
@@ -18,12 +18,13 @@ difference, and a verdict.
     simclr claims --workdir=runs/claims                   # textures, which is in the package
     simclr claims --data=npz:cifar10.npz --data=fashion   # NAME:train and NAME:test of each
     simclr claims --budget=full                           # longer runs, more images, more claims
+    simclr claims --budget=methods                        # SimCLR beside MoCo, BYOL, InstDisc, SupCon and an autoencoder
 
 Killed at any moment and given again, the command resumes: a run that has ended is in `claims.json` at once and
 is not repeated. The results are `claims.html`, a table in the terminal, and `claims.json`.
 
 - **Runs.** Each is a row of `configs/ablations.py` at its small scale: ResNet-18 of an eighth of the width, views of 16 pixels,
-  AdamW. `quick` trains 8 epochs on 5,000 images, `full` 20 on 10,000. Views of 16 pixels are too small to be blurred, so
+  AdamW. `quick` trains 8 epochs on 5,000 images, `full` 20 on 10,000, `methods` 10 on 20,000. Views of 16 pixels are too small to be blurred, so
   blur in the matrix of pairs changes nothing.
 - **Scores** are accuracies of a linear classifier on test images unless said. Where the best of several settings is taken, it
   is the best on held-out training images.
@@ -41,16 +42,18 @@ is not repeated. The results are `claims.html`, a table in the terminal, and `cl
 """
 
 
-def page(folder: str = "") -> str:
-  """The page; `folder` is that of a run of `simclr claims`, or empty for a page without results."""
+def page(*folders: str) -> str:
+  """The page, with the results of the runs of `simclr claims` in `folders`."""
   out = [HEADER, "| claim | in words | source | the paper's difference |", "|---|---|---|---|"]
   for claim in experiments.CLAIMS:
     paper = "" if claim.paper is None else f"{claim.paper:+.1f}"
-    out.append(f"| {claim.name}{' (full)' if claim.full else ''} | {claim.says} | {claim.source} | {paper} |")
+    out.append(
+      f"| {claim.name}{'' if claim.group == 'quick' else f' ({claim.group})'} | {claim.says} | {claim.source} | {paper} |"
+    )
   return (
     "\n".join(out)
     + "\n"
-    + (results(json.loads(files.read_text(files.absolute(folder) / claims.FILE))) if folder else "")
+    + "".join(results(json.loads(files.read_text(files.absolute(folder) / claims.FILE))) for folder in folders)
   )
 
 
@@ -68,8 +71,12 @@ def results(kept: dict) -> str:
       paper = "" if row["paper"] is None else f"{row['paper']:+.1f}"
       verdict = f"**{row['verdict']}**" if row["verdict"] == "contrary" else row["verdict"]
       out.append(f"| {row['name']} | {paper} | {here} | {interval} | {verdict} |")
+    if rows := kept["standings"].get(data):
+      heading, *lines = claims.standings_table(rows)
+      out += ["", "Accuracy in %, mean (lowest to highest) of the seeds; kNN with k = 20, and linear classifiers:", ""]
+      out += [f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *lines)]
   return "\n".join(out) + "\n"
 
 
 if __name__ == "__main__":
-  print(page(*sys.argv[1:2]), end="")
+  print(page(*sys.argv[1:]), end="")

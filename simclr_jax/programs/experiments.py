@@ -28,10 +28,10 @@ SETTINGS: dict[str, Setting] = {
   "pixels": Setting(kind=PIXELS, measures=("few",)),
   "histogram": Setting(kind=HISTOGRAM, measures=("few",)),
   "untrained": Setting(kind=UNTRAINED, measures=("few",)),
-  "simclr": Setting(measures=("z", "few", "contrastive", "geometry", "transforms", "matching")),
+  "simclr": Setting(measures=("z", "few", "few_z", "contrastive", "geometry", "transforms", "matching")),
   "crop_alone": _changed(augment__color_strength=0.0, measures=("contrastive", "matching")),
   "autoencoder": _changed(**_AUTOENCODER, measures=("few",)),
-  "supervised": _changed(**_SUPERVISED),
+  "supervised": _changed(**_SUPERVISED, measures=("few",)),
   "supervised_10pct": _changed(**_SUPERVISED, labels=0.1),
   "supervised_1pct": _changed(**_SUPERVISED, labels=0.01),
   "head_linear": Setting("head-linear-128"),
@@ -70,6 +70,13 @@ SETTINGS: dict[str, Setting] = {
     for i, a in enumerate(FIGURE_5) for b in FIGURE_5[i:]
     if not {a, b} <= set(FIGURE_5_QUICK)
   },
+  # The relatives: methods.py, at the size of a small queue and with moving averages for short training.
+  "moco": _changed(method="moco", moco__size=4096, moco__decay=0.99, measures=("few",)),
+  "moco_v3": _changed(method="moco_v3", moco_v3__decay=0.99, loss__temperature=0.2, measures=("few",)),
+  "byol": _changed(method="byol", byol__decay=0.99, measures=("few",)),
+  "instdisc": _changed(method="instdisc", instdisc__negatives=4096, instdisc__decay=0.5, projector__kind="linear",
+                       loss__temperature=0.07, measures=("few",)),
+  "supcon": _changed(method="supcon", measures=("few",)),
 }  # fmt: skip
 
 
@@ -87,7 +94,7 @@ class Claim:
     margin: how little counts as no difference, where the direction is 0.
     unit: "points" of accuracy, or "" for scores that are not percentages.
     color: whether it is about color, which gray images have not.
-    full: whether it is of the full budget alone.
+    group: the budgets that measure it: quick (and full), full, or methods.
   """
 
   name: str
@@ -99,7 +106,7 @@ class Claim:
   margin: float = 2.0
   unit: str = "points"
   color: bool = False
-  full: bool = False
+  group: str = "quick"
 
 
 def _others(names, without):
@@ -189,21 +196,38 @@ CLAIMS = (
         "Jing et al. 2022", "simclr.rank_h - simclr.rank_z", unit=""),
   # ---- the full budget ----
   Claim("temperature 0.5", "Temperature 0.1 is better than 0.5.",
-        f"{V1}, Table 5: 64.4 and 60.7", "simclr.linear - temperature_0.5.linear", paper=3.7, full=True),
+        f"{V1}, Table 5: 64.4 and 60.7", "simclr.linear - temperature_0.5.linear", paper=3.7, group="full"),
   Claim("l2 normalization, 100", "Cosine similarity at temperature 0.1 is better than dot products at 100.",
-        f"{V1}, Table 5: 64.4 and 57.0", "simclr.linear - no_l2_100.linear", paper=7.4, full=True),
+        f"{V1}, Table 5: 64.4 and 57.0", "simclr.linear - no_l2_100.linear", paper=7.4, group="full"),
   Claim("width of z, 2048", "The width of z, 128 or 2048, does not matter.",
-        f"{V1}, Figure 8", "simclr.linear - z_2048.linear", paper=0.0, direction=0, full=True),
+        f"{V1}, Figure 8", "simclr.linear - z_2048.linear", paper=0.0, direction=0, group="full"),
   Claim("half an oracle", "Leaving out all negatives of the same class is better than leaving out half of them.",
-        "Chuang et al. 2020, Figure 2", "oracle.linear - oracle_half.linear", full=True),
+        "Chuang et al. 2020, Figure 2", "oracle.linear - oracle_half.linear", group="full"),
   Claim("still longer", "Twice the epochs again make h better.",
-        f"{V1}, Table B.1, batch 4,096, 800 and 400 epochs: 68.9 and 68.2", "long.linear - simclr.linear", paper=0.7, full=True),
+        f"{V1}, Table B.1, batch 4,096, 800 and 400 epochs: 68.9 and 68.2", "long.linear - simclr.linear", paper=0.7, group="full"),
   Claim("decisive pair of all", "Of all pairs of the seven transformations of Figure 5, crop and color is the best.",
-        f"{V1}, Figure 5", f"compose_crop_color.linear - best({_others(FIGURE_5, {'crop', 'color'})}).linear", color=True, full=True),
+        f"{V1}, Figure 5", f"compose_crop_color.linear - best({_others(FIGURE_5, {'crop', 'color'})}).linear", color=True, group="full"),
   Claim("LARS at 2,048", "At batch 2,048, LARS is better than SGD.",
-        f"{V1}, section 2.2", f"{_best('lars', 2048)} - {_best('sgd', 2048)}", full=True),
+        f"{V1}, section 2.2", f"{_best('lars', 2048)} - {_best('sgd', 2048)}", group="full"),
   Claim("LARS over AdamW at 2,048", "At batch 2,048, LARS is better than AdamW.",
-        f"{V1}, section 2.2", f"{_best('lars', 2048)} - {_best('adamw', 2048)}", full=True),
+        f"{V1}, section 2.2", f"{_best('lars', 2048)} - {_best('adamw', 2048)}", group="full"),
   Claim("LARS at 128", "At batch 128, LARS and SGD are as good.",
-        f"{V1}, section 2.2", f"{_best('lars', 128)} - {_best('sgd', 128)}", direction=0, full=True),
+        f"{V1}, section 2.2", f"{_best('lars', 128)} - {_best('sgd', 128)}", direction=0, group="full"),
+  # ---- the methods ----
+  Claim("SimCLR over autoencoder", "SimCLR beats an autoencoder that sees as many views.",
+        "Hinton and Salakhutdinov 2006", "simclr.linear - autoencoder.linear", group="methods"),
+  Claim("SimCLR over untrained", "SimCLR beats its own untrained encoder.",
+        f"{V1}, section 2.3", "simclr.linear - untrained.linear", group="methods"),
+  Claim("SimCLR over InstDisc", "SimCLR beats InstDisc's memory bank.",
+        f"{V1}, Table 6: 69.3 and 54.0", "simclr.linear - instdisc.linear", paper=15.3, group="methods"),
+  Claim("MoCo v2 over SimCLR", "At a small batch, MoCo's queue beats SimCLR.",
+        "MoCo v2, Table 2, batch 256, 200 epochs: 67.5 and 61.9", "moco.linear - simclr.linear", paper=5.6, group="methods"),
+  Claim("MoCo v3 over SimCLR", "A momentum encoder and a predictor beat SimCLR.",
+        "MoCo v3, section 5, against SimCLR in v1, Table 6", "moco_v3.linear - simclr.linear", group="methods"),
+  Claim("BYOL over SimCLR", "BYOL, which has no negatives, beats SimCLR.",
+        "BYOL, Table 1, 1,000 epochs: 74.3 and 69.3", "byol.linear - simclr.linear", paper=5.0, group="methods"),
+  Claim("labels", "SupCon, which knows the labels, beats SimCLR.",
+        "SupCon, Table 2, and v1, Table 6: 78.7 and 69.3", "supcon.linear - simclr.linear", paper=9.4, group="methods"),
+  Claim("SupCon over supervised", "A linear classifier on SupCon's h beats supervised training.",
+        "SupCon, Table 2", "supcon.linear - supervised.linear", group="methods"),
 )  # fmt: skip

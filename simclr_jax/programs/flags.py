@@ -45,7 +45,10 @@ def claims(parser):
     help="SET:train and SET:test are a data set, such as textures or npz:FILE; may be repeated (default: the budget's)",
   )  # fmt: skip
   add(
-    "--budget", choices=("quick", "full"), default="quick", help="quick: about an hour a set (default); full: a night"
+    "--budget",
+    choices=("quick", "full", "methods"),
+    default="quick",
+    help="quick: about an hour a set (default); full: a night; methods: SimCLR beside the methods it is compared with",
   )
   add("--workdir", default="runs/claims", metavar="DIR", help="folder of the results, from which it resumes")
   add("--plan", action="store_true", help="list the runs and what they will take, and run nothing")

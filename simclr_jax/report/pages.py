@@ -86,13 +86,14 @@ def write_runs(path, *, histories, keys, **page):
   render.write_page(path, "runs.html", legend=legend, figures=figures, **page)
 
 
-def write_claims(path, *, title, summary, claims, matrices):
+def write_claims(path, *, title, summary, claims, matrices, standings):
   """Writes a page of claims, each with its effect, and of matrices of accuracies.
 
   Args:
     claims: dicts with data, name, says, source, verdict, unit ("points" or ""), paper (number or None), margin (number or
       None), values {score: number}, and interval (mean, low, high), or None where nothing was measured.
     matrices: {name of a data set: (names, accuracy or None [first][second])}.
+    standings: {name of a data set: rows of text, the first of which is the heading}.
   """
   groups = {}
   for claim in claims:
@@ -101,7 +102,9 @@ def write_claims(path, *, title, summary, claims, matrices):
     svg = charts.effect(claim["name"], claim["interval"], paper=claim["paper"], margin=claim["margin"], digits=digits) if drawn else None  # fmt: skip
     groups.setdefault(claim["data"], []).append(claim | {"svg": svg, "digits": digits})
   heat = {data: (names, _shades(rows)) for data, (names, rows) in matrices.items()}
-  render.write_page(path, "claims.html", title=title, summary=summary, groups=groups, matrices=heat)
+  render.write_page(
+    path, "claims.html", title=title, summary=summary, groups=groups, matrices=heat, standings=standings
+  )
 
 
 def _shades(rows):
