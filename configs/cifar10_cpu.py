@@ -1,0 +1,31 @@
+"""CIFAR-10 on two CPU cores in about an hour and a half: a ResNet-18 of a quarter of its width, views of 20 pixels.
+
+Command:   simclr pretrain --config=configs/cifar10_cpu.py --workdir=runs/cifar10_cpu
+Hardware:  two CPU cores and 6 GB of memory; about 450 images/s
+Expected:  not measured yet
+Source:    arXiv 2002.05709, App. B.9.  Learning rate, temperature, crops and batch were chosen on 5,000 training images that
+           were held out, after 3 epochs each: benchmarks/cifar10_trials.py
+Data:      an .npz file with images and labels, uint8 [n, 32, 32, 3]: --config.data.train=npz:FILE:train ...:test
+"""
+
+import ml_collections
+
+
+def get_config():
+  return ml_collections.ConfigDict(
+    dict(
+      data=dict(train="npz:cifar10.npz:train", test="npz:cifar10.npz:test"),
+      batch_size=256,
+      train_epochs=40.0,
+      # 16 pixels are no faster on a CPU, 24 half as fast.
+      augment=dict(
+        size=20, canvas=32, where="resident", color_strength=0.5, color_order="fixed", blur=False, crop_area=(0.2, 1.0)
+      ),
+      encoder=dict(depth=18, width=0.25, stem="cifar"),
+      projector=dict(layers=2, out_dim=128),
+      loss=dict(temperature=0.2, normalize=True, reduction="mean", precision="highest"),
+      optimizer=dict(name="adamw", base_lr=4e-3, lr_scaling="none", warmup_epochs=1.0, weight_decay=1e-4),
+      evaluate=dict(crop=1.0, batch_size=500, every_epochs=10.0, knn_k=20),
+      checkpoint=dict(every_epochs=1.0, keep=1),
+    )
+  )
