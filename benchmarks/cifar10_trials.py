@@ -32,6 +32,10 @@ TRIALS = {
   "batch 128": [(1.0, {"batch_size": 128, "optimizer.base_lr": 1.4e-3})],
   "batch 512": [(1.0, {"batch_size": 512, "optimizer.base_lr": 2.8e-3})],
   "four views": [(0.5, {"augment.views": 4, "batch_size": 128})],
+  "four views, rate 4e-3": [(0.5, {"augment.views": 4, "batch_size": 128, "optimizer.base_lr": 4e-3})],
+  "four views, rate 4e-3, temperature 0.1": [
+    (0.5, {"augment.views": 4, "batch_size": 128, "optimizer.base_lr": 4e-3, "loss.temperature": 0.1})
+  ],
   "color strength 1": [(1.0, {"augment.color_strength": 1.0})],
   "SGD 0.1": [(1.0, SGD | {"optimizer.base_lr": 0.1})],
   "LARS 1": [(1.0, {"optimizer.name": "lars", "optimizer.base_lr": 1.0})],

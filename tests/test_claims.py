@@ -389,3 +389,18 @@ def test_sigkill_loses_at_most_one_cell(spec, tmp_path):
     # The cells that were begun: those that are kept since, and one more at most.
     assert outputs[-1].count(" of 5: ") <= len(kept()) - len(before) + 1, outputs[-1]
   assert "5 runs on" in outputs[-1] and (tmp_path / "claims" / "claims.html").exists()
+
+
+@pytest.mark.slow
+def test_commands_at_once_share_the_cells(spec, tmp_path):
+  """Each cell is run by one of two, and the last of them to end writes the page."""
+  program = KILLED.format(tests=str(pathlib.Path(__file__).parent), spec=spec, workdir=str(tmp_path / "claims"))
+  quick = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=1"}
+  started = [
+    subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quick)
+    for _ in range(2)
+  ]  # fmt: skip
+  outputs = [process.communicate(timeout=400)[0] for process in started]
+  assert [process.returncode for process in started] == [0, 0], outputs
+  assert sum(text.count(" of 5: ") for text in outputs) == 5, outputs
+  assert any("5 runs on" in text for text in outputs) and (tmp_path / "claims" / "claims.html").exists()

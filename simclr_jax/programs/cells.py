@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Sequence
 
@@ -115,7 +114,7 @@ class Runner:
   """Runs cells in one process.
 
   Args:
-    folder: where a cell that is running keeps its checkpoint; it is deleted with the cell's end.
+    folder: where a cell that is running keeps its checkpoint, under its key.
   """
 
   def __init__(self, folder):
@@ -138,7 +137,7 @@ class Runner:
     return {name: float(value) for name, value in numbers.items()} | {"seconds": time.monotonic() - began}
 
   def _of_network(self, setting, config, images):
-    train = images.train
+    train, workdir = images.train, self._folder / key(setting, config, images)
     if setting.labels < 1:
       train = data.Selection(train, _labeled_part(train.labels, setting.labels, config.seed))
       steps = -(-int(len(images.train) * config.train_epochs) // config.batch_size)  # as many as with all labels
@@ -147,7 +146,6 @@ class Runner:
     if setting.kind == UNTRAINED:
       state, row = jax.jit(task.init)(jax.random.key(config.seed)), {}
     else:
-      workdir = self._folder / key(setting, config, images)
       try:
         state, _ = loop.run(
           task, loop.LoopConfig(log_every=max(1, task.total_steps // 4)), mesh=self._mesh, workdir=workdir,
@@ -157,7 +155,6 @@ class Runner:
         print(f"diverged: {error}")
         return {"diverged": 1.0}
       row = metrics_lib.read(workdir)[-1]
-      shutil.rmtree(workdir)
     model = scores.representations(model_lib.create(config, images.train.num_classes))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     parts = [embed.embed(model, variables, part, self._mesh) for part in self._eval_sets(config, images)]

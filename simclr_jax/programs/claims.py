@@ -2,12 +2,16 @@
 
 The runs are the cells of programs/cells.py, the claims those of programs/experiments.py.  Every cell that ends is in
 claims.json at once, so that the command, killed at any moment and given again, loses one cell at most; within a cell SIGTERM
-and Ctrl-C save the state.
+and Ctrl-C save the state.  Given several times at once, on one machine or on many that share the folder, each takes cells
+that no other has.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
+import shutil
+import time
 
 import numpy as np
 
@@ -142,8 +146,12 @@ class Results:
   """
 
   def __init__(self, folder):
-    self._file = folder / FILE
-    self.cells, self._end = {}, {}
+    self._folder, self._file = folder, folder / FILE
+    self.cells = {}
+    self.read()
+
+  def read(self):
+    """Looks at the file again, to which others may have added."""
     if self._file.exists():
       try:
         self.cells = json.loads(files.read_text(self._file))["cells"]
@@ -152,16 +160,15 @@ class Results:
 
   def add(self, cell: Cell, numbers: dict):
     about = {"setting": cell.setting, "seed": cell.seed, "data": cell.images.name}
-    self.cells[cell.key] = about | {"numbers": numbers}
-    self._write()
+    with alone(self._folder):
+      self.read()
+      self.cells[cell.key] = about | {"numbers": numbers}
+      files.write_text(self._file, json.dumps({"cells": self.cells}, indent=1))
 
   def conclude(self, end: dict):
     """Keeps what follows from the cells beside them."""
-    self._end = end
-    self._write()
-
-  def _write(self):
-    files.write_text(self._file, json.dumps({**self._end, "cells": self.cells}, indent=1))
+    with alone(self._folder):
+      files.write_text(self._file, json.dumps({**end, "cells": self.cells}, indent=1))
 
   def scores(self, todo) -> dict[tuple[str, str], dict[int, dict]]:
     """{(data set, setting): {seed: numbers}} of those of the cells that have ended."""
@@ -170,6 +177,23 @@ class Results:
       if cell.key in self.cells:
         out.setdefault((cell.images.name, cell.setting), {})[cell.seed] = self.cells[cell.key]["numbers"]
     return out
+
+
+@contextlib.contextmanager
+def alone(folder):
+  """Holds the lock of a folder, which others have for moments only."""
+  for left in range(100, -1, -1):
+    try:
+      lock.take(folder)
+      break
+    except UserError:
+      if not left:
+        raise
+      time.sleep(0.1)
+  try:
+    yield
+  finally:
+    lock.release(folder)
 
 
 def judge(claim, data: str, scores, seeds) -> Finding:
@@ -311,7 +335,7 @@ def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Find
     names: of data sets, NAME:train and NAME:test; the budget's, if there are none.
 
   Raises:
-    UserError: no such data set, or one without labels, or the folder is in use.
+    UserError: no such data set, or one without labels.
     Interrupted: within a cell; given again, the command resumes there.
   """
   sets = [cells.open_images(name, most_train=budget.train, most_test=budget.test) for name in names or budget.data]
@@ -322,11 +346,12 @@ def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Find
     print(plan(todo, results))
     return []
   folder.mkdir(parents=True, exist_ok=True)
-  lock.take(folder)
-  try:
-    measure(todo, results, folder)
-  finally:
-    lock.release(folder)
+  measure(todo, results, folder)
+  if busy := [cell for cell in todo if cell.key not in results.cells]:
+    print(f"{len(busy)} cells are being run by other commands, the last of which writes the page")
+    return []
+  for cell in todo:  # what a killed command left
+    shutil.rmtree(folder / "cells" / cell.key, ignore_errors=True)
   scores = results.scores(todo)
   findings = [judge(claim, images.name, scores, budget.seeds) for images in sets for claim in claims_of(budget, images)]
   hours = sum(results.cells[cell.key]["numbers"]["seconds"] for cell in todo) / 3600
@@ -347,12 +372,21 @@ def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Find
 
 
 def measure(todo: list[Cell], results: Results, folder):
-  """Runs the cells that are not in the results, and adds them."""
+  """Runs the cells that are not in the results and that no other command runs, and adds them."""
   runner = cells.Runner(folder / "cells")
   missing = [cell for cell in todo if cell.key not in results.cells]
   left = [estimate(cell, i == 0 or cell.setting != missing[i - 1].setting, results) for i, cell in enumerate(missing)]
   for i, cell in enumerate(missing):
-    if cell.key in results.cells:  # the same under another name
+    place = folder / "cells" / cell.key
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+      lock.take(place)
+    except UserError:
+      continue
+    results.read()
+    if cell.key in results.cells:  # another command was faster, or it is the same under another name
+      lock.release(place)
+      shutil.rmtree(place, ignore_errors=True)
       continue
     print(
       f"cell {len(todo) - len(missing) + i + 1} of {len(todo)}: {cell.setting}, seed {cell.seed}, {cell.images.name}; "
@@ -360,6 +394,8 @@ def measure(todo: list[Cell], results: Results, folder):
     )  # fmt: skip
     numbers = runner.run(experiments.SETTINGS[cell.setting], cell.config, cell.images)
     results.add(cell, numbers)
+    lock.release(place)
+    shutil.rmtree(place, ignore_errors=True)
     score = f"linear {100 * numbers['linear']:.1f} %" if "linear" in numbers else "diverged"
     print(f"  {score}, {numbers['seconds']:.0f} s", flush=True)
 
