@@ -4,7 +4,7 @@ Command:   simclr pretrain --config=configs/cifar10_cpu.py --workdir=runs/cifar1
 Hardware:  two CPU cores and 6 GB of memory; about 450 images/s
 Expected:  not measured yet
 Source:    arXiv 2002.05709, App. B.9.  Learning rate, temperature, crops and batch were chosen on 5,000 training images that
-           were held out, after 3 epochs each: benchmarks/cifar10_trials.py
+           were held out, after 3 epochs each: benchmarks/trials.py
 Data:      an .npz file with images and labels, uint8 [n, 32, 32, 3]: --config.data.train=npz:FILE:train ...:test
 """
 
