@@ -4,7 +4,12 @@ import dataclasses
 import functools
 import inspect
 import json
+import os
 import pathlib
+import pty
+import select
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -489,7 +494,32 @@ def test_completion_in_bash():
   done = subprocess.run(["bash", "-c", code, "bash", *lines], capture_output=True, text=True)
   expected = ["pretrain", "--resume", "smoke", "textures", "--config.encoder.width=", "inspect"]
   assert done.stdout.splitlines() == expected and not done.stderr.replace("\n", "").strip()
-  assert completion.script(cli.parser().parse_args(["completion", "zsh"]).parsers, "zsh").startswith("autoload")
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
+def test_completion_in_zsh(tmp_path):
+  from simclr_jax import __main__ as cli
+
+  script = completion.script(cli.parser().parse_args(["completion", "zsh"]).parsers, "zsh")
+  (tmp_path / "simclr.zsh").write_text(script)
+  process, terminal = pty.fork()
+  if not process:
+    os.execvpe("zsh", ["zsh", "-f"], os.environ | {"TERM": "dumb", "COLUMNS": "200"})
+
+  def typed(keys, until):
+    """What the terminal shows after these keys, until that and a second of quiet have come."""
+    os.write(terminal, keys.encode())
+    seen, end = "", time.monotonic() + 60
+    while time.monotonic() < end and (select.select([terminal], [], [], 1.0)[0] or until not in seen):
+      seen += os.read(terminal, 65536).decode() if select.select([terminal], [], [], 0.1)[0] else ""
+    return seen
+
+  setup = f"autoload -Uz compinit; compinit -u -d {tmp_path}/dump; source {tmp_path}/simclr.zsh; echo rea''dy\n"
+  assert "ready" in typed(setup, until="ready")
+  for line, word in [("simclr pret", "pretrain"), ("simclr pretrain --config=smo", "--config=smoke"), ("simclr knn --wor", "--workdir=")]:  # fmt: skip
+    assert typed(f"\x15{line}\t", until=word).rstrip("\x07").endswith(word), line
+  os.kill(process, signal.SIGKILL)
+  os.waitpid(process, 0)
 
 
 def test_every_command_has_a_main():

@@ -6,10 +6,11 @@ It is static: made of the parser once, so that completing starts no Python.
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import recipes
 
-# In bash a word ends at "=", so that only what follows it is replaced; in zsh the whole word is.
+# In bash a word ends at "=", so that only what follows it is replaced; in zsh the whole word is.  zsh has no compopt: there no
+# space follows any word, for after "=" it would end the flag.
 SCRIPT = """\
 _simclr() {
-  local line="${COMP_LINE:0:COMP_POINT}" current command flags prefix=""
+  local line="${COMP_LINE:0:$COMP_POINT}" current command flags prefix=""
   current="${line##* }"
   command="${line#* }"
   command="${command%%[ =]*}"
@@ -31,7 +32,7 @@ _simclr() {
     *) COMPREPLY=($(compgen -W "$flags" -f -- "$current")) ;;
   esac
 }
-complete -o default -F _simclr simclr
+complete -o default @NOSPACE@-F _simclr simclr
 """
 
 
@@ -53,6 +54,7 @@ def script(parsers: dict, shell: str) -> str:
     )
     cases.append(f'    {name}) flags="{" ".join(words)}" ;;')
   filled = {"COMMANDS": " ".join(parsers), "RECIPES": " ".join(recipes.all_headers()), "CASES": "\n".join(cases)}
+  filled["NOSPACE"] = "-o nospace " if shell == "zsh" else ""
   text = SCRIPT
   for name, words in filled.items():
     text = text.replace(f"@{name}@", words)
