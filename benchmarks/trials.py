@@ -1,7 +1,7 @@
 """Trials that settings are chosen by: each changes one thing of a recipe and is scored on training images that were held out.
 
   python -m benchmarks.trials cifar10 --data=npz:cifar10.npz --output=benchmarks/trials.json [--only=NAME]
-  python -m benchmarks.trials smoke --output=benchmarks/trials.json      # and textures
+  python -m benchmarks.trials smoke --output=benchmarks/trials.json      # and textures, and cells, those of simclr claims
 
 Test images are never read.  Each trial is a process of its own, in the file as soon as it ends; those in the file are not run
 again.  The trials of cifar10 are the recipe cifar10_gpu at a quarter of its width, with views of 20 pixels, in float32, and 3
@@ -67,10 +67,21 @@ TEXTURES = {
   "grayscale 0.2": {"augment.grayscale_prob": 0.2},
   "four views": {"augment.views": 4, "train_steps": 200},
 }
+CELLS = {  # of simclr claims
+  "as it is": {},
+  "rate 8e-3": {"optimizer.base_lr": 8e-3},
+  "rate 32e-3": {"optimizer.base_lr": 32e-3},
+  "grayscale 0.5": {"augment.grayscale_prob": 0.5},
+  "crops from 0.35": {"augment.crop_area": (0.35, 1.0)},
+  "temperature 0.2": {"loss.temperature": 0.2},
+}
+CELL = {"train_epochs": 0.0, "train_steps": 281, "evaluate.train_examples": 5000}
 RECIPES = {  # name: (recipe, changes to it, trials)
   "cifar10": ("cifar10_gpu", SMALL, {name: [(round(part * EPOCHS, 3), changes) for part, changes in stages] for name, stages in CIFAR10.items()}),
   "smoke": ("smoke", {}, {name: [(None, changes)] for name, changes in SMOKE.items()}),
   "textures": ("textures", {}, {name: [(None, changes)] for name, changes in TEXTURES.items()}),
+  "cells": ("ablations:small-temperature-0.1", CELL, {name: [(None, changes)] for name, changes in CELLS.items()}),
+  "cells_cifar10": ("ablations:small-temperature-0.1", CELL, {name: [(None, changes)] for name, changes in CELLS.items()}),
 }  # fmt: skip
 
 
@@ -160,7 +171,9 @@ def table(results: dict) -> str:
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("recipe", choices=RECIPES)
-  parser.add_argument("--data", default="", help="cifar10: where its images are, such as npz:cifar10.npz")
+  parser.add_argument(
+    "--data", default="", help="cifar10, cells_cifar10: where the images are, such as npz:cifar10.npz"
+  )
   parser.add_argument("--output", required=True, type=pathlib.Path)
   parser.add_argument("--only", action="append", help="a trial; may be repeated")
   parser.add_argument("--folder", default=tempfile.gettempdir() + "/trials")
