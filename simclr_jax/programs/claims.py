@@ -119,7 +119,7 @@ def alternatives(setting: str) -> list[str]:
 
 def claims_of(budget: Budget, images: cells.Images):
   """The claims that the budget measures on a data set."""
-  return [c for c in experiments.CLAIMS if c.group in budget.groups and (images.has_color or not c.color)]
+  return [c for c in experiments.CLAIMS if set(c.groups) & set(budget.groups) and (images.has_color or not c.color)]
 
 
 def cells_of(budget: Budget, sets) -> list[Cell]:

@@ -48,7 +48,7 @@ def page(*folders: str) -> str:
   for claim in experiments.CLAIMS:
     paper = "" if claim.paper is None else f"{claim.paper:+.1f}"
     out.append(
-      f"| {claim.name}{'' if claim.group == 'quick' else f' ({claim.group})'} | {claim.says} | {claim.source} | {paper} |"
+      f"| {claim.name}{'' if 'quick' in claim.groups else f' ({claim.groups[0]})'} | {claim.says} | {claim.source} | {paper} |"
     )
   return (
     "\n".join(out)
