@@ -141,6 +141,7 @@ def vit_config(**changes):
     ({"encoder.patch": None}, "encoder.patch is missing"),
     ({"encoder.depth": 18}, "encoder.depth=18: encoder.name=vit takes size, patch"),
     ({"encoder.arrangement": "packed"}, "encoder.arrangement='packed': encoder.name=vit takes"),
+    ({"encoder.remat": "group"}, "encoder.remat='group': encoder.name=vit takes none or block"),
     ({"encoder.name": "swin"}, "encoder.name='swin': expected resnet, vit, or module:function"),
   ],
 )
