@@ -36,9 +36,8 @@ NAMES = json.loads(
 )  # of a Ti, patch 16, 224 pixels
 FULL = {
   "ViT-Ti/4, 32 pixels": (dict(size="Ti", patch=4), 32),
-  "ViT-S/16": (dict(size="S", patch=16), 224),
-  "ViT-S/16, pool=mean": (dict(size="S", patch=16, pool="mean"), 224),
-  "ViT-B/16": (dict(size="B", patch=16), 224),
+  "ViT-S/16, 224 pixels": (dict(size="S", patch=16), 224),
+  "ViT-B/16, pool=mean, 64 pixels": (dict(size="B", patch=16, pool="mean"), 64),
 }
 WITH_TORCH = pytest.mark.skipif(
   not has(TORCH_PYTHON, "torch", "torchvision", "timm", "transformers"), reason="no torch"
