@@ -117,6 +117,23 @@ def test_the_fastest_change_that_fits(monkeypatch, sizes, asked, changes):
     assert row["batch_size"] == 1024
 
 
+SMALLER = {"zero1": True, "encoder.remat": "block", "batch_size": 1024}
+
+
+@pytest.mark.parametrize(
+  "sizes, asked, changes",
+  [({(): (3, 0.03)}, 1, {}), (NOTHING | {(1024, "zero1", "block"): (19, 0.1)}, 4, SMALLER)],
+)
+def test_a_vision_transformer_has_one_arrangement_and_recomputes_blocks(monkeypatch, sizes, asked, changes):
+  compiler = Compiler(sizes, [])
+  monkeypatch.setattr(plan, "measure", compiler)
+  monkeypatch.setattr(plan, "_momentum", lambda *_: 2 * GIB)
+  monkeypatch.setattr(aot, "topology", lambda name: (aot.CHIPS["v4"], [None] * 128))
+  row = plan.plan(config_lib.load("vit:s16"), "v4:4x4x8", 1_281_167, 1000, note=lambda _: None)
+  assert row["changes"] == changes and len(compiler.asked) == asked
+  assert not any("packed" in name or "group" in name or "," in name for name in row["tried"])
+
+
 ROW = {
   "topology": "v4:4x4x8",
   "batch_size": 4096,

@@ -29,7 +29,7 @@ from etils import epath
 from flax import traverse_util
 
 import simclr_jax
-from simclr_jax.exporting import image_check, torch_names
+from simclr_jax.exporting import image_check
 from simclr_jax.exporting.folder import read_card, save_export, write_card
 from simclr_jax.model import make_encoder
 from simclr_jax.projector import Projector
@@ -48,7 +48,6 @@ FORMATS = {
   "onnx": ("onnx_graph", "onnx", ("onnxruntime",)),
   "savedmodel": ("savedmodel", "", ("tensorflow",)),
 }
-OF_RESNETS = ("torchvision", "timm", "huggingface", "onnx")  # formats that write the network layer by layer
 LOADERS = pathlib.Path(__file__).parent / "loaders"
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow")
@@ -215,14 +214,23 @@ def write(path, variables, config, *, scores: dict, step: int, heads=None, overw
   return save_export(path, fill, overwrite=overwrite)
 
 
+def why_not(format: str, architecture: dict) -> str:
+  """Why no folder of this format can hold the network of a card, and what to do; empty where one can."""
+  name = architecture["name"]
+  if ":" in name:
+    return f"encoder.name={name} is your own: no folder holds it; use load_encoder(RUN/encoder, network=...)"
+  if format == "torchvision" and name == "vit" and architecture["pool"] == "mean":
+    return (
+      "--format=torchvision: torchvision's VisionTransformer returns the class token, and h of encoder.pool=mean is the "
+      "mean over the patches: choose timm or huggingface"
+    )
+  return ""
+
+
 def write_format(path, export: Export, example: dict, python: str, overwrite: bool):
   """One format: files, proof, card, and a line that says what was found."""
-  name = export.card["architecture"]["name"]
-  if ":" in name:
-    raise UserError(f"encoder.name={name} is your own: no folder holds it; use load_encoder(RUN/encoder, network=...)")
-  if name != "resnet" and export.format in OF_RESNETS:
-    fitting = ", ".join(format for format in FORMATS if format not in OF_RESNETS)
-    raise UserError(f"--format={export.format} is for ResNets: for encoder.name={name} there is {fitting}")
+  if reason := why_not(export.format, export.card["architecture"]):
+    raise UserError(reason)
   module = importlib.import_module(f"simclr_jax.exporting.{FORMATS[export.format][0]}")
   lines = []
 
@@ -295,7 +303,7 @@ def prove(folder, export: Export, python: str):
       break
   done = tried[-1]
   libraries, remark = FORMATS[export.format][2], ""
-  if export.format in ("torchvision", "timm") and not torch_names.agrees(export.architecture, export.format):
+  if export.format in ("torchvision", "timm") and (pathlib.Path(folder) / "modeling_simclr.py").exists():
     libraries = ("torch", "safetensors")
     remark = f"; own module, verified with torch; {export.format}, which has no such network, was not used"
   if _missing(done):
@@ -409,11 +417,12 @@ def snippet(path, size: int, name: str = "resnet") -> str:
   )
 
 
-def torch_snippet(path, size: int) -> str:
+def torch_snippet(path, size: int, name: str = "resnet") -> str:
   """The same in PyTorch, after the command of its first line."""
+  library = "torchvision" if name == "resnet" else "timm"
   return "\n".join(
     (
-      f"# once: simclr export --encoder={path} --output={path}_torch --format=torchvision",
+      f"# once: simclr export --encoder={path} --output={path}_torch --format={library}",
       "import sys",
       "",
       "import torch",

@@ -1,6 +1,7 @@
 """ONNX, written node by node: what is in the graph is what stands here.
 
-Images float32 [n, 3, h, w] of any n, h and w.  BatchNorm stays a node of its own, which runtimes fold by themselves.
+Images float32 [n, 3, h, w] of any n, h and w.  BatchNorm stays a node of its own, which runtimes fold by themselves.  The
+Vision Transformer's nodes are in onnx_vit.py.
 """
 
 import functools
@@ -8,7 +9,7 @@ import functools
 import numpy as np
 
 from simclr_jax.encoder import BN_EPSILON, DEPTHS
-from simclr_jax.exporting import torch_names
+from simclr_jax.exporting import onnx_vit, torch_names, torch_vit_names
 
 OPSET, IR_VERSION = 17, 8  # of 2022, read by every onnxruntime since 1.12
 PROTOBUF_LIMIT = 2**31 - 2**24
@@ -110,13 +111,9 @@ class Graph:
     return self("Relu", self("Add", x, shortcut))
 
 
-def build(export):
-  """The model: input "images", outputs "h" float32 [n, d] and, with the head, "z"."""
-  from onnx import TensorProto, helper
-
-  architecture = export.architecture
+def resnet_features(graph, architecture) -> str:
+  """h [n, d] of "images"."""
   resnet_d = architecture["sk_ratio"] > 0
-  graph = Graph(torch_names.encoder(export.variables))
   x = "images"
   if architecture["stem"] == "imagenet":
     if resnet_d:
@@ -133,7 +130,20 @@ def build(export):
   for i, count in enumerate(DEPTHS[architecture["depth"]][0]):
     for j in range(count):
       x = graph.block(x, f"layer{i + 1}.{j}", 2 if i and not j else 1, resnet_d)
-  outputs = [graph("Flatten", graph("GlobalAveragePool", x))]
+  return graph("Flatten", graph("GlobalAveragePool", x))
+
+
+def build(export):
+  """The model: input "images", outputs "h" float32 [n, d] and, with the head, "z"."""
+  from onnx import TensorProto, helper
+
+  architecture = export.architecture
+  if export.card["architecture"]["name"] == "vit":
+    graph = Graph(torch_vit_names.timm(export.variables, patch=architecture["patch"], size=export.size))
+    outputs = [onnx_vit.features(graph, architecture)]
+  else:
+    graph = Graph(torch_names.encoder(export.variables))
+    outputs = [resnet_features(graph, architecture)]
   if export.projector:
     graph.state = torch_names.projector(export.projector)
     layers = len(graph.state) // 6  # six arrays a layer

@@ -201,6 +201,8 @@ class Encoder(Section):
     parts = self.remat.split(",")
     if len(parts) not in (1, 4) or not set(parts) <= {"none", "block", "group"}:
       raise UserError(f"remat={self.remat!r}: expected none, block or group, or four of them with commas")
+    if self.name == "vit" and self.remat not in ("none", "block"):
+      raise UserError(f"remat={self.remat!r}: encoder.name=vit takes none or block")
 
 
 @frozen

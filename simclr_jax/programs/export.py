@@ -48,7 +48,7 @@ def run(
     ValueError: an unknown format, no such run or folder, no head, a folder that is not empty, a package that is missing,
       or an export whose h differs.
   """
-  formats = _checked(formats)
+  everything, formats = list(formats) == ["all"], _checked(formats)
   several = len(formats) > 1
   targets = {name: files.absolute(output) / name if several else files.absolute(output) for name in formats}
   for name, path in targets.items():
@@ -73,13 +73,21 @@ def run(
   if head and not projector:
     raise UserError(f"{source} has no projection head: leave --head out")
   variables, projector = (jax.tree.map(np.asarray, tree) for tree in (variables, projector if head else None))
-  example = None
-  for name, path in targets.items():
+  exports, example = {}, None
+  for name in list(targets):
     card = exporting.make_card(variables, config, format=name, **facts)
     card |= {"projector": dict(config.projector)} if head else {}
-    export = exporting.Export(name, variables, card, projector)
+    reason = exporting.why_not(name, card["architecture"])
+    if reason and not everything:
+      raise UserError(reason)
+    if reason:
+      print(f"left out: {reason}", flush=True)
+      del targets[name]
+    else:
+      exports[name] = exporting.Export(name, variables, card, projector)
+  for name, export in exports.items():
     example = example or exporting.make_example(export)
-    exporting.write_format(path, export, example, python or sys.executable, overwrite)
+    exporting.write_format(targets[name], export, example, python or sys.executable, overwrite)
   if "orbax" in targets:
     print(
       f"\nencoder of step {facts['step']}: {targets['orbax']}\n\n{exporting.snippet(targets['orbax'], config.augment.size)}"

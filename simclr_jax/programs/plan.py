@@ -145,11 +145,14 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
     return room
 
   flat = config_lib.flatten(config)
-  fallbacks = [c for c in FALLBACKS if c.keys() <= flat.keys() and any(flat[k] != c[k] for k in c)]
+  fallbacks = [
+    c for c in FALLBACKS if c.keys() <= flat.keys() and any(flat[k] != c[k] for k in c) and _possible(config, c)
+  ]
   own = flat["encoder.arrangement"]
   both = [{} if name == own else {"encoder.arrangement": name} for name in ("plain", "packed")]
+  both = [changes for changes in both if _possible(config, changes)]  # a Vision Transformer has one
   roomy = [has_room(changes) for changes in both]
-  base = best["changes"] if best else both[1]  # the packed one needs less memory
+  base = best["changes"] if best else both[-1]  # the packed one needs less memory
   for fallback in () if any(roomy) else fallbacks:
     if fallback == {"zero1": True} and (best or needed - hbm > _momentum(config, num_classes)):
       continue  # minutes of compiling for what cannot be enough
@@ -163,6 +166,15 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
   if best is None:
     best = {"topology": topology, "batch_size": config.batch_size, "changes": None}
   return {**best, "refused": refused, "tried": tried}
+
+
+def _possible(config, changes) -> bool:
+  """Whether the encoder takes these changes."""
+  try:
+    config_lib.replace(config, changes)
+  except UserError:
+    return False
+  return True
 
 
 def _momentum(config, num_classes):

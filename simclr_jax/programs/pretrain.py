@@ -324,8 +324,8 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     report.neighbors_png(pictures["neighbors"], *result["neighbors"])
     files[str(pictures["neighbors"])] = "nearest neighbors in h"
   metrics_lib.show(workdir, result["step"], pictures)
-  snippet = exporting.snippet(workdir / "encoder", config.augment.size, config.encoder.name)
-  resnet = config.encoder.name == "resnet"  # what is exported to torch
+  facts = (workdir / "encoder", config.augment.size, config.encoder.name)
+  snippet = exporting.snippet(*facts)
   best = {row["representation"]: row for row in result["scores"]}
   summary = f"{config.data.train}, {config.train_epochs or config.train_steps} {'epochs' if config.train_epochs else 'steps'} at batch {config.batch_size}."
   if best:
@@ -339,7 +339,7 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     config=config_lib.to_dict(config),
     files=files,
     snippet=snippet,
-    torch_snippet=exporting.torch_snippet(workdir / "encoder", config.augment.size) if resnet else "",
+    torch_snippet="" if ":" in config.encoder.name else exporting.torch_snippet(*facts),
     views=pairs,
     neighbors=result["neighbors"],
     confusion=result["confusion"],

@@ -32,7 +32,7 @@ def cases(config, mesh, *, packed: bool = False) -> list[tuple[dict, str]]:
     packed: whether to time the packed arrangement of the encoder where there is no TPU, too.
   """
   found: list[tuple[dict, str]] = [({}, "")]
-  if packed or mesh.devices.flat[0].platform == "tpu":
+  if config.encoder.name == "resnet" and (packed or mesh.devices.flat[0].platform == "tpu"):
     found += [({"encoder.arrangement": name}, "") for name in ("plain", "packed") if name != config.encoder.arrangement]
   found += [({"augment.where": where}, "") for where in ("host", "device") if where != config.augment.where]
   if config.method == "simclr" and config.loss.name == "nt_xent":

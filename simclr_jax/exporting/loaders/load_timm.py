@@ -17,9 +17,8 @@ LIBRARIES = ("torch", "timm", "safetensors")
 
 def load_model() -> torch.nn.Module:
   """images [n, 3, h, w] -> h [n, d], in evaluation mode; timm.data.resolve_model_data_config(model) has its images."""
-  architecture = read_card()["architecture"]
   model = timm.create_model(f"local-dir:{HERE}", pretrained=True)
-  if architecture["pool_padding"] == "official":
+  if (HERE / "pooling.py").exists():
     from pooling import EndPaddedMaxPool
 
     model.maxpool = EndPaddedMaxPool()
