@@ -30,7 +30,7 @@ REQUIRED = dataclasses.MISSING
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 def frozen(cls):
-  """Decorates every section."""
+  """Decorator for every section."""
   return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
