@@ -79,7 +79,7 @@ def pretrain(
   """
   if images is None:
     if not resume:
-      raise UserError("images=None: give images, or resume=True to go on with the run in workdir")
+      raise UserError("images=None: give images, or resume=True to resume the run in workdir")
     recipe, config = config_lib.of_run(workdir)
     program.run(config_lib.replace(config, changes), str(workdir), resume=True, recipe=recipe)
     return load_encoder(workdir)
@@ -105,7 +105,7 @@ def _keep(file, images, labels, same_only):
       "np.uint8(255 * images)"
     )
   if labels is not None and len(labels) != len(images):
-    raise UserError(f"{len(labels)} labels for {len(images)} images: expected as many")
+    raise UserError(f"{len(labels)} labels for {len(images)} images: expected one per image")
   numbers, names = (None, ()) if labels is None else data.make_labels(labels, count=len(images))
   if same_only and file.exists():
     now = data.ArraySource(images, numbers, class_names=names).fingerprint()
@@ -161,7 +161,7 @@ def probe(h: np.ndarray, labels: np.ndarray, test_h: np.ndarray, test_labels: np
   """
   for name, features, y in (("h", h, labels), ("test_h", test_h, test_labels)):
     if len(features) != len(y):
-      raise UserError(f"{name} has {len(features)} rows for {len(y)} labels: expected as many")
+      raise UserError(f"{name} has {len(features)} rows for {len(y)} labels: expected one label per row")
   both = np.concatenate([np.asarray(labels), np.asarray(test_labels)])  # numbered together
   y, names = data.make_labels(both, count=len(both))
   classifier = linear.logistic_regression(h, y[: len(labels)], num_classes=len(names))

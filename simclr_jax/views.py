@@ -106,7 +106,7 @@ def pipeline(
     return ViewPipeline(_host("two_views", views, options), _pixels, spec, canvas, False)
   for name in HOST_ONLY:
     if options.pop(name, ()):
-      raise ValueError(f"augment.where={where!r}: augment.{name} is done by the host, with augment.where=host")
+      raise ValueError(f"augment.where={where!r}: augment.{name} is done by the host and needs augment.where=host")
   crop = {key: options.pop(key) for key in CROP if key in options}
   options["precision"] = precision
   if where == "device":

@@ -226,7 +226,7 @@ def test_upsampling_repeats_pixels():
         "encoder.width": 1.0,
         "encoder.stem": "imagenet",
       },
-      "encoder.name=vit has no mirror image",
+      "encoder.name=vit has no matching decoder",
     ),  # fmt: skip
   ],
 )

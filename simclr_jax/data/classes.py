@@ -48,9 +48,7 @@ def match_classes(known, names) -> np.ndarray:
   for own in (known, names):
     twice = [name for i, name in enumerate(own) if name in own[:i]] if len(set(own)) < len(own) else []
     if twice:
-      raise UserError(
-        f"two classes are called {twice[0]}, so that classes cannot be matched by name: rename one of them"
-      )
+      raise UserError(f"two classes are called {twice[0]}, so classes cannot be matched by name: rename one of them")
   numbers = [[int(name) for name in own if name.isascii() and name.isdigit()] for own in (known, names)]
   only = [len(set(found)) == len(own) for found, own in zip(numbers, (known, names), strict=True)]
   if only[0] and (only[1] or not numbers[1]):  # by number, which is the place of a class where it has a name

@@ -134,7 +134,7 @@ class FolderSource(FilesSource):
       labels += [label] * len(below)
     if files and loose:
       raise UserError(
-        f"folder:{path}: holds {len(loose)} images (such as {files_lib.printable(loose[0])}) beside class folders with images; move them"
+        f"folder:{path}: holds {len(loose)} images (such as {files_lib.printable(loose[0])}) next to class folders with images; move them"
         " into class folders, or keep images without labels in a folder of their own"
       )
     if files:

@@ -104,7 +104,7 @@ def _named(texts, used, names, what):
   number = {name: i for i, name in enumerate(names)}
   wrong = [name for name in used if name not in number]
   if wrong:
-    raise UserError(f"{what}: {some(wrong)} is none of the {len(names)} classes, which are {some(names)}")
+    raise UserError(f"{what}: {some(wrong)} is not among the {len(names)} classes, which are {some(names)}")
   if len(number) < len(names):
     raise UserError(f"{what}: two of the {len(names)} classes have the same name; give labels as numbers")
   number[""] = UNLABELED

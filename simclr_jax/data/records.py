@@ -51,7 +51,7 @@ def refuse_gzip(path: str, file):
   file.seek(0)
   if file.read(3) == b"\x1f\x8b\x08":
     raise UserError(
-      f"{path}: is compressed with GZIP, so that no record can be read by itself; decompress it once with gunzip"
+      f"{path}: is compressed with GZIP, so single records cannot be read; decompress it once with gunzip"
     )
   file.seek(0)
 
@@ -164,7 +164,7 @@ def plain_label(value, what: str) -> int | str | None:
   if isinstance(value, float) and value != value:  # how tables store a number that is missing
     return None
   if isinstance(value, float) and not value.is_integer() or value != int(value):
-    raise UserError(f"{what}: its label is {value}; expected a whole number or a text")
+    raise UserError(f"{what}: its label is {value}; expected a whole number or a string")
   return int(value)
 
 

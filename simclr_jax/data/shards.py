@@ -77,7 +77,7 @@ class ShardSource(Source):
     said = skipped_text(self.skipped)
     if not len(self._facts["shard"]):
       raise UserError(
-        f"{self._spec}: {len(self._shards)} shards without one image; give others" + (f"; {said}" if said else "")
+        f"{self._spec}: {len(self._shards)} shards without a single image; name others" + (f"; {said}" if said else "")
       )
     if said:
       say_once(f"{self._spec}: {said}")
@@ -283,7 +283,7 @@ class ParquetSource(ShardSource):
         try:
           file = parquet.ParquetFile(path)
         except Exception as error:  # pyarrow.ArrowInvalid, OSError
-          raise UserError(f"{spec}: {path} is no Parquet file, or damaged; make it again") from error
+          raise UserError(f"{spec}: {path} is not a Parquet file, or damaged; make it again") from error
         for k in range(file.num_row_groups):
           rows = file.metadata.row_group(k).num_rows
           shard += [number] * rows

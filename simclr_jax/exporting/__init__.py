@@ -219,7 +219,9 @@ def write_format(path, export: Export, example: dict, python: str, overwrite: bo
   """One format: files, proof, card, and a line that says what was found."""
   name = export.card["architecture"]["name"]
   if ":" in name:
-    raise UserError(f"encoder.name={name} is your own: no folder holds it; use load_encoder(RUN/encoder, network=...)")
+    raise UserError(
+      f"encoder.name={name} is your own module, which exports do not contain; use load_encoder(RUN/encoder, network=...)"
+    )
   if name != "resnet" and export.format in OF_RESNETS:
     fitting = ", ".join(format for format in FORMATS if format not in OF_RESNETS)
     raise UserError(f"--format={export.format} is for ResNets: for encoder.name={name} there is {fitting}")
@@ -305,7 +307,9 @@ def prove(folder, export: Export, python: str):
   if found and not done.returncode:
     return found[0] + remark, found[0] + remark
   if found:
-    raise UserError(f"{export.format}: what was written is not this encoder, so it is not kept: {found[0]}")
+    raise UserError(
+      f"{export.format}: the written files do not reproduce this encoder, so they are not kept: {found[0]}"
+    )
   why = " ".join(((done.stderr or done.stdout).strip() or "it printed nothing").split("\n")[-1].split())[:300]
   raise UserError(f"{export.format}: load.py fails in {interpreter}, so nothing is kept: {why}")
 
@@ -353,7 +357,7 @@ def load_encoder(path, network=None) -> Encoder:
   card = read_card(path)
   name, arguments, size = card["architecture"]["name"], _arguments(card), card["preprocessing"]["size"]
   if network is None and ":" in name:
-    raise UserError(f"{path} holds an encoder of its author's own: pass its module, load_encoder(..., network={name})")
+    raise UserError(f"{path} holds a custom encoder: pass its module, load_encoder(..., network={name})")
   try:
     encoder = network or make_encoder(name, **arguments | {"dtype": "float32"})
     like = jax.eval_shape(encoder.init, jax.random.key(0), _images(size))

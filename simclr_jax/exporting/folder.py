@@ -99,7 +99,7 @@ def read_card(path) -> dict:
     raise UserError(f"{card_path}: preprocessing.size is {size!r}, expected 1 to {LARGEST} pixels; export it again")
   for name in _read_json(path / "manifest.json") if (path / "manifest.json").exists() else ():
     if name.startswith("/") or ".." in name.split("/"):
-      raise UserError(f"{path}/manifest.json names {name}, which is not inside of the folder: do not trust it")
+      raise UserError(f"{path}/manifest.json names {name}, which is not inside the folder: do not trust it")
     _check_plain(path / name)
   checkpoint.verify(path)
   return card

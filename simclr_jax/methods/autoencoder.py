@@ -84,5 +84,5 @@ def create(config, mesh, source=None) -> Autoencoder:
   """
   c = config.encoder
   if c.name != "resnet":
-    raise ValueError(f"config.method='autoencoder': encoder.name={c.name} has no mirror image here; use a resnet")
+    raise ValueError(f"config.method='autoencoder': encoder.name={c.name} has no matching decoder here; use a resnet")
   return Autoencoder(Decoder(c.depth, c.width, c.stem, c.dtype))

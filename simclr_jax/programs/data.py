@@ -103,7 +103,7 @@ def _describe(spec, result, looked):
   if len(result["sizes"]):
     low, middle, high = (np.quantile(result["sizes"], q, axis=0).astype(int) for q in (0, 0.5, 1))
     print(f"height, width  {low[0]} x {low[1]} to {high[0]} x {high[1]}, median {middle[0]} x {middle[1]}")
-    print(f"stored         {result['bytes'] / 1000:,.1f} kB an image")
+    print(f"stored         {result['bytes'] / 1000:,.1f} kB per image")
   if result["bits"] > 8:
     print(f"16-bit images  scaled from {result['bits']} bits, 0 to {2 ** result['bits'] - 1:,}, to 0 to 255")
   classes = result["classes"]
@@ -116,7 +116,7 @@ def _describe(spec, result, looked):
     if empty:
       print(f"               {len(empty)} without an image, such as {empty[0]}")
     if result["unlabeled"]:
-      print(f"               {result['unlabeled']:,} images without a label, which are in no score")
+      print(f"               {result['unlabeled']:,} images without a label, which count in no score")
   else:
     print("classes        none: no labels, so no kNN and no linear evaluation")
   print(f"skipped        {data.skipped_text(result['skipped']) or 'no file'}")
@@ -178,7 +178,7 @@ def prepare(
     "spec": spec, "images": len(source), "images_per_shard": images_per_shard, "short_side": short_side
   }  # fmt: skip
   if plan.exists() and json.loads(files.read_text(plan)) != settings:
-    raise UserError(f"{folder} holds shards of other settings ({files.read_text(plan)}); use another --output")
+    raise UserError(f"{folder} holds shards with other settings ({files.read_text(plan)}); use another --output")
   files.write_text(plan, json.dumps(settings))
   if source.num_classes:
     files.write_text(folder / shards.CLASSES, json.dumps(list(source.class_names)))
@@ -278,7 +278,7 @@ def benchmark(
       count += batch
     rates[where] = count / (time.process_time() - start)
   cores = len(os.sched_getaffinity(0))
-  print(f"{spec}, views of {size} pixels, {cores} cores here; images a second a core (an image is two views)")
+  print(f"{spec}, views of {size} pixels, {cores} cores here; images per second per core (an image means two views)")
   for stage, rate in rates.items():
     label = {"read": "reading alone"}.get(stage, f"augment.where={stage}")
     print(f"  {label:28}{rate:>10,.0f}")

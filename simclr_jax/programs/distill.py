@@ -114,7 +114,9 @@ def _logits(config, teacher, source, mesh):
   images = embed.eval_set(source, config, mesh)
   out = embed.embed(jax.jit(teacher.apply), teacher.variables, images, mesh)
   if len(out) != len(source):
-    raise UserError(f"config.cache=True: {len(source) - len(out)} images are unreadable; remove them, or set it False")
+    raise UserError(
+      f"config.cache=True: {len(source) - len(out)} images are unreadable; remove them, or set it to False"
+    )
   return out
 
 

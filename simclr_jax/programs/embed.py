@@ -63,7 +63,7 @@ def run(
   began, mine = time.monotonic(), [k for k in range(count) if k % jax.process_count() == jax.process_index()]
   todo = [k for k in mine if _read(folder, k, settings) is None]
   if len(todo) < len(mine):
-    print(f"{len(mine) - len(todo):,} of {len(mine):,} parts are there already")
+    print(f"{len(mine) - len(todo):,} of {len(mine):,} parts are already there")
   for done, k in enumerate(todo, 1):
     rows = work.part(k * images_per_part, min((k + 1) * images_per_part, len(source)))
     _save(folder / f"part-{k:05}.npz", {**rows, "stamp": np.asarray(_stamp(k, settings))})

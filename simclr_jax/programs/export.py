@@ -67,7 +67,7 @@ def run(
   if encoder and not (files.absolute(encoder) / "config.json").exists():
     folder = encoder
   if folder and step is not None:
-    raise UserError(f"--step={step}: a folder holds one encoder; it belongs to --workdir")
+    raise UserError(f"--step={step} is only for --workdir; an exported folder holds one encoder")
   variables, projector, config, facts = _of_folder(folder) if folder else _of_run(source, step, head)
   facts |= {"license": license} if license else {}
   if head and not projector:

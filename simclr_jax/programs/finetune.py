@@ -45,9 +45,7 @@ def resolve(config):
     config = config_lib.replace(config, {**networks, "augment.resize": resize})
   layers = {"nonlinear": config.projector.layers, "linear": 1, "none": 0}[config.projector.kind]
   if config.tune_after >= 0 and ":" in config.encoder.name:
-    raise UserError(
-      f"config.tune_after={config.tune_after}: {config.encoder.name} has no stages that are known; use -1"
-    )
+    raise UserError(f"config.tune_after={config.tune_after}: {config.encoder.name} has no known stages; use -1")
   if config.tap > layers:
     raise UserError(f"config.tap={config.tap}: start={config.start or 'nothing'} has {layers} layers in its head")
   if start and config.tap and "projector" not in start.variables:
@@ -151,7 +149,7 @@ def choose(source, labels) -> np.ndarray:
   if not labels.list:
     return data.class_balanced(source.labels, labels.fraction, labels.seed)
   if not files.absolute(labels.list).is_file():
-    raise UserError(f"labels.list={labels.list}: there is no such file; give one with a name of an image a line")
+    raise UserError(f"labels.list={labels.list}: no such file; give one with one image name per line")
   wanted = [line.strip("\r") for line in files.read_text(labels.list).split("\n")]
   wanted = list(dict.fromkeys(name for name in wanted if name.strip()))
   places = {}
@@ -162,7 +160,7 @@ def choose(source, labels) -> np.ndarray:
     found = [i for i in places.get(_last(name), ()) if re.search("(^|[/:])" + re.escape(name) + "$", source.name(i))]
     if len(found) > 1:
       raise UserError(
-        f"labels.list={labels.list}: {name} is {source.name(found[0])} and {source.name(found[1])}; write which, as"
+        f"labels.list={labels.list}: {name} is {source.name(found[0])} and {source.name(found[1])}; write which one, as"
         " class/name"
       )
     chosen += found
@@ -170,7 +168,7 @@ def choose(source, labels) -> np.ndarray:
   if missing or not wanted:
     raise UserError(
       f"labels.list={labels.list}: {len(missing)} of {len(wanted)} names are not in data.train"
-      + (f", such as {missing[0]}" if missing else "; give one a line")
+      + (f", such as {missing[0]}" if missing else "; write one per line")
     )
   return np.unique(chosen)
 

@@ -28,7 +28,7 @@ def run(source, output, *, ema: bool = False, overwrite: bool = False) -> pathli
   step = info["step"] or 0
   path = exporting.write(output, encoder, config, scores={}, step=step, heads=heads, overwrite=overwrite)
   print(f"{info['format']} {source}: {official.title(info['encoder'])}, {', '.join(heads) or 'no head'}")
-  print(f"it was trained on images resized by {info['resize']!r}; card.json says so\n")
+  print(f"it was trained on images resized with {info['resize']!r}, as card.json states\n")
   print(f"encoder: {path}\n\n{exporting.snippet(path, info['size'])}")
   return path
 

@@ -141,7 +141,7 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
       best = {**row, "changes": changes}
     room = row["peak_bytes"] < TIGHT * row["hbm_bytes"]
     if not room:
-      note(f"{topology}: {name} fits barely, {1e3 * row['step_seconds']:.0f} ms a step")
+      note(f"{topology}: {name} barely fits, {1e3 * row['step_seconds']:.0f} ms a step")
     return room
 
   flat = config_lib.flatten(config)
@@ -317,7 +317,7 @@ def draw(path, rows):
   """An SVG of what bounds each step, of the plans that fit."""
   rows = [row for row in rows if row["changes"] is not None]
   if not rows:
-    raise UserError(f"--picture={path}: nothing fits, there is no step to draw")
+    raise UserError(f"--picture={path}: nothing fits, so there is no step to draw")
   report.step_times_svg(files.absolute(path), rows)
 
 

@@ -294,7 +294,7 @@ def _greet(config, workdir, mesh, source, test, abstract, task):
   if test is not source and not config.data.test:
     print(f"scored      {splits.describe(config.data, test)}, which training does not see")
   elif test is source and source.num_classes:
-    print("scored      nothing, for there are no images that training does not see: see data.test and data.held_out")
+    print("scored      nothing, because no images are held out of training; see data.test and data.held_out")
   print("parameters  " + ", ".join(f"{name} {count:,}" for name, count in parts.items()))
   print(f"devices     {mesh.size} x {device.device_kind}, {jax.process_count()} process(es); {_ranges(config, mesh)}")
   chance = task.log_with_every_row.get("chance_loss")
@@ -368,6 +368,6 @@ def main(flags, overrides) -> int:
   if flags.recipe and not jax.process_index():
     made_for = recipes.header(config_lib.find_recipe(flags.recipe).partition(":")[0]).get("Hardware", "").split()
     print(f"recipe      {flags.recipe}" + f", made for {' '.join(made_for)}" * bool(made_for))
-    print(f"changed     {', '.join(f'{key}={now}' for key, _, now in changes) or 'nothing of the recipe'}")
+    print(f"changed     {', '.join(f'{key}={now}' for key, _, now in changes) or 'nothing in the recipe'}")
   run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite, recipe=flags.recipe)
   return 0

@@ -238,7 +238,9 @@ def run(
   spec, root = f"files:{root}", files.printable(root)  # as the names of its images are
   source = data.open_source(spec)
   if len(source) < FEWEST:
-    raise UserError(f"{folder} holds {len(source)} images: quickstart needs {FEWEST} at least, hundreds to be useful")
+    raise UserError(
+      f"{folder} holds {len(source)} images: quickstart needs {FEWEST} at least, and hundreds to be useful"
+    )
   mesh = mesh_lib.make_mesh()
   workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=(spec,))
   plan = workdir / "quickstart.json"

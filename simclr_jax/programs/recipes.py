@@ -61,7 +61,7 @@ def run(name: str = ""):
   """
   if not name:
     print(table(all_headers(), shutil.get_terminal_size((140, 24)).columns))
-    print("\nsimclr recipes NAME shows all of it")
+    print("\nsimclr recipes NAME shows the full header")
     return
   path = config_lib.find_recipe(name).partition(":")[0]
   fields = header(path)

@@ -249,12 +249,12 @@ def run(config, *, packed: bool = False, json_file: str = "") -> dict:
   }
   note("\n" + table(rows) + "\n")
   note(
-    f"noise       the recipe's step, timed again after the others, took {again / rows[0]['step_seconds']:.2f} of its first time"
+    f"noise       the recipe's step, timed again after the others, took {again / rows[0]['step_seconds']:.2f} times as long as at first"
   )
   if result["peak_bytes"]:
     note(f"memory      {result['peak_bytes'] / aot.GIB:.2f} GiB at most on a device, over all rows")
   if not any(row.get("estimated_seconds") for row in rows):
-    note(f"estimate    none: `simclr plan` has topologies of TPUs alone, and this is {device.device_kind}")
+    note(f"estimate    none: `simclr plan` only knows TPUs, and this is {device.device_kind}")
   note(f"advice      {result['advice']}")
   if json_file and not jax.process_index():
     files.write_text(files.absolute(json_file), json.dumps(result, indent=2))

@@ -51,9 +51,7 @@ def open_start(path, step: int | None = None) -> Start:
   if (path / "card.json").exists():
     _, encoder, card = exporting.load_encoder(path)
     if ":" in card["architecture"]["name"]:  # a folder may come from elsewhere: nothing that it names is imported
-      raise UserError(
-        f"{path} holds an encoder of its author's own, {card['architecture']['name']}: give the run instead"
-      )
+      raise UserError(f"{path} holds a custom encoder,  {card['architecture']['name']}: give the run instead")
     config = config_lib.from_dict(card["pretraining"])
     heads = {name: checkpoint.read_tree(path / name) for name in ("projector", "classifier")}
     variables = {"encoder": encoder, **{name: tree for name, tree in heads.items() if tree}}
@@ -146,8 +144,8 @@ class TrainedRun:
     """
     if self.config.method != "tsimcne":
       raise UserError(
-        f"--method=tsimcne: {self.workdir} is a run of config.method={self.config.method}: expected one of tsimcne, such as"
-        " of configs/tsimcne.py; or leave --method out"
+        f"--method=tsimcne: {self.workdir} is a run of config.method={self.config.method}: expected one with"
+        " config.method=tsimcne, such as from configs/tsimcne.py; or leave out --method"
       )
     _, state = checkpoint.read_run_state(self.workdir, self.step)
     of = lambda name: {"params": state["params"][name], "batch_stats": state["batch_stats"].get(name, {})}  # noqa: E731

@@ -58,7 +58,7 @@ def run(workdir, *, step: int | None = None, overrides=(), json_file: str = "") 
   train, test = (_images(source, count, config, mesh) for source, count in ((train, TRAIN), (test, TEST)))
   scores = invariance.predictions(_encode(start), train, test, seed=config.seed)
   print(table(scores))
-  print(f"\nread by a linear classifier or regression on {len(train):,} images, scored on {len(test):,} others")
+  print(f"\npredicted by a linear classifier or regression on {len(train):,} images, scored on {len(test):,} others")
   if json_file:
     rows = {name: {**of, "chance": invariance.CHANCE[name]} for name, of in scores.items()}
     about = {"workdir": str(workdir), "train_images": len(train), "test_images": len(test), "seed": config.seed}

@@ -76,7 +76,7 @@ def prepare():
     ValueError: libtpu is not installed.
   """
   if importlib.util.find_spec("libtpu") is None:
-    raise UserError("compiling for TPUs needs the package libtpu, and no TPU: pip install libtpu")
+    raise UserError("compiling for TPUs needs the package libtpu, but no TPU: pip install libtpu")
   jax.config.update("jax_platforms", "cpu")  # JAX has read JAX_PLATFORMS when it was imported
   quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
   alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -99,7 +99,7 @@ def topology(name: str):
     return chip, topologies.get_topology_desc(name, platform="tpu", **dict(chip.options)).devices
   except Exception as error:
     reason = " ".join(str(error).split())[:200]
-    raise UserError(f"--topology={name}: the compiler knows no such pod ({reason})") from None
+    raise UserError(f"--topology={name}: the compiler does not know this pod ({reason})") from None
 
 
 def compile_for(jitted, *arguments):

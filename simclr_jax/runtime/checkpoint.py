@@ -72,7 +72,7 @@ def _claim(workdir, resume, overwrite, writes, data):
   foreign = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in writes)]
   if filled and not (resume or overwrite):
     raise UserError(
-      f"--workdir={workdir} is not empty: add --resume to go on, --overwrite to start again, or name another"
+      f"--workdir={workdir} is not empty: add --resume to resume the run, --overwrite to start over, or name another"
     )
   if filled and not _is_run(names, foreign):
     flag = "resume" if resume else "overwrite"
@@ -109,7 +109,7 @@ def _check_apart(workdir, data):
     if files.is_remote(workdir) or files.is_remote(given):
       where, what = (os.fspath(p).rstrip("/") for p in (workdir, given))
     if where == what or where.startswith(f"{what}/") or what.startswith(f"{where}/"):
-      raise UserError(f"--workdir={workdir}: the data is in {given}; a run and its data cannot lie in each other")
+      raise UserError(f"--workdir={workdir}: the data is in {given}; a run and its data must not contain each other")
 
 
 def _is_run(names, foreign) -> bool:
@@ -366,7 +366,7 @@ class Checkpoints:
       like: a tree of jax.ShapeDtypeStruct with shardings, on whatever devices there are now.
 
     Raises:
-      ValueError: the checkpoint is of another architecture, of which it names the first difference, or it holds the state
+      ValueError: the checkpoint has another architecture (the message names the first difference), or it holds the state
         of another step.
     """
     if self._newest is None:
@@ -473,7 +473,7 @@ def _compare(saved: dict, wanted: dict, where):
     key = different[0]
     has, needs = (f"{v[1]}{list(v[0])}" if v else "nothing" for v in (saved.get(key), wanted.get(key)))
     raise UserError(
-      f"checkpoint {where} is of another architecture: {key} is {has} there and {needs} in this config "
+      f"checkpoint {where} has another architecture: {key} is {has} there and {needs} in this config "
       f"({len(different)} such differences): use the config it was made with, or another --workdir"
     )
 

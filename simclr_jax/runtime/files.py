@@ -84,7 +84,7 @@ def check_bucket(path):
   try:
     _bucket().look_at_bucket(os.fspath(path))
   except OSError as error:
-    raise UserError(f"{path}: the bucket cannot be looked at ({error}); Orbax needs storage.buckets.get") from None
+    raise UserError(f"{path}: the bucket cannot be inspected ({error}); Orbax needs storage.buckets.get") from None
 
 
 def is_left_behind(name: str) -> bool:

@@ -117,7 +117,9 @@ def _wait_for_the_end(path):
   except (ValueError, KeyError, TypeError):  # damaged
     host, process, started, here, gone = "an unknown host", "unknown", "at an unknown time", False, False
   if not here:
-    print(f"{path} is of process {process} on {host}: waiting up to {SILENCE:.0f} s for a sign of life", flush=True)
+    print(
+      f"{path} belongs to process {process} on {host}: waiting up to {SILENCE:.0f} s for a sign of life", flush=True
+    )
     end = time.monotonic() + SILENCE
     while time.monotonic() < end and _read(path) == first:
       time.sleep(min(1.0, SILENCE / 10))

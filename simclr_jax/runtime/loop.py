@@ -327,7 +327,7 @@ class Loop:
     with self.clock.phase("start"):
       good, self.state = self.checkpoints.restore_newest(self.like)
     self.skipped.add(good, self.step - good)
-    self.progress.note(f"{error}; going back to step {good} and past its next {self.step - good} batches")
+    self.progress.note(f"{error}; returning to step {good} and skipping the next {self.step - good} batches")
     self.window, self.last_logged = [], good
     self.in_flight.clear()
     self.restore_losses()
@@ -463,7 +463,7 @@ class Loop:
     self.close()
     name = signal.Signals(self.signals.received).name
     raise Interrupted(
-      f"{name}: stopped after step {self.step} and saved it; go on with --resume",
+      f"{name}: stopped after step {self.step} and saved it; resume with --resume",
       signals.exit_code(self.signals.received),
     )
 

@@ -85,7 +85,7 @@ def _limited(seconds: float, who: str, where: str):
 
   def give_up():
     print(
-      f"simclr: {who} has waited {seconds:.0f} s{where} for all processes of the run to join: look at what the others said, "
+      f"simclr: {who} has waited {seconds:.0f} s{where} for all processes of the run to join: check the output of the others, "
       "and start all of them with the same flags",
       file=sys.stderr,
       flush=True,

@@ -60,7 +60,7 @@ def heard():
 def _stop(number, frame):
   signal.signal(number, lambda *_: None)  # a second one is for the listener
   name = signal.Signals(number).name
-  raise Stopped(f"{name}: stopped; what was saved is complete, go on with --resume")
+  raise Stopped(f"{name}: stopped; what was saved is complete; resume with --resume")
 
 
 def _listen(read, heard):
@@ -72,7 +72,7 @@ def _listen(read, heard):
         continue
       name = signal.Signals(number).name
       if heard:
-        _say(f"{name}: stopped at once; what was saved before is complete, go on with --resume")
+        _say(f"{name}: stopped at once; what was saved before is complete; resume with --resume")
         with contextlib.suppress(Exception):
           lock.release_all()
         os._exit(exit_code(number))

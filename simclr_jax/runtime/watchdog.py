@@ -214,7 +214,7 @@ class _Guard(threading.Thread):
     return f"process {process} of {self._count}{f' (on {host})' if host else ''} is gone: {why}"
 
   def _say(self, why):
-    print(f"simclr: {why}; the last checkpoint is complete, go on with --resume", file=sys.stderr)
+    print(f"simclr: {why}; the last checkpoint is complete; resume with --resume", file=sys.stderr)
 
   def _end(self, why):
     self._say(why)
