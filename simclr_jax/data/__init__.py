@@ -62,7 +62,7 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
                           sharded records, SHARDS a folder or a pattern such as /data/train-*; see shards.py
 
   Raises:
-    ValueError: unknown, missing or empty; the message names the path and the cure.
+    ValueError: the set is unknown, missing or empty; the message names the path and the cure.
   """
   kind, _, rest = spec.partition(":")
   if kind in ("fashion", "textures", "textures64"):
