@@ -35,7 +35,7 @@ def _progress(done, total, began, what):
 
 
 def inspect(spec: str, *, data_dir: str | None = None, limit: int = 0, output: str | None = None) -> dict:
-  """Reads and decodes every image (or `limit` of them, drawn at random) and says what is there.
+  """Reads and decodes every image (or `limit` of them, drawn at random) and reports what it finds.
 
   Args:
     output: a PNG file for a contact sheet of 64 images.
@@ -154,14 +154,14 @@ def prepare(
   classes.json.
 
   Args:
-    short_side: above 0, larger images are re-encoded as JPEGs of that shorter side: fewer bytes to decode, and small
-      crops get blurrier.
+    short_side: if above 0, larger images are re-encoded as JPEGs of that shorter side, which decode faster but make small
+      crops blurrier.
 
   Returns:
     The number of images written, by this call and earlier ones.
 
   Raises:
-    ValueError: the folder holds the shards of other settings.
+    ValueError: the folder holds shards with other settings.
   """
   source = data.open_source(spec, data_dir=data_dir)
   folder = files.expanded(output)
@@ -247,13 +247,13 @@ def _encoded(pixels, kind, **options):
 def benchmark(
   spec: str, *, data_dir: str | None = None, size: int = 224, resize: str = "bicubic", seconds: float = 5.0
 ) -> dict:
-  """Images a second and core of every stage, on this machine and these images; what chips want; what to change.
+  """Images per second per core of every stage, on this machine and these images; what chips need; what to change.
 
-  Times are processor seconds of the whole process, so they hold on a busy machine too; every stage contains the
+  Times are processor seconds of the whole process, so they are also valid on a busy machine; every stage includes the
   ones before it.
 
   Returns:
-    {stage: images a second a core}.
+    {stage: images per second per core}.
   """
   from simclr_jax import augment  # TensorFlow, which looking at a set may do without
 
@@ -296,7 +296,7 @@ def _rate(work, n, seconds):
 
 
 def advice(rates: dict, size: int) -> str:
-  """Which `augment.where` feeds a ResNet-50 on TPU hosts, in a few lines, from images a second a core."""
+  """A few lines on which `augment.where` is fast enough for a ResNet-50 on TPU hosts, from images per second per core."""
   lines = ["what a ResNet-50 wants, and the first setting that feeds it with half as much again to spare:"]
   scale = (224 / size) ** 2  # the network's work goes with the area
   for name in ("v4", "v5e", "v6e"):

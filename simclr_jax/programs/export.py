@@ -34,14 +34,14 @@ def run(
 
   Args:
     workdir: folder of a run, or one that `simclr export`, `simclr import` or a finished run wrote.
-    encoder: the same.
-    output: one format goes to this folder itself, several to a folder each below it.
+    encoder: the same as workdir.
+    output: the folder for one format; several formats get one subfolder each.
     formats: keys of exporting.FORMATS, or "all".
-    head: take the projection head along.
+    head: include the projection head.
     step: checkpoint of the run, by default the newest.
-    license: of the weights, for the card.
-    python: the interpreter that verifies, where the libraries of the formats are; by default this one.
-    overwrite: replace exports that are there.
+    license: license of the weights, for the card.
+    python: the interpreter to verify with, which has the libraries of the formats; by default this one.
+    overwrite: replace existing exports.
   Returns:
     the folders.
   Raises:

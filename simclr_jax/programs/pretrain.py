@@ -1,5 +1,5 @@
-"""`simclr pretrain`: trains through the one loop by Algorithm 1 (train_step.py), compares what was learned with raw pixels
-and with an untrained encoder (scores.py), exports f and writes a page to look at.
+"""`simclr pretrain`: trains with Algorithm 1 (train_step.py) in the shared loop, compares the learned features with raw pixels
+and with an untrained encoder (scores.py), exports f and writes a report page.
 """
 
 import dataclasses
@@ -180,12 +180,12 @@ def _as(like, tree):
 
 
 def abstract_step(config, mesh, source):
-  """(jitted update, its arguments as shapes with shardings), of a run on `mesh`, which may be devices nobody has."""
+  """(jitted update, its arguments as shapes with shardings) of a run on `mesh`, whose devices need not exist."""
   return loop.abstract_step(make_task(config, source, mesh=mesh), mesh, view_pipeline(config).spec(config.batch_size))
 
 
 def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recipe: str = "") -> dict:
-  """Pretrains by `config` (see configs/) into `workdir`; `recipe` is the name of the file that it came from, if any.
+  """Pretrains with `config` (see configs/) and writes to `workdir`; `recipe` is the name of the config's file, if any.
 
   Returns:
     dict(state, scores, workdir, page): the trained state, the rows of the final table, the folder, and the arguments of

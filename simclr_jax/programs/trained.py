@@ -1,4 +1,4 @@
-"""Opening what was trained: the networks of a run or of an exported folder, alone or with the data of their training."""
+"""Opens trained networks: those of a run or of an exported folder, alone or with the data of their training."""
 
 import dataclasses
 import functools
@@ -127,7 +127,7 @@ class TrainedRun:
     self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
 
   def results(self, name: str):
-    """Where a program leaves what it makes: in the folder of a run, beside that of an export, which stays as it was written."""
+    """Where a program writes its results: in the folder of a run, but next to the folder of an export, which is not changed."""
     folder = files.absolute(self.workdir)
     return folder.with_name(f"{folder.name}.{name}") if self._exported == self.workdir else folder / name
 
@@ -137,7 +137,7 @@ class TrainedRun:
     return self.encode(images), images.labels()
 
   def on_the_map(self, h):
-    """float32 [n, 2]: the points in the plane at which a run of t-SimCNE places h [n, d], whatever images it is of.
+    """float32 [n, 2]: the points in the plane at which a run of t-SimCNE places h [n, d] of any images.
 
     Raises:
       UserError: the run is of another method.
