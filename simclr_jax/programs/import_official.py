@@ -1,4 +1,4 @@
-"""`simclr import`: an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it."""
+"""`simclr import`: converts an official checkpoint of SimCLR v1 or v2 to a folder like those of `simclr export`."""
 
 import pathlib
 
@@ -8,7 +8,7 @@ from simclr_jax.programs import config as config_lib
 
 
 def run(source, output, *, ema: bool = False, overwrite: bool = False) -> pathlib.Path:
-  """The program `simclr import`: an official checkpoint into a folder that `load_encoder` opens.
+  """The program `simclr import`: converts an official checkpoint to a folder that `load_encoder` opens.
 
   Raises:
     ValueError: as `load`, or the folder is not empty.

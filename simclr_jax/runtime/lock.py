@@ -23,8 +23,8 @@ _guard = threading.Lock()
 def take(workdir):
   """Takes the lock of a workdir; a lock of this process is kept.
 
-  The lock of a process that is gone is taken over: at once where that was a process of this machine, else after SILENCE
-  seconds in which nobody has renewed it.
+  The lock of a process that is gone is taken over: at once if it was a process on this machine, otherwise after SILENCE
+  seconds without renewal.
 
   Raises:
     UserError: another run has it; one line with its host, process id and start time.

@@ -1,7 +1,7 @@
-"""What the signals that stop a run do outside of the training steps, and what a person who sends one is told at once.
+"""How signals stop a run outside of the training steps, and the immediate answer to whoever sends one.
 
-Python runs a handler between two bytecodes of the main thread, which may be compiling for minutes.  So a thread hears of
-each signal through Python's wakeup file descriptor, says what will happen, and on the second one ends the process.
+Python runs a handler between two bytecodes of the main thread, which may be compiling for minutes.  So a thread receives
+each signal through Python's wakeup file descriptor, says what will happen, and ends the process on the second signal.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ class Stopped(BaseException):
 
 
 def exit_code(number: int) -> int:
-  """Of a process that a signal has stopped: 130 for Ctrl-C, else 42, with which schedulers start it again."""
+  """The exit code of a process stopped by a signal: 130 for Ctrl-C, otherwise 42, after which schedulers restart it."""
   return 130 if number == signal.SIGINT else 42
 
 
@@ -31,8 +31,8 @@ def exit_code(number: int) -> int:
 def heard():
   """Within it a first signal is answered at once with one line, and a second one ends the process; in the main thread.
 
-  SIGTERM and SIGHUP raise Stopped, SIGINT raises KeyboardInterrupt as ever.  A signal that is ignored, SIGHUP under nohup
-  for instance, stays so.
+  SIGTERM and SIGHUP raise Stopped; SIGINT raises KeyboardInterrupt as usual.  An ignored signal, such as SIGHUP under nohup,
+  stays ignored.
   """
   if threading.current_thread() is not threading.main_thread():
     yield
