@@ -1,20 +1,20 @@
-"""The ablations of the SimCLR v1 paper: ResNet-50 on ImageNet, 100 epochs unless said, one row of a table each.
+"""The ablations of the SimCLR v1 paper: each is one row of a table, ResNet-50 on ImageNet, 100 epochs unless noted.
 
 Command:   simclr pretrain --config=configs/ablations.py:temperature-0.05 --workdir=gs://BUCKET/temperature-0.05
            batch-B-EPOCHSep-linear or -sqrt (Table B.1), temperature-T, no_l2-T (Table 5), loss-NAME (Table 4),
            color-S and autoaugment (Table 1, without blur), no_flip, head-none, head-linear-D, head-nonlinear-D
-           (Figure 8), compose-FIRST-SECOND (Figure 5; names of augment.EXTRA, on one branch alone)
-           small-ROW is any of these rows in minutes on two CPU cores, as `simclr claims` runs them: ResNet-18 of an
-           eighth of the width with the CIFAR stem, views of 16 pixels, AdamW; everything else is that of the row, but
-           batches are a 32nd, epochs a 16th and color strengths a half (App. B.9)
-Hardware:  the paper used 128 TPU v3 cores, 1.5 hours for 100 epochs at batch 4,096; nobody has run these rows yet.
+           (Figure 8), compose-FIRST-SECOND (Figure 5; names of augment.EXTRA, applied to one branch only)
+           small-ROW runs any of these rows in minutes on two CPU cores, as `simclr claims` does: ResNet-18 of an
+           eighth of the width with the CIFAR stem, views of 16 pixels, AdamW; everything else is as in the row, except
+           that batches are divided by 32, epochs by 16 and color strengths by 2 (App. B.9)
+Hardware:  the paper used 128 TPU v3 cores, 1.5 hours for 100 epochs at batch 4,096; these rows have not been run yet.
            small-ROW: two CPU cores
-Expected:  linear evaluation top-1 on ImageNet: TOP_1 below; head-nonlinear 3 points above head-linear, those more than 10
-           above head-none, whatever D; Figure 5 is a picture: of its cells crop with color is the best
+Expected:  linear evaluation top-1 on ImageNet: TOP_1 below; head-nonlinear is 3 points above head-linear, and both are
+           more than 10 above head-none, for every D; Figure 5 is a picture, whose best cell is crop with color
 Source:    arXiv 2002.05709: Tables 1, 4, 5 and B.1, Figure 8, section 3.2.  Not published: learning rate and margin
            of the losses of Table 4, tuned over 0.01, 0.1, 0.3, 0.5, 1 and 0, 0.4, 0.8, 1.6 (App. B.10)
-Data:      a prepared TFDS imagenet2012 in --config.data.data_dir; small-ROW: textures, which the package has, or any
-           set of images of about 32 pixels, as --config.data.train=npz:FILE:train --config.data.test=npz:FILE:test
+Data:      a prepared TFDS imagenet2012 in --config.data.data_dir; small-ROW: textures, included in the package, or any
+           images of about 32 pixels, as --config.data.train=npz:FILE:train --config.data.test=npz:FILE:test
 """
 
 import ml_collections
@@ -67,7 +67,7 @@ def get_config(arg="temperature-0.1"):
 
 
 def _small(config):
-  """A row of the paper at the size of CIFAR-10 and of two CPU cores."""
+  """A row of the paper, scaled down to CIFAR-10 images and two CPU cores."""
   on_host, by_sqrt = bool(config.augment.extra), config.optimizer.lr_scaling == "sqrt"
   config.data = dict(train="textures:train", test="textures:test")
   config.batch_size //= SHRINK["batch"]

@@ -1,7 +1,7 @@
-"""CIFAR-10 as the official README: ResNet-18 with the CIFAR stem, batch 512, 1,000 epochs, no blur.
+"""CIFAR-10 as in the official README: ResNet-18 with the CIFAR stem, batch 512, 1,000 epochs, no blur.
 
 Command:   simclr pretrain --config=configs/cifar10.py --workdir=runs/cifar10
-Hardware:  one GPU; nobody has run this file to its end yet
+Hardware:  one GPU; this recipe has not been run to its end yet
 Expected:  linear evaluation about 91 %
 Source:    google-research/simclr README, "Pretraining on CIFAR-10"; temperature and strength: arXiv 2002.05709, App. B.9
 Data:      a prepared TFDS cifar10 in --config.data.data_dir

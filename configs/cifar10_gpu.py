@@ -1,11 +1,12 @@
-"""CIFAR-10 on one GPU in minutes: the images live on the device, where they are cropped and distorted; bfloat16.
+"""CIFAR-10 on one GPU in minutes: the images stay on the device, which crops and distorts them; bfloat16.
 
 Command:   simclr pretrain --config=configs/cifar10_gpu.py --workdir=runs/cifar10_gpu
-           (:100ep trains a fifth as long)
+           (:100ep trains for a fifth of the epochs)
 Hardware:  one GPU with 16 GB or more; not measured yet on a GPU (python -m benchmarks.gpu.check measures it)
-Expected:  500 epochs: kNN about 90 %, 100 epochs: about 83 %, of dkobak/simclr-cifar10 with the same network, batch,
-           temperature and schedule; this recipe itself has not been run to its end yet
-Source:    arXiv 2002.05709, App. B.9, with SGD at the rates and the weight decay of dkobak/simclr-cifar10, whose head is wider
+Expected:  kNN about 90 % after 500 epochs and about 83 % after 100, reported by dkobak/simclr-cifar10 with the same
+           network, batch, temperature and schedule; this recipe itself has not been run to its end yet
+Source:    arXiv 2002.05709, App. B.9, with the SGD learning rates and weight decay of dkobak/simclr-cifar10, whose head
+           is wider
 Data:      an .npz file with images and labels, uint8 [n, 32, 32, 3]: --config.data.train=npz:FILE:train ...:test
 """
 

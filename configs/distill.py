@@ -1,18 +1,18 @@
-"""Distillation as SimCLR v2: a fine-tuned teacher's predictions on unlabeled images train a student.
+"""Distillation as in SimCLR v2: a fine-tuned teacher's predictions on unlabeled images train a student.
 
 Command:   simclr distill --config=configs/distill.py:r50_1x_sk0 --config.teacher=RUN_OF_FINETUNE --workdir=runs/student
-           (:DEPTH_WIDTH_SK is the student; :r152_3x_sk1-self is self-distillation, with its temperature;
-           -labels_1pct or -labels_10pct adds the loss of these labels, -only_1pct or -only_10pct sees no other images)
+           (:DEPTH_WIDTH_SK is the student; :r152_3x_sk1-self is self-distillation, with its own temperature;
+           -labels_1pct or -labels_10pct adds the loss on these labels, -only_1pct or -only_10pct uses no other images)
            simclr distill --config=configs/distill.py:small --config.teacher=runs/few --workdir=runs/student
-Hardware:  as configs/v2.py; :small is for two CPU cores.  Nobody has run this file to its end yet
+Hardware:  as for configs/v2.py; :small is for two CPU cores.  The ImageNet recipes have not been run to their end yet
 Expected:  ImageNet top-1 after a teacher fine-tuned on 1 % / 10 %: r50_1x_sk0 73.9 / 77.5, r50_2x_sk1 75.9 / 80.2,
-           r152_3x_sk1 from itself 76.6 / 80.9.  r50_1x_sk0 by its targets (Table 2): labels alone 12.3 / 52.0
+           r152_3x_sk1 from itself 76.6 / 80.9.  r50_1x_sk0 with different targets (Table 2): labels alone 12.3 / 52.0
            (configs/finetune.py:supervised-1pct, -10pct), -only 23.6 / 66.2, -labels 69.0 / 75.1, no labels 68.9 / 74.3.
            small: 75.0 from a teacher with 10 % (docs/downstream.md)
-Source:    arXiv 2006.10029, abstract, section 2.3, Table 2: temperature 0.1 for self-distillation and 1 from a bigger
-           teacher, 400 epochs, batch, learning rate and weight decay of pretraining, crop and flip only.  Not
+Source:    arXiv 2006.10029, abstract, section 2.3, Table 2: temperature 0.1 for self-distillation and 1 for a bigger
+           teacher, 400 epochs, batch, learning rate and weight decay as in pretraining, crop and flip only.  Not
            published: alpha of Table 2
-Data:      a prepared TFDS imagenet2012 in --config.data.data_dir; its labels are read for the test score alone
+Data:      a prepared TFDS imagenet2012 in --config.data.data_dir; its labels are used only for the test score
 """
 
 import ml_collections
@@ -33,7 +33,7 @@ def get_config(arg="r50_1x_sk0"):
       program="distill",
       teacher="NAME_IT",
       temperature=0.1 if how == "self" else 1.0,
-      alpha=0.5 if share else 1.0,  # below 1: the rest of the loss is cross-entropy on the share of labels below
+      alpha=0.5 if share else 1.0,  # below 1: the rest of the loss is cross-entropy on the fraction of labels below
       data=dict(
         train="fashion:train" if small else subset if targets == "only" else "tfds:imagenet2012:train",
         test="fashion:test" if small else "tfds:imagenet2012:validation",

@@ -1,20 +1,20 @@
-"""Fine-tuning with 1, 10 or 100 % of the labels as SimCLR v1 and v2 do it, and supervised training from scratch.
+"""Fine-tuning with 1, 10 or 100 % of the labels as in SimCLR v1 and v2, and supervised training from scratch.
 
 Command:   simclr finetune --config=configs/finetune.py:v2_10pct --config.start=RUN_OR_ENCODER --workdir=runs/v2_10pct
            (or :v2_1pct, :v2_100pct, each with -wide for widths above 1 and selective kernels; :v1_1pct, :v1_10pct;
            :supervised needs no start: also -1pct, -10pct, -4x, -500ep, -1000ep, -color and -color_blur, as in
            -4x-500ep-color)
            simclr finetune --config=configs/finetune.py:small --config.start=runs/smoke --workdir=runs/few
-Hardware:  one accelerator for ResNet-50; :small is for two CPU cores.  Nobody has run the ImageNet rows yet
+Hardware:  one accelerator for ResNet-50; :small is for two CPU cores.  The ImageNet rows have not been run yet
 Expected:  ImageNet top-1 of ResNet-50.  v1 48.3 (1 %), 65.6 (10 %); 58.5, 71.7 at 2x; 63.0, 74.4 at 4x (Table 7).
-           v2 57.9 (1 %), 68.4 (10 %), 76.3 (100 %); with selective kernels 64.5, 72.1, 78.7; ResNet-152 3x with them
-           74.9, 80.1, 83.1 (Table 1).  Supervised with 1 % 25.4, with 10 % 56.4 (v1; 12.3 and 52.0 in v2); with all labels after 90, 500, 1,000
-           epochs (v1, Table B.3): crops 76.5, 76.2, 75.8; -color 75.6, 76.5, 75.2; -color_blur 75.3, 76.7, 76.4; at 4x
-           78.4, 78.3, 77.9; 78.9, 78.4, 78.2; 78.7, 78.5, 78.3
+           v2 57.9 (1 %), 68.4 (10 %), 76.3 (100 %); with selective kernels 64.5, 72.1, 78.7; ResNet-152 3x with selective
+           kernels 74.9, 80.1, 83.1 (Table 1).  Supervised with 1 % 25.4, with 10 % 56.4 (v1; 12.3 and 52.0 in v2); with
+           all labels after 90, 500, 1,000 epochs (v1, Table B.3): crops 76.5, 76.2, 75.8; -color 75.6, 76.5, 75.2;
+           -color_blur 75.3, 76.7, 76.4; the same three at 4x 78.4, 78.3, 77.9; 78.9, 78.4, 78.2; 78.7, 78.5, 78.3
            small: not measured yet
 Source:    arXiv 2002.05709, section 6 and App. B.5; arXiv 2006.10029, section 2.2, Table 1 and App. A (learning rate
-           0.005 * sqrt(batch) for ResNet-50, 0.002 * sqrt(batch) for wider ones and selective kernels); layer of the head
-           and epochs: google-research/simclr, README and released checkpoints; supervised: its released baselines
+           0.005 * sqrt(batch) for ResNet-50, 0.002 * sqrt(batch) for wider ones and selective kernels); head layer and
+           epochs: google-research/simclr, README and released checkpoints; supervised: its released baselines
 Data:      prepared TFDS imagenet2012 and imagenet2012_subset in --config.data.data_dir
 """
 
@@ -51,7 +51,7 @@ def get_config(arg="v2_10pct"):
   return ml_collections.ConfigDict(
     dict(
       program="finetune",
-      tap=tap,  # layer of the projection head that is classified: 0 is h
+      tap=tap,  # layer of the projection head to classify from: 0 is h
       data=dict(
         train="fashion:train" if small else train,
         test="fashion:test" if small else "tfds:imagenet2012:validation",
@@ -61,7 +61,7 @@ def get_config(arg="v2_10pct"):
       train_epochs=epochs,
       train_steps=300 if small else 0,
       augment=dict(size=20 if small else 224, crop_area=(0.4, 1.0) if small else (0.08, 1.0), **color),
-      # What is trained from scratch; a start brings its own.
+      # The network to train from scratch; a start brings its own.
       encoder=dict(
         depth=18 if small else 50,
         width=0.25 if small else 4.0 if "4x" in options else 1.0,

@@ -2,8 +2,8 @@
 
 Command:   simclr pretrain --config=configs/methods.py:byol --workdir=runs/byol
            (or moco, moco_v3, instdisc, supcon, autoencoder, alignment, which collapses, or the controls supervised and
-           oracle, which know labels; the first four and byol with -imagenet too, as in :byol-imagenet)
-Hardware:  one GPU for CIFAR-10; the ImageNet rows are of the size of configs/v1.py:1x.  Nobody has run this file yet
+           oracle, which use labels; the first four and byol also exist with -imagenet, as in :byol-imagenet)
+Hardware:  one GPU for CIFAR-10; the ImageNet rows need as much as configs/v1.py:1x.  These recipes have not been run yet
 Expected:  CIFAR-10: not measured yet; InstDisc's paper has kNN 80.4 with 4,096 negatives and 80.8 with the softmax over
            all images.  alignment: "COLLAPSED" within 200 steps.
            Linear evaluation top-1 on ImageNet, ResNet-50: moco 71.1 after 800 epochs (67.5 after 200), moco_v3 74.6
@@ -11,9 +11,9 @@ Expected:  CIFAR-10: not measured yet; InstDisc's paper has kNN 80.4 with 4,096 
            with AutoAugment and with labels
 Source:    arXiv 1911.05722 and 2003.04297 (moco); 2104.02057 and the authors' CONFIG.md (moco_v3); 2006.07733,
            section 3.3 (byol); 1805.01978, Tables 1 and 2, and the authors' README (instdisc); 2004.11362, Table 2 (supcon);
-           Hinton and Salakhutdinov, Science 313 (autoencoder).  All have SimCLR's head and augmentation here; only crops are
-           the papers'.  The learning rate of supcon on ImageNet and everything of CIFAR-10 but InstDisc's loss is not
-           the papers', and not tuned
+           Hinton and Salakhutdinov, Science 313 (autoencoder).  All use SimCLR's head and augmentation here; only the crops are
+           the papers'.  The learning rate of supcon on ImageNet, and on CIFAR-10 everything except InstDisc's loss, are not
+           from the papers and not tuned
 Data:      a prepared TFDS cifar10 or imagenet2012 in --config.data.data_dir, or arrays:
            --config.data.train=npz:FILE:train --config.data.test=npz:FILE:test
 """
@@ -31,14 +31,14 @@ CIFAR10 = {
     instdisc=dict(negatives=4096, decay=0.5), loss=dict(temperature=0.07), projector=dict(kind="linear"), optimizer=SGD
   ),
   "supcon": dict(loss=dict(temperature=0.1), optimizer=LARS),
-  # z is h, so that the bottleneck is what the scores are of; and what collapses.
+  # Without a head z is h, so the scores are of the bottleneck, and of what collapses.
   "autoencoder": dict(projector=dict(kind="none"), optimizer=ADAMW),
   "alignment": dict(projector=dict(kind="none"), optimizer=ADAMW),
   # The controls of `simclr claims`.
   "supervised": dict(projector=dict(kind="none"), optimizer=ADAMW),
   "oracle": dict(loss=dict(temperature=0.5), optimizer=LARS),
 }
-IMAGENET = {  # batch, epochs, the least area of a crop, and everything else
+IMAGENET = {  # batch, epochs, the smallest area of a crop, and everything else
   "moco": (256, 800.0, 0.2, dict(
     moco=dict(size=65536, decay=0.999), loss=dict(temperature=0.2), projector=dict(layers=2, out_dim=128),
     optimizer=dict(name="sgd", base_lr=0.03, weight_decay=1e-4),

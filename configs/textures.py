@@ -1,14 +1,14 @@
-"""The color shortcut (v1 paper, section 3.1) in miniature: 5,000 procedural images, color independent of the class.
+"""The color shortcut (v1 paper, section 3.1) in miniature: 5,000 procedural images whose color is independent of the class.
 
 Command:   simclr pretrain --config=configs/textures.py --workdir=runs/textures
            simclr pretrain --config=configs/textures.py:crop_only --workdir=runs/crop_only
 Hardware:  two CPU cores; 2 to 3 minutes of training each
-Expected:  kNN (k=20) / linear evaluation / linear with 10 labels a class, in %, at 400 steps, mean (min–max) of
+Expected:  kNN (k=20) / linear evaluation / linear with 10 labels per class, in %, at 400 steps, mean (min–max) of
            seeds 0, 1, 2.  Crop and color:
            h 82.8 (80.0 to 85.3) / 85.3 (82.3 to 86.9) / 73.8 (70.4 to 76.6), contrastive accuracy 55,
-           z 84.8 (83.1 to 86.3) / 85.8 (81.6 to 89.0) / 76.6 (74.0 to 78.6): colors, noise for these classes, are gone
-           from z.  Crops alone: h 11.2 (11.0 to 11.4) / 13.4 (13.1 to 13.7) / 10.3 (9.9 to 10.6), contrastive accuracy
-           over 99: two crops are told apart by their colors, and nothing is learned.
+           z 84.8 (83.1 to 86.3) / 85.8 (81.6 to 89.0) / 76.6 (74.0 to 78.6): color, which is noise for these classes,
+           is removed from z.  Crops alone: h 11.2 (11.0 to 11.4) / 13.4 (13.1 to 13.7) / 10.3 (9.9 to 10.6), contrastive
+           accuracy over 99: the network recognizes crops by their colors and learns nothing else.
            Raw pixels 25.7 / 18.5 / 16.0, untrained encoder 13.1 / 19.0 / 11.5, histogram of 64 colors 9.8 / 10.1,
            chance 10
 Source:    arXiv 2002.05709, Figure 5 and Table 1; frequent grayscale, views of 24 pixels and the learning rate were

@@ -1,19 +1,20 @@
-"""Transfer of an encoder to twelve data sets, linear and fine-tuned, beside the numbers of SimCLR v1.
+"""Transfer of an encoder to twelve data sets, linear and fine-tuned, next to the numbers of SimCLR v1.
 
 Command:   simclr transfer --config=configs/transfer.py --config.start=RUN_OR_ENCODER --workdir=runs/transfer
-           (:linear leaves fine-tuning out; :small is one embedded set; any set is a row, see docs/downstream.md)
-Hardware:  linear: one accelerator for ResNet-50; fine-tuning is 56 runs of 20,000 steps a set.
-           :small is for two CPU cores.  Nobody has run this file to its end yet
-Expected:  the printed table has the paper's numbers beside ours.  small: not measured yet
+           (:linear leaves out fine-tuning; :small uses one data set of the package; for other data sets see
+           docs/downstream.md)
+Hardware:  linear: one accelerator for ResNet-50; fine-tuning takes 56 runs of 20,000 steps per data set.
+           :small is for two CPU cores.  This recipe has not been run to its end yet
+Expected:  the printed table shows the paper's numbers next to ours.  small: not measured yet
 Source:    arXiv 2002.05709, App. B.8: 45 penalties, 7 learning rates x 8 weight decays, twice the steps and a grid of
            their own for random weights, splits and metrics; Table 8
-Data:      prepared TFDS sets in --config.data_dir; Birdsnap and FGVC Aircraft are not in TFDS: name folders
+Data:      prepared TFDS sets in --config.data_dir; Birdsnap and FGVC Aircraft are not in TFDS: give folders
 """
 
 import ml_collections
 
 TOP_1, MEAN, MAP = "top_1", "mean_per_class", "mean_average_precision"
-# name: (train, validation, test, metric); without a validation split a tenth of train is held out.
+# name: (train, validation, test, metric); without a validation split, a tenth of train is held out.
 SETS = {
   "food101": ("tfds:food101:train", "", "tfds:food101:validation", TOP_1),
   "cifar10": ("tfds:cifar10:train", "", "tfds:cifar10:test", TOP_1),
@@ -48,7 +49,7 @@ def get_config(arg=""):
   return ml_collections.ConfigDict(
     dict(
       program="transfer",
-      start="NAME_IT",  # a run, or a folder of simclr export or simclr import
+      start="NAME_IT",  # a run, or a folder written by simclr export or simclr import
       methods=("linear",) if arg in ("linear", "small") else ("linear", "finetune"),
       rows=rows,
       augment=dict(size=20 if small else 224, crop_area=(0.4, 1.0) if small else (0.08, 1.0)),

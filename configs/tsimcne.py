@@ -1,11 +1,11 @@
-"""t-SimCNE: a map of CIFAR-10 in the plane that is a network, and so places new images too.
+"""t-SimCNE: a two-dimensional map of CIFAR-10 that is a network, so it can also place new images.
 
 Command:   simclr pretrain --config=configs/tsimcne.py --workdir=runs/tsimcne
            simclr map --workdir=runs/tsimcne --method=tsimcne
-Hardware:  one GPU; nobody has run this file yet
-Expected:  kNN accuracy in the plane 89 % in the paper, with a ResNet-18 after 1,000 + 50 + 450 epochs
+Hardware:  one GPU; this recipe has not been run yet
+Expected:  kNN accuracy in two dimensions 89 % in the paper, with a ResNet-18 after 1,000 + 50 + 450 epochs
 Source:    arXiv 2210.09879, section 3 and Appendix: the stages, batch, SGD and its rates.  The paper's head has a hidden
-           layer of 1,024 where this one has 512, and no BatchNorm on its output
+           layer of 1,024 units instead of 512, and no BatchNorm on its output
 Data:      a prepared TFDS cifar10 in --config.data.data_dir, or arrays:
            --config.data.train=npz:FILE:train --config.data.test=npz:FILE:test
 """

@@ -2,8 +2,8 @@
 
 Command:   simclr pretrain --config=configs/v1.py:1x --workdir=gs://BUCKET/v1      (or :2x, :4x, :1x-100ep, :1x-broader)
 Hardware:  v4:4x4x8, 128 chips, an estimated 2.0 (1x), 4.9 (2x) and 14.4 (4x) hours of steps for 1,000 epochs
-           (docs/plans.md); the paper used 128 TPU v3 cores, 1.5 hours for 100 epochs of 1x; nobody has run this file at
-           that scale yet
+           (docs/plans.md); the paper used 128 TPU v3 cores, 1.5 hours for 100 epochs of 1x; this recipe has not been
+           run at that scale yet
 Expected:  linear evaluation top-1 on ImageNet 69.3 (1x), 74.2 (2x), 76.5 (4x) after 1,000 epochs, 64.6 (1x) after 100;
            with broader augmentation 70.0 (1x), 74.4 (2x), 76.8 (4x)
 Source:    arXiv 2002.05709: Table 6, Table B.1, section 2.2 and App. A and B.6; additive brightness as in the paper
@@ -15,7 +15,7 @@ import ml_collections
 
 def get_config(arg="1x"):
   width, _, epochs = arg.partition("-")
-  # The paper names these four and not how often they are applied: a tenth of the views each is a guess.
+  # The paper names these four but not how often they are applied; a tenth of the views each is a guess.
   broader = (("sobel", 0.1), ("equalize", 0.1), ("solarize", 0.1), ("motion_blur", 0.1))
   return ml_collections.ConfigDict(
     dict(

@@ -3,9 +3,9 @@
 Command:   simclr pretrain --config=configs/v2.py:r50_1x_sk0 --workdir=gs://BUCKET/v2      (... :r152_3x_sk1;
            :r50_1x_sk0-memory adds the momentum encoder and the memory bank)
 Hardware:  v4:4x4x8, 128 chips, an estimated 1.6 (r50_1x_sk0) to 33.5 (r152_3x_sk1) hours of steps
-           (docs/plans.md); the paper used 128 Cloud TPUs; nobody has run this file at that scale yet
+           (docs/plans.md); the paper used 128 Cloud TPUs; this recipe has not been run at that scale yet
 Expected:  linear evaluation top-1 on ImageNet about 71.1 for r50_1x_sk0 (the paper's 71.7 used a momentum encoder and
-           a memory bank); 74.6 r50_1x_sk1, 79.8 r152_3x_sk1, both of the paper with that memory
+           a memory bank); 74.6 for r50_1x_sk1 and 79.8 for r152_3x_sk1 in the paper, both with that memory
 Source:    arXiv 2006.10029: Table 1 and App. A; google-research/simclr README (learning rate, weight decay)
 Data:      a prepared TFDS imagenet2012 in --config.data.data_dir
 """

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A run on a GKE node pool of TPUs: fills in launch/gke_jobset.yaml and applies it; every further flag goes to simclr.
+# A run on a GKE node pool of TPUs: fills in launch/gke_jobset.yaml and applies it; all other flags go to simclr.
 #   NAME=my-run IMAGE=REGION-docker.pkg.dev/P/R/simclr:1 CONFIG=configs/v1.py:1x WORKDIR=gs://BUCKET/my-run HOSTS=32 \
 #   ACCELERATOR=tpu-v4-podslice TOPOLOGY=4x4x8 CHIPS_PER_HOST=4 bash launch/gke.sh [--dry-run] [--config.key=value ...]
-#   NAME=my-run bash launch/gke.sh [--dry-run] status | logs | stop       of that run alone; applied again, it resumes
+#   NAME=my-run bash launch/gke.sh [--dry-run] status | logs | stop       only affects this run; started again, it resumes
 # SERVICE_ACCOUNT names the Kubernetes service account that may use the bucket (default: default), see docs/pods.md.
 set -euo pipefail
-shopt -u patsub_replacement 2> /dev/null || true  # of bash 5.2, to which & in a value would mean what it replaces
+shopt -u patsub_replacement 2> /dev/null || true  # bash 5.2 would replace & in a value by the matched text
 dry=""
 if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
 do_() { if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several processes on one machine, one run: as on a cluster, or one process a GPU.
+# One run in several processes on one machine: to try what a cluster does, or with one process per GPU.
 #   bash launch/multiprocess.sh [--dry-run] 2 pretrain --config=smoke --workdir=runs/two
 # Ends with the highest exit code; a process that fails ends the others within seconds (runtime/watchdog.py).
 set -euo pipefail

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Keeps one run of simclr going on this machine, in the background: starts it again after exit code 42 (preempted and saved)
-# and 128 and above (killed, or a peer was lost), 50 times at most, until it ends by itself or is stopped.
+# Keeps one run of simclr going in the background on this machine: restarts it after exit code 42 (preempted and saved) and
+# 128 and above (killed, or a peer was lost), at most 50 times, until it ends by itself or is stopped.
 #   bash launch/restart.sh start pretrain --config=configs/v1.py:1x --workdir=gs://BUCKET/my-run --resume
 #   bash launch/restart.sh status | log | stop
-# Output goes to run.log.  A second start while the first goes on changes nothing.
+# Output goes to run.log.  A second start while the first run is active changes nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 action="${1:-}"
@@ -15,7 +15,7 @@ alive() { # whether the process in run.pid is still this script, of this checkou
 
 case "$action" in
   start)
-    if alive; then echo "a run goes on already"; exit 0; fi
+    if alive; then echo "a run is already active"; exit 0; fi
     rm -f run.exit
     setsid nohup bash launch/restart.sh keep "$@" >> run.log 2>&1 < /dev/null &
     echo $! > run.pid ;;
@@ -25,7 +25,7 @@ case "$action" in
     for ((restarts = 0; restarts <= 50; restarts++)); do
       .venv/bin/simclr "$@" &
       child=$!
-      [ -z "$stopped" ] || kill -TERM "$child" # it came before there was a child to pass it to
+      [ -z "$stopped" ] || kill -TERM "$child" # the signal came before there was a child to pass it to
       # A trapped signal ends `wait` before the process has ended.
       while wait "$child"; code=$?; kill -0 "$child" 2> /dev/null; do :; done
       if [ -n "$stopped" ] || { [ "$code" -ne 42 ] && [ "$code" -lt 128 ]; }; then break; fi

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Sourced by the other scripts: makes .venv at the top of the checkout, with the tested versions, once, without root.
+# Sourced by the other scripts: makes .venv at the top of the checkout once, with the tested versions, without root.
 #   PYTHON=python3.12     the interpreter
 #   ACCELERATOR=cuda13    cpu, cuda12, cuda13 or tpu; default: what this machine has
-# Another interpreter or accelerator than .venv was made for replaces it; not where .venv runs as it is, such as one of CUDA on
-# the login node of a cluster.  Where no Python is new enough, uv fetches one.
+# .venv is made again for another interpreter or accelerator, unless it works here as it is, such as one with CUDA on the login
+# node of a cluster.  If no Python is new enough, uv fetches one.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 _accelerator_here() { # prints cuda12, cuda13, tpu, or nothing
   local driver device
-  # NVIDIA's driver 525 and newer run CUDA 12, 580 and newer CUDA 13 too: docs.jax.dev/en/latest/installation.html.
+  # NVIDIA drivers from 525 on run CUDA 12, from 580 on also CUDA 13: docs.jax.dev/en/latest/installation.html.
   driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -n 1)" || driver=""
   if [[ "$driver" =~ ^([0-9]+)\. ]]; then
     if [ "${BASH_REMATCH[1]}" -ge 580 ]; then echo cuda13; else echo cuda12; fi
     return
   fi
-  # Vendor and device as jax/_src/hardware_utils.py has them: v3, v4, v5p, v5e, v6e, v7.  Network cards share the vendor.
+  # Vendor and device ids as in jax/_src/hardware_utils.py: v3, v4, v5p, v5e, v6e, v7.  Network cards share the vendor.
   for device in "${PCI_DEVICES:-/sys/bus/pci/devices}"/*; do
     if [[ "$(cat "$device/vendor" "$device/device" 2> /dev/null | tr -d '\n')" =~ ^0x1ae00x00(27|56|5e|62|63|6f|76)$ ]]; then
       echo tpu
@@ -45,7 +45,7 @@ _made_from() { cat requirements-lock.txt; [ "$_accelerator" = cpu ] || echo "# a
 _old="$(sed -n 's/^# accelerator: //p' .venv/installed.txt 2> /dev/null)" || _old=""
 _accelerator="${ACCELERATOR:-$(_accelerator_here)}"
 case "${ACCELERATOR:+given} $_accelerator $_old" in
-  " cuda13 cuda12" | "  "*) _accelerator="${_old:-cpu}" ;; # it runs here as it is
+  " cuda13 cuda12" | "  "*) _accelerator="${_old:-cpu}" ;; # it works here as it is
 esac
 [[ "$_accelerator" =~ ^(cpu|cuda12|cuda13|tpu)$ ]] ||
   { echo "ACCELERATOR=$_accelerator: expected cpu, cuda12, cuda13 or tpu" >&2; exit 1; }

@@ -3,7 +3,7 @@
 #   NAME=my-run ZONE=us-central2-b TYPE=v4-256 bash launch/tpu_pod.sh [--dry-run] STEP
 #   create | status | setup | run COMMAND | run_status | logs | stop | delete;  launch/tpu_train.sh goes through all of them
 #   ... run pretrain --config=configs/v1.py:1x --workdir=gs://BUCKET/my-run --resume
-# TYPE counts as Google does: cores of a v2 to v5p (v4-256 = 128 chips), chips of a v5litepod and v6e.
+# TYPE counts as Google does: cores for v2 to v5p (v4-256 = 128 chips), chips for v5litepod and v6e.
 # One of SPOT=1, RESERVED=1, FLEX_START=4h (v5e and v6e, 7 days at most), or none; SERVICE_ACCOUNT=name of the workers.
 set -euo pipefail
 dry=""

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU pod from asking for the pod to giving it back, through the steps of launch/tpu_pod.sh:
+# A run on a Cloud TPU pod, from requesting the pod to deleting it, through the steps of launch/tpu_pod.sh:
 #   export NAME=my-run ZONE=us-central2-b TYPE=v4-256 SPOT=1 REPOSITORY=https://...
 #   bash launch/tpu_train.sh [--dry-run] pretrain --config=configs/v1.py:1x --workdir=gs://BUCKET/my-run
-# A preempted pod is deleted and its request SUSPENDED for good (cloud.google.com/tpu/docs/queued-resources), so this deletes
-# the request, makes a new one, installs again and resumes.  The pod is deleted when the run has ended by itself or was stopped
-# with `tpu_pod.sh stop`.  Started again, this script takes up the run where it is.
+# A preempted pod is deleted and its request SUSPENDED permanently (cloud.google.com/tpu/docs/queued-resources), so this script
+# deletes the request, makes a new one, installs again and resumes.  The pod is deleted when the run has ended by itself or was
+# stopped with `tpu_pod.sh stop`.  Started again, this script reconnects to the run.
 set -euo pipefail
 dry=()
 if [ "${1:-}" = --dry-run ]; then dry=(--dry-run); shift; fi
@@ -27,7 +27,7 @@ while :; do
   case "$state" in
     NONE)
       note "asking for a pod"
-      if pod create; then asked=1; elif [ -z "$asked" ]; then exit 1; fi ;; # the first time it is a mistake
+      if pod create; then asked=1; elif [ -z "$asked" ]; then exit 1; fi ;; # a failure of the first request is the user's mistake
     SUSPENDED)
       note "the pod was preempted: asking for another"
       started=""

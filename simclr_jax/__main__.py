@@ -20,11 +20,11 @@ class Command(NamedTuple):
   """A program of the command line.
 
   Attributes:
-    module: of programs/, imported when it runs; its `main(flags, overrides)` returns the exit code.
-    add_flags: puts them on the parser.
+    module: a module of programs/, imported when the command runs; its `main(flags, overrides)` returns the exit code.
+    add_flags: adds its flags to the parser.
     text: what it does, for --help.
-    prepare: flags -> None, what is set before JAX is imported.
-    recipes: programs whose recipes --config may name; main gets the typed config as flags.config, its name as
+    prepare: flags -> None; what has to happen before JAX is imported.
+    recipes: programs whose recipes --config may name; main gets the typed config as flags.config and the recipe's name as
       flags.recipe.
     overrides: whether it takes --config.KEY=VALUE.
   """
@@ -53,7 +53,7 @@ def for_this_machine(flags):
 
   from simclr_jax.runtime import cpu, limits, tensorflow
 
-  # Orbax warns of metadata that nobody misses, and logs pages of errors that it raises as well.
+  # Orbax warns about metadata that is not needed, and logs pages of errors that it also raises.
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   limits.check()
   note = cpu.prepare()
@@ -95,90 +95,90 @@ def _trains(name, text, add_flags=flags_of.training_on_several):
 COMMANDS = {
   "quickstart": Command(
     "quickstart", flags_of.quickstart,
-    "a folder of images without labels: picks a recipe, pretrains, embeds, maps, writes one page", for_training,
+    "from a folder of images without labels: picks settings, pretrains, embeds, draws a map, writes one page", for_training,
   ),
   "pretrain": _trains(
-    "pretrain", "SimCLR pretraining: views, NT-Xent over the global batch, LARS; ends with scores, an export and a page"
+    "pretrain", "SimCLR pretraining with NT-Xent over the global batch; ends with scores, an export and a report page"
   ),
   "probe": Command(
-    "probe", flags_of.probe, "linear evaluation on the frozen h of a run or an exported encoder, of classes or of transformations", for_this_machine, overrides=True
+    "probe", flags_of.probe, "linear evaluation on the frozen h of a run or an exported encoder: predicts classes or transformations", for_this_machine, overrides=True
   ),
   "finetune": _trains(
-    "finetune", "training on few or all labels: from a run or an exported encoder, or from scratch"
+    "finetune", "training with some or all labels, from a run, from an exported encoder, or from scratch"
   ),
   "knn": Command(
     "knn", flags_of.of_a_run, "k-nearest-neighbor accuracy of the h of a run or an exported encoder", for_this_machine, overrides=True
   ),
   "distill": _trains(
     "distill",
-    "a fine-tuned teacher's knowledge into a smaller student, or one of its own size, without labels or with",
+    "distills a fine-tuned teacher into a student of smaller or equal size, with or without labels",
   ),
   "embed": Command(
     "embed", flags_of.embed,
-    "h of every image of a folder or data set, into one file: npz, parquet or safetensors", for_this_machine,
+    "writes h of every image of a folder or data set to one file: npz, parquet or safetensors", for_this_machine,
   ),
   "map": Command(
     "map", flags_of.map_of_images,
-    "a map of the features of a run, an encoder or a file, with near-duplicates and outliers: a page, a picture, tables",
+    "draws a map of the features of a run, an encoder or a file, and lists near-duplicates and outliers: page, picture, tables",
     for_this_machine, overrides=True,
   ),
   "export": Command(
     "export", flags_of.export,
-    "the encoder of a run, without the head, into folders that other libraries open; each is verified",
+    "writes the encoder of a run, without the head, to folders that other libraries can open; each is verified",
     for_this_machine,
   ),
   "plan": Command(
     "plan", flags_of.plan,
-    "memory, time, collectives and chip-hours of a recipe on a TPU pod, compiled here without one", for_a_pod,
+    "estimates memory, time, collectives and chip-hours of a recipe on a TPU pod by compiling it here, without a TPU", for_a_pod,
     ("pretrain", "finetune", "distill"), overrides=True,
   ),
   "time": Command(
     "timing", flags_of.time,
-    "a train step and the input pipeline on this machine, with several settings, beside the estimate of plan",
+    "times a train step and the input pipeline on this machine, with several settings, next to the estimate of plan",
     for_this_machine, ("pretrain",), overrides=True,
   ),
   "transfer": _trains(
-    "transfer", "an encoder on a list of other data sets, linear and fine-tuned, beside the paper's table",
+    "transfer", "evaluates an encoder on a list of other data sets, linear and fine-tuned, next to the paper's numbers",
     flags_of.training,
   ),
   "downstream": _trains(
-    "downstream", "all of it in a row over several seeds, a table and a figure of accuracy against labels",
+    "downstream", "pretraining and all downstream tasks with several seeds: a table, and a figure of accuracy against labels",
     flags_of.training,
   ),
   "claims": Command(
     "claims", flags_of.claims,
-    "what is said of SimCLR, measured by small runs: effects with intervals, a verdict each, one page; resumes by itself",
+    "tests claims about SimCLR with small runs: effects with intervals and verdicts, on one page; resumes automatically",
     for_training,
   ),
   "import": Command(
     "import_official", flags_of.import_official,
-    "an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it", for_this_machine,
+    "converts an official checkpoint of SimCLR v1 or v2 to a folder like those of `simclr export`", for_this_machine,
   ),
   "data": Command(
-    "data", flags_of.data, "looks at a data set, turns it into sharded records, or measures how fast it can be read",
+    "data", flags_of.data, "inspects a data set, converts it to sharded records, or measures how fast it can be read",
     for_this_machine,
   ),
   "recipes": Command(
     "recipes", flags_of.recipes,
-    "the recipes that ship with the package: what each costs and should score; with a NAME, all of its header", nothing,
+    "lists the recipes of the package: what each costs and should score; with NAME, prints its full header", nothing,
   ),
   "config": Command(
-    "resolved", flags_of.config, "every value that a recipe ends up with: where it comes from, and what it means",
+    "resolved", flags_of.config, "prints every value of a recipe: where it comes from, and what it means",
     nothing, overrides=True,
   ),
   "completion": Command(
     "completion", flags_of.completion, "prints a script that completes commands, flags, recipes and keys", nothing
   ),
-  "runs": Command("runs", flags_of.runs, "the runs below a folder beside each other: a table, and a page", nothing),
+  "runs": Command("runs", flags_of.runs, "compares the runs below a folder: a table, and a page", nothing),
 }  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
-  """Its help ends with the keys of the config of a program that has recipes of its own; what is misspelled gets the nearest
-  name.
+  """The help of a program with its own recipes ends with the keys of its config; for a misspelled word the nearest name is
+  suggested.
 
   Attributes:
-    program: of the keys in the help.
+    program: the program whose keys the help lists, or None.
     takes: the program whose keys it takes as --config.KEY=VALUE, or None.
   """
 
@@ -238,7 +238,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def split(argv) -> tuple[list[str], list[str]]:
-  """(flags, overrides `--config.key=value`); what is given as `--config.key value` is joined."""
+  """(flags, overrides `--config.key=value`); `--config.key value` is joined to that form."""
   flags, overrides, words = [], [], list(argv)
   while words:
     word = words.pop(0)
@@ -252,15 +252,15 @@ def split(argv) -> tuple[list[str], list[str]]:
 
 
 def main(argv=None) -> int:
-  """Runs a command; returns the exit code: 0 done, 1 error, 2 wrong flags, 42 stopped by SIGTERM or SIGHUP and saved, 130 by
-  SIGINT.
+  """Runs a command and returns the exit code: 0 done, 1 error, 2 wrong flags, 42 stopped by SIGTERM or SIGHUP and saved, 130
+  stopped by SIGINT.
 
-  Training goes on when its output is lost; another command has failed then, unless a reader such as `head` had seen enough.
+  If standard output is lost, training continues; any other command fails, unless its reader (such as `head`) closed the pipe.
   """
   from simclr_jax.runtime import output
 
   output.open_standard_files()
-  if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show ends no run
+  if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show must not end a run
     sys.stdout.reconfigure(errors="backslashreplace")
   words, overrides = split(sys.argv[1:] if argv is None else argv)
   top = parser()
@@ -269,7 +269,7 @@ def main(argv=None) -> int:
   if command.recipes and not flags.config and not getattr(flags, "resume", False):
     top.error("--config is missing: name a recipe, or resume the run in --workdir with --resume")
   if overrides and not command.overrides:
-    top.error(f"{overrides[0]}: {flags.command} takes no config values")
+    top.error(f"{overrides[0]}: simclr {flags.command} takes no config values")
   trains = command.prepare is for_training
 
   def announce(error):
@@ -279,13 +279,13 @@ def main(argv=None) -> int:
   with output.kept_going(announce) as out:
     code = _outcome(command, flags, overrides, heard=trains)
   if code == 0 and not trains and out.failure and not isinstance(out.failure, BrokenPipeError):
-    print(f"simclr: standard output cannot be written ({out.failure})", file=sys.stderr)
+    print(f"simclr: cannot write to standard output ({out.failure})", file=sys.stderr)
     code = 1
   return code
 
 
 def _outcome(command, flags, overrides, heard: bool) -> int:
-  """The exit code of a command, whose errors are printed; `heard`: whether signals are answered, see runtime/signals.py."""
+  """The exit code of a command, after printing its error, if any; `heard`: whether to handle signals, see runtime/signals.py."""
   stopped, at_once = (), False
   try:
     with contextlib.ExitStack() as stack:
@@ -305,10 +305,10 @@ def _outcome(command, flags, overrides, heard: bool) -> int:
     # An OSError without a number was raised on purpose, with words for the user.
     of_user = isinstance(error, UserError) or isinstance(error, OSError) and (error.filename or error.errno is None)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # whatever was being written
-      of_user, message = True, f"the disk is full ({error}); free space and give the same command again, with --resume"
+      of_user, message = True, f"the disk is full ({error}); free space and run the same command again with --resume"
     if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("tensorflow"):
       of_user = True
-      message = "this needs TensorFlow, which is not installed: pip install tensorflow tensorflow-datasets; arrays and exports do without"
+      message = "this needs TensorFlow, which is not installed: pip install tensorflow tensorflow-datasets; arrays and exports work without it"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "Out of memory" in message:
       of_user, message = True, _out_of_memory(error)
     if code == 1 and (not of_user or os.environ.get("SIMCLR_TRACEBACK")):

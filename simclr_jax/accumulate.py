@@ -4,9 +4,9 @@ A network is a function (variables, batch, train) -> (outputs, batch_stats).  `i
 a microbatch at a time and keeps only the outputs; differentiated, it encodes each microbatch again and backpropagates its
 part of the gradient (GradCache, arXiv 2101.06983).  Memory: the activations of one microbatch.
 
-What BatchNorm ranges over is a choice:
+Which images BatchNorm spans is a choice:
   "microbatch"  each microbatch normalizes by its own statistics.  Exact for that function, at one extra forward pass;
-                it is not the function of the unsplit step.  Keep microbatches at some hundred images.
+                it is not the function of the unsplit step.  Keep microbatches at a few hundred images or more.
   "exact"       statistics of the whole batch, in forward and backward, equal to the unsplit step.  The statistics of a
                 layer depend on those of the layers before it, so they are found by repeated passes, one for every
                 BatchNorm in the longest chain (20 for ResNet-18 with its head, 51 for ResNet-50), and their gradients
@@ -24,7 +24,7 @@ MOMENTS = "batch_moments"  # the collection in which a BatchNorm leaves `mean` a
 
 
 def split(x, parts: int, devices: int):
-  """[n, ...] -> [parts, n / parts, ...], each part with an equal share of every device's rows: nothing moves."""
+  """[n, ...] -> [parts, n / parts, ...]; each part has equally many rows of every device, so no data moves."""
   rows = x.shape[0] // (parts * devices)
   x = jnp.moveaxis(x.reshape(devices, parts, rows, *x.shape[1:]), 0, 1)
   return x.reshape(parts, devices * rows, *x.shape[3:])
@@ -38,7 +38,7 @@ def join(x, devices: int):
 
 
 def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum: float, moments=None):
-  """A network that encodes `parts` microbatches one after the other and remembers nothing but their outputs.
+  """A network that encodes `parts` microbatches one after the other and keeps only their outputs.
 
   Args:
     network: ({"params", "batch_stats"}, batch, train) -> (outputs, updated batch_stats); outputs is a tree of [n, ...]
@@ -47,7 +47,7 @@ def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum: fl
     batch_norm: "microbatch" or "exact".
     momentum: of the moving statistics.
     moments: for "exact", (variables, batch) -> tree like batch_stats with `mean` and `square` in place of `mean` and
-      `var`: the moments of what each BatchNorm is given in inference mode, from the collection MOMENTS.
+      `var`: the moments of each BatchNorm's input in inference mode, from the collection MOMENTS.
 
   Returns:
     The same function; batch is a tree of [n, ...] arrays, n a multiple of parts * devices.
@@ -83,8 +83,8 @@ def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum: fl
 def merge(updated, momentum):
   """Moving statistics [k, ...] after one update by each of k microbatches -> after one update by the whole batch.
 
-  The mean of the means is exact; to the mean of the variances the variance of the means is added, which in moving
-  averages that took one step of 1 - momentum stands too small by the square of that step.
+  The mean of the means is exact.  The variance is the mean of the variances plus the variance of the means; moving averages
+  that took one step of 1 - momentum contain the latter scaled by the square of that step, which is corrected here.
   """
   flat = flax.traverse_util.flatten_dict(updated)
   out = {}

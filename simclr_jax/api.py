@@ -1,4 +1,4 @@
-"""SimCLR from a notebook: arrays in, arrays and plain trees out.
+"""SimCLR from a notebook: takes arrays, returns arrays and plain trees.
 
 `simclr_jax.pretrain(...)`, `simclr_jax.embed(...)` and `simclr_jax.probe(...)` are these functions.
 """
@@ -61,16 +61,16 @@ def pretrain(
   overwrite: bool = False,
   **changes: Any,
 ) -> Encoder:
-  """Pretrains an encoder and leaves a whole run, page and checkpoints included, in `workdir`.
+  """Pretrains an encoder and writes a complete run, including page and checkpoints, to `workdir`.
 
   Args:
     images: uint8 [n, h, w, 3] or [n, h, w]; or a data set such as "folder:/my/images"; or None, to resume the run in
-      `workdir` with the images and the config that it has.
-    workdir: folder of the run; arrays are kept beside it, in WORKDIR.npz, so that the run can go on by itself.
-    recipe: file in configs/ that gives everything else.
-    labels: whatever `data.make_labels` takes, for the scores alone: a tenth of every class is held out of training and
+      `workdir` with its own images and config.
+    workdir: folder of the run; arrays are saved next to it, in WORKDIR.npz, so that the run can be resumed without them.
+    recipe: name of the recipe in configs/ that gives all other values.
+    labels: anything that `data.make_labels` takes, used only for scores: a tenth of every class is held out of training and
       scored (`data.held_out`), unless `**{"data.test": ...}` names other images.
-    resume, overwrite: go on with the run that is there, or delete it; without either a folder that is not empty is an error.
+    resume, overwrite: resume the run in `workdir`, or delete it; without either, a folder that is not empty is an error.
     changes: values of the recipe by their dotted names, `**{"encoder.width": 0.5, "train_steps": 200}`.
   Returns:
     the trained encoder.
@@ -79,7 +79,7 @@ def pretrain(
   """
   if images is None:
     if not resume:
-      raise UserError("images=None: give images, or resume=True to go on with the run in workdir")
+      raise UserError("images=None: give images, or resume=True to resume the run in workdir")
     recipe, config = config_lib.of_run(workdir)
     program.run(config_lib.replace(config, changes), str(workdir), resume=True, recipe=recipe)
     return load_encoder(workdir)
@@ -105,7 +105,7 @@ def _keep(file, images, labels, same_only):
       "np.uint8(255 * images)"
     )
   if labels is not None and len(labels) != len(images):
-    raise UserError(f"{len(labels)} labels for {len(images)} images: expected as many")
+    raise UserError(f"{len(labels)} labels for {len(images)} images: expected one per image")
   numbers, names = (None, ()) if labels is None else data.make_labels(labels, count=len(images))
   if same_only and file.exists():
     now = data.ArraySource(images, numbers, class_names=names).fingerprint()
@@ -127,8 +127,8 @@ def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) 
 
   Args:
     encoder: what `pretrain` or `load_encoder` returned, or the folder of an export or of a finished run.
-    images: uint8, or floating point in [0, 1]: [n, h, w, 3], or a list of [h, w, 3] of several sizes.
-    batch_size: images that the network sees at once.
+    images: uint8, or floating point in [0, 1]: [n, h, w, 3], or a list of [h, w, 3] of different sizes.
+    batch_size: number of images to encode at once.
   Raises:
     ValueError: the folder is not an export, or the images are of another type, range or shape.
   """
@@ -149,19 +149,19 @@ def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) 
 
 @_in_python
 def probe(h: np.ndarray, labels: np.ndarray, test_h: np.ndarray, test_labels: np.ndarray) -> dict[str, float]:
-  """Linear evaluation: multinomial logistic regression on h, its penalty chosen on a tenth of it.
+  """Linear evaluation: multinomial logistic regression on h, with the penalty chosen on a held-out tenth of h.
 
   Args:
     h, test_h: float [n, d] and [m, d].
-    labels, test_labels: of n and m, whatever `data.make_labels` takes: integers, texts, one-hot rows; -1 for none.
+    labels, test_labels: n and m labels, as `data.make_labels` takes them: integers, strings, one-hot rows; -1 for none.
   Returns:
-    dict(accuracy, l2): the fraction of the labeled m that is right, and the penalty.
+    dict(accuracy, l2): the fraction of the labeled test examples that is classified correctly, and the penalty.
   Raises:
-    ValueError: numbers of rows that do not agree, other labels, or features that are not finite.
+    ValueError: the numbers of rows do not match, labels are invalid, or features are not finite.
   """
   for name, features, y in (("h", h, labels), ("test_h", test_h, test_labels)):
     if len(features) != len(y):
-      raise UserError(f"{name} has {len(features)} rows for {len(y)} labels: expected as many")
+      raise UserError(f"{name} has {len(features)} rows for {len(y)} labels: expected one label per row")
   both = np.concatenate([np.asarray(labels), np.asarray(test_labels)])  # numbered together
   y, names = data.make_labels(both, count=len(both))
   classifier = linear.logistic_regression(h, y[: len(labels)], num_classes=len(names))

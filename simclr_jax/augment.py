@@ -50,7 +50,7 @@ def two_views(
     resize: see `resize_image`.
     extra: a function (view, seed) -> view that is applied between color distortion and blur, or None; see
       augment_extra.py.
-    one_sided: the views share crop and flip, and the second has nothing else: the compositions of Figure 5.
+    one_sided: the views share crop and flip, and the second view gets nothing else: the compositions of Figure 5.
   Returns:
     [2, size, size, 3] float32 in [0, 1].
   Raises:
@@ -84,8 +84,8 @@ def two_crops(image, seed, *, size, crop_sampler="official", crop_area=(0.08, 1.
   Args:
     image: [h, w, 3] uint8.  The other arguments are those of `two_views`.
   Returns:
-    [2, size, size, 3] uint8: overshoot clipped and, as rounding costs a twentieth of the whole, fractions cut off, so
-    that level k stands for [k, k + 1).
+    [2, size, size, 3] uint8: overshoot is clipped and fractions are cut off, because rounding would cost a twentieth of the
+    total time; level k therefore stands for [k, k + 1).
   Raises:
     ValueError: an option, or the shape or dtype of image, is out of range.
   """
@@ -115,7 +115,7 @@ def center_crop(image, *, size, proportion=0.875, resize="bicubic"):
   """Evaluation preprocessing: the central square of `proportion` of the shorter side, resized and clipped.
 
   As tf2/data_util.py `center_crop` for a square target: crop and then resize, not "resize to 256, crop 224".  For
-  sizes up to 32 the official code takes the image as it is: so does `proportion=1.0` with a size x size image.
+  sizes up to 32 the official code uses the image as it is; `proportion=1.0` with a size x size image does the same.
 
   Args:
     image: [h, w, 3], uint8, or floating point in [0, 1].
@@ -219,8 +219,8 @@ def resize_image(image, size, *, kind="bicubic"):
     size: side of the result, in pixels.
     kind: "bicubic" has Keys' kernel, a = -0.5, and half-pixel centers (tf2/); "bicubic_tf1" has a = -0.75 and no
       half-pixel centers, the legacy kernel of the TF1 code that trained the released checkpoints; "bilinear" has
-      half-pixel centers and is cheaper.  The official code antialiases none of them, so most pixels of a large photo are
-      never read; "bicubic_antialias" is "bicubic" with a kernel as wide as the pixels that it makes.
+      half-pixel centers and is cheaper.  The official code does not antialias, so most pixels of a large photo are
+      never read; "bicubic_antialias" is "bicubic" with a kernel as wide as an output pixel.
   Returns:
     [size, size, c] float32.
   Raises:
@@ -245,9 +245,9 @@ def _resize(image, size, kind):
 def color_distort(image, seed, *, strength, brightness="v2", jitter_prob=0.8, grayscale_prob=0.2, order="random"):
   """Color jitter, then grayscale (arXiv:2002.05709, appendix A; tf2/data_util.py `random_color_jitter`).
 
-  With probability `jitter_prob`, in an order drawn uniformly from the 24, each followed by a clip to [0, 1]:
-  brightness, contrast about the mean of each channel, and saturation, by factors uniform in [1 - 0.8 s, 1 + 0.8 s],
-  and hue, turned by up to 0.2 s of the circle.  Independently, with probability `grayscale_prob`, grayscale.
+  With probability `jitter_prob`, it changes brightness, contrast about the mean of each channel, and saturation, by factors
+  uniform in [1 - 0.8 s, 1 + 0.8 s], and turns the hue by up to 0.2 s of the circle, in an order drawn uniformly from the 24,
+  each followed by a clip to [0, 1].  Independently, with probability `grayscale_prob`, it converts to grayscale.
 
   Args:
     image: [h, w, 3] float32 in [0, 1], up to bicubic overshoot.
@@ -255,7 +255,7 @@ def color_distort(image, seed, *, strength, brightness="v2", jitter_prob=0.8, gr
     strength: s, in [0, 1.25]; 0 leaves the image as it is, grayscale included, as in tf2/.
     brightness: "v2" multiplies, as the official code does now; "v1" adds a number uniform in [-0.8 s, 0.8 s], as it
       did for the results of arXiv:2002.05709.
-    order: "random"; or "fixed", that in which the four are named above, as `random_order=False` in tf2/.
+    order: "random"; or "fixed", the order in which the four are named above, as with `random_order=False` in tf2/.
   Returns:
     [h, w, 3] float32; in [0, 1] if image is.
   Raises:
@@ -315,8 +315,8 @@ def grayscale(image):
 def random_blur(image, seed, *, prob=0.5):
   """With probability `prob` a Gaussian blur: sigma uniform in [0.1, 2] pixels, kernel a tenth of the height.
 
-  Sigma is drawn for every image and view (arXiv:2002.05709, appendix A).  The official code draws it once a view for
-  a whole replica batch, and for every image only whether it is blurred (tf2/data_util.py `batch_random_blur`).
+  Sigma is drawn for every image and view (arXiv:2002.05709, appendix A).  The official code draws it once per view for
+  a whole replica batch, and for each image only decides whether to blur it (tf2/data_util.py `batch_random_blur`).
 
   Args:
     image: [h, w, c] float32 in [0, 1], of static shape.  Left as it is under 20 pixels: the kernel has one tap.

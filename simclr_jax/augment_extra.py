@@ -17,7 +17,7 @@ def two_views(image, seed, *, extra=(), **options):
   Args:
     extra: names of EXTRA with probabilities, such as (("sobel", 0.1), ("solarize", 0.2)), drawn for each view in
       this order: the other transformations of arXiv 2002.05709, Figure 4 and B.2.  With one_sided=True they are
-      applied to the first view alone, as in Figure 5.
+      applied only to the first view, as in Figure 5.
     options: those of `augment.two_views`.
   """
   return augment.two_views(image, seed, extra=functools.partial(apply_extra, extra=extra) if extra else None, **options)
@@ -83,7 +83,7 @@ def noise(image, seed):
 
 
 def crop(image, seed):
-  """A further random crop, resized to what it was; the image is square."""
+  """Another random crop, resized to the original size; the image is square."""
   return augment.clip(augment.random_crop(image, seed, size=augment.check_static(image)[0]))
 
 
@@ -203,7 +203,7 @@ def apply_extra(image, seed, extra):
   """Each of `extra`, ((name, probability), ...), with its probability, in this order; see `two_views` above.
 
   Raises:
-    ValueError: a name that is not in EXTRA, or no probability.
+    ValueError: a name is not in EXTRA, or its number is not a probability.
   """
   shape = image.shape
   for i, (name, prob) in enumerate(extra):

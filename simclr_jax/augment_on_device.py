@@ -1,16 +1,16 @@
 """The family T on the accelerator: crop, color distortion and blur of whole batches, inside the training step.
 
-The same operations with the same numbers as augment.py, which does them one image at a time on the host; only the
-random draws differ.  They come from a key for every example, so a view depends on its example's seed and on nothing
-else: not on the batch it is in, the number of devices or of hosts.
+These are the same operations with the same numbers as in augment.py, which applies them to one image at a time on the host;
+only the random draws differ.  They come from a key for every example, so a view depends only on its example's seed, not on
+its batch or on the number of devices or hosts.
 
 Every image has its own order of the four color operations, yet there is no branch: brightness and contrast are affine,
 saturation and hue are one step in the HSV hexcone and commute, so every order of the four is a choice of what the slots
 
     HSV, affine, HSV, affine, HSV
 
-do, most of them nothing.  Blur is a product with a banded matrix, and so is the crop with its resize: matrix units do
-in a per cent of a ResNet-50's step what a grouped convolution does in a tenth.
+do, most of them nothing.  Blur is a product with a banded matrix, and so is the crop with its resize: on matrix units this
+takes a percent of a ResNet-50's step, where a grouped convolution takes a tenth.
 """
 
 import functools
@@ -41,7 +41,7 @@ def two_views(
   """Two views of every image of a batch; the counterpart of augment.two_views.
 
   Args:
-    image: [n, H, W, 3] uint8; image i fills the top left corner, the rest of the canvas is not looked at.
+    image: [n, H, W, 3] uint8; image i fills the top left corner, and the rest of the canvas is ignored.
     extent: [n, 2] int32, height and width of the images on their canvases.
     seed: [n, 2] int32, one for every example.
     size: side of the views, in pixels.
@@ -79,7 +79,7 @@ def color_and_blur(
   Args:
     views: [n, 2, h, w, 3], uint8 as `augment.two_crops` leaves them, or floating point in [0, 1].
     seed: [n, 2] int32, one for every example.
-    color_order: "random", for every view its own; or "fixed", brightness, contrast, saturation, hue, in half the time.
+    color_order: "random", a new order for every view; or "fixed", brightness, contrast, saturation, hue, in half the time.
     precision: of the blur's products, see `two_views`.
   Returns:
     [n, 2, h, w, 3] float32 in [0, 1].
@@ -132,7 +132,7 @@ def color_jitter(images, factors, order, *, brightness="v2"):
     images: [n, h, w, 3] float32 in [0, 1], up to bicubic overshoot.
     factors: [n, 4], of the four; of the hue, its turn in circles.
     order: [n, 4] integers, the indices of the four in the order in which they are applied; None for 0, 1, 2, 3.
-    brightness: "v2" multiplies, "v1" adds the factor less one.
+    brightness: "v2" multiplies by the factor, "v1" adds the factor minus one.
   Returns:
     [n, h, w, 3] float32 in [0, 1].
   """
@@ -296,7 +296,7 @@ def center_crop(images, extent=None, *, size, proportion=0.875, resize="bicubic"
 
 
 def resize_matrix(start, length, size, canvas, mirrored=False, *, kind="bicubic"):
-  """What a resize is along one axis: a matrix of weights.
+  """A resize along one axis as a matrix of weights.
 
   Args:
     start, length: [n] int32, where the pieces to be resized lie on a canvas of `canvas` pixels.

@@ -1,4 +1,4 @@
-"""Is the representation alive?  Numbers that fall when it collapses, and one sentence that says what they mean."""
+"""Has the representation collapsed?  Numbers that fall when it does, and one sentence that says what they mean."""
 
 import jax.numpy as jnp
 

@@ -1,17 +1,17 @@
 """The encoder f: ResNet-18 to -200 of any width, with selective kernels, squeeze-excite and a CIFAR stem.
 
 SimCLR (arXiv 2002.05709) maps an image x to h = f(x), the average-pooled output of a ResNet (arXiv 1512.03385) whose
-stride is in the 3x3 convolution.  SimCLRv2 (arXiv 2006.10029) makes it deeper, wider, and adds selective kernels
+stride is in the 3x3 convolution.  SimCLRv2 (arXiv 2006.10029) makes it deeper and wider, and adds selective kernels
 (arXiv 1903.06586) with the ResNet-D stem and shortcuts (arXiv 1812.01187).  Paddings, initial values and constants are
-those of the official code, tf2/resnet.py, so that its weights give its numbers.
+those of the official code, tf2/resnet.py, so that the official weights give the official numbers.
 
 Parameter paths: stem_conv, stem_norm (selective kernels: stem_conv1..3, stem_norm1..3) and
 group{1..4}/block{1..}/{shortcut_conv, shortcut_norm, conv1, norm1, conv2, norm2, conv3, norm3, sk/..., se/...}.
 Kernels are HWIO.  A BatchNorm holds the parameters scale, bias and the batch_stats mean, var.
 
-The contract of an encoder, which all other files rely on: a Linen module with `__call__(x, train) -> h`, x float
-[n, h, w, 3] in [0, 1], h float32 [n, d]; BatchNorm statistics, if any, in "batch_stats"; in inference mode each BatchNorm
-leaves `mean` and `square` of what it is given in the collection "batch_moments", where that is mutable (accumulate.py).
+All other files rely on this contract of an encoder: it is a Linen module with `__call__(x, train) -> h`, x float
+[n, h, w, 3] in [0, 1], h float32 [n, d]; BatchNorm statistics, if any, are in "batch_stats"; in inference mode each BatchNorm
+writes `mean` and `square` of its input to the collection "batch_moments", if that is mutable (accumulate.py).
 """
 
 from typing import Any
@@ -61,9 +61,9 @@ def resnet(
     pool_padding: where the stem's 3x3 max-pool pads an even side: "official" (TensorFlow SAME: only bottom and right)
       or "torch" (one pixel on every side, as torchvision).
     dtype: of the activations, float32 or bfloat16.  Parameters, statistics and h are float32 in either case.
-    remat: what the backward pass computes again instead of keeping it: "none", "block" (everything inside a residual
+    remat: what the backward pass recomputes instead of keeping it: "none", "block" (everything inside a residual
       block) or "group" (everything inside the blocks of one resolution), or one of these for each of the four groups,
-      such as "block,block,none,none".  Same values, less memory, up to a forward pass more of time.
+      such as "block,block,none,none".  The values are the same; it saves memory and costs at most one more forward pass.
 
   Returns:
     a Linen module, `.apply({"params", "batch_stats"}, x, train=False)`.  Under train=True, BatchNorm normalizes with
@@ -72,7 +72,7 @@ def resnet(
     and block_group1..4 into the collection "intermediates".
 
   Raises:
-    ValueError: an argument outside of the above.
+    ValueError: an argument is not one of the above.
   """
   if depth not in DEPTHS:
     raise ValueError(f"encoder depth {depth!r}: expected one of {', '.join(map(str, DEPTHS))}")
@@ -157,7 +157,7 @@ class ResNet(nn.Module):
 
 
 class BlockGroup(nn.Module):
-  """Residual blocks of one resolution; the first strides and projects its shortcut, in group 1 of basic nets too."""
+  """Residual blocks of one resolution; the first one strides and projects its shortcut, also in group 1 of basic nets."""
 
   blocks: int
   filters: int
@@ -226,7 +226,7 @@ class Block(nn.Module):
     return BatchNorm(relu=False, name="shortcut_norm")(x, train)
 
   def excited(self, x):
-    """x after squeeze-excite, if there is any."""
+    """x after squeeze-excite, if the block has it."""
     if self.se_ratio == 0:
       return x
     # The reduction counts from the block's `filters`, not from the 4 * filters of a bottleneck's output.
@@ -234,7 +234,7 @@ class Block(nn.Module):
 
 
 class SelectiveKernel(nn.Module):
-  """Two 3x3 streams mixed by a softmax over streams, one weight a channel; arXiv 1903.06586 as in SimCLRv2."""
+  """Two 3x3 streams mixed by a softmax over streams, one weight per channel; arXiv 1903.06586 as in SimCLRv2."""
 
   filters: int
   stride: int
@@ -268,7 +268,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Conv(nn.Module):
-  """A k x k convolution with (k - 1) // 2 zeros in front and the rest behind, whatever the image size and stride."""
+  """A k x k convolution with (k - 1) // 2 zeros before and the rest after, for any image size and stride."""
 
   features: int
   size: int
@@ -286,7 +286,7 @@ class Conv(nn.Module):
 
 
 def convolution(x, kernel, strides, padding):
-  """x [n, h, w, c] by kernel [k, l, c, d]; of one by one as `pointwise`."""
+  """Convolves x [n, h, w, c] with kernel [k, l, c, d]; 1x1 kernels as in `pointwise`."""
   if kernel.shape[:2] == (1, 1):
     return pointwise(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
   return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -294,10 +294,10 @@ def convolution(x, kernel, strides, padding):
 
 @jax.custom_vjp
 def pointwise(x, w):
-  """A 1x1 convolution, x [n, h, w, c] by w [c, d]; on a CPU as a product of matrices, and so are its gradients.
+  """A 1x1 convolution of x [n, h, w, c] with w [c, d]; on a CPU it and its gradients are matrix products.
 
-  XLA:CPU is slow at the gradients of the convolution, and at the weight gradient in the form that differentiating the
-  product gives, for which it copies a transposed array first.  XLA:TPU fuses BatchNorm into convolutions alone.
+  XLA:CPU is slow at the gradients of the convolution, and also at the weight gradient that differentiating the
+  product gives, because it first copies a transposed array.  XLA:TPU fuses BatchNorm only into convolutions.
   """
   return jax.lax.platform_dependent(x, w, cpu=jnp.matmul, default=_convolution)
 
@@ -320,10 +320,10 @@ pointwise.defvjp(lambda x, w: (pointwise(x, w), (x, w)), _pointwise_backward)
 
 
 class BatchNorm(nn.Module):
-  """Batch normalization over all axes but the last, the ReLU after it and, with the padding `max_pool`, a 3x3 max-pool.
+  """Batch normalization over all axes but the last, followed by a ReLU and, if `max_pool` gives a padding, a 3x3 max-pool.
 
-  The pool comes first, which is the same, as both grow with x where the scale is positive; where it is negative x is
-  negated.  A quarter of the pixels are left to be normalized.
+  The pool is applied first, which gives the same result, because normalization and ReLU are increasing in x where the
+  scale is positive; where it is negative, x is negated.  This leaves a quarter of the pixels to be normalized.
 
   Statistics are float32 and, under jit with a batch sharded over devices, those of the global batch.  The variance is
   E[x^2] - E[x]^2, biased, also in the moving average, as in the official code's synchronized BatchNorm.
@@ -356,7 +356,7 @@ class BatchNorm(nn.Module):
     return scale, self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
 
   def statistics_of(self, features, train, of_batch):
-    """(mean, variance) to normalize by: those of the batch, which move the averages, or the averages.
+    """(mean, variance) to normalize by: those of the batch, which also update the averages, or the averages.
 
     `of_batch()` is (mean, variance) of the batch.
     """
@@ -384,9 +384,9 @@ def mean_and_variance(x, sign=1.0):
 
 
 def add_relu(a, b):
-  """max(a + b, 0), in the form that XLA:CPU fuses with its neighbors, which it does not do with a maximum.
+  """max(a + b, 0), in a form that XLA:CPU fuses with its neighbors, unlike a maximum.
 
-  The comparison is this way round so that a NaN stays one and a diverged run is noticed.
+  The comparison is written so that a NaN stays a NaN and a diverged run is noticed.
   """
   return jnp.where(a <= -b, 0, a + b)
 

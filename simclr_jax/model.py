@@ -27,7 +27,7 @@ class TrainState:
 
 
 class Outputs(NamedTuple):
-  """Of SimCLR, for both views of n images, all float32."""
+  """The outputs of SimCLR for both views of n images, all float32."""
 
   h: jax.Array  # [n, 2, d]
   z: jax.Array  # [n, 2, out_dim]
@@ -69,7 +69,7 @@ class SimCLR(nn.Module):
 
 
 class Predicted(NamedTuple):
-  """Outputs, and what the method's own module made of z."""
+  """Outputs, and the method's own module applied to z."""
 
   h: jax.Array
   z: jax.Array
@@ -83,7 +83,7 @@ class WithPredictor(SimCLR):
   Its variables are "predictor"; neither evaluation nor an export sees it.
 
   Attributes:
-    predictor: q, maps z [m, out_dim] and the views [m, height, width, 3] that z is of to a prediction [m, ...].
+    predictor: q, maps z [m, out_dim] and the views [m, height, width, 3] from which z was computed to a prediction [m, ...].
   """
 
   predictor: nn.Module | None = None
@@ -98,11 +98,11 @@ class WithPredictor(SimCLR):
 
 
 class Classifier(nn.Module):
-  """Images -> logits: encoder, the projection head up to layer `tap`, and a linear layer on that.
+  """Images -> logits: the encoder, the projection head up to layer `tap`, and a linear layer on top.
 
   Attributes:
-    tap: the layer of the head that is classified: 0 for h itself (SimCLR), 1 for the output of the first layer, which
-      SimCLRv2 fine-tunes from (arXiv 2006.10029, section 2.2).
+    tap: the layer of the head to classify from: 0 for h itself (SimCLR), 1 for the output of the first layer, from which
+      SimCLRv2 fine-tunes (arXiv 2006.10029, section 2.2).
     projector: not needed for tap 0.
   """
 
@@ -125,11 +125,11 @@ def make_encoder(name: str = "resnet", *, arrangement: str = "plain", **argument
 
   Args:
     name: a key of ENCODERS, whose function gets the arguments; or "module:function", which is imported and called
-      without any: a Linen module, or a function that is annotated to return one, whose `__call__(x, train)` gives h.
-    arrangement: of a ResNet: as the paper draws it, or "packed" for a TPU: same parameters, same numbers.
+      without arguments: a Linen module, or a function annotated to return one, whose `__call__(x, train)` returns h.
+    arrangement: of a ResNet: "plain" as in the paper, or "packed" for a TPU, with the same parameters and numbers.
 
   Raises:
-    ValueError: no such encoder or arrangement, or an argument that it refuses.
+    ValueError: no such encoder or arrangement, or an invalid argument.
   """
   if ":" in name:
     return _of_the_user(name)
@@ -157,7 +157,7 @@ def create(config, num_classes: int = 0, predictor: nn.Module | None = None) -> 
   """The model of a config: `config.encoder` goes to `make_encoder`, `config.projector` to `Projector`.
 
   Args:
-    predictor: the module of a method that has one, see `WithPredictor`; training alone needs it.
+    predictor: the module of a method that has one, see `WithPredictor`; only needed in training.
   """
   encoder = make_encoder(config.encoder.name, arrangement=config.encoder.arrangement, **config.encoder)
   parts = dict(encoder=encoder, projector=Projector(**config.projector), num_classes=num_classes)
@@ -170,5 +170,5 @@ def part(tree: TrainState, name: str) -> dict:
 
 
 def keep_encoder(state: TrainState) -> dict:
-  """What pretraining is for: the variables of f; g, the classifier and a predictor are discarded."""
+  """The result of pretraining: the variables of f.  g, the classifier and a predictor are discarded."""
   return part(state, "encoder")

@@ -22,7 +22,7 @@ def _names(path):
 
 
 def is_batch_norm(path) -> bool:
-  """True for a BatchNorm (or LayerNorm) scale or bias, and for what is never trained, from its path in the parameters."""
+  """Decides from a parameter's path: True for a BatchNorm (or LayerNorm) scale or bias, and for what is never trained."""
   *modules, leaf = _names(path)
   return leaf == "scale" or any("norm" in name.lower() or name == "patch_embed" for name in modules)
 
@@ -154,11 +154,11 @@ def rule(config, schedule):
 
 
 def held(trains):
-  """An optax transformation that zeroes the updates of the parts of a network that are not trained at the time.
+  """An optax transformation that zeroes the updates of those parts of a network that are currently not trained.
 
   Args:
-    trains: int32 number of updates done -> {part: bool}, parts by their names at the top of the parameters; those that it
-      does not name are trained.
+    trains: int32 number of updates done -> {part: bool}, where parts are top-level names of the parameters; parts that
+      are not named are trained.
   """
 
   def update(updates, state, params=None):

@@ -1,7 +1,7 @@
 """The projection head g: z = g(h), on which the contrastive loss acts and which is discarded after pretraining.
 
 SimCLR (arXiv 2002.05709, section 4.2) uses two layers, SimCLRv2 (arXiv 2006.10029, section 2) three and fine-tunes
-from the output of the first.  As in the official code (tf2/model.py) every layer, also the last, is a Dense without
+from the output of the first.  As in the official code (tf2/model.py), every layer, including the last, is a Dense without
 bias followed by BatchNorm; hidden layers are as wide as h and end in a ReLU.
 """
 
@@ -26,12 +26,12 @@ class Projector(nn.Module):
   """Maps representations h [n, d] to projections z float32 [n, out_dim], or to what `tap` selects.
 
   Attributes:
-    layers: of the nonlinear head, the last included: 2 in SimCLR, 3 in SimCLRv2.  The other kinds ignore it.
+    layers: number of layers of the nonlinear head, including the last: 2 in SimCLR, 3 in SimCLRv2.  Other kinds ignore it.
     out_dim: the width of z.
-    kind: "nonlinear"; "linear", its last layer alone; or "none", z = h.  Figure 8 of arXiv 2002.05709.
+    kind: "nonlinear"; "linear", which is only its last layer; or "none", z = h.  Figure 8 of arXiv 2002.05709.
 
-  `tap=k` returns element k of [h, layer 0 after its ReLU, ..., z]; below 0 it counts from the end.  Layers past the tap
-  are computed nevertheless when initializing, so that parameters do not depend on it.
+  `tap=k` returns element k of [h, layer 0 after its ReLU, ..., z]; a negative k counts from the end.  Initialization also
+  computes the layers past the tap, so that the parameters do not depend on it.
 
   Raises ValueError, in one line, for any other value.
   """

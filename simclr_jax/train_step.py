@@ -1,7 +1,7 @@
 """Algorithm 1 of SimCLR (arXiv 2002.05709), one update: augment, encode, project, contrast, update.
 
-`train_step` is all of it.  What differs between methods is a `Method` (methods/); what differs between machines is
-handed in: `views` and `network` are the plain functions, or those that encode a large batch in microbatches.
+`train_step` is all of it.  The differences between methods are in a `Method` (methods/).  The differences between machines
+are passed in: `views` and `network` are the plain functions, or those that encode a large batch in microbatches.
 """
 
 import functools
@@ -34,15 +34,15 @@ def train_step(
     views: Batch -> float32 [n, 2, h, w, 3] in [0, 1], t(x) and t'(x) of n images x, or more than 2 views of each; n is
       the global batch size.
     network: ({"params", "batch_stats"}, views) -> (model.Outputs, updated batch_stats).
-    method: a methods.Method, which has the loss.
+    method: a methods.Method, which defines the loss.
     tx, schedule: what optimizer.create returns.
     weight_decay: on the online classifier's kernel, which LARS leaves alone.
 
   Returns:
     (next state, metrics as float32 scalars).
 
-  Negatives range over the global batch, whatever the number of devices, and so do BatchNorm statistics unless the
-  network is that of `of_devices`.
+  Negatives span the global batch for any number of devices, and so do BatchNorm statistics unless the
+  network comes from `of_devices`.
   """
   x = views(batch)
 
@@ -68,7 +68,7 @@ def online_classifier(logits, label):
 
   Args:
     logits: [n, views, classes], or None without labels.
-    label: int32 [n], -1 where there is none: such images do not count.
+    label: int32 [n], -1 for images without a label, which do not count.
   """
   if logits is None:
     return jnp.zeros(()), {"online_loss": jnp.zeros(())}
@@ -91,11 +91,11 @@ def whole(model, device: Callable):
 
 
 def of_devices(network: Callable, groups: int):
-  """`network` with BatchNorm per device: each of `groups` devices normalizes its images, both views of them, by its own
-  statistics, and the moving statistics are those of all.
+  """`network` with BatchNorm per device: each of `groups` devices normalizes both views of its images by its own
+  statistics, and the moving statistics are those of all devices.
 
-  Device k of `groups` has the k-th block of n / groups images, so this needs no more than one real device.  It is what
-  synchronized BatchNorm prevents: the statistics tell a pair from the images of other devices (arXiv 2002.05709,
+  Device k of `groups` has the k-th block of n / groups images, so one real device is enough.  Synchronized BatchNorm
+  exists to prevent this: the statistics distinguish a pair from the images of other devices (arXiv 2002.05709,
   section 2.2).
   """
 
@@ -111,7 +111,7 @@ def of_devices(network: Callable, groups: int):
 
 
 def in_microbatches(model, device: Callable, *, microbatches: int, devices: int, batch_norm: str):
-  """The same for a batch that is encoded in parts, its views made a part at a time: see accumulate.py."""
+  """The same for a batch that is encoded in parts, with the views made for one part at a time: see accumulate.py."""
   _, encode = whole(model, device)
 
   def moments(variables, batch):

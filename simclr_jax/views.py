@@ -1,6 +1,6 @@
-"""Which half of the family T runs where: the host's half, the device's half, and the batch that they agree on.
+"""Where each half of the family T runs: the host's half, the device's half, and the batch that passes between them.
 
-`pipeline` is the only place that knows whether pixels travel as float views, as uint8 crops or as whole images.
+Only `pipeline` knows whether pixels are sent as float views, as uint8 crops or as whole images.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ class Batch:
     pixels: what the host's half of a ViewPipeline made: k views, float32 or uint8 [n, k, size, size, 3]; or dict(image
       uint8 [n, h, w, 3], extent int32 [n, 2]), images in the top left corners of canvases and their heights and widths.
     label: int32 [n], -1 where there is none.
-    index: int32 [n], numbers of the images in the data set.
-    seed: int32 [n, 2], of the augmentations of each image.
+    index: int32 [n], positions of the images in the data set.
+    seed: int32 [n, 2], seeds of the augmentation of each image.
     teacher: float32 [n, classes], logits of a teacher, in distillation from cached logits; else None.
   """
 
@@ -50,11 +50,11 @@ class ViewPipeline:
   """The augmentation in two halves.
 
   Attributes:
-    host: (image uint8 [h, w, 3], seed [2]) -> tensor, a TensorFlow function; None where images stay as they are.
+    host: (image uint8 [h, w, 3], seed [2]) -> tensor, a TensorFlow function; None if the host leaves images as they are.
     device: Batch -> float32 [n, k, size, size, 3] in [0, 1], part of the compiled step.
-    spec: n -> Batch of shapes and dtypes, all that compiling a step needs.
-    canvas: side of the square on which images travel where `host` is None.
-    resident: whether the images live on the devices from the start.
+    spec: n -> Batch of shapes and dtypes, which is all that compiling a step needs.
+    canvas: side of the square on which images are sent if `host` is None.
+    resident: whether the images are on the devices from the start.
   """
 
   host: Callable | None
@@ -85,15 +85,15 @@ def pipeline(
   where="host"         the host does everything: float32 views.
   where="device"       the host crops and flips: uint8 views; the step distorts colors and blurs.
   where="device_crop"  the host decodes: uint8 images on canvases; the step does everything else.
-  where="resident"     the images live on the devices; the host sends their numbers.
+  where="resident"     the images are on the devices; the host sends their indices.
 
   Args:
-    views: k of each image, at least 2: as many pairs as that takes, the first of which is that of k = 2.
-    precision: of the device's products: "default" for a network that computes in bfloat16, which sees no difference.
-    options: of `augment_extra.two_views`, or of augment_on_device.py.
+    views: number k of views of each image, at least 2.  Views are made in pairs, the first of which is the pair of k = 2.
+    precision: of the device's products; "default" makes no difference to a network that computes in bfloat16.
+    options: those of `augment_extra.two_views`, or of augment_on_device.py.
 
   Raises:
-    ValueError: unknown `where`, impossible `canvas` or `views`, or an option of the host in a pipeline without it.
+    ValueError: unknown `where`, impossible `canvas` or `views`, or an option that only the host has, without the host.
   """
   if where not in WHERE:
     raise ValueError(f"augment.where={where!r}: expected one of {', '.join(WHERE)}")
@@ -106,7 +106,7 @@ def pipeline(
     return ViewPipeline(_host("two_views", views, options), _pixels, spec, canvas, False)
   for name in HOST_ONLY:
     if options.pop(name, ()):
-      raise ValueError(f"augment.where={where!r}: augment.{name} is done by the host, with augment.where=host")
+      raise ValueError(f"augment.where={where!r}: augment.{name} is done by the host and needs augment.where=host")
   crop = {key: options.pop(key) for key in CROP if key in options}
   options["precision"] = precision
   if where == "device":

@@ -1,8 +1,8 @@
 """The encoder f as a Vision Transformer: ViT-Ti, -S and -B (arXiv 2010.11929) with patches of any size.
 
-Pre-norm blocks of attention and a two-layer perceptron, a learned class token, a final LayerNorm.  Two things are as MoCo v3
-(arXiv 2104.02057, section 4) found training without labels stable: positions are fixed sines of the two coordinates, so
-that any image size works, and the patch projection keeps its random values.
+Pre-norm blocks of attention and a two-layer perceptron, a learned class token, a final LayerNorm.  Two choices follow MoCo v3
+(arXiv 2104.02057, section 4), which found them to make training without labels stable: positions are fixed sines of the two
+coordinates, so that any image size works, and the patch projection keeps its random values.
 
 Parameter paths: patch_embed, class_token, block{1..}/{norm1, qkv, proj, norm2, fc1, fc2}, norm.  The contract is that of
 encoder.py; there is no BatchNorm, so "batch_stats" is empty.
@@ -30,14 +30,14 @@ def vit(size: str, *, patch: int, pool: str = "token", dtype: Any = jnp.float32,
     patch: side of a patch in pixels; the sides of images are multiples of it.
     pool: h is the class "token", or the "mean" over the patches.
     dtype: of the activations, float32 or bfloat16.  Parameters, LayerNorm, softmax and h are float32 in either case.
-    remat: what the backward pass computes again instead of keeping it: "none" or "block".
+    remat: what the backward pass recomputes instead of keeping it: "none" or "block".
 
   Returns:
     a Linen module, `.apply({"params"}, x, train=False)`.  tune_after=0 freezes the class token, k > 0 also the first k
     quarters of the blocks.
 
   Raises:
-    ValueError: an argument outside of the above.
+    ValueError: an argument is not one of the above.
   """
   for name, value, choices in (("size", size, SIZES), ("pool", pool, POOLS), ("remat", remat, REMAT)):
     if value not in choices:

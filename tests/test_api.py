@@ -39,7 +39,9 @@ def test_arrays_in_arrays_out(tmp_path):
   np.testing.assert_array_equal(h_of_run, simclr_jax.embed(encoder, images[:5]))
   again = simclr_jax.pretrain(None, str(tmp_path / "run"), resume=True)
   assert again.card["checksum"] == encoder.card["checksum"]
-  with pytest.raises(ValueError, match="^workdir=.* is not empty: add resume=True to go on, overwrite=True to"):
+  with pytest.raises(
+    ValueError, match="^workdir=.* is not empty: add resume=True to resume the run, overwrite=True to"
+  ):
     simclr_jax.pretrain(images, str(tmp_path / "run"), recipe="smoke", **SMALL)
 
 

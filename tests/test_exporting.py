@@ -418,7 +418,7 @@ def test_mistakes_are_one_line(small, tmp_path, capsys, monkeypatch):
   said = refused(source, f"--output={export_of_theirs}", "--overwrite", capsys=capsys)
   assert "small_copy/thesis.tex is not part of the export there: move it elsewhere" in said
   assert (export_of_theirs / "thesis.tex").exists()
-  assert "it belongs to --workdir" in refused(source, output, "--step=3", capsys=capsys)
+  assert "is only for --workdir" in refused(source, output, "--step=3", capsys=capsys)
   assert "does not start" in refused(source, output, "--python=/no/python", capsys=capsys)
   no_head = config_lib.from_dict(json.loads((small / "card.json").read_text())["pretraining"])
   exporting.write(tmp_path / "bare", simclr_jax.load_encoder(small)[1], no_head, scores={}, step=0)
@@ -454,7 +454,9 @@ def test_an_h_that_differs_is_refused(small, tmp_path, monkeypatch):
     honest(folder, dataclasses.replace(export, variables=changed))
 
   monkeypatch.setattr(stablehlo, "write", dishonest)
-  with pytest.raises(ValueError, match=r"stablehlo: what was written is not this encoder.* more than 1e-05 and than"):
+  with pytest.raises(
+    ValueError, match=r"stablehlo: the written files do not reproduce this encoder.* more than 1e-05 and than"
+  ):
     export.run(output=tmp_path / "out", encoder=small, formats=["stablehlo"])
   assert not (tmp_path / "out").exists()
 
@@ -495,7 +497,7 @@ def test_damaged_safetensors(small, tmp_path):
     simclr_jax.load_encoder(tmp_path / "out")
   (tmp_path / "out/manifest.json").write_text("{}")
   with pytest.raises(
-    ValueError, match="model.safetensors is no complete safetensors file .*: export it again"
+    ValueError, match="model.safetensors is not a complete safetensors file .*: export it again"
   ) as error:
     simclr_jax.load_encoder(tmp_path / "out")
   assert "\n" not in str(error.value)

@@ -75,7 +75,7 @@ def test_stopped_and_gone_on_with_are_the_same_bytes(encoder, spec, tmp_path, mo
   monkeypatch.setattr(embed, "_save", save)
   capsys.readouterr()
   assert embed.run(encoder, spec, tmp_path / "h.npz", images_per_part=16).read_bytes() == whole
-  assert "2 of 5 parts are there already" in capsys.readouterr().out
+  assert "2 of 5 parts are already there" in capsys.readouterr().out
   assert not (tmp_path / "h.npz.parts").exists()
 
 
@@ -134,7 +134,7 @@ def test_killed_and_resumed_through_the_command(encoder, tmp_path):
   assert not (tmp_path / "h.npz").exists()
   resumed = command(encoder, spec, tmp_path / "h.npz")
   assert resumed.wait(300) == 0, resumed.stdout.read()
-  assert "parts are there already" in resumed.stdout.read()
+  assert "parts are already there" in resumed.stdout.read()
   assert (tmp_path / "h.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
@@ -196,4 +196,4 @@ def test_damaged_parts_are_made_again(encoder, spec, tmp_path, monkeypatch, caps
   monkeypatch.setattr(embed, "_join", join)
   capsys.readouterr()
   assert embed.run(encoder, spec, tmp_path / "h.npz", images_per_part=10).read_bytes() == whole
-  assert "2 of 7 parts are there already" in capsys.readouterr().out
+  assert "2 of 7 parts are already there" in capsys.readouterr().out

@@ -174,13 +174,15 @@ def test_a_list_of_paths_and_of_names_with_spaces(tmp_path):
     (tmp_path / "some.txt").write_text(text)
     assert finetune.choose(source, labels).tolist() == chosen
   (tmp_path / "some.txt").write_text("2 3.png\n1.png\n")
-  with pytest.raises(ValueError, match="1.png is .*/a b/1.png and .*/c/1.png; write which, as class/name") as raised:
+  with pytest.raises(
+    ValueError, match="1.png is .*/a b/1.png and .*/c/1.png; write which one, as class/name"
+  ) as raised:
     finetune.choose(source, labels)
   assert "\n" not in str(raised.value)
   (tmp_path / "some.txt").write_text(" \n")
-  with pytest.raises(ValueError, match="0 of 0 names are not in data.train; give one a line"):
+  with pytest.raises(ValueError, match="0 of 0 names are not in data.train; write one per line"):
     finetune.choose(source, labels)
-  with pytest.raises(ValueError, match="absent.txt: there is no such file"):
+  with pytest.raises(ValueError, match="absent.txt: no such file"):
     finetune.choose(source, config_lib.Labels(list=str(tmp_path / "absent.txt")))
   arrays = data.ArraySource(np.zeros((12, 4, 4), np.uint8), [0] * 12, title="npz:/x/set.npz")
   (tmp_path / "some.txt").write_text("11\nset.npz:2\n")

@@ -215,7 +215,7 @@ def test_a_bucket_without_permission_to_delete_is_refused_before_a_run_begins(pl
 def test_a_bucket_that_orbax_may_not_look_at_is_one_line(place, faulty):
   faulty(deny=lambda method, target: target.split("?")[0] == f"/storage/v1/b/{gcs.BUCKET}")
   with pytest.raises(
-    ValueError, match=r"the bucket cannot be looked at \(.*injected\); Orbax needs storage.buckets.get"
+    ValueError, match=r"the bucket cannot be inspected \(.*injected\); Orbax needs storage.buckets.get"
   ) as error:
     checkpoint.Checkpoints(place)
   assert "\n" not in str(error.value)

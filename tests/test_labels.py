@@ -70,7 +70,7 @@ def test_labels_with_class_names():
   [
     ([0, -7], (), "labels: -7 is among them; expected integers >= 0, or -1"),
     ([0, 3], ("a", "b"), "3 is among them; expected 0 to 1, the numbers of a, b"),
-    (["a", "c"], ("a", "b"), "c is none of the 2 classes, which are a, b"),
+    (["a", "c"], ("a", "b"), "c is not among the 2 classes, which are a, b"),
     (["a"], ("a", "a"), "same name"),
     ([0.5, 1.0], (), r"labels are float64 \[2\]; expected integers, texts or one-hot"),
     ([[1, 1], [0, 1]], (), r"int64 \[2, 2\] and not one-hot"),

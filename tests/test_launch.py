@@ -287,7 +287,7 @@ def test_stop_ends_its_own_run_and_it_stays_ended(tmp_path):
     for name in ("mine", "other"):
       restart(name, "start", "pretrain")
       wait_for(tmp_path / name / "started")
-    assert restart("mine", "start", "pretrain") == "a run goes on already\n"
+    assert restart("mine", "start", "pretrain") == "a run is already active\n"
     restart("mine", "stop")
     assert wait_for(tmp_path / "mine/run.exit") == "42\n"
     assert restart("mine", "status") == "ended 42\n" and restart("other", "status") == "running\n"

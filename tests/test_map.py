@@ -308,6 +308,6 @@ def test_tsimcne_trains_a_map_that_places_new_images_too(tmp_path, capsys):
   new = [f"--config.data.test={spec}:test"]
   found = map_lib.run(tmp_path / "run", method="tsimcne", output=tmp_path / "new", overrides=new)
   np.testing.assert_allclose(found["views"]["t-SimCNE"], placed(f"{spec}:test", np.arange(32)), atol=1e-4)
-  with pytest.raises(ValueError, match="is a run of config.method=simclr: expected one of tsimcne"):
+  with pytest.raises(ValueError, match="is a run of config.method=simclr: expected one with config.method=tsimcne"):
     run = types.SimpleNamespace(config=tiny.config(), workdir="x")
     trained.TrainedRun.on_the_map(run, None)

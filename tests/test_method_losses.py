@@ -212,7 +212,7 @@ def test_upsampling_repeats_pixels():
   [
     ({"method": "supcon"}, "config.method='supcon' learns from labels and fashion:train has none"),
     ({"method": "moco", "loss.temperature": None}, "config.method='moco' needs one, such as 0.2"),
-    ({"method": "byol", "moco.size": 8}, "config.method='byol': config.moco is for config.method=moco"),
+    ({"method": "byol", "moco.size": 8}, "config.method='byol': config.moco is only for config.method=moco"),
     ({"method": "byol", "loss.name": "decoupled"}, "config.loss.name=decoupled: config.method='byol' has its own loss"),
     ({"method": "moco", "loss.tile": 4}, "config.loss.tile=4: config.method='moco' has its own loss; leave it out"),
     ({"method": "instdisc", "instdisc.decay": 1.0}, "instdisc.decay=1.0: expected a number of at least 0 and below 1"),
@@ -226,7 +226,7 @@ def test_upsampling_repeats_pixels():
         "encoder.width": 1.0,
         "encoder.stem": "imagenet",
       },
-      "encoder.name=vit has no mirror image",
+      "encoder.name=vit has no matching decoder",
     ),  # fmt: skip
   ],
 )

@@ -44,7 +44,7 @@ def test_another_command_whose_output_cannot_be_written_has_failed():
   with open("/dev/full", "w") as full:
     done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
   assert done.returncode == 1
-  assert done.stderr == "simclr: standard output cannot be written ([Errno 28] No space left on device)\n"
+  assert done.stderr == "simclr: cannot write to standard output ([Errno 28] No space left on device)\n"
 
 
 def test_what_is_no_loss_is_raised():
@@ -63,7 +63,7 @@ def test_what_is_no_loss_is_raised():
     ),
     (
       OSError(errno.EDQUOT, "Disk quota exceeded", "/x/events"),
-      "quota exceeded: '/x/events'); free space and give the same",
+      "quota exceeded: '/x/events'); free space and run the same",
     ),
     (checkpoint.NotSaved("could not save step 4"), "could not save step 4"),
   ],
@@ -175,7 +175,7 @@ def test_a_signal_outside_of_the_steps_ends_with_its_code_and_is_answered(number
 def test_a_signal_is_answered_while_the_program_compiles_and_a_second_one_ends_it():
   process, said = signaled("compiling", signal.SIGINT, signal.SIGINT)
   assert process.wait(timeout=5) == 130
-  assert said[1] == "simclr: SIGINT: stopped at once; what was saved before is complete, go on with --resume\n"
+  assert said[1] == "simclr: SIGINT: stopped at once; what was saved before is complete; resume with --resume\n"
   assert process.stderr.read() == ""
   process, said = signaled("steps", signal.SIGTERM, signal.SIGTERM)
   assert process.wait(timeout=5) == 42 and "SIGTERM: stopping after this step; a second" in said[0]

@@ -300,7 +300,9 @@ def test_a_run_goes_back_and_past_the_batches_it_fell_over(tmp_path, capsys):
   # Batches 2 and 3, after step 2, are gone past; then batch 6 is in the update after step 4, at place 4 + 2.
   state, _ = loop.run(poisoned(task, {3, 6}), twice, workdir=tmp_path / "back", **options)
   said = capsys.readouterr().out
-  assert "within steps 3 to 4; step 2 is saved" in said and "going back to step 2 and past its next 2 batches" in said
+  assert (
+    "within steps 3 to 4; step 2 is saved" in said and "returning to step 2 and skipping the next 2 batches" in said
+  )
   assert json.loads((tmp_path / "back/skipped.json").read_text()) == [[2, 2], [4, 2]]
 
   def without(start):
@@ -421,7 +423,7 @@ def test_sigterm_saves_and_exits_42(tmp_path):
   stderr = process.stderr.read()
   assert process.wait(timeout=60) == 42, stderr
   assert "SIGTERM: stopping after this step; a second signal stops at once" in stderr
-  step = int(re.search(r"SIGTERM: stopped after step (\d+) and saved it; go on with --resume", stderr)[1])
+  step = int(re.search(r"SIGTERM: stopped after step (\d+) and saved it; resume with --resume", stderr)[1])
   assert (tmp_path / f"run/checkpoints/{step}").is_dir()
   assert json.loads(rows.read_text().splitlines()[-1])["step"] == step
 

@@ -183,5 +183,5 @@ def test_shards_in_a_bucket(kind, tmp_path):
       remote.item(0)
     remote.item(len(remote) - 1)
     for other in ("folder", "files", "parquet", "array_record"):
-      with pytest.raises(ValueError, match=f"{other}: is read from this machine only; write a copy"):
+      with pytest.raises(ValueError, match=f"{other}: can only be read from this machine; write a copy"):
         data.open_source(f"{other}:gs://mine/set")

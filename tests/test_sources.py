@@ -108,7 +108,7 @@ def test_folder_errors(tmp_path):
     data.open_source(f"folder:{tmp_path}")
   save(tmp_path / "a/x.png", gradient())
   save(tmp_path / "y.png", gradient())
-  with pytest.raises(ValueError, match=r"1 images \(such as y.png\) beside class folders"):
+  with pytest.raises(ValueError, match=r"1 images \(such as y.png\) next to class folders"):
     data.open_source(f"folder:{tmp_path}")
 
 

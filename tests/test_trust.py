@@ -125,7 +125,7 @@ def test_files_that_are_not_an_object(folder, name, content):
     (lambda card: card["preprocessing"].pop("size"), "preprocessing.size is None"),
     (lambda card: card["architecture"].update(depth=51), "card.json describes no encoder"),
     (lambda card: card["architecture"].update(command="x"), "card.json describes no encoder"),
-    (lambda card: card["architecture"].update(width=2), "is of another architecture"),
+    (lambda card: card["architecture"].update(width=2), "has another architecture"),
     (lambda card: card.update(schema_version=99), "schema_version 99, this package reads"),
   ],
 )
@@ -142,7 +142,7 @@ def test_nothing_outside_of_the_folder_is_read(folder, tmp_path):
   manifest = json.loads((folder / "manifest.json").read_text())
   for name in ("../secret", "/etc/passwd", "encoder/../../secret"):
     (folder / "manifest.json").write_text(json.dumps({**manifest, name: "0" * 64}))
-    with pytest.raises(UserError, match="is not inside of the folder"):
+    with pytest.raises(UserError, match="is not inside the folder"):
       simclr_jax.load_encoder(folder)
 
 

@@ -36,7 +36,7 @@ def test_workdir_rules(tmp_path):
   claim(run)
   claim(run)  # still empty
   (run / "notes.txt").write_text("mine")
-  with pytest.raises(ValueError, match="is not empty: add --resume to go on, --overwrite"):
+  with pytest.raises(ValueError, match="is not empty: add --resume to resume the run, --overwrite"):
     claim(run)
   (run / "config.json").write_text("{}")
   (run / "checkpoints/4").mkdir(parents=True)
@@ -97,7 +97,7 @@ def test_a_run_and_its_data_lie_apart(tmp_path):
   link = tmp_path / "link"
   link.symlink_to(photos)
   for where in (photos, photos / "deep/run", tmp_path, link / "run"):
-    with pytest.raises(ValueError, match="the data is in .*photos; a run and its data cannot lie in each other"):
+    with pytest.raises(ValueError, match="the data is in .*photos; a run and its data must not contain each other"):
       of_programs.claim(where, resume=False, overwrite=False, specs=(f"folder:{photos}",))
   assert names(tmp_path) == {"photos", "link"} and not names(photos)
   of_programs.claim(
@@ -105,7 +105,7 @@ def test_a_run_and_its_data_lie_apart(tmp_path):
   )
   np.savez(tmp_path / "run.npz", images=np.zeros(1))
   of_programs.claim(tmp_path / "run", resume=False, overwrite=False, specs=(f"npz:{tmp_path}/run.npz:train",))
-  with pytest.raises(ValueError, match="cannot lie in each other"):
+  with pytest.raises(ValueError, match="must not contain each other"):
     claim("gs://b/data/run", data=["gs://b/data"])
 
 

@@ -2,12 +2,12 @@
 
 `nt_xent` is the loss on one page: the whole similarity matrix, plain JAX.
 `nt_xent_tiled` is the same function in the memory of one tile, on one device or around a ring of them.
-`nt_xent_auto` takes the cheaper of the two.
+`nt_xent_auto` chooses the cheaper of the two.
 
-Everywhere z is [n, 2, d]: the projections of n images, two views each, the views of an image side by side.  NT-Xent also
-takes k views, [n, k, d], of which it compares all pairs.
+In all functions z is [n, 2, d]: the projections of n images with two views each; axis 1 holds the views of an image.  NT-Xent
+also takes k views, [n, k, d], and compares all pairs of them.
 Both views of image i are each other's positive; the 2n - 2 views of the other images are the negatives.
-This package needs jax and numpy alone.
+This package needs only jax and numpy.
 """
 
 import functools

@@ -19,7 +19,7 @@ from simclr_jax.contrast.similarities import (
 def nt_xent(z, temperature, *, normalize=True, reduction="mean", precision="highest", bank=None, banked=0):
   """NT-Xent over the global batch, with the whole [2n, 2n] matrix of similarities in memory.
 
-  Under jit, z may be sharded over its first axis; negatives range over all of it.
+  Under jit, z may be sharded over its first axis; the negatives still span all of z.
 
   Args:
     z: [n, 2, d] projections, any float type; computed in float32.  [n, k, d] for k > 2 views: see `over_pairs`.
@@ -28,15 +28,15 @@ def nt_xent(z, temperature, *, normalize=True, reduction="mean", precision="high
     reduction: "mean" over the 2n anchors (the paper's equation), or "official_sum": the mean over the n images
       of the sum over both views, twice as large (official code: objective.py).
     precision: of the similarities. "highest" is float32; "high" is three bfloat16 passes on a TPU; "default"
-      rounds z to bfloat16 and accumulates in float32, on every platform as a TPU does it unasked.
-    bank, banked: [k, d] further negatives of every anchor, taken as they are, of which the first `banked` count: the
+      rounds z to bfloat16 and accumulates in float32, on every platform, as a TPU does by default.
+    bank, banked: [k, d] more negatives for every anchor, used as they are, of which the first `banked` count: the
       memory of SimCLRv2 (methods/memory.py).  The metrics leave them out.
 
   Returns:
     loss, a float32 scalar, and metrics, float32 scalars without gradient:
       contrastive_accuracy: how often a first view is more similar to its positive than to the second view of
         every other image (official code: metrics.py; ties are misses).
-      contrastive_accuracy_all: the same of all 2n anchors against all 2n - 2 negatives.
+      contrastive_accuracy_all: the same for all 2n anchors against all 2n - 2 negatives.
       entropy: of the softmax over the n second views, mean over first views, nats (official code: metrics.py).
       positive_similarity, negative_similarity: mean cosine (or dot product) of positive and negative pairs.
       alignment: mean squared distance of positive pairs (Wang & Isola, arXiv 2005.10242, alpha = 2).

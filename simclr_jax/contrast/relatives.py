@@ -1,4 +1,4 @@
-"""Other objectives on the same z, each one term away from NT-Xent and each with the whole matrix in memory."""
+"""Other losses on the same z, each differing from NT-Xent in one term, each with the whole matrix in memory."""
 
 import math
 
@@ -27,7 +27,7 @@ def supervised(z, temperature, *, labels, normalize=True, precision="highest"):
 
   Returns:
     The mean over anchors of the mean over their positives of -log softmax over all other 2n - 1 views, without
-    the factor tau of that paper's code; and the metrics of `nt_xent`, which know of images only.
+    the factor tau of that paper's code; and the metrics of `nt_xent`, which do not use the labels.
   """
   if labels.shape != z.shape[:1]:
     raise ValueError(f"labels have shape {labels.shape}; expected {z.shape[:1]}, one for each image of z")
@@ -42,14 +42,15 @@ def supervised(z, temperature, *, labels, normalize=True, precision="highest"):
 
 
 def without_false_negatives(z, temperature, *, labels, removed=1.0, normalize=True, precision="highest"):
-  """NT-Xent less a fraction of its false negatives: views of other images that share the class of the anchor.
+  """NT-Xent without a fraction of its false negatives: views of other images of the anchor's class.
 
-  An oracle, for labels are what contrastive learning does without (Chuang et al., arXiv 2007.00224, Figure 2: "unbiased").
+  It is an oracle, because it uses labels, which contrastive learning does not have (Chuang et al., arXiv 2007.00224,
+  Figure 2: "unbiased").
 
   Args:
     z, temperature, normalize, precision: as for `nt_xent`; labels: [n] integers, -1 for an image that has none.
-    removed: the fraction of the pairs of images of a class that are left out, 0 to 1; which ones depends on their places in
-      the batch.
+    removed: the fraction of pairs of images of the same class to leave out, 0 to 1; their positions in the batch determine
+      which.
 
   Returns: loss, the mean over the 2n anchors, and metrics as `nt_xent`, over all negatives.
   """
@@ -73,7 +74,7 @@ def debiased(z, temperature, *, class_prior=0.1, normalize=True, precision="high
   g = max((mean e^neg - prior e^pos) / (1 - prior), e^(-1/tau)).
 
   Args:
-    z, temperature, normalize, precision: as for `nt_xent`. class_prior: how often a "negative" shares the
+    z, temperature, normalize, precision: as for `nt_xent`. class_prior: the probability that a "negative" has the
       anchor's class, at least 0 and below 1; 0 gives NT-Xent.
 
   Returns: loss, the mean over the 2n anchors, and metrics as `nt_xent`. Raises ValueError for n = 1 too.
@@ -125,8 +126,8 @@ def nt_logistic(z, temperature, *, semi_hard=False, normalize=True, precision="h
 
   Args:
     z, temperature, normalize, precision: as for `nt_xent`.
-    semi_hard: of the negatives take only the nearest that is farther than the positive (ibid., section 5.1);
-      an anchor that has none keeps its positive term. Otherwise the mean over all negatives.
+    semi_hard: use only the nearest negative that is farther than the positive (ibid., section 5.1); an
+      anchor without one keeps its positive term. Otherwise, use the mean over all negatives.
 
   Returns: loss, the mean over the 2n anchors, and metrics as `nt_xent`. Raises ValueError for n = 1 too.
   """

@@ -14,7 +14,7 @@ MASKED = jnp.finfo(jnp.float32).min
 
 
 def over_pairs(loss):
-  """A loss of z [n, 2, d] as one of z [n, k, d] too: the mean over all k (k - 1) / 2 pairs of views, and of the metrics.
+  """Extends a loss of z [n, 2, d] to z [n, k, d]: the mean of loss and metrics over all k (k - 1) / 2 pairs of views.
 
   The negatives of a pair are the 2n - 2 views of the other images in that pair: the full graph of arXiv 1906.05849,
   section 3.3.

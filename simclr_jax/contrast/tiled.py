@@ -49,10 +49,10 @@ def nt_xent_tiled(z, temperature, *, mesh=None, tile=None, normalize=True, reduc
 
   Args:
     z, temperature, normalize, reduction, precision: as for `nt_xent`.
-    mesh: a mesh with an axis "data" over which z is sharded, n a multiple of its size. None: one device (with z
-      sharded under jit the result is right all the same, but every device computes all of it).
-    tile: most images along the side of a tile (a tile has four [tile, tile] matrices, one a pair of views).
-      None: 128 on a CPU, where a tile should stay in the cache, 2048 elsewhere.
+    mesh: a mesh with an axis "data" over which z is sharded; n is a multiple of its size. None: one device (if z is
+      sharded under jit, the result is still right, but every device computes all of it).
+    tile: largest number of images along the side of a tile (a tile has four [tile, tile] matrices, one per pair of views).
+      None: 128 on a CPU, where a tile should stay in the cache, and 2048 elsewhere.
 
   Returns:
     loss and metrics, as `nt_xent`.
@@ -91,7 +91,7 @@ def nt_xent_tiled(z, temperature, *, mesh=None, tile=None, normalize=True, reduc
 
 
 def nt_xent_auto(z, temperature, *, mesh=None, tile=None, normalize=True, reduction="mean", precision="highest"):
-  """`nt_xent` or `nt_xent_tiled`, whichever `choose` takes. Arguments, returns and errors as theirs."""
+  """`nt_xent` or `nt_xent_tiled`, whichever `choose` picks. Arguments, results and errors are theirs."""
   keywords = {"normalize": normalize, "reduction": reduction, "precision": precision}
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
   if choose(len(z), 1 if mesh is None else mesh.size, platform) == "dense":

@@ -62,7 +62,7 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
                           sharded records, SHARDS a folder or a pattern such as /data/train-*; see shards.py
 
   Raises:
-    ValueError: unknown, missing or empty; the message names the path and the cure.
+    ValueError: the set is unknown, missing or empty; the message names the path and the cure.
   """
   kind, _, rest = spec.partition(":")
   if kind in ("fashion", "textures", "textures64"):
@@ -83,7 +83,7 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
     raise UserError(f"{spec!r} is not a data set{_instead(spec, openers) or ': use'} {SPECS}")
   if files.is_remote(rest) and kind in ("folder", "files", "array_record", "parquet"):
     raise UserError(
-      f"{spec}: {kind}: is read from this machine only; write a copy into the bucket once, with simclr data prepare "
+      f"{spec}: {kind}: can only be read from this machine; write a copy to the bucket once, with simclr data prepare "
       f"{kind}:PATH --output=gs://BUCKET/NAME, and name it as tfrecord:gs://BUCKET/NAME"
     )
   return openers[kind](rest)

@@ -1,4 +1,4 @@
-"""The classes of a test set in the numbers of the training set."""
+"""Matches the classes of a test set with those of the training set."""
 
 import numpy as np
 
@@ -8,11 +8,11 @@ from simclr_jax.runtime.errors import UserError
 
 
 def align(train: Source, test: Source, *, what: str = "data.test") -> Source:
-  """A test source with its labels in the numbers of the training source: classes are the same where names are.  Its 16-bit
-  images are scaled as those of training.
+  """A test source whose labels are renumbered as in the training source: classes with the same name are the same.  Its
+  16-bit images are scaled like those of training.
 
-  Classes that are only numbered, on either side, are matched by number.  A class of training without test images is
-  fine; a test image of a class that training does not have is refused.
+  If the classes of either side have only numbers, they are matched by number.  A training class may have no test images,
+  but a test image of a class that training does not have is refused.
 
   Args:
     what: what messages call the test set.
@@ -48,9 +48,7 @@ def match_classes(known, names) -> np.ndarray:
   for own in (known, names):
     twice = [name for i, name in enumerate(own) if name in own[:i]] if len(set(own)) < len(own) else []
     if twice:
-      raise UserError(
-        f"two classes are called {twice[0]}, so that classes cannot be matched by name: rename one of them"
-      )
+      raise UserError(f"two classes are called {twice[0]}, so classes cannot be matched by name: rename one of them")
   numbers = [[int(name) for name in own if name.isascii() and name.isdigit()] for own in (known, names)]
   only = [len(set(found)) == len(own) for found, own in zip(numbers, (known, names), strict=True)]
   if only[0] and (only[1] or not numbers[1]):  # by number, which is the place of a class where it has a name
@@ -64,7 +62,7 @@ def match_classes(known, names) -> np.ndarray:
 
 
 def labeled(source: Source) -> Source:
-  """The images of a source that have a label: all of them where none has, as there are no labels to miss then."""
+  """The images of a source that have a label; all of its images if none has one."""
   if source.labels is None or (source.labels >= 0).all():
     return source
   return Selection(source, np.flatnonzero(source.labels >= 0))

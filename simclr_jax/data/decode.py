@@ -39,12 +39,12 @@ _UPRIGHT = {
 
 
 def is_junk(folder: str, name: str) -> bool:
-  """Whether a file or folder `name` in `folder`, a relative path, is hidden or a system's: never a class or an image."""
+  """Whether a file or folder `name` in `folder`, a relative path, is hidden or made by a system: never a class or an image."""
   return any(part in JUNK or (part.startswith(".") and part != ".") for part in (*folder.split("/"), name))
 
 
 def sniff(data: bytes) -> str | None:
-  """The image format that the first bytes announce; file names are not to be trusted."""
+  """The image format according to the first bytes, since file names cannot be trusted."""
   if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
     return "WEBP"
   if data[4:8] == b"ftyp":  # a brand and a minor version, then the brands that the file is compatible with
@@ -62,8 +62,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, bits: int = 16) -> np.n
   gigabyte.
 
   Args:
-    bits: of the 16 that a channel of a 16-bit image has, how many are used: 12 where values are below 4096.  Values from
-      0 to 2^bits - 1 become 0 to 255, larger ones 255.  It belongs to the set and not to one image, see `Source.bits`.
+    bits: how many of the 16 bits of each channel of a 16-bit image are used: 12 if all values are below 4096.  Values from
+      0 to 2^bits - 1 become 0 to 255, larger ones 255.  This is a property of the set, not of one image; see `Source.bits`.
 
   Raises:
     BadImage: empty, not an image, truncated, animated, of several pages, or more than `max_pixels` pixels.
@@ -89,12 +89,12 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, bits: int = 16) -> np.n
 
 
 def may_be_deep(data: bytes) -> bool:
-  """Whether an image may have 16 bits a channel, by its first bytes."""
+  """Whether an image may have 16 bits per channel, judging by its first bytes."""
   return sniff(data) == "TIFF" or (sniff(data) == "PNG" and data[24:25] == b"\x10")
 
 
 def significant_bits(data: bytes) -> int | None:
-  """Of a 16-bit image the bits that its largest value takes, 1 to 16; None of another or a broken one."""
+  """The number of bits of the largest value of a 16-bit image, 1 to 16; None for other images and broken ones."""
   kind = sniff(data)
   if not may_be_deep(data):
     return None
@@ -128,7 +128,7 @@ class JpegHeader(NamedTuple):
   Attributes:
     height, width: as it is stored.
     orientation: 1 to 8, of EXIF or XMP.
-    plain: TensorFlow decodes it right.
+    plain: whether TensorFlow decodes it correctly.
   """
 
   height: int

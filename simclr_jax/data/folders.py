@@ -1,4 +1,4 @@
-"""Image files in folders, labeled by sub-folder or not at all."""
+"""Image files in folders, labeled by subfolder or not at all."""
 
 import os
 
@@ -14,8 +14,8 @@ SIZES = 10_000  # files whose sizes are part of a fingerprint: seconds where a l
 class FilesSource(Source):
   """Every image file at any depth below a folder, in sorted order, without labels.
 
-  Hidden folders and those of systems are left out.  An image has the suffix of a format that can be read, or has none and
-  begins as an image; what else there is, such as HEIC, is in `skipped` and, in one line, in the log.
+  Hidden folders and those made by systems are left out.  A file counts as an image if it has the suffix of a readable format,
+  or has no suffix and begins like an image.  Other files, such as HEIC, are in `skipped` and in one line of the log.
   """
 
   kind = "files"
@@ -118,9 +118,9 @@ def _is_image(entry: os.DirEntry) -> bool:
 class FolderSource(FilesSource):
   """Image files below a folder, in sorted order.
 
-  Every sub-folder (hidden ones apart) is a class, in alphabetical order, and owns the images at any depth below it;
-  empty ones count, so that a training and a validation folder number their classes alike.  Without sub-folders, or
-  when none holds an image, the images directly inside are unlabeled.  Which files are images: see FilesSource.
+  Every subfolder (except hidden ones) is a class, in alphabetical order, and contains the images at any depth below it;
+  empty ones count, so that a training and a validation folder number their classes alike.  Without subfolders, or
+  when none holds an image, the images directly inside are unlabeled.  FilesSource says which files are images.
   """
 
   kind = "folder"
@@ -134,7 +134,7 @@ class FolderSource(FilesSource):
       labels += [label] * len(below)
     if files and loose:
       raise UserError(
-        f"folder:{path}: holds {len(loose)} images (such as {files_lib.printable(loose[0])}) beside class folders with images; move them"
+        f"folder:{path}: holds {len(loose)} images (such as {files_lib.printable(loose[0])}) next to class folders with images; move them"
         " into class folders, or keep images without labels in a folder of their own"
       )
     if files:

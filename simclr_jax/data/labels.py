@@ -14,16 +14,16 @@ UNLABELED = -1
 def make_labels(
   values, class_names: Sequence[str] = (), *, count: int | None = None, what: str = "labels"
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-  """Makes classes of labels of any usual kind.
+  """Turns labels of any common kind into classes.
 
-  Numbers that are dense already, from 0 with few gaps (such as the number of an empty folder), keep their values.
-  Others, such as 255, 10^8 or 64-bit ids, become 0 to k - 1 in their order, and are the names of their classes.  Texts
-  become 0 to k - 1 in alphabetical order; texts that are all numbers are numbers.
+  Numbers that are already dense, from 0 with few gaps (such as the number of an empty folder), keep their values.
+  Others, such as 255, 10^8 or 64-bit ids, become 0 to k - 1 in increasing order and name their classes.  Strings
+  become 0 to k - 1 in alphabetical order; if all strings are numbers, they are treated as numbers.
 
   Args:
-    values: integers of any width or booleans [n] or [n, 1]; texts (str or bytes) likewise; or one-hot rows [n, c] of
-      zeros and ones.  -1, an empty text, None and a row of zeros mean that an image has no label.
-    class_names: names of the classes, where they are known: number i, or the text class_names[i], is class i.
+    values: integers of any width, booleans, or strings (str or bytes), [n] or [n, 1]; or one-hot rows [n, c] of
+      zeros and ones.  -1, an empty string, None and a row of zeros mean that an image has no label.
+    class_names: names of the classes, if known: number i, or the string class_names[i], is class i.
     count: number of images, where it is known.
     what: the beginning of a message, such as "npz:set.npz: labels".
 
@@ -104,7 +104,7 @@ def _named(texts, used, names, what):
   number = {name: i for i, name in enumerate(names)}
   wrong = [name for name in used if name not in number]
   if wrong:
-    raise UserError(f"{what}: {some(wrong)} is none of the {len(names)} classes, which are {some(names)}")
+    raise UserError(f"{what}: {some(wrong)} is not among the {len(names)} classes, which are {some(names)}")
   if len(number) < len(names):
     raise UserError(f"{what}: two of the {len(names)} classes have the same name; give labels as numbers")
   number[""] = UNLABELED
@@ -126,6 +126,6 @@ def _numbered(array, names, what):
 
 
 def some(names, most: int = 5) -> str:
-  """The first of some names, for a message."""
+  """The first few of some names, for a message."""
   names = [str(name) for name in names]
   return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
   """The order of epoch `epoch`: a permutation of range(n), int64 [n], read-only; 8 bytes an image.
 
-  It sorts raw Philox draws, because NumPy keeps the bits of its generators for ever but not the order that its
-  shuffles make of them.
+  It sorts raw Philox draws, because NumPy guarantees the bits of its generators forever, but not the order in which its
+  shuffles use them.
   """
   draws = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(n)
   order = np.argsort(draws, kind="stable")
@@ -40,7 +40,7 @@ def example_seeds(seed: int, epoch: np.ndarray, index: np.ndarray) -> np.ndarray
 def draws(
   source: Sized, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-  """Which images make the batches of this process, without reading one.
+  """Which images form the batches of this process, without reading any.
 
   Arguments as for `train_stream`.  Returns a function, step -> (index int64 [b], seed int32 [b, 2]).
   """

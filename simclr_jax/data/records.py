@@ -21,14 +21,14 @@ CACHE_VERSION = 3  # of what is kept
 
 
 class ReadError(BadImage):
-  """Bytes cannot be read, now; the record may be good."""
+  """Bytes cannot be read at the moment; the record may be intact."""
 
 
 def read_range(path: str, offset: int, length: int, seen: tuple) -> bytes:
-  """`length` bytes of a file from byte `offset` on; raises ReadError where the file is gone, cut off or unreadable, or is in
-  a bucket and another than when it was of the version `seen`.
+  """`length` bytes of a file from byte `offset` on; raises ReadError if the file is gone, truncated or unreadable, or if it is
+  in a bucket and its version is no longer `seen`.
 
-  More than an image can take, as a sparse file may have, is a BadImage.
+  A length that no image can have, as in a sparse file, is a BadImage.
   """
   if length > MAX_BYTES:
     raise BadImage(f"{length:,} bytes, above the limit of {MAX_BYTES:,} for an image")
@@ -42,22 +42,22 @@ def read_range(path: str, offset: int, length: int, seen: tuple) -> bytes:
 
 
 def open_shard(path: str):
-  """A shard, opened for hopping through it: unbuffered where it is local."""
+  """A shard, opened for random access: unbuffered if it is local."""
   return files.absolute(path).open("rb") if files.is_remote(path) else open(path, "rb", buffering=0)
 
 
 def refuse_gzip(path: str, file):
-  """Raises UserError for a compressed shard, of which no part can be read without what is before it."""
+  """Raises UserError for a compressed shard, in which no record can be read without everything before it."""
   file.seek(0)
   if file.read(3) == b"\x1f\x8b\x08":
     raise UserError(
-      f"{path}: is compressed with GZIP, so that no record can be read by itself; decompress it once with gunzip"
+      f"{path}: is compressed with GZIP, so single records cannot be read; decompress it once with gunzip"
     )
   file.seek(0)
 
 
 def read_record(path: str, offset: int, length: int, seen: tuple) -> bytes:
-  """The payload of a TFRecord record; raises BadImage where its checksum is another's, and ReadError as `read_range`."""
+  """The payload of a TFRecord record; raises BadImage if its checksum does not match, and ReadError as `read_range`."""
   stored = read_range(path, offset, length + 4, seen)
   data, checksum = stored[:length], int.from_bytes(stored[length:], "little")
   if masked_crc(data) != checksum:
@@ -68,7 +68,7 @@ def read_record(path: str, offset: int, length: int, seen: tuple) -> bytes:
 def scan_tfrecords(shards: Sequence[str]) -> dict[str, np.ndarray]:
   """Where the records of TFRecord files lie: int32 shard [N], int64 offset [N] and length [N] of the payloads.
 
-  The checksum of every length is compared; that of a payload is when it is read.
+  The checksums of the lengths are verified here, those of the payloads when they are read.
 
   Raises:
     UserError: a shard is cut off, damaged, compressed or cannot be read.
@@ -119,7 +119,7 @@ def versions(spec: str, shards: Sequence[str]) -> list[tuple]:
 
 
 def cache_file(shards: Sequence[str], seen: Sequence[tuple]) -> pathlib.Path:
-  """Where the facts about shards of these versions are kept."""
+  """Where the facts about shards of these versions are cached."""
   facts = [CACHE_VERSION, *zip(shards, seen, strict=True)]
   return files.user_cache() / f"tfrecord-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.npz"
 
@@ -130,7 +130,7 @@ def read_labels(spec: str, count: int, label: Callable[[int], object]) -> np.nda
   A damaged record has no label: -1.
 
   Raises:
-    UserError: a record cannot be read now, so nothing may be kept of it.
+    UserError: a record cannot be read at the moment, so nothing may be cached.
   """
   found = []
   for i in range(count):
@@ -146,7 +146,7 @@ def read_labels(spec: str, count: int, label: Callable[[int], object]) -> np.nda
 
 
 def plain_label(value, what: str) -> int | str | None:
-  """The label that a record holds, from whatever type it is stored in: a number, a text, or None.
+  """The label that a record holds, whatever type it is stored in: a number, a string, or None.
 
   Raises:
     UserError: a number with a fraction, or a list that is not one-hot.
@@ -164,7 +164,7 @@ def plain_label(value, what: str) -> int | str | None:
   if isinstance(value, float) and value != value:  # how tables store a number that is missing
     return None
   if isinstance(value, float) and not value.is_integer() or value != int(value):
-    raise UserError(f"{what}: its label is {value}; expected a whole number or a text")
+    raise UserError(f"{what}: its label is {value}; expected a whole number or a string")
   return int(value)
 
 

@@ -1,8 +1,8 @@
 """Sharded sets of encoded images: TFRecord, array_record, WebDataset tars, Parquet.
 
 All are random access: where each record lies is found once, by hopping from header to header, and kept in a small file
-of the user's cache, named after the sizes and times of the shards.  So `train_stream` gives these sets what it gives
-every other: a permutation of the whole set in each epoch, and batches that are a function of (seed, step).
+in the user's cache, named after the sizes and times of the shards.  So `train_stream` gives these sets the same as all
+others: a permutation of the whole set in each epoch, and batches that are a function of (seed, step).
 """
 
 import functools
@@ -62,7 +62,7 @@ def find(kind: str, rest: str, suffixes: Sequence[str]) -> list[str]:
 
 
 class ShardSource(Source):
-  """What the four have in common.  `_facts` are arrays of one entry a record, kept in the cache, and what was `skipped`."""
+  """What the four have in common.  `_facts` are cached arrays with one entry per record, and what was `skipped`."""
 
   def __init__(self, kind: str, rest: str, suffixes: Sequence[str], scan: Callable[[Sequence[str]], dict]):
     self._spec, self._shards = f"{kind}:{rest}", find(kind, rest, suffixes)
@@ -77,7 +77,7 @@ class ShardSource(Source):
     said = skipped_text(self.skipped)
     if not len(self._facts["shard"]):
       raise UserError(
-        f"{self._spec}: {len(self._shards)} shards without one image; give others" + (f"; {said}" if said else "")
+        f"{self._spec}: {len(self._shards)} shards without a single image; name others" + (f"; {said}" if said else "")
       )
     if said:
       say_once(f"{self._spec}: {said}")
@@ -267,7 +267,7 @@ class ParquetSource(ShardSource):
   the classes are those of its metadata.
 
   Parquet reads whole row groups, so a random image costs its group.  The groups of the last few images are kept, but
-  for training at speed turn the set into records once: simclr data prepare.  Needs pyarrow.
+  for fast training, convert the set to records once with simclr data prepare.  Needs pyarrow.
   """
 
   def __init__(self, rest):
@@ -283,7 +283,7 @@ class ParquetSource(ShardSource):
         try:
           file = parquet.ParquetFile(path)
         except Exception as error:  # pyarrow.ArrowInvalid, OSError
-          raise UserError(f"{spec}: {path} is no Parquet file, or damaged; make it again") from error
+          raise UserError(f"{spec}: {path} is not a Parquet file, or damaged; make it again") from error
         for k in range(file.num_row_groups):
           rows = file.metadata.row_group(k).num_rows
           shard += [number] * rows
@@ -335,9 +335,9 @@ class ParquetSource(ShardSource):
 
 
 def write_tfrecord(path: str, items) -> int:
-  """Writes (image bytes, label or -1, name) as tf.train.Example records, whole or not at all; returns their number.
+  """Writes (image bytes, label or -1, name) as tf.train.Example records, completely or not at all; returns their number.
 
-  A shard is held in memory: TensorFlow's writer knows another way into a bucket than what reads it.
+  A shard is held in memory, because TensorFlow's own writer accesses buckets in a different way than the reader here.
   """
   import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""Data sets by number, and what can be made of them: parts, selections, and several joined to one."""
+"""Data sets with access by index, and sets derived from them: parts, selections, and several sets joined to one."""
 
 import collections
 import functools
@@ -20,7 +20,7 @@ say_once = functools.cache(logging.getLogger(__name__).warning)
 
 
 def digest(parts: Iterable) -> str:
-  """16 hexadecimal digits of bytes, texts or arrays, one after the other."""
+  """16 hexadecimal digits that identify a sequence of bytes, strings or arrays."""
   total = hashlib.sha256()
   for part in parts:
     part = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
@@ -43,15 +43,16 @@ def skipped_text(names: Sequence[str]) -> str:
 
 
 def spread(count: int, most: int) -> np.ndarray:
-  """Numbers below count, int64, evenly over all of them, at most `most`."""
+  """At most `most` numbers below count, int64, evenly spaced."""
   return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 class Source:
-  """Images by number.
+  """Images with access by index.
 
-  `skipped` names the files among the images that are none, or that nothing here reads.  `class_names` is empty, and `labels` None, where there are no labels.  `array_extent` is the height and width of
-  images that are all in memory and of one size, which `gather` then returns; None for others.
+  `skipped` names the files that are not images or cannot be read here.  Without labels, `class_names` is empty and `labels` is
+  None.  `array_extent` is the height and width of images that are all in memory and of one size, which `gather` then returns;
+  it is None for others.
   """
 
   class_names: Sequence[str] = ()
@@ -68,7 +69,7 @@ class Source:
     return None
 
   def several_labels(self) -> np.ndarray | None:
-    """int8 [N, classes] where an image may have several classes: 1, 0, or -1 where it is too difficult to judge."""
+    """int8 [N, classes] if an image may have several classes: 1, 0, or -1 if it is too difficult to judge."""
     return None
 
   def __len__(self) -> int:
@@ -101,8 +102,8 @@ class Source:
   def bits(self) -> int | None:
     """How many of their 16 bits the 16-bit images of this set use: 8, 10, 12, 14 or 16; None without such images.
 
-    Cameras and microscopes write 12 bits into files of 16, of which the upper 8 are nearly black.  All images of a set are
-    scaled alike, by the largest value in a fixed sample of them; where that has no 16-bit image, by all 16.
+    Cameras and microscopes write 12 bits into 16-bit files, whose upper 8 bits alone would be nearly black.  All images of a set
+    are scaled alike, by the largest value in a fixed sample of them, or by 16 bits if the sample has no 16-bit image.
     """
     found = [significant_bits(item) for item in self._stored_sample() if isinstance(item, bytes)]
     used = max((one for one in found if one), default=None)
@@ -114,7 +115,7 @@ class Source:
     return bits
 
   def fingerprint(self) -> dict[str, int | str | list[str]]:
-    """What tells this set from itself after a change, for `json`: the number of images, the names of the classes, and digests
+    """Detects whether this set has changed, for `json`: the number of images, the names of the classes, and digests
     of the names and stored sizes, of the labels and of the contents of a fixed sample of the images.
     """
     return {
@@ -152,8 +153,8 @@ class ArraySource(Source):
 
   Args:
     images: uint8 [N, h, w], [N, h, w, 1] or [N, h, w, 3]; gray becomes three equal channels when read.
-    labels: whatever `make_labels` takes, or None.
-    class_names: names of the labels; by default their numbers or texts.
+    labels: anything that `make_labels` takes, or None.
+    class_names: names of the labels; by default their numbers or strings.
     title: what messages call the set.
   """
 
@@ -198,7 +199,7 @@ class ArraySource(Source):
 
 
 class AbstractSource(Source):
-  """A data set of which nothing but its size is known, for planning."""
+  """A data set of which only the size is known, for planning."""
 
   def __init__(self, num_examples: int, num_classes: int):
     self._num_examples = num_examples
@@ -264,8 +265,8 @@ def first_readable(source: Source) -> np.ndarray:
 
 
 class Relabeled(Selection):
-  """The images of a test set as those of the training set `train`: class c of the former is class numbers[c] of the latter,
-  or none for -1, and 16-bit images are scaled alike."""
+  """A test set with the classes of the training set `train`: class c of the test set is class numbers[c] of the training set,
+  or has no label for -1.  16-bit images are scaled as in the training set."""
 
   def __init__(self, source: Source, numbers, train: Source):
     super().__init__(source, np.arange(len(source)))
@@ -322,7 +323,7 @@ class Joined(Source):
 def class_balanced(labels, fraction: float, seed: int) -> np.ndarray:
   """Sorted indices of a fraction of every class of labels [n], at least one image of each, drawn by `seed`.
 
-  Of two shares of one seed the smaller is part of the larger.  Images without a label, -1, belong to none.
+  For the same seed, a smaller fraction is part of a larger one.  Images without a label, -1, are never included.
   """
   chosen = [np.zeros(0, np.int64)]
   for c in np.unique(labels[labels >= 0]):
@@ -332,7 +333,7 @@ def class_balanced(labels, fraction: float, seed: int) -> np.ndarray:
 
 
 def split_npz(rest: str) -> tuple[str, str]:
-  """(path, split or "") of what stands behind npz:, FILE or FILE:SPLIT."""
+  """(path, split or "") of what follows npz:, which is FILE or FILE:SPLIT."""
   bucket, place, name = rest.rpartition("://")
   path, colon, split = name.rpartition(":")
   if not colon or files.expanded(rest).exists():

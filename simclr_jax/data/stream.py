@@ -190,7 +190,7 @@ class Stream:
   """Iterator over the batches of `steps`, made AHEAD of time, in order.
 
   TensorFlow's decoder fails without saying on which image.  The images of that step are then decoded one by one, the
-  bad ones noted, and the stream goes on from that step: the step is all the state it has.
+  bad ones are recorded, and the stream resumes from that step, since the step is its only state.
 
   `bad` maps the names of the unreadable images met so far to the reasons.
   """
@@ -262,16 +262,16 @@ def train_stream(
 
   Args:
     source: the images.
-    transform: a TensorFlow function (image uint8 [h, w, 3], seed int32 [2]) -> tensor or dict of tensors, all its
-      randomness taken from the seed; None for images as they are.
+    transform: a TensorFlow function (image uint8 [h, w, 3], seed int32 [2]) -> tensor or dict of tensors, which takes all its
+      randomness from the seed; None to leave images as they are.
     batch_size: images of the global batch; this process reads rows process_index * b to (process_index + 1) * b - 1
       of it, b = batch_size / process_count.
     seed: of the permutations and of the augmentations.
-    max_bad_fraction: the fraction of distinct unreadable images, met by this process, beyond which the stream raises
-      ValueError; any positive share allows at least one.
-    bad_file: a text file to which the name of, and the reason for, every unreadable image are appended.
-    canvas: without a transform, the side of the square on which images of a folder or a set are laid; larger ones are
-      averaged down by a whole factor.  Images in memory, all of one size, need none.
+    max_bad_fraction: the fraction of distinct unreadable images met by this process beyond which the stream raises
+      ValueError; any positive fraction allows at least one.
+    bad_file: a text file to which the name of every unreadable image and the reason are appended.
+    canvas: without a transform, the side of the square on which images of a folder or a set are placed; larger images are
+      averaged down by an integer factor.  Images in memory, all of one size, need no canvas.
     workers: threads; by default one for every core this process may use.
 
   Returns:
@@ -299,7 +299,7 @@ def eval_batches(
   begin: int = 0,
   end: int | None = None,
 ) -> Iterator[dict]:
-  """Every image from `begin` to before `end` (default: all) once, in order; of every batch each process reads its rows,
+  """Every image from `begin` to before `end` (default: all) once, in order; each process reads its own rows of every batch,
   as in `train_stream`.
 
   Args:

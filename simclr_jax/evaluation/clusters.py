@@ -1,9 +1,9 @@
-"""What a set of representations h looks like: two maps in the plane, how far to trust them, near-duplicates, outliers.
+"""Overview of a set of representations h: two maps in the plane, how far to trust them, near-duplicates, outliers.
 
-Of the two maps, PCA has distances that mean something everywhere, and the other, InfoNC-t-SNE (arXiv 2206.01816), keeps
-neighbors together. It minimizes NT-Xent with the Cauchy kernel 1 / (1 + d^2) in place of exp(cosine / T) over free points,
-of which the partners of an image are its nearest neighbors in h. t-SimCNE (arXiv 2210.09879) has the same loss over the
-outputs of a network, with the second view as the partner: that is a way of training, methods/tsimcne.py.
+In the PCA map all distances are meaningful; the other map, InfoNC-t-SNE (arXiv 2206.01816), keeps
+neighbors together. It minimizes NT-Xent with the Cauchy kernel 1 / (1 + d^2) instead of exp(cosine / T) over free points,
+where the positives of an image are its nearest neighbors in h. t-SimCNE (arXiv 2210.09879) applies the same loss to the
+outputs of a network, with the second view as the positive: it is a training method, methods/tsimcne.py.
 """
 
 import functools
@@ -115,7 +115,7 @@ def accuracy_of_h(near, labels) -> float:
 
 
 def baselines(pictures, labels) -> dict[str, float]:
-  """The same vote by what needs no network, {name: fraction}: raw pixels, and a histogram of colors in 4 x 4 x 4 bins.
+  """The same vote without a network, {name: fraction}: by raw pixels, and by a histogram of colors in 4 x 4 x 4 bins.
 
   pictures: uint8 [n, s, s, 3]; labels: int [n], >= 0.
   """
@@ -142,7 +142,7 @@ def trustworthiness(h, xy, *, k: int = NEIGHBORS, queries: int = 1000, seed: int
 
   scikit-learn computes it for all points only: at 10,000 points this is within 0.001 of it (0.984) in 1.4 s instead of
   16 s and 2 GB. On a sample of 1,000 points scikit-learn takes 0.1 s, but neighbors among a sample are not neighbors
-  among all: its number is lower by 0.013 (0.971), more than one map differs from another.
+  among all: its number is lower by 0.013 (0.971), which is more than the difference between two maps.
   """
   n = len(h)
   k = min(k, (n - 1) // 2)
@@ -168,7 +168,7 @@ def near_duplicates(h, pictures) -> list[tuple[int, int, float, float]]:
   """[(i, j, cosine of h, correlation of the tiny pictures)], i < j, most alike first.
 
   h: [n, d]; pictures: uint8 [n, s, s, 3]. In a pair, one is among the 10 nearest of the other, by h or by pixels, and
-  both measures find them alike: the network alone would call two photos of one scene the same, pixels alone two flat
+  both measures find them similar: the network alone would match two photos of one scene, and pixels alone two flat
   images.
   """
   tiny = np.stack([np.asarray(Image.fromarray(p).resize((16, 16), Image.Resampling.BOX), np.float32) for p in pictures])
@@ -183,10 +183,10 @@ def near_duplicates(h, pictures) -> list[tuple[int, int, float, float]]:
 
 
 def outliers(h, *, k: int = 5) -> list[tuple[int, float]]:
-  """[(i, mean distance of image i to its k nearest others, in units of the median image's)], farthest first.
+  """[(i, mean distance of image i to its k nearest others, divided by that of the median image)], farthest first.
 
-  Distances are between square roots of h [n, d], which is not negative: otherwise the few largest activations would
-  decide, and an unusual value in a channel that others hardly use would go unseen. Source of the score: arXiv
+  Distances are between square roots of h [n, d], which is not negative. Otherwise the few largest activations would
+  decide, and an unusual value in a channel that others hardly use would go unnoticed. Source of the score: arXiv
   2204.06507.
   """
   x = np.sqrt(np.maximum(h, 0)).astype(np.float32)

@@ -25,7 +25,7 @@ class Features:
     h: float32 [n, d].
     name: n strings, the path of a file or set:number.
     label: int32 [n], -1 where there is none.
-    index: int64 [n], the number of the image in the data set.
+    index: int64 [n], the position of the image in the data set.
     data, encoder: what was given to `simclr embed`.
     weights: checksum of the encoder, see exporting.checksum.
   """
@@ -40,7 +40,7 @@ class Features:
 
   @property
   def about(self) -> dict:
-    """The strings that stand beside the arrays; `sha256` is of all the rest, for two of the formats notice no flipped bit."""
+    """The strings next to the arrays; `sha256` covers everything else, because two of the formats do not detect flipped bits."""
     about = {"encoder": self.encoder, "weights": self.weights, "data": self.data}
     sha = hashlib.sha256(json.dumps({key: _utf8(value) for key, value in about.items()}, sort_keys=True).encode())
     for key in ("h", "label", "index"):
@@ -71,7 +71,7 @@ def load(path) -> Features:
   """Opens a file that `simclr embed` wrote.
 
   Raises:
-    UserError: there is none, it is something else, or it is damaged.
+    UserError: the file does not exist, is of another kind, or is damaged.
   """
   path = files.absolute(path)
   if not path.exists() or path.is_dir() or path.suffix not in FORMATS:

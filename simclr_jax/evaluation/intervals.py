@@ -1,7 +1,7 @@
-"""Differences over seeds: their mean, its interval, and what that says of a claim.
+"""Differences over seeds: their mean, its interval, and what the interval says about a claim.
 
-An interval is Student's t with n - 1 degrees of freedom over n paired differences, one a seed: both settings of a pair
-have the same seed, so that what a seed does to both cancels.
+An interval is Student's t with n - 1 degrees of freedom over n paired differences, one per seed: both settings of a pair
+have the same seed, so the effect of the seed on both cancels.
 """
 
 import dataclasses
@@ -42,15 +42,15 @@ def interval(differences, confidence: float = 0.95) -> Interval:
 
 
 def verdict(found: Interval, direction: int, margin: float) -> str:
-  """What the interval says of a claim.
+  """What the interval says about a claim.
 
   Args:
-    direction: 1 where the claim is that the difference is above 0; -1 below 0; 0 that it does not matter, that is, lies
+    direction: 1 if the claim is that the difference is above 0; -1 if below 0; 0 if it does not matter, that is, lies
       within `margin` of 0.
 
   Returns:
-    SUPPORTED if all of the interval agrees with the claim; CONTRARY if all of it contradicts the claim, which for
-    direction 0 is all of it beyond the margin on one side; NOT_SUPPORTED if it does neither.
+    SUPPORTED if the whole interval agrees with the claim; CONTRARY if the whole interval contradicts the claim, which for
+    direction 0 means that it lies beyond the margin on one side; NOT_SUPPORTED otherwise.
   """
   if direction == 0:
     if -margin < found.low and found.high < margin:

@@ -29,7 +29,7 @@ CHUNK = 250  # images encoded at once
 
 
 def predictions(encode: Callable, train, test, *, seed: int = 0) -> dict[str, dict[str, float | None]]:
-  """How well the transformations of an image can be read from its features; a function of its arguments.
+  """How well the transformations of an image can be predicted from its features; a function of its arguments.
 
   Args:
     encode: float32 images [m, s, s, 3] in [0, 1] -> {name: features [m, d]}, such as {"h": ..., "z": ...}.
@@ -37,7 +37,7 @@ def predictions(encode: Callable, train, test, *, seed: int = 0) -> dict[str, di
     seed: of the noise, the turns of the hue and the places of the crops.
 
   Returns:
-    {prediction: {name: score}} for the keys of CHANCE, which are the scores of features that know nothing.  "color",
+    {prediction: {name: score}} for the keys of CHANCE, which holds the scores of uninformative features.  "color",
     "rotation", "noise" and "sobel" are accuracies; "hue", whose target is the point of the unit circle at the mean hue
     weighted by chroma, and "position" are coefficients of determination (R²).  None where gray images leave nothing to
     predict.

@@ -1,4 +1,4 @@
-"""k-nearest-neighbor classification of h: no training, no parameters to tune, hence the number to watch.
+"""k-nearest-neighbor classification of h: it needs no training and no tuning, so it is the number to watch.
 
 Source: weighted vote of arXiv 1805.01978 (section 3.4): cosine similarity, weights exp(similarity / temperature).
 """

@@ -72,7 +72,7 @@ def top_1(logits, y) -> float:
 
 
 def mean_per_class(logits, y) -> float:
-  """The mean over the classes of y [n] of the fraction of their examples that are found: every class counts alike."""
+  """The mean over the classes in y [n] of the fraction of correctly classified examples: every class counts the same."""
   right = logits.argmax(1) == y
   return float(np.mean([right[y == c].mean() for c in np.unique(y[labeled(y)])]))
 
@@ -84,7 +84,7 @@ def average_precision(logits, y) -> float:
 
   Args:
     logits: [n], of the class.
-    y: [n], 1 where the image has it, 0 where not, -1 where it is not to be judged ("difficult").
+    y: [n], 1 if the image has the class, 0 if not, -1 if it is not to be judged ("difficult").
   """
   order = np.argsort(-logits[y >= 0], kind="stable")
   hit = y[y >= 0][order] > 0
@@ -114,9 +114,9 @@ def logistic_regression(
 
   Args:
     y: integers [n], -1 where there is no label; or [n, num_classes] of 1, 0 and -1, as `average_precision` takes them.
-    held_out: bool [n], the examples on which L2 is chosen, where the data set has a split for it.
-    score: one of METRICS, (logits, y) -> what is best when highest.
-    mesh: the devices over which the examples are split; by default one.
+    held_out: bool [n], the examples on which L2 is chosen, if the data set has a split for it.
+    score: one of METRICS, (logits, y) -> a score to maximize.
+    mesh: the devices over which the examples are split; one by default.
 
   Returns:
     dict(kernel [d, num_classes], bias [num_classes], l2): logits = x @ kernel + bias.
@@ -199,7 +199,7 @@ def regression_score(x, y, test_x, test_y, *, seed: int = SPLIT_SEED) -> float:
     x: [n, d]; y: [n, targets]; test_x and test_y: the same of the test examples.
 
   Returns:
-    1 less the squared errors over the squared distances from the mean: 1 is perfect, 0 or less is no better than the
+    1 minus the squared errors divided by the squared distances from the mean: 1 is perfect, 0 or less is no better than the
     mean.
 
   Raises:

@@ -1,4 +1,4 @@
-"""Which rows of features take part in a score: those with a label, and none that is not finite."""
+"""Which rows of features count in a score: those with a label, if all features are finite."""
 
 import numpy as np
 

@@ -1,9 +1,9 @@
-"""Taking the encoder away: a folder with f's variables, and a card that says how to use them.
+"""Exports of the encoder: a folder with f's variables, and a card that says how to use them.
 
-Orbax is what this package itself reads (`load_encoder`) and fine-tunes from; the other formats are for other libraries.
-Every folder that `simclr export` writes stands alone.  load.py opens it with the libraries of the format and nothing of
-this package, and verify.py runs load.py on 16 images whose h is stored beside it: the exporter does that before it gives
-the folder its name, and anyone can do it again.
+This package itself reads Orbax (`load_encoder`) and fine-tunes from it; the other formats are for other libraries.
+Every folder that `simclr export` writes is self-contained.  load.py opens it with the libraries of the format and without
+this package, and verify.py runs load.py on 16 images whose h is stored next to it: the exporter does this before it gives
+the folder its final name, and anyone can repeat it.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ _RESIZES = {
 
 
 class Encoder(NamedTuple):
-  """An encoder that was loaded.
+  """A loaded encoder.
 
   Attributes:
     apply: images [n, size, size, 3], floats in [0, 1] or uint8 -> h float32 [n, d].
@@ -136,7 +136,7 @@ class Export:
 def make_card(
   variables, config, *, scores: dict, step: int, format: str = "orbax", license: str = "not stated"
 ) -> dict:
-  """card.json but for the list of files; docs/card.schema.json says what each entry is."""
+  """card.json without the list of files; docs/card.schema.json explains each entry."""
   name = config.encoder.name
   module = make_encoder(name, **config.encoder)
   dtype = getattr(module, "dtype", jnp.dtype(jnp.float32))
@@ -187,7 +187,7 @@ def _without_folders(value):
 def checksum(variables) -> str:
   """SHA-256 of f's weights: in the order of their paths, each path, shape and little-endian float32 bytes.
 
-  It names the encoder: every format of one encoder has the same.
+  It identifies the encoder: it is the same in every format.
   """
   sha = hashlib.sha256()
   for path, value in sorted(traverse_util.flatten_dict(variables, sep="/").items()):
@@ -313,7 +313,9 @@ def prove(folder, export: Export, python: str):
   if found and not done.returncode:
     return found[0] + remark, found[0] + remark
   if found:
-    raise UserError(f"{export.format}: what was written is not this encoder, so it is not kept: {found[0]}")
+    raise UserError(
+      f"{export.format}: the written files do not reproduce this encoder, so they are not kept: {found[0]}"
+    )
   why = " ".join(((done.stderr or done.stdout).strip() or "it printed nothing").split("\n")[-1].split())[:300]
   raise UserError(f"{export.format}: load.py fails in {interpreter}, so nothing is kept: {why}")
 
@@ -343,8 +345,8 @@ def load_encoder(path, network=None) -> Encoder:
   """Opens a folder that `simclr export` wrote, or a finished run; nothing else is needed.
 
   Args:
-    network: the Linen module of an encoder of your own (encoder.name="module:function"), which no folder holds, and which
-      is not imported by a name that a folder gives.
+    network: the Linen module of your own encoder (encoder.name="module:function"), which exports do not contain and which
+      is never imported by a name that a folder gives.
 
   Returns:
     Encoder(apply, variables, card): `apply(images)` maps images [n, size, size, 3], floats in [0, 1] or uint8, to h float32
@@ -353,7 +355,7 @@ def load_encoder(path, network=None) -> Encoder:
     "batch_stats"} as numpy, for `resnet(...).apply`, which takes any size; `card` is card.json.
 
   Raises:
-    ValueError: the folder is not an export, is damaged, does not match its card, or is in a format of others.
+    ValueError: the folder is not an export, is damaged, does not match its card, or is in a format for another library.
   """
   path = files.absolute(path)
   if not (path / "card.json").exists() and (path / "encoder/card.json").exists():  # a run
@@ -361,7 +363,7 @@ def load_encoder(path, network=None) -> Encoder:
   card = read_card(path)
   name, arguments, size = card["architecture"]["name"], _arguments(card), card["preprocessing"]["size"]
   if network is None and ":" in name:
-    raise UserError(f"{path} holds an encoder of its author's own: pass its module, load_encoder(..., network={name})")
+    raise UserError(f"{path} holds a custom encoder: pass its module, load_encoder(..., network={name})")
   try:
     encoder = network or make_encoder(name, **arguments | {"dtype": "float32"})
     like = jax.eval_shape(encoder.init, jax.random.key(0), _images(size))

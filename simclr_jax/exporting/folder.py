@@ -1,4 +1,4 @@
-"""The folder of an export: it appears whole, under a name that was free, with a card and the digests of its files.
+"""The folder of an export: it appears complete, under a free name, with a card and the digests of its files.
 
 Layout: <folder>/{card.json, manifest.json}, the files of its format, and what opens it without this package.
 """
@@ -76,12 +76,12 @@ def write_card(path, card: dict):
 
 
 def read_card(path) -> dict:
-  """card.json of an export whose files are those that were written.
+  """card.json of an export, after checking that its files are those that were written.
 
-  A folder may come from anybody: nothing in it is run, and nothing but plain files inside of it is read.
+  A folder may come from anybody: nothing in it is run, and only plain files inside it are read.
 
   Raises:
-    ValueError: not such a folder, one that is damaged, or a card of an unknown version or without what it should say.
+    ValueError: it is not such a folder or is damaged, or its card has an unknown version or lacks an entry.
   """
   path = files.absolute(path)
   card_path = path / "card.json"
@@ -99,7 +99,7 @@ def read_card(path) -> dict:
     raise UserError(f"{card_path}: preprocessing.size is {size!r}, expected 1 to {LARGEST} pixels; export it again")
   for name in _read_json(path / "manifest.json") if (path / "manifest.json").exists() else ():
     if name.startswith("/") or ".." in name.split("/"):
-      raise UserError(f"{path}/manifest.json names {name}, which is not inside of the folder: do not trust it")
+      raise UserError(f"{path}/manifest.json names {name}, which is not inside the folder: do not trust it")
     _check_plain(path / name)
   checkpoint.verify(path)
   return card

@@ -1,4 +1,4 @@
-"""ONNX, written node by node: what is in the graph is what stands here.
+"""ONNX, written node by node, so the graph is exactly what is written here.
 
 Images float32 [n, 3, h, w] of any n, h and w.  BatchNorm stays a node of its own, which runtimes fold by themselves.  The
 Vision Transformer's nodes are in onnx_vit.py.

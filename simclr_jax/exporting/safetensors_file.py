@@ -30,5 +30,5 @@ def read(path) -> dict:
     with files.local(path) as local:
       tensors = load_file(local)
   except (SafetensorError, OSError) as error:
-    raise UserError(f"{path} is no complete safetensors file ({error}): export it again") from None
+    raise UserError(f"{path} is not a complete safetensors file ({error}): export it again") from None
   return traverse_util.unflatten_dict(tensors, sep="/")

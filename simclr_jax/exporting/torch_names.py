@@ -1,4 +1,4 @@
-"""Our variables under the names and in the layouts of PyTorch's ResNets."""
+"""This package's variables with the names and layouts of PyTorch's ResNets."""
 
 import re
 

@@ -1,1 +1,1 @@
-"""Weights of others: the official checkpoints of SimCLR v1 and v2 into ours."""
+"""Weights from elsewhere: converts the official checkpoints of SimCLR v1 and v2."""

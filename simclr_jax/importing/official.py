@@ -1,10 +1,10 @@
 """The official checkpoints (google-research/simclr) as our variables: encoder, projection head, classifier.
 
-Read are TF1 bundles (the released v1 and v2 weights), and checkpoints and SavedModels that the TF2 code writes.  All three
+It reads TF1 bundles (the released v1 and v2 weights), and checkpoints and SavedModels that the TF2 code writes.  All three
 number their convolutions and BatchNorms in the order of creation, which is the order in which our encoder creates its
 own (encoder.py): shortcut first, then the block's; selective kernels 3x3, reduce, expand; squeeze-excite last.  So the
-k-th convolution there is the k-th here.  Depth, width, stem, selective kernels and squeeze-excite follow from the names
-and shapes; whatever does not fit is an error that names it.
+k-th convolution there is the k-th here.  Depth, width, stem, selective kernels and squeeze-excite are inferred from the names
+and shapes; anything that does not fit is an error that names it.
 """
 
 import itertools

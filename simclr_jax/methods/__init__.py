@@ -1,6 +1,6 @@
 """Self-supervised methods: what a paper adds to the training step, one short file each.
 
-A new method is a file with a `create` and a line in METHODS; step, loop, checkpoint and export stay as they are.
+A new method is a file with a `create` and a line in METHODS; step, loop, checkpoint and export do not change.
 """
 
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ class Method(Protocol):
   """What `train_step` needs to know.
 
   Attributes:
-    chance_loss: the loss of embeddings that know nothing, or None where no formula is known.
+    chance_loss: the loss of uninformative embeddings, or None if no formula is known.
 
   A method may also have:
     predictor: a Linen module that is trained on z, (z [m, d], views [m, h, w, 3], train) -> [m, ...]; `outputs` is then
@@ -78,10 +78,10 @@ def create(config, mesh, source=None) -> Method:
   """The method of a config.
 
   Args:
-    source: the training images, of which some methods need the number or the labels: `len`, `num_classes`.
+    source: the training images; some methods need their number or labels: `len`, `num_classes`.
 
   Raises:
-    ValueError: no such method, or an option or data that it refuses.
+    ValueError: no such method, or it refuses an option or the data.
   """
   if config.method not in METHODS:
     raise ValueError(f"config.method={config.method!r}: expected one of {', '.join(METHODS)}")

@@ -1,8 +1,8 @@
 """Alignment alone: the two views of an image are pulled together, and nothing keeps the images apart.
 
-What SimCLR's loss is without its negatives, and BYOL without predictor and target network: the least loss is reached when
-all images have the same embedding, and training gets there (SimSiam, arXiv 2011.10566, section 4.1).  It is here to be seen
-collapsing.
+This is SimCLR's loss without negatives, or BYOL without predictor and target network: the loss is lowest when
+all images have the same embedding, and training gets there (SimSiam, arXiv 2011.10566, section 4.1).  It is included to show
+collapse.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """An autoencoder: the same encoder, a mirrored decoder, and the squared error of pixels; no two views are compared.
 
-The representation learning that contrastive methods are told apart from (Hinton and Salakhutdinov, Science 313, 2006).
-Each augmented view is reconstructed from its own z, as a plain autoencoder reconstructs what it is given: the image before
-the augmentation is not part of a batch, and to predict it would be another method, a denoising autoencoder.
+This is the representation learning with which contrastive methods are contrasted (Hinton and Salakhutdinov, Science 313,
+2006).  Each augmented view is reconstructed from its own z, as a plain autoencoder reconstructs its input.  The image before
+augmentation is not part of a batch, and predicting it would be another method, a denoising autoencoder.
 With projector.kind=none, z is h and there is no bottleneck but h itself.
 """
 
@@ -15,8 +15,8 @@ from simclr_jax.encoder import DEPTHS, BatchNorm, BlockGroup, Conv
 
 
 class Decoder(nn.Module):
-  """A ResNet the other way round: z to an image, by the encoder's blocks in reverse, nearest-neighbor upsampling in place
-  of strides, and a linear layer in place of average pooling.  Without selective kernels and squeeze-excite.
+  """A ResNet in reverse: z to an image, with the encoder's blocks in reverse order, nearest-neighbor upsampling instead
+  of strides, and a linear layer instead of average pooling.  Without selective kernels and squeeze-excite.
 
   Attributes: as encoder.resnet's.
   """
@@ -80,9 +80,9 @@ def create(config, mesh, source=None) -> Autoencoder:
   """The autoencoder of `config.encoder`.
 
   Raises:
-    ValueError: the encoder is not a ResNet, whose mirror image the decoder is.
+    ValueError: the encoder is not a ResNet, which the decoder mirrors.
   """
   c = config.encoder
   if c.name != "resnet":
-    raise ValueError(f"config.method='autoencoder': encoder.name={c.name} has no mirror image here; use a resnet")
+    raise ValueError(f"config.method='autoencoder': encoder.name={c.name} has no matching decoder here; use a resnet")
   return Autoencoder(Decoder(c.depth, c.width, c.stem, c.dtype))

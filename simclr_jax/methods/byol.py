@@ -1,8 +1,8 @@
-"""BYOL (arXiv 2006.07733): a predictor on one view predicts what a moving average of the network makes of the other.
+"""BYOL (arXiv 2006.07733): a predictor on one view predicts the output of a moving average of the network for the other.
 
-There are no negatives.  What keeps all embeddings from becoming equal is the predictor together with a target that no
-gradient reaches and that moves slowly.  The projection head is that of `config.projector`.  LARS and weight decay leave out
-biases and BatchNorm, of the predictor too, as in the paper's section 3.3 (optimizer.exclude_from_lars).
+There are no negatives.  The predictor, together with a target that gets no gradient and changes slowly, keeps the
+embeddings from becoming equal.  The projection head is that of `config.projector`.  LARS and weight decay leave out
+biases and BatchNorm, also in the predictor, as in the paper's section 3.3 (optimizer.exclude_from_lars).
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Controls: SimCLR's network and views with labels, or without the negatives of the same class.
 
-They are no methods to pretrain by, but what the claims about SimCLR are measured against.
+They are not meant for pretraining; the claims about SimCLR are measured against them.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def supervised(config, mesh, source=None) -> Control:
 
 
 def oracle(config, mesh, source=None) -> Control:
-  """NT-Xent that is told which negatives share the class of the anchor, and leaves out config.removed_negatives of them.
+  """NT-Xent that knows which negatives have the anchor's class, and leaves out a fraction config.removed_negatives of them.
 
   Raises:
     ValueError: the loss is not NT-Xent.

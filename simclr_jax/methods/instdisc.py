@@ -1,6 +1,6 @@
 """InstDisc (arXiv 1805.01978): every image is a class of its own, and a memory bank holds the class vectors.
 
-A view is told apart from all images of the data set by a non-parametric softmax over the bank, or by noise-contrastive
+A view is classified among all images of the data set by a non-parametric softmax over the bank, or by noise-contrastive
 estimation (NCE) with some of its rows.  Both views of an image are instances of its class; the bank learns their mean.
 The paper's head is a linear layer to 128 dimensions, config.projector.kind=linear.
 """
@@ -70,7 +70,7 @@ class InstDisc:
     return loss, metrics, {"index": batch.index, "row": row, "normalizer": normalizer}
 
   def draws(self, batch):
-    """Numbers of the negatives' rows, int32 [m], a function of the seeds of the batch's images in whatever order."""
+    """Indices of the negatives' rows, int32 [m]: a function of the seeds of the batch's images, whatever their order."""
     return jax.random.randint(jax.random.key(jnp.sum(batch.seed)), (self.negatives,), 0, self.images)
 
   def after(self, variables, extra, updates):

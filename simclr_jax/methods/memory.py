@@ -1,6 +1,6 @@
-"""SimCLRv2's memory: a network of moving-average weights whose outputs are kept as further negatives.
+"""SimCLRv2's memory: a network of moving-average weights whose outputs are kept as additional negatives.
 
-As in MoCo (arXiv 1911.05722), but for the negatives alone: positives come from the batch, whose negatives stay too
+This is as in MoCo (arXiv 1911.05722), but only for negatives: positives come from the batch, whose negatives are also kept
 (arXiv 2006.10029, section 2).  The official code does not contain it, though the paper's figures were made with it.
 """
 
@@ -22,7 +22,7 @@ class Memory:
   banked: int32, how many of the rows are filled.
 
   Attributes:
-    size: projections that are remembered.
+    size: number of projections in the bank.
     decay: average <- decay * average + (1 - decay) * weights; BatchNorm of the averaged network sees the batch.
     loss_options: what contrast.nt_xent takes.
   """

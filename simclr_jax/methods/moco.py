@@ -1,12 +1,12 @@
 """MoCo v2 (arXiv 1911.05722, 2003.04297): positives from a momentum encoder, negatives from a queue of its past outputs.
 
 The papers shuffle the images between devices before the keys are encoded, because each of their devices normalizes by its
-own small part of the batch: a query and its key, normalized together, would give each other away.  Here BatchNorm ranges
-over the global batch, so that query and key of an image share their statistics with all other images and shuffling would
+own small part of the batch: a query and its key, normalized together, would give each other away.  Here BatchNorm spans
+the global batch, so query and key of an image share their statistics with all other images, and shuffling would
 change nothing.
 
-Both views are queries, each with the other's key, because the network has encoded both anyway; the loss is the mean of the
-paper's over the two orders, and both keys of an image are enqueued.
+Both views are queries, each with the other's key, because the network encodes both anyway; the loss is the mean of the
+paper's loss over the two orders, and both keys of an image are enqueued.
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ def loss_function(config, mesh):
   """(z [n, 2, d]) -> (loss, metrics): the one of contrast.LOSSES that `config.loss.name` says.
 
   Raises:
-    ValueError: an option that the loss does not take, or needs.
+    ValueError: an option that the loss does not take, or a missing one that it needs.
   """
   name, options = config.loss.name, dict(config.loss)
   accepted = {k: p for k, p in inspect.signature(contrast.LOSSES[name]).parameters.items() if k not in ("z", "mesh")}
@@ -61,7 +61,7 @@ def temperature(config) -> float:
 
 
 def chance_loss(config) -> float | None:
-  """NT-Xent of embeddings that know nothing: ln(2n - 1), twice that for the official sum; None for other losses."""
+  """NT-Xent of uninformative embeddings: ln(2n - 1), twice that for the official sum; None for other losses."""
   if config.loss.name != "nt_xent":
     return None
   return contrast.REDUCTIONS[config.loss.reduction or "mean"] * math.log(2 * config.batch_size - 1)

@@ -1,10 +1,10 @@
-"""t-SimCNE (arXiv 2210.09879): SimCLR with the Cauchy kernel, whose output in the end is the plane: a map of the images.
+"""t-SimCNE (arXiv 2210.09879): SimCLR with the Cauchy kernel and, in the end, a two-dimensional output: a map of the images.
 
-One run of three stages (section 3): first z, in many dimensions; then a new output layer in two dimensions alone, with
-everything before it frozen; then all of it, at a low learning rate.  The map is a network and places new images too:
+One run has three stages (section 3): first z, in many dimensions; then only a new two-dimensional output layer, with
+everything before it frozen; then all of it, at a low learning rate.  The map is a network, so it can also place new images:
 `simclr map --method=tsimcne`.
 
-In the paper the new layer replaces the last layer of the head, here it follows it: both are linear, and z stays.
+In the paper the new layer replaces the last layer of the head; here it follows that layer.  Both are linear, and z is kept.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ class TSimCNE:
     return optax.chain(optimizer.rule(config, schedule), optimizer.held(self.trains)), schedule
 
   def trains(self, step):
-    """What a stage trains: not the output layer in the first, neither encoder nor head in the second."""
+    """The parts that a stage trains: all but the output layer in the first, neither encoder nor head in the second."""
     stage = self.stage(step)
     return {"predictor": stage > 0, "encoder": stage != 1, "projector": stage != 1}
 

@@ -1,7 +1,7 @@
-"""Cells: the small runs that claims are measured with, each a setting, a seed and a data set, run once.
+"""Cells: the small runs with which claims are measured; each is a setting, a seed and a data set, and runs once.
 
-A cell trains by a row of configs/ablations.py, reads what its claims need from the trained network, and leaves nothing but
-those numbers.  Cells that differ in their seed alone share their compiled programs.
+A cell trains a row of configs/ablations.py, measures what its claims need on the trained network, and keeps only
+those numbers.  Cells that differ only in their seed share their compiled programs.
 """
 
 import dataclasses
@@ -35,15 +35,15 @@ HISTOGRAM = "histogram"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What a cell is, but for its seed and its data.
+  """A cell without its seed and data.
 
   Attributes:
-    row: of configs/ablations.py, without small-.
+    row: a row of configs/ablations.py, without small-.
     changes: values of its config by dotted keys.
-    kind: "train"; or without training, "untrained", "pixels" and "histogram", of 64 colors.
-    epochs: of training, as a multiple of the budget's.
+    kind: "train"; or, without training, "untrained", "pixels" or "histogram" (of 64 colors).
+    epochs: training epochs, as a multiple of the budget's.
     labels: fraction of the labeled images that it trains on.
-    measures: what is read beside the accuracy of linear evaluation on h: keys of MEASURES.
+    measures: what to measure in addition to the accuracy of linear evaluation on h: keys of MEASURES.
   """
 
   row: str = "temperature-0.1"
@@ -104,7 +104,7 @@ def config_of(setting: Setting, seed: int, epochs: float, changes: dict, data_na
 
 
 def key(setting: Setting, config, images: Images) -> str:
-  """What a cell is kept under: everything that its numbers depend on."""
+  """The key under which a cell is saved: everything that its numbers depend on."""
   what = dataclasses.asdict(setting) | {"changes": [], "row": "", "measures": sorted(setting.measures)}
   text = json.dumps([VERSION, what, config_lib.to_dict(config), images.digest], sort_keys=True, default=list)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -114,7 +114,7 @@ class Runner:
   """Runs cells in one process.
 
   Args:
-    folder: where a cell that is running keeps its checkpoint, under its key.
+    folder: where a running cell keeps its checkpoint, under its key.
   """
 
   def __init__(self, folder):

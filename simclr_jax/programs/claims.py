@@ -1,9 +1,9 @@
-"""`simclr claims`: what is said of SimCLR, measured by small runs on this machine, with an interval and a verdict each.
+"""`simclr claims`: claims about SimCLR, measured by small runs on this machine, each with an interval and a verdict.
 
-The runs are the cells of programs/cells.py, the claims those of programs/experiments.py.  Every cell that ends is in
-claims.json at once, so that the command, killed at any moment and given again, loses one cell at most; within a cell SIGTERM
-and Ctrl-C save the state.  Given several times at once, on one machine or on many that share the folder, each takes cells
-that no other has.
+The runs are the cells of programs/cells.py; the claims are those of programs/experiments.py.  Every finished cell is written
+to claims.json at once, so a command that is killed and started again loses at most one cell.  Within a cell, SIGTERM and
+Ctrl-C save the state.  Several commands at once, on one
+machine or on many that share the folder, divide the cells among themselves.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ class Budget:
   """How large the runs are.
 
   Attributes:
-    seeds: at least three, for the interval of a mean of two is of no use.
-    epochs: of training, of most settings.
-    train, test: images of a data set that are used, at most.
-    data: the sets, where none are named.
-    groups: of the claims that are measured.
-    changes: values of every cell's config.
-    pairs: whether all pairs of the heat map are measured, those that no claim needs too.
+    seeds: at least three, because an interval from two runs is useless.
+    epochs: training epochs of most settings.
+    train, test: the largest number of images of a data set to use.
+    data: the data sets to use if none are named.
+    changes: values that are set in every cell's config.
+    groups: of the claims to measure.
+    pairs: whether to measure every pair of the heat map, also those that no claim needs.
   """
 
   seeds: tuple[int, ...]
@@ -64,15 +64,15 @@ BUDGETS = {
     seeds=(0, 1, 2), epochs=10.0, train=20_000, test=10_000, data=("textures", "fashion"), groups=("methods",)
   ),
 }
-# What a cell takes on two free CPU cores, for --plan before anything was measured: seconds for a view pair of 16 pixels
-# through the network of the small scale, for one whose views TensorFlow makes, and beside training.
+# What a cell takes on two idle CPU cores, for --plan before anything was measured: seconds per pair of 16-pixel views
+# in the small-scale network, the same where TensorFlow makes the views, and seconds for everything except training.
 SECONDS_A_PAIR, SECONDS_A_PAIR_ON_HOST, SECONDS_BESIDE = 0.8e-3, 1.6e-3, 5.0
 SECONDS_TO_COMPILE = 8.0  # once for the seeds of a setting
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One small run: of a setting, by its name, and its config."""
+  """One small run: the name of its setting, and its config."""
 
   setting: str
   images: cells.Images
@@ -86,12 +86,12 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """What became of a claim on a data set.
+  """The result of a claim on a data set.
 
   Attributes:
     interval: of the difference, in the claim's unit; None where cells are missing.
-    verdict: one of intervals', "diverged", or "not measured".
-    values: means over the seeds of the scores of the formula, by their names in it.
+    verdict: a verdict of `intervals`, "diverged", or "not measured".
+    values: the scores in the formula, by their names in it, as means over the seeds.
   """
 
   claim: experiments.Claim
@@ -113,7 +113,7 @@ def settings_of(claim) -> list[str]:
 
 
 def alternatives(setting: str) -> list[str]:
-  """The settings that `setting` of a formula may be: itself, or those of its best(...)."""
+  """The settings that `setting` in a formula stands for: itself, or those in its best(...)."""
   return setting.removeprefix("best(").removesuffix(")").split(",")
 
 
@@ -123,7 +123,7 @@ def claims_of(budget: Budget, images: cells.Images):
 
 
 def cells_of(budget: Budget, sets) -> list[Cell]:
-  """All cells that the claims need, in the order in which they are run; settings that have no seed have one cell."""
+  """All cells that the claims need, in the order in which they run; settings without a seed have one cell."""
   out = []
   for images in sets:
     needed = {name for claim in claims_of(budget, images) for name in settings_of(claim)}
@@ -142,7 +142,7 @@ class Results:
   """The numbers of the cells that have ended, in a file that is replaced as a whole after each.
 
   Raises:
-    UserError: the file is not what this wrote.
+    UserError: the file was not written by this class, or is damaged.
   """
 
   def __init__(self, folder):
@@ -166,12 +166,12 @@ class Results:
       files.write_text(self._file, json.dumps({"cells": self.cells}, indent=1))
 
   def conclude(self, end: dict):
-    """Keeps what follows from the cells beside them."""
+    """Saves what was concluded from the cells, next to them."""
     with alone(self._folder):
       files.write_text(self._file, json.dumps({**end, "cells": self.cells}, indent=1))
 
   def scores(self, todo) -> dict[tuple[str, str], dict[int, dict]]:
-    """{(data set, setting): {seed: numbers}} of those of the cells that have ended."""
+    """{(data set, setting): {seed: numbers}} of those cells in `todo` that have ended."""
     out = {}
     for cell in todo:
       if cell.key in self.cells:
@@ -197,7 +197,7 @@ def alone(folder):
 
 
 def judge(claim, data: str, scores, seeds) -> Finding:
-  """What the cells of a data set say of a claim; `scores` as `Results.scores` returns them."""
+  """What the cells of a data set say about a claim; `scores` is what `Results.scores` returns."""
   factor = 100.0 if claim.unit == "points" else 1.0
   total, values = np.zeros(len(seeds)), {}
   for sign, setting, score in terms(claim.formula):
@@ -222,7 +222,7 @@ def _has_no_seed(name: str) -> bool:
 
 
 def estimate(cell: Cell, first_of_setting: bool, results: Results) -> float:
-  """Seconds that a cell will take: as many as its setting took for another seed, or what two free CPU cores would need."""
+  """Seconds that a cell will take: what its setting took with another seed, or what two idle CPU cores would need."""
   took = [c["numbers"]["seconds"] for c in results.cells.values() if (c["setting"], c["data"]) == (cell.setting, cell.images.name)]  # fmt: skip
   if took:
     return min(took)
@@ -247,7 +247,7 @@ def plan(todo: list[Cell], results: Results) -> str:
     each = f"{np.mean(seconds):.0f}" if seconds else "–"
     rows.append([data, name, str(len(group)), str(len(group) - len(missing)), each, duration(sum(seconds))])
   done = sum(cell.key in results.cells for cell in todo)
-  return f"{report.aligned(rows)}\n\n{len(todo)} cells, {done} of them done; about {duration(left_in_all)} left on two free CPU cores"
+  return f"{report.aligned(rows)}\n\n{len(todo)} cells, {done} of them done; about {duration(left_in_all)} left on two idle CPU cores"
 
 
 def table(findings: list[Finding]) -> str:
@@ -317,7 +317,7 @@ def rows_of(findings: list[Finding]) -> list[dict]:
 def matrix(scores, data: str):
   """(names, accuracy [first][second], None where not measured) of Figure 5 on a data set; or None.
 
-  A pair that was measured in one order alone has that number in both places.
+  A pair that was measured in only one order has its number in both places.
   """
   measured = {}
   for (name, setting), by_seed in scores.items():
@@ -329,14 +329,14 @@ def matrix(scores, data: str):
 
 
 def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Finding]:
-  """The program: runs the cells that are missing, prints the table and writes the page.
+  """The program: runs the missing cells, prints the table and writes the page.
 
   Args:
-    names: of data sets, NAME:train and NAME:test; the budget's, if there are none.
+    names: data sets, of which NAME:train and NAME:test are used; if empty, those of the budget.
 
   Raises:
-    UserError: no such data set, or one without labels.
-    Interrupted: within a cell; given again, the command resumes there.
+    UserError: a data set does not exist or has no labels.
+    Interrupted: within a cell; when started again, the command resumes there.
   """
   sets = [cells.open_images(name, most_train=budget.train, most_test=budget.test) for name in names or budget.data]
   todo = cells_of(budget, sets)
@@ -361,7 +361,7 @@ def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Find
   tables = {images.name: rows for images in sets if (rows := standings(scores, images.name))}
   results.conclude({"summary": text, "findings": rows_of(findings), "standings": tables})
   report.write_claims(
-    folder / PAGE, title="What is said of SimCLR, measured", summary=text, claims=rows_of(findings),
+    folder / PAGE, title="The claims about SimCLR, measured", summary=text, claims=rows_of(findings),
     matrices={images.name: found for images in sets if (found := matrix(scores, images.name))},
     standings={name: standings_table(rows) for name, rows in tables.items()},
   )  # fmt: skip
@@ -372,7 +372,7 @@ def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Find
 
 
 def measure(todo: list[Cell], results: Results, folder):
-  """Runs the cells that are not in the results and that no other command runs, and adds them."""
+  """Runs the cells that are not yet in the results and that no other command is running, and adds them."""
   runner = cells.Runner(folder / "cells")
   missing = [cell for cell in todo if cell.key not in results.cells]
   left = [estimate(cell, i == 0 or cell.setting != missing[i - 1].setting, results) for i, cell in enumerate(missing)]

@@ -9,34 +9,35 @@ import sys
 from simclr_jax.programs import claims, experiments
 from simclr_jax.runtime import files
 
-HEADER = """# What is said of SimCLR, measured
+HEADER = """# The claims about SimCLR, measured
 
-`simclr claims` measures on your machine what the papers say of SimCLR: small runs, three seeds, a 95 % interval of each
-difference, and a verdict.
+`simclr claims` tests on your machine what the papers claim about SimCLR. It trains small runs with three seeds and reports a
+95 % interval of each difference and a verdict.
 
-    simclr claims --plan                                  # lists the runs and what they will take; runs nothing
+    simclr claims --plan                                  # lists the runs and how long they will take; runs nothing
     simclr claims --workdir=runs/claims                   # textures, which is in the package
     simclr claims --data=npz:cifar10.npz --data=fashion   # NAME:train and NAME:test of each
     simclr claims --budget=full                           # longer runs, more images, more claims
     simclr claims --budget=methods                        # SimCLR beside MoCo, BYOL, InstDisc, SupCon and an autoencoder
 
-Killed at any moment and given again, the command resumes: a run that has ended is in `claims.json` at once and
+The command can be killed at any moment; started again, it resumes. A finished run is recorded in `claims.json` at once and
 is not repeated. The results are `claims.html`, a table in the terminal, and `claims.json`.
 
-- **Runs.** Each is a row of `configs/ablations.py` at its small scale: ResNet-18 of an eighth of the width, views of 16 pixels,
-  AdamW. `quick` trains 8 epochs on 5,000 images, `full` 20 on 10,000, `methods` 10 on 20,000. Views of 16 pixels are too small to be blurred, so
-  blur in the matrix of pairs changes nothing.
-- **Scores** are accuracies of a linear classifier on test images unless said. Where the best of several settings is taken, it
-  is the best on held-out training images.
-- **Intervals** are Student's t over differences of runs with the same seed. With three seeds they are wide, and they say nothing
-  of other data, other networks or other learning rates. Of intervals of 95 %, one in twenty excludes zero by chance.
-- **Verdicts.** *Supported*: all of the interval agrees with the claim. *Contrary*: all of it contradicts the claim. *Not
-  supported*: neither. That something does not matter is supported where all of the interval is within 2 points of zero.
-- **The paper's numbers** are for ResNet-50 on ImageNet after 100 to 1,000 epochs; what a claim shares with them is its
-  direction. The paper reads transformations with nonlinear classifiers, and pretrains with rotation, noise or Sobel where it
-  reads these; here the readout is linear and pretraining is the same for all.
-- **At equal compute.** The autoencoder and supervised training see as many views in as many steps; an autoencoder's step takes
-  about twice the arithmetic, for it has a decoder. With fewer labels, supervised training makes as many steps on fewer images.
+- **Runs.** Each is a row of `configs/ablations.py` at its small scale: a ResNet-18 of an eighth of the width, views of 16
+  pixels, AdamW. `quick` trains for 8 epochs on 5,000 images, `full` for 20 on 10,000, `methods` for 10 on 20,000. Views of
+  16 pixels are too small to be blurred, so blur has no effect in the matrix of pairs.
+- **Scores** are accuracies of a linear classifier on test images unless noted. Where a claim takes the best of several
+  settings, that setting is chosen on held-out training images.
+- **Intervals** are Student's t intervals over differences between runs with the same seed. With three seeds they are wide, and
+  they say nothing about other data, other networks or other learning rates. One in twenty 95 % intervals excludes zero by chance.
+- **Verdicts.** *Supported*: the whole interval agrees with the claim. *Contrary*: the whole interval contradicts it. *Not
+  supported*: neither. A claim that something does not matter is supported if the whole interval is within 2 points of zero.
+- **The paper's numbers** are for ResNet-50 on ImageNet after 100 to 1,000 epochs; only their direction can be compared with
+  the measurements here. The paper predicts transformations with nonlinear classifiers, and for rotation, noise or Sobel it
+  pretrains with that transformation. Here the classifiers are linear, and pretraining is the same for all transformations.
+- **Equal compute.** The autoencoder and supervised training see as many views in as many steps as SimCLR. A step of the
+  autoencoder takes about twice the arithmetic, because it has a decoder. With fewer labels, supervised training takes as
+  many steps on fewer images.
 
 ## The claims
 """

@@ -78,9 +78,9 @@ class Data(Section):
     REQUIRED, "training images, such as folder:/my/images or tfds:cifar10:train",
     needed="a data set such as fashion:train",
   )  # fmt: skip
-  test: str = key("", "labeled images that are scored; empty: see held_out")
+  test: str = key("", "labeled images to score; empty: see held_out")
   held_out: float = key(
-    0.1, "fraction of every class that is kept out of training and scored where test is empty; 0: nothing is scored",
+    0.1, "fraction of every class to hold out of training and score if test is empty; 0: nothing is scored",
     at_least=0, below=1,
   )  # fmt: skip
   data_dir: str = key("", "where prepared TensorFlow Datasets are; empty: their own default")
@@ -88,7 +88,7 @@ class Data(Section):
     0.001, "fraction of unreadable images above which the run stops", at_least=0, at_most=1
   )  # fmt: skip
   changed: str = key(
-    "refuse", "what resuming does with data that have changed since the run began", choices=("refuse", "accept")
+    "refuse", "what resuming does if the data has changed since the run began", choices=("refuse", "accept")
   )
 
 
@@ -97,7 +97,7 @@ class Crop(Section):
   """The geometric half of the augmentation: arguments of augment.one_view."""
 
   size: int = key(REQUIRED, "side of the views, in pixels", at_least=1)
-  crop_sampler: str = key("official", "rule that draws the boxes of the crops", choices=("official", "torchvision"))
+  crop_sampler: str = key("official", "rule for drawing the crop boxes", choices=("official", "torchvision"))
   crop_area: tuple[float, float] = key(
     (0.08, 1.0), "smallest and largest area of a crop, as fractions of the image", above=0, at_most=1
   )
@@ -106,23 +106,23 @@ class Crop(Section):
 
   def check(self):
     if self.crop_area[0] > self.crop_area[1]:
-      raise UserError(f"crop_area={self.crop_area}: expected the smallest first, such as (0.08, 1.0)")
+      raise UserError(f"crop_area={self.crop_area}: expected the smaller value first, such as (0.08, 1.0)")
 
 
 @frozen
 class Augment(Crop):
-  """The augmentation family: arguments of augment_extra.two_views, and which half of it runs where."""
+  """The augmentation family: arguments of augment_extra.two_views, and where each half of it runs."""
 
   where: str = key(
-    "host", "where views are made: host; device: the host crops, the device does colors and blur; device_crop: the host only "
-    "decodes; resident: the images live on the devices", choices=("host", "device", "device_crop", "resident"), option=False,
+    "host", "where views are made: host; device: the host crops, the device does color and blur; device_crop: the host only "
+    "decodes; resident: the images stay on the devices", choices=("host", "device", "device_crop", "resident"), option=False,
   )  # fmt: skip
   canvas: int = key(
     512, "side in pixels of the canvas that holds an image for device_crop and resident", at_least=1, option=False
   )
   views: int = key(
     2,
-    "views of each image; more than 2 are compared in all pairs, by method=simclr with nt_xent",
+    "views of each image; more than 2 are compared in all pairs and need method=simclr with nt_xent",
     at_least=2,
     option=False,
   )
@@ -136,33 +136,35 @@ class Augment(Crop):
   blur_prob: float = key(0.5, "probability of blur", at_least=0, at_most=1)
   color_order: str = key("random", "order of the four color operations", choices=("random", "fixed"))
   extra: tuple[tuple[str, float], ...] = key(
-    (), "further operators of augment_extra.EXTRA with probabilities, such as (('sobel', 0.1),)"
+    (), "more operators of augment_extra.EXTRA with probabilities, such as (('sobel', 0.1),)"
   )
-  one_sided: bool = key(False, "both views share crop and flip, and only the first gets the rest (v1, Figure 5)")
+  one_sided: bool = key(
+    False, "both views share crop and flip; only the first gets the other operations (v1, Figure 5)"
+  )
 
 
 @frozen
 class TuneAugment(Augment):
-  """Crops and flips, unless colors are asked for."""
+  """Crops and flips, unless color distortion is requested."""
 
   where: str = key("host", "where views are made", choices=("host",), option=False)
-  views: int = key(2, "views of each image, of which one is used", choices=(2,), option=False)
-  resize: str | None = key(None, "interpolation of crops; None: as the start was trained", choices=RESIZES)
+  views: int = key(2, "views of each image, only one of which is used", choices=(2,), option=False)
+  resize: str | None = key(None, "interpolation of crops; None: as in the training of the start", choices=RESIZES)
   color_strength: float | None = key(
-    None, "strength of the color distortion; None: crops and flips alone", at_least=0, at_most=1.25
+    None, "strength of the color distortion; None: only crops and flips", at_least=0, at_most=1.25
   )
 
 
 RESNET = ("depth", "width", "stem", "sk_ratio", "se_ratio", "dtype", "remat", "pool_padding", "arrangement")
-ENCODERS = {"resnet": RESNET, "vit": ("size", "patch", "pool", "dtype", "remat")}  # which of the keys are whose
+ENCODERS = {"resnet": RESNET, "vit": ("size", "patch", "pool", "dtype", "remat")}  # the keys that each encoder takes
 
 
 @frozen
 class Encoder(Section):
-  """Arguments of encoder.resnet, or of vit.vit; a function of your own takes none."""
+  """Arguments of encoder.resnet or vit.vit; your own function takes none."""
 
   name: str = key(
-    "resnet", "resnet; vit; or module:function, a function of your own that returns a Linen module", option=False
+    "resnet", "resnet; vit; or module:function, your own function that returns a Linen module", option=False
   )
   depth: int | None = key(None, "resnet: depth; required", choices=(18, 34, 50, 101, 152, 200))
   width: float = key(1.0, "multiplies the channels of every convolution", at_least=1 / 64)
@@ -174,10 +176,12 @@ class Encoder(Section):
   sk_ratio: float = key(0.0, "reduction of selective kernels, such as 0.0625; 0: none", at_least=0, at_most=1)
   se_ratio: float = key(0.0, "reduction of squeeze-excite; 0: none", at_least=0, at_most=1)
   dtype: str = key("float32", "type of the activations", choices=("float32", "bfloat16"))
-  remat: str = key("none", "what the backward pass computes again: none, block or group, or four of these with commas")
+  remat: str = key(
+    "none", "what the backward pass recomputes: none, block or group, or four of these separated by commas"
+  )
   pool_padding: str = key("official", "padding of the stem's max-pool", choices=("official", "torch"))
   arrangement: str = key(
-    "plain", "plain: the network as in the paper; packed: the same numbers, arranged for a TPU", choices=("plain", "packed"),
+    "plain", "plain: the network as in the paper; packed: the same network and numbers, arranged for a TPU", choices=("plain", "packed"),
     option=False,
   )  # fmt: skip
   size: str | None = key(None, "vit: Ti, S or B; required", choices=("Ti", "S", "B"))
@@ -200,7 +204,7 @@ class Encoder(Section):
         raise UserError(f"{field.name}={value!r}: encoder.name={self.name} {taken}")
     parts = self.remat.split(",")
     if len(parts) not in (1, 4) or not set(parts) <= {"none", "block", "group"}:
-      raise UserError(f"remat={self.remat!r}: expected none, block or group, or four of them with commas")
+      raise UserError(f"remat={self.remat!r}: expected none, block or group, or four of them separated by commas")
     if self.name == "vit" and self.remat not in ("none", "block"):
       raise UserError(f"remat={self.remat!r}: encoder.name=vit takes none or block")
 
@@ -216,7 +220,7 @@ class Projector(Section):
 
 @frozen
 class Loss(Section):
-  """Arguments of the function `name` of contrast.LOSSES, which has its own defaults; None is not passed on."""
+  """Arguments of the function `name` of contrast.LOSSES; None means the default of that function."""
 
   name: str = key(
     "nt_xent", "name of the contrastive loss", option=False,
@@ -227,12 +231,12 @@ class Loss(Section):
   normalize: bool | None = key(None, "use cosine similarity")
   reduction: str | None = key(
     None,
-    "mean: over all views; official_sum: both directions are added, as in the official code",
+    "mean: over all views; official_sum: the sum of both directions, as in the official code",
     choices=("mean", "official_sum"),
   )
   precision: str | None = key(None, "precision of the similarity products", choices=("highest", "high", "default"))
   tile: int | None = key(None, "nt_xent: largest number of images along the side of a tile", at_least=1)
-  class_prior: float | None = key(None, "debiased: how often a negative shares the class", at_least=0, below=1)
+  class_prior: float | None = key(None, "debiased: probability that a negative has the same class", at_least=0, below=1)
   margin: float | None = key(None, "margin of the triplet losses", at_least=0)
   semi_hard: bool | None = key(None, "nt_logistic, margin_triplet: use semi-hard negatives only")
 
@@ -258,7 +262,7 @@ class MoCoV3(Section):
   """Arguments of methods/moco_v3.py."""
 
   decay: float = key(
-    0.99, "method=moco_v3: decay of the momentum encoder at the start, which rises to 1", at_least=0, below=1
+    0.99, "method=moco_v3: initial decay of the momentum encoder, which rises to 1", at_least=0, below=1
   )
   hidden: int = key(4096, "method=moco_v3: width of the hidden layer of the predictor", at_least=1)
 
@@ -267,9 +271,7 @@ class MoCoV3(Section):
 class BYOL(Section):
   """Arguments of methods/byol.py."""
 
-  decay: float = key(
-    0.996, "method=byol: decay of the target network at the start, which rises to 1", at_least=0, below=1
-  )
+  decay: float = key(0.996, "method=byol: initial decay of the target network, which rises to 1", at_least=0, below=1)
   hidden: int = key(4096, "method=byol: width of the hidden layer of the predictor", at_least=1)
 
 
@@ -292,31 +294,31 @@ class TSimCNE(Section):
 
   stages: tuple[float, float, float] = key(
     (1000.0, 50.0, 450.0),
-    "method=tsimcne: relative lengths of the stages: many dimensions, the plane's layer alone, all",
+    "method=tsimcne: relative lengths of the stages: many dimensions, only the two-dimensional output layer, all",
     above=0,
   )
   last_lr: float = key(
-    0.001, "method=tsimcne: learning rate of the last stage, as a fraction of that of the others", above=0
+    0.001, "method=tsimcne: learning rate of the last stage, as a fraction of the rate of the others", above=0
   )
 
 
 @frozen
 class Optimizer(Section):
   name: str = key("lars", "name of the update rule", choices=("lars", "sgd", "adam", "adamw"))
-  base_lr: float = key(REQUIRED, "learning rate before it is scaled with the batch size", above=0)
+  base_lr: float = key(REQUIRED, "learning rate before scaling with the batch size", above=0)
   lr_scaling: str = key(
     "linear", "peak learning rate: linear: base_lr * batch / 256; sqrt: base_lr * sqrt(batch); none: base_lr",
     choices=("linear", "sqrt", "none"),
   )  # fmt: skip
   warmup_epochs: float = key(0.0, "epochs of linear warm-up; then the rate decays to 0 along a cosine", at_least=0)
   momentum: float = key(0.9, "momentum, or b1 of Adam", at_least=0, below=1)
-  weight_decay: float = key(0.0, "weight decay; BatchNorm is left out, and with LARS every bias", at_least=0)
+  weight_decay: float = key(0.0, "weight decay; not applied to BatchNorm, nor, with LARS, to biases", at_least=0)
 
 
 @frozen
 class Every(Section):
   every_steps: int = key(0, "interval in steps; 0: see every_epochs", at_least=0)
-  every_epochs: float = key(0.0, "interval in epochs; if both are 0, only at the end", at_least=0)
+  every_epochs: float = key(0.0, "interval in epochs; if this and every_steps are 0, only at the end", at_least=0)
 
   def check(self):
     if self.every_steps and self.every_epochs:
@@ -346,13 +348,13 @@ class EvaluateFeatures(Evaluate):
 
 @frozen
 class Checkpoint(Every):
-  keep: int = key(2, "number of checkpoints that are kept", at_least=1)
+  keep: int = key(2, "number of checkpoints to keep", at_least=1)
 
 
 @frozen
 class Log(Section):
   every_steps: int = key(20, "interval in steps", at_least=1)
-  wandb: str = key("", "project of Weights & Biases that also gets the numbers; empty: none")
+  wandb: str = key("", "project of Weights & Biases to also log to; empty: none")
   profile_steps: int = key(0, "number of steps that the profiler traces; 0: none", at_least=0)
 
 
@@ -373,12 +375,12 @@ class Probe(Section):
   """Linear evaluation by `simclr probe`."""
 
   method: str = key(
-    "lbfgs", "lbfgs: regression on features; lbfgs_45: with the paper's 45 penalties; sgd: the paper's SGD on crops and flips",
+    "lbfgs", "lbfgs: logistic regression on features; lbfgs_45: the same with the paper's 45 penalties; sgd: the paper's SGD on crops and flips",
     choices=("lbfgs", "lbfgs_45", "sgd"),
   )  # fmt: skip
   train_epochs: float = key(90.0, "epochs of SGD", above=0)
   batch_size: int = key(256, "batch size of SGD", at_least=1)
-  base_lr: float = key(0.1, "learning rate of SGD, which is scaled with batch_size / 256", above=0)
+  base_lr: float = key(0.1, "learning rate of SGD, which is multiplied by batch_size / 256", above=0)
 
 
 @frozen
@@ -386,8 +388,10 @@ class Labels(Section):
   """Which labels a program may use."""
 
   fraction: float = key(1.0, "class-balanced fraction of the labels", above=0, at_most=1)
-  list: str = key("", "file with the names of the labeled images instead, one a line, as name or class/name")
-  seed: int = key(0, "seed of the draw", at_least=0, at_most=LAST_SEED)
+  list: str = key(
+    "", "file with the names of the labeled images, one per line, as name or class/name; replaces fraction"
+  )
+  seed: int = key(0, "seed for drawing the labeled images", at_least=0, at_most=LAST_SEED)
 
 
 # ---- programs --------------------------------------------------------------------------------------------------------
@@ -395,7 +399,7 @@ class Labels(Section):
 
 @frozen
 class Training(Section):
-  """What every program that trains an encoder has."""
+  """Keys of every program that trains an encoder."""
 
   seed: int = key(0, "seed of weights, order and augmentation", at_least=0, at_most=LAST_SEED)
   data: Data
@@ -413,7 +417,7 @@ class Training(Section):
       raise UserError("train_epochs=0 and config.train_steps=0: set one of them")
 
 
-# Of methods that have options: there when the method is chosen, and refused otherwise.
+# Sections of methods that have options: present when the method is chosen, and refused otherwise.
 SECTIONS = {
   "memory": Memory,
   "moco": MoCo,
@@ -430,37 +434,39 @@ class Pretrain(Training):
 
   program: str = key("pretrain", "program that the recipe is for", choices=("pretrain",))
   batch_size: int = key(REQUIRED, "images in the global batch; the negatives are the others", at_least=2)
-  # No choices: a new method is a line of methods.METHODS alone, which refuses unknown names.
+  # No choices here: a new method is only a line in methods.METHODS, which refuses unknown names.
   method: str = key(
     "simclr",
-    "how the encoder is trained: simclr, memory, moco, moco_v3, byol, instdisc, supcon, autoencoder, alignment or tsimcne; or "
-    "the controls supervised and oracle; a section memory means memory",
+    "how the encoder is trained: simclr, memory, moco, moco_v3, byol, instdisc, supcon, autoencoder, alignment or tsimcne, or "
+    "the controls supervised and oracle; a config with a section memory implies memory",
   )
   removed_negatives: float = key(
     1.0, "method=oracle: fraction of the negatives of the same class that are left out", at_least=0, at_most=1
   )
   start: str = key(
-    "", "a run, or a folder of simclr export or import: training starts from its encoder, whose architecture replaces that "
-    "of the recipe; empty: random weights",
+    "", "a run, or a folder written by simclr export or import: training starts from its encoder, whose architecture replaces "
+    "the recipe's; empty: random weights",
   )  # fmt: skip
-  keep_head: bool = key(False, "with start: start from its projection head too")
-  head_epochs: float = key(0.0, "with start: epochs at the beginning that train the head alone", at_least=0)
+  keep_head: bool = key(False, "with start: also start from its projection head")
+  head_epochs: float = key(0.0, "with start: number of epochs at the beginning that train only the head", at_least=0)
   microbatches: int = key(
-    1, "number of parts that the batch is computed in; the loss still sees all negatives", at_least=1
+    1, "number of parts in which the batch is computed; the loss still sees all negatives", at_least=1
   )
   microbatch_norm: str = key(
-    "microbatch", "statistics of BatchNorm: microbatch, or exact: of the whole batch", choices=("microbatch", "exact")
+    "microbatch",
+    "statistics of BatchNorm: microbatch: of each part; exact: of the whole batch",
+    choices=("microbatch", "exact"),
   )
   norm_scope: str = key(
-    "global", "images that BatchNorm ranges over: global: the batch; device: the part of it on one device, for the experiment "
-    "on what that leaks", choices=("global", "device"),
+    "global", "images that BatchNorm spans: global: the batch; device: the part of the batch on one device, for the "
+    "experiment on what this leaks", choices=("global", "device"),
   )  # fmt: skip
   norm_devices: int = key(
     0,
-    "norm_scope=device: number of devices that the batch is divided over for BatchNorm; 0: those there are",
+    "norm_scope=device: number of devices over which the batch is divided for BatchNorm; 0: the actual number",
     at_least=0,
   )
-  zero1: bool = key(False, "split the state of the optimizer over the devices")
+  zero1: bool = key(False, "split the optimizer's state over the devices")
   augment: Augment
   projector: Projector = section(Projector)
   memory: Memory | None = None
@@ -477,15 +483,15 @@ class Pretrain(Training):
     super().check()
     if self.norm_scope == "device" and self.microbatches > 1:
       raise UserError(
-        f"norm_scope=device: config.microbatches={self.microbatches} also divides the batch for BatchNorm; leave it 1"
+        f"norm_scope=device: config.microbatches={self.microbatches} also divides the batch for BatchNorm; set it to 1"
       )
     if self.norm_scope == "global" and self.norm_devices:
-      raise UserError(f"norm_devices={self.norm_devices}: is for config.norm_scope=device")
+      raise UserError(f"norm_devices={self.norm_devices} is only for config.norm_scope=device")
     if self.memory:
       object.__setattr__(self, "method", "memory")
     for name, kind in SECTIONS.items():
       if self[name] and self.method != name:
-        raise UserError(f"method={self.method!r}: config.{name} is for config.method={name}")
+        raise UserError(f"method={self.method!r}: config.{name} is only for config.method={name}")
       if self.method == name and not self[name]:
         object.__setattr__(self, name, kind())
 
@@ -495,8 +501,8 @@ class Finetune(Training):
   """`simclr finetune`."""
 
   program: str = key("finetune", "program that the recipe is for", choices=("finetune",))
-  start: str = key("", "a run, or a folder of simclr export or import; empty: from scratch")
-  tap: int = key(0, "layer of the projection head that is classified; 0: h itself", at_least=0)
+  start: str = key("", "a run, or a folder written by simclr export or import; empty: from scratch")
+  tap: int = key(0, "layer of the projection head to classify from; 0: h itself", at_least=0)
   tune_after: int = key(
     -1, "last frozen group of blocks; 0: only the stem; -1: nothing is frozen", at_least=-1, at_most=4
   )
@@ -520,13 +526,13 @@ class Distill(Finetune):
 
   program: str = key("distill", "program that the recipe is for", choices=("distill",))
   teacher: str = key(
-    REQUIRED, "a run of simclr finetune, or what it exported", needed="the folder of a run of simclr finetune"
+    REQUIRED, "a run of simclr finetune, or its exported folder", needed="the folder of a run of simclr finetune"
   )
   temperature: float = key(1.0, "temperature of teacher and student", above=0)
   alpha: float = key(
     1.0, "weight of the teacher's predictions; the rest is cross-entropy on the labels", above=0, at_most=1
   )
-  cache: bool = key(False, "the teacher sees every image once, center-cropped, before training")
+  cache: bool = key(False, "the teacher sees every image only once, center-cropped, before training")
 
 
 @frozen
@@ -536,7 +542,7 @@ class Downstream(Section):
   program: str = key("downstream", "program that the recipe is for", choices=("downstream",))
   seeds: tuple[int, ...] = key(
     REQUIRED,
-    "seeds, one round of programs each",
+    "seeds; each one runs all the programs",
     at_least=0,
     at_most=LAST_SEED,
     needed="at least one seed, such as (0,)",
@@ -548,7 +554,9 @@ class Downstream(Section):
     REQUIRED, "fractions of the labels", above=0, at_most=1, needed="fractions of the labels, such as (0.01, 0.1)"
   )
   distill: str = key(REQUIRED, "recipe of distillation")
-  distill_share: float = key(REQUIRED, "fraction of the labels that the teacher had, one of shares", above=0, at_most=1)
+  distill_share: float = key(
+    REQUIRED, "fraction of the labels that the teacher was trained with, one of shares", above=0, at_most=1
+  )
   transfer: str = key(REQUIRED, "recipe of transfer")
 
 
@@ -561,14 +569,14 @@ class TransferRow(Section):
   test: str = key(REQUIRED, "test images", needed="a data set such as textures:test")
   metric: str = key(
     "top_1",
-    "score, by which settings are chosen too",
+    "score, also used to choose settings",
     choices=("top_1", "mean_per_class", "mean_average_precision"),
   )
 
 
 @frozen
 class Grid(Section):
-  """What fine-tuning tries."""
+  """The values that fine-tuning tries."""
 
   train_steps: int = key(REQUIRED, "number of updates of each run", at_least=1)
   base_lrs: tuple[float, ...] = key(REQUIRED, "learning rates", above=0, needed="at least one learning rate")
@@ -582,7 +590,7 @@ class Grid(Section):
 
 @frozen
 class TuneGrid(Grid):
-  recipe: str = key(REQUIRED, "recipe that gives everything else")
+  recipe: str = key(REQUIRED, "recipe for all other values")
   batch_size: int = key(REQUIRED, "batch size of fine-tuning", at_least=1)
 
 
@@ -593,9 +601,9 @@ class Transfer(Section):
   program: str = key("transfer", "program that the recipe is for", choices=("transfer",))
   seed: int = key(0, "seed of training", at_least=0, at_most=LAST_SEED)
   start: str = key(
-    REQUIRED, "a run, or a folder of simclr export or import", needed="the folder of a run or an encoder"
+    REQUIRED, "a run, or a folder written by simclr export or import", needed="the folder of a run or an encoder"
   )
-  supervised: str = key("", "the same, trained with labels; empty: left out")
+  supervised: str = key("", "the same kind of folder, with an encoder trained with labels; empty: left out")
   methods: tuple[str, ...] = key(
     ("linear", "finetune"), "how encoders are scored", choices=("linear", "finetune"), needed="linear, finetune or both"
   )
@@ -616,9 +624,9 @@ class ImportAugment(Section):
 
 @frozen
 class Import(Section):
-  """What `simclr import` knows of the training of an official checkpoint; it has no recipe."""
+  """What `simclr import` knows about the training of an official checkpoint; there is no recipe."""
 
-  program: str = key("import", "that wrote the encoder", choices=("import",))
+  program: str = key("import", "program that wrote the encoder", choices=("import",))
   source: dict[str, object]
   encoder: Encoder
   projector: Projector = section(Projector, kind="none")
@@ -647,11 +655,11 @@ def load(recipe: str, overrides=()):
 
 
 def of_run(workdir, overrides=()):
-  """(the name of the recipe, the config) of the run in a folder, with overrides applied; the name is empty where the run
-  does not say, or the recipe is gone.
+  """(the name of the recipe, the config) of the run in a folder, with overrides applied; the name is empty if the run
+  does not state it or the recipe no longer exists.
 
   Raises:
-    UserError: there is no run, its config is damaged, or as for `load`.
+    UserError: there is no run or its config is damaged; otherwise as for `load`.
   """
   from simclr_jax.runtime import files
 
@@ -664,7 +672,7 @@ def of_run(workdir, overrides=()):
 
 
 def from_dict(values: dict):
-  """The config that nested dicts describe: a recipe's, a run's, or what a card says of the training of its encoder.
+  """The config that nested dicts describe: a recipe's, a run's, or what a card says about the training of its encoder.
 
   Raises:
     UserError: as for `load`.
@@ -685,7 +693,7 @@ def class_of(values: dict):
 
 
 def from_json(text: str):
-  """The config of a finished run; resuming and exporting read this, never the recipe again.
+  """The config of a run from its config.json; resuming and exporting read this and never the recipe.
 
   Raises:
     UserError: as for `load`.
@@ -717,9 +725,9 @@ def page() -> str:
 
 HEADER = """# Every key of every config
 
-This page is written by `python -m simclr_jax.programs.config > docs/config.md`, from the text that `simclr PROGRAM --help`
-prints.  A recipe states what it chooses; everything else is the default below.  Any key changes on the command line, as
-`--config.encoder.width=2`.  `required` means that a recipe has to give it.
+This page is generated by `python -m simclr_jax.programs.config > docs/config.md` from the same descriptions as `simclr
+PROGRAM --help`.  A recipe sets only the keys that it chooses; all others have the defaults below.  Any key can be changed on
+the command line, as in `--config.encoder.width=2`.  `required` means that a recipe must set the key.
 """
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def _progress(done, total, began, what):
 
 
 def inspect(spec: str, *, data_dir: str | None = None, limit: int = 0, output: str | None = None) -> dict:
-  """Reads and decodes every image (or `limit` of them, drawn at random) and says what is there.
+  """Reads and decodes every image (or `limit` of them, drawn at random) and reports what it finds.
 
   Args:
     output: a PNG file for a contact sheet of 64 images.
@@ -103,7 +103,7 @@ def _describe(spec, result, looked):
   if len(result["sizes"]):
     low, middle, high = (np.quantile(result["sizes"], q, axis=0).astype(int) for q in (0, 0.5, 1))
     print(f"height, width  {low[0]} x {low[1]} to {high[0]} x {high[1]}, median {middle[0]} x {middle[1]}")
-    print(f"stored         {result['bytes'] / 1000:,.1f} kB an image")
+    print(f"stored         {result['bytes'] / 1000:,.1f} kB per image")
   if result["bits"] > 8:
     print(f"16-bit images  scaled from {result['bits']} bits, 0 to {2 ** result['bits'] - 1:,}, to 0 to 255")
   classes = result["classes"]
@@ -116,7 +116,7 @@ def _describe(spec, result, looked):
     if empty:
       print(f"               {len(empty)} without an image, such as {empty[0]}")
     if result["unlabeled"]:
-      print(f"               {result['unlabeled']:,} images without a label, which are in no score")
+      print(f"               {result['unlabeled']:,} images without a label, which count in no score")
   else:
     print("classes        none: no labels, so no kNN and no linear evaluation")
   print(f"skipped        {data.skipped_text(result['skipped']) or 'no file'}")
@@ -154,14 +154,14 @@ def prepare(
   classes.json.
 
   Args:
-    short_side: above 0, larger images are re-encoded as JPEGs of that shorter side: fewer bytes to decode, and small
-      crops get blurrier.
+    short_side: if above 0, larger images are re-encoded as JPEGs of that shorter side, which decode faster but make small
+      crops blurrier.
 
   Returns:
     The number of images written, by this call and earlier ones.
 
   Raises:
-    ValueError: the folder holds the shards of other settings.
+    ValueError: the folder holds shards with other settings.
   """
   source = data.open_source(spec, data_dir=data_dir)
   folder = files.expanded(output)
@@ -178,7 +178,7 @@ def prepare(
     "spec": spec, "images": len(source), "images_per_shard": images_per_shard, "short_side": short_side
   }  # fmt: skip
   if plan.exists() and json.loads(files.read_text(plan)) != settings:
-    raise UserError(f"{folder} holds shards of other settings ({files.read_text(plan)}); use another --output")
+    raise UserError(f"{folder} holds shards with other settings ({files.read_text(plan)}); use another --output")
   files.write_text(plan, json.dumps(settings))
   if source.num_classes:
     files.write_text(folder / shards.CLASSES, json.dumps(list(source.class_names)))
@@ -247,13 +247,13 @@ def _encoded(pixels, kind, **options):
 def benchmark(
   spec: str, *, data_dir: str | None = None, size: int = 224, resize: str = "bicubic", seconds: float = 5.0
 ) -> dict:
-  """Images a second and core of every stage, on this machine and these images; what chips want; what to change.
+  """Images per second per core of every stage, on this machine and these images; what chips need; what to change.
 
-  Times are processor seconds of the whole process, so they hold on a busy machine too; every stage contains the
+  Times are processor seconds of the whole process, so they are also valid on a busy machine; every stage includes the
   ones before it.
 
   Returns:
-    {stage: images a second a core}.
+    {stage: images per second per core}.
   """
   from simclr_jax import augment  # TensorFlow, which looking at a set may do without
 
@@ -278,7 +278,7 @@ def benchmark(
       count += batch
     rates[where] = count / (time.process_time() - start)
   cores = len(os.sched_getaffinity(0))
-  print(f"{spec}, views of {size} pixels, {cores} cores here; images a second a core (an image is two views)")
+  print(f"{spec}, views of {size} pixels, {cores} cores here; images per second per core (an image means two views)")
   for stage, rate in rates.items():
     label = {"read": "reading alone"}.get(stage, f"augment.where={stage}")
     print(f"  {label:28}{rate:>10,.0f}")
@@ -296,7 +296,7 @@ def _rate(work, n, seconds):
 
 
 def advice(rates: dict, size: int) -> str:
-  """Which `augment.where` feeds a ResNet-50 on TPU hosts, in a few lines, from images a second a core."""
+  """A few lines on which `augment.where` is fast enough for a ResNet-50 on TPU hosts, from images per second per core."""
   lines = ["what a ResNet-50 wants, and the first setting that feeds it with half as much again to spare:"]
   scale = (224 / size) ** 2  # the network's work goes with the area
   for name in ("v4", "v5e", "v6e"):

@@ -1,7 +1,7 @@
-"""Distillation (arXiv 2006.10029, section 2.3): a fine-tuned teacher labels images for a student that never needs theirs.
+"""Distillation (arXiv 2006.10029, section 2.3): a fine-tuned teacher predicts targets for a student that needs no labels.
 
-Big to small, or self-distillation where the student is as large as its teacher.  A student is trained by the program that
-fine-tunes (finetune.py); its loss is equation 2, or 3 with labels.
+The student is smaller, or in self-distillation as large as its teacher.  It is trained by the program for fine-tuning
+(finetune.py) with the loss of equation 2, or of equation 3 with labels.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class Teacher:
 
 
 class AbstractTeacher:
-  """The teacher of a plan that names none: a network such as the student, of which only the shapes are known."""
+  """The teacher of a plan that names none: a network like the student, of which only the shapes are known."""
 
   def __init__(self, config, num_classes: int):
     network = finetune.create(config, num_classes)
@@ -79,7 +79,7 @@ def make_task(config, start, source, *, mesh, loss, teacher, evaluators=None, ch
   Args:
     teacher: a Teacher or an AbstractTeacher.
     chosen: indices of the images whose labels count.
-    cache: its logits [N, classes] of all images, where config.cache.
+    cache: the teacher's logits [N, classes] of all images, if config.cache.
   """
   task = finetune.make_task(config, start, source, mesh=mesh, loss=loss, evaluators=evaluators)
   labeled = np.zeros(len(source), bool)
@@ -114,7 +114,9 @@ def _logits(config, teacher, source, mesh):
   images = embed.eval_set(source, config, mesh)
   out = embed.embed(jax.jit(teacher.apply), teacher.variables, images, mesh)
   if len(out) != len(source):
-    raise UserError(f"config.cache=True: {len(source) - len(out)} images are unreadable; remove them, or set it False")
+    raise UserError(
+      f"config.cache=True: {len(source) - len(out)} images are unreadable; remove them, or set it to False"
+    )
   return out
 
 

@@ -1,9 +1,9 @@
 """All downstream tasks in one command: pretrain, linear evaluation, few labels, distillation, transfer.
 
-Over several seeds: SimCLR by one recipe; a linear classifier on h; fine-tuning with shares of the labels beside training
-from scratch on the same images by the same recipe; a smaller student of the fine-tuned network beside that student
-trained from scratch on the teacher's labels; and a linear classifier on the h of another data set.  It prints means and
-spreads and draws accuracy against labels (as Figure 1 of arXiv 2006.10029).
+For several seeds it runs SimCLR with one recipe; a linear classifier on h; fine-tuning with fractions of the labels, compared
+with training from scratch on the same images with the same recipe; a smaller student of the fine-tuned network, compared with
+that student trained from scratch on the teacher's labels; and a linear classifier on the h of another data set.  It prints
+means and spreads and draws accuracy against the fraction of labels (as Figure 1 of arXiv 2006.10029).
 """
 
 import json
@@ -82,10 +82,10 @@ def table(results: list[dict]) -> str:
 
 
 def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:
-  """The program `simclr downstream`; with --resume whatever is finished is kept.
+  """The program `simclr downstream`; with --resume, finished parts are kept.
 
   Returns:
-    dict(results, workdir): one {(what, fraction of labels): accuracy} a seed.
+    dict(results, workdir): one {(what, fraction of labels): accuracy} per seed.
 
   Raises:
     ValueError: a mistake in the config or the data, on one line.

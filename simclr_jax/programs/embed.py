@@ -1,9 +1,9 @@
 """`simclr embed`: h of every image of a data set, in one file.
 
-The images are processed in parts, each written whole to OUTPUT.parts and not made again: a run that was stopped resumes
-there, and makes a part again that is damaged or not what its name says.  Part k belongs to process k modulo the number of processes, which need nothing from each other until
-process 0 joins the parts.  A part is a function of the encoder and its images alone, so the file has the same bytes
-however often and wherever the work was interrupted.
+The images are processed in parts, each written completely to OUTPUT.parts and only once: a stopped run resumes from these
+parts, and repeats a part that is damaged or does not match its name.  Part k belongs to process k modulo the number of
+processes, which need nothing from each other until process 0 joins the parts.  A part depends only on the encoder and its
+images, so the file has the same bytes however often and wherever the work was interrupted.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def run(
   """The program `simclr embed`: h of all readable images of `spec` by a run's or an export's encoder, into `output`.
 
   Images are center-cropped as the encoder's own evaluation does it; BatchNorm is in inference mode.  Unreadable images
-  are left out and named in OUTPUT.unreadable.txt.  The same call resumes one that was stopped.
+  are left out and named in OUTPUT.unreadable.txt.  Repeating a call that was stopped resumes it.
 
   Raises:
     ValueError: the output's ending is none of features.FORMATS, it exists already, its parts are of another encoder or data set,
@@ -63,7 +63,7 @@ def run(
   began, mine = time.monotonic(), [k for k in range(count) if k % jax.process_count() == jax.process_index()]
   todo = [k for k in mine if _read(folder, k, settings) is None]
   if len(todo) < len(mine):
-    print(f"{len(mine) - len(todo):,} of {len(mine):,} parts are there already")
+    print(f"{len(mine) - len(todo):,} of {len(mine):,} parts are already there")
   for done, k in enumerate(todo, 1):
     rows = work.part(k * images_per_part, min((k + 1) * images_per_part, len(source)))
     _save(folder / f"part-{k:05}.npz", {**rows, "stamp": np.asarray(_stamp(k, settings))})

@@ -1,8 +1,8 @@
-"""What is said of SimCLR, as differences between small runs: the settings and the claims of `simclr claims`.
+"""Claims about SimCLR as differences between small runs: the settings and the claims of `simclr claims`.
 
-Every setting is a row of configs/ablations.py at its small scale.  A claim is a sum of scores with signs, taken seed by
-seed: "simclr.linear - pixels.linear" is how far the h of SimCLR is above raw pixels, and best(a,b).linear is the score of
-that of the settings a and b which is best on held-out training images.
+Every setting is a row of configs/ablations.py at its small scale.  A claim is a signed sum of scores, computed for each
+seed: "simclr.linear - pixels.linear" is the score of SimCLR's h minus the score of raw pixels, and best(a,b).linear is the
+score of whichever of the settings a and b is best on held-out training images.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ SETTINGS: dict[str, Setting] = {
     for i, a in enumerate(FIGURE_5_QUICK)
     for b in FIGURE_5_QUICK[i:]
   },
-  # The further ones are of the full budget.
+  # The settings below belong to the full budget only.
   "temperature_0.5": Setting("temperature-0.5", measures=_TRAIN_ACCURACY),
   "no_l2_100": Setting("no_l2-100", measures=_TRAIN_ACCURACY),
   "z_2048": Setting("head-nonlinear-2048"),
@@ -91,10 +91,10 @@ class Claim:
     paper: the difference that the paper measured, in the unit of `unit`; None where it prints no numbers.
     formula: the difference, see the module.
     direction: as in intervals.verdict.
-    margin: how little counts as no difference, where the direction is 0.
+    margin: how small a difference must be to count as none, where the direction is 0.
     unit: "points" of accuracy, or "" for scores that are not percentages.
-    color: whether it is about color, which gray images have not.
-    groups: those of the budgets that measure it.
+    color: whether the claim is about color, which gray images do not have.
+    groups: the budgets that measure it.
   """
 
   name: str
@@ -120,19 +120,19 @@ def _best(kind: str, batch: int) -> str:
 BASIC = ("quick", "methods")
 
 CLAIMS = (
-  Claim("h over pixels", "A linear classifier reads classes better from h than from raw pixels.",
+  Claim("h over pixels", "A linear classifier predicts classes better from h than from raw pixels.",
         f"{V1}, section 2.3", "simclr.linear - pixels.linear", groups=BASIC),
-  Claim("h over histogram", "A linear classifier reads classes better from h than from a histogram of 64 colors.",
+  Claim("h over histogram", "A linear classifier predicts classes better from h than from a histogram of 64 colors.",
         f"{V1}, section 3.1", "simclr.linear - histogram.linear", groups=BASIC),
-  Claim("h over untrained", "Training makes h better than that of an untrained encoder.",
+  Claim("h over untrained", "Training makes h better than the h of an untrained encoder.",
         f"{V1}, section 2.3", "simclr.linear - untrained.linear", groups=BASIC),
   Claim("h over autoencoder", "Contrastive training beats an autoencoder that sees as many views.",
         "Hinton and Salakhutdinov 2006", "simclr.linear - autoencoder.linear", groups=BASIC),
   Claim("supervised over h", "With all labels, supervised training of the same length beats a linear classifier on h.",
         f"{V1}, Table 8: 76.5 and 69.3", "supervised.linear - simclr.linear", paper=7.2, groups=BASIC),
-  Claim("10 % of labels", "With a tenth of the labels, h and a linear classifier beat supervised training.",
+  Claim("10 % of labels", "With a tenth of the labels, a linear classifier on h beats supervised training.",
         f"{V1}, Table 7, fine-tuned: 65.6 and 56.4", "simclr.linear_10pct - supervised_10pct.linear", paper=9.2),
-  Claim("1 % of labels", "With a hundredth of the labels, h and a linear classifier beat supervised training.",
+  Claim("1 % of labels", "With a hundredth of the labels, a linear classifier on h beats supervised training.",
         f"{V1}, Table 7, fine-tuned: 48.3 and 25.4", "simclr.linear_1pct - supervised_1pct.linear", paper=22.9),
   Claim("h over z", "The layer before the head is a better representation than the one after it.",
         f"{V1}, section 4.2: more than 10 points", "simclr.linear - simclr.linear_z", paper=10.0, groups=BASIC),
@@ -140,32 +140,32 @@ CLAIMS = (
         f"{V1}, Figure 8: 3 points", "simclr.linear - head_linear.linear", paper=3.0),
   Claim("linear head", "A linear projection head is better than none.",
         f"{V1}, Figure 8: more than 10 points between nonlinear and none", "head_linear.linear - head_none.linear", paper=7.0),
-  Claim("width of z", "The width of z, 128 or 32, does not matter.",
+  Claim("width of z", "The width of z (128 or 32) does not matter.",
         f"{V1}, Figure 8", "simclr.linear - z_32.linear", paper=0.0, direction=0),
-  Claim("z forgets color", "Whether an image has color is read better from h than from z.",
+  Claim("z forgets color", "Whether an image is in color can be predicted better from h than from z.",
         f"{V1}, Table 3: 99.3 and 97.4", "simclr.color_h - simclr.color_z", paper=1.9, color=True),
-  Claim("z forgets hue", "The hue of an image is read better from h than from z.",
+  Claim("z forgets hue", "The hue of an image can be predicted better from h than from z.",
         f"{V1}, section 4.2", "simclr.hue_h - simclr.hue_z", unit="", color=True),
-  Claim("z forgets rotation", "The rotation of an image is read better from h than from z.",
+  Claim("z forgets rotation", "The rotation of an image can be predicted better from h than from z.",
         f"{V1}, Table 3, pretrained with rotations: 67.6 and 25.6", "simclr.rotation_h - simclr.rotation_z", paper=42.0),
-  Claim("z forgets noise", "Whether an image has noise is read better from h than from z.",
+  Claim("z forgets noise", "Whether noise was added to an image can be predicted better from h than from z.",
         f"{V1}, Table 3, pretrained with noise: 99.5 and 59.6", "simclr.noise_h - simclr.noise_z", paper=39.9),
-  Claim("z forgets edges", "Whether an image is its own edges is read better from h than from z.",
+  Claim("z forgets edges", "Whether an image was replaced by its edges can be predicted better from h than from z.",
         f"{V1}, Table 3, pretrained with Sobel: 96.6 and 56.3", "simclr.sobel_h - simclr.sobel_z", paper=40.3),
-  Claim("z forgets position", "Where a crop was taken is read better from h than from z.",
+  Claim("z forgets position", "The position of a crop can be predicted better from h than from z.",
         f"{V1}, section 4.2", "simclr.position_h - simclr.position_z", unit=""),
-  Claim("crop and color", "Color distortion beside crops makes h better than crops alone.",
+  Claim("crop and color", "Crops with color distortion make h better than crops alone.",
         f"{V1}, Figure 5", "simclr.linear - crop_alone.linear", color=True),
   Claim("shortcut", "Crops alone make the contrastive task easier: its accuracy is higher than with color distortion.",
         f"{V1}, section 3.1", "crop_alone.contrastive - simclr.contrastive", color=True),
-  Claim("histograms suffice", "Without color distortion, histograms of 64 colors find the other crop of an image more often.",
+  Claim("histograms suffice", "Without color distortion, color histograms (64 bins) match the two crops of an image more often.",
         f"{V1}, Figure 6", "crop_alone.matched - simclr.matched", color=True),
-  Claim("decisive pair", "Of all pairs of transformations on one branch, crop and color is the best.",
+  Claim("decisive pair", "Of all pairs of transformations applied to one branch, crop with color is the best.",
         f"{V1}, Figure 5", f"compose_crop_color.linear - best({_others(FIGURE_5_QUICK, {'crop', 'color'})}).linear", color=True),
   Claim("color helps SimCLR more", "Stronger color distortion helps contrastive training more than supervised training.",
         f"{V1}, Table 1, strengths 1/8 and 1: +3.6 and -1.3",
         "simclr.linear - weak_color.linear - supervised.linear + supervised_weak_color.linear", paper=4.9, color=True),
-  Claim("rotation hurts", "Rotation as a further augmentation makes h worse.",
+  Claim("rotation hurts", "Adding rotation to the augmentation makes h worse.",
         f"{V1}, Figure 5", "simclr.linear - rotated.linear"),
   Claim("l2 normalization", "Cosine similarity at temperature 0.1 is better than dot products at 10.",
         f"{V1}, Table 5: 64.4 and 57.2", "simclr.linear - no_l2.linear", paper=7.2),
@@ -177,22 +177,22 @@ CLAIMS = (
         f"{V1}, Table 5: 64.4 and 59.7", "simclr.linear - temperature_0.05.linear", paper=4.7),
   Claim("longer training", "Four times the epochs make h better.",
         f"{V1}, Table B.1, batch 4,096, 400 and 100 epochs: 68.2 and 64.6", "simclr.linear - short.linear", paper=3.6),
-  Claim("larger batches", "In short training, a batch of 128 is better than 16.",
+  Claim("larger batches", "In short training, a batch size of 128 is better than 16.",
         f"{V1}, Table B.1, 100 epochs, 4,096 and 512: 64.6 and 60.7", "short.linear - small_batch_short.linear", paper=3.9),
   Claim("the gap shrinks", "The advantage of the larger batch shrinks with longer training.",
         f"{V1}, Table B.1: 3.9 at 100 epochs, 2.0 at 400",
         "short.linear - small_batch_short.linear - simclr.linear + small_batch.linear", paper=1.9),
-  Claim("global BatchNorm", "BatchNorm over the global batch makes h better than over 8 images a device.",
+  Claim("global BatchNorm", "BatchNorm over the global batch makes h better than BatchNorm over 8 images per device.",
         f"{V1}, section 2.2", "simclr.linear - norm_per_device.linear"),
-  Claim("BatchNorm leaks", "BatchNorm over 8 images a device raises the contrastive accuracy: its statistics give pairs away.",
+  Claim("BatchNorm leaks", "BatchNorm over 8 images per device raises the contrastive accuracy, because its statistics give pairs away.",
         f"{V1}, section 2.2", "norm_per_device.contrastive - simclr.contrastive"),
-  Claim("false negatives", "Leaving out the negatives of the same class, as an oracle can, makes h better.",
+  Claim("false negatives", "Leaving out negatives of the same class, as an oracle can, makes h better.",
         "Chuang et al. 2020, Figure 2", "oracle.linear - simclr.linear"),
   Claim("debiased loss", "The debiased loss makes h better than NT-Xent.",
         "Chuang et al. 2020, Table 1", "debiased.linear - simclr.linear"),
-  Claim("collapse", "Without negatives z collapses: it spreads over less of the sphere.",
+  Claim("collapse", "Without negatives, z collapses: it spreads over less of the sphere.",
         "SimSiam, section 4.1", "simclr.spread_z - alignment.spread_z", unit=""),
-  Claim("no negatives, no features", "Without negatives h is worse.",
+  Claim("no negatives, no features", "Without negatives, h is worse.",
         "SimSiam, section 4.1", "simclr.linear - alignment.linear"),
   Claim("dimensional collapse of z", "z uses a smaller part of its dimensions than h.",
         "Jing et al. 2022", "simclr.rank_h - simclr.rank_z", unit=""),
@@ -201,19 +201,19 @@ CLAIMS = (
         f"{V1}, Table 5: 64.4 and 60.7", "simclr.linear - temperature_0.5.linear", paper=3.7, groups=("full",)),
   Claim("l2 normalization, 100", "Cosine similarity at temperature 0.1 is better than dot products at 100.",
         f"{V1}, Table 5: 64.4 and 57.0", "simclr.linear - no_l2_100.linear", paper=7.4, groups=("full",)),
-  Claim("width of z, 2048", "The width of z, 128 or 2048, does not matter.",
+  Claim("width of z, 2048", "The width of z (128 or 2048) does not matter.",
         f"{V1}, Figure 8", "simclr.linear - z_2048.linear", paper=0.0, direction=0, groups=("full",)),
   Claim("half an oracle", "Leaving out all negatives of the same class is better than leaving out half of them.",
         "Chuang et al. 2020, Figure 2", "oracle.linear - oracle_half.linear", groups=("full",)),
-  Claim("still longer", "Twice the epochs again make h better.",
+  Claim("still longer", "Doubling the epochs once more makes h better.",
         f"{V1}, Table B.1, batch 4,096, 800 and 400 epochs: 68.9 and 68.2", "long.linear - simclr.linear", paper=0.7, groups=("full",)),
-  Claim("decisive pair of all", "Of all pairs of the seven transformations of Figure 5, crop and color is the best.",
+  Claim("decisive pair of all", "Of all pairs of the seven transformations of Figure 5, crop with color is the best.",
         f"{V1}, Figure 5", f"compose_crop_color.linear - best({_others(FIGURE_5, {'crop', 'color'})}).linear", color=True, groups=("full",)),
-  Claim("LARS at 2,048", "At batch 2,048, LARS is better than SGD.",
+  Claim("LARS at 2,048", "At batch size 2,048, LARS is better than SGD.",
         f"{V1}, section 2.2", f"{_best('lars', 2048)} - {_best('sgd', 2048)}", groups=("full",)),
-  Claim("LARS over AdamW at 2,048", "At batch 2,048, LARS is better than AdamW.",
+  Claim("LARS over AdamW at 2,048", "At batch size 2,048, LARS is better than AdamW.",
         f"{V1}, section 2.2", f"{_best('lars', 2048)} - {_best('adamw', 2048)}", groups=("full",)),
-  Claim("LARS at 128", "At batch 128, LARS and SGD are as good.",
+  Claim("LARS at 128", "At batch size 128, LARS and SGD are equally good.",
         f"{V1}, section 2.2", f"{_best('lars', 128)} - {_best('sgd', 128)}", direction=0, groups=("full",)),
   # ---- the methods ----
   Claim("SimCLR over InstDisc", "SimCLR beats InstDisc's memory bank.",

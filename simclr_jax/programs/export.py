@@ -34,14 +34,14 @@ def run(
 
   Args:
     workdir: folder of a run, or one that `simclr export`, `simclr import` or a finished run wrote.
-    encoder: the same.
-    output: one format goes to this folder itself, several to a folder each below it.
+    encoder: the same as workdir.
+    output: the folder for one format; several formats get one subfolder each.
     formats: keys of exporting.FORMATS, or "all".
-    head: take the projection head along.
+    head: include the projection head.
     step: checkpoint of the run, by default the newest.
-    license: of the weights, for the card.
-    python: the interpreter that verifies, where the libraries of the formats are; by default this one.
-    overwrite: replace exports that are there.
+    license: license of the weights, for the card.
+    python: the interpreter to verify with, which has the libraries of the formats; by default this one.
+    overwrite: replace existing exports.
   Returns:
     the folders.
   Raises:
@@ -67,7 +67,7 @@ def run(
   if encoder and not (files.absolute(encoder) / "config.json").exists():
     folder = encoder
   if folder and step is not None:
-    raise UserError(f"--step={step}: a folder holds one encoder; it belongs to --workdir")
+    raise UserError(f"--step={step} is only for --workdir; an exported folder holds one encoder")
   variables, projector, config, facts = _of_folder(folder) if folder else _of_run(source, step, head)
   facts |= {"license": license} if license else {}
   if head and not projector:

@@ -1,8 +1,8 @@
-"""Fine-tuning on few or all labels, and supervised training from scratch: the same encoder, the same loop.
+"""Fine-tuning with some or all labels, and supervised training from scratch: the same encoder, the same loop.
 
 SimCLR fine-tunes from h, SimCLRv2 from the first layer of the projection head, which is trained with the rest
 (arXiv 2002.05709, section 6 and App. B.5; arXiv 2006.10029, section 2.2).  Without a start it is the supervised
-baseline.  Training sees crops and flips, BatchNorm ranges over the global batch.
+baseline.  Training sees crops and flips; BatchNorm spans the global batch.
 """
 
 import dataclasses
@@ -45,9 +45,7 @@ def resolve(config):
     config = config_lib.replace(config, {**networks, "augment.resize": resize})
   layers = {"nonlinear": config.projector.layers, "linear": 1, "none": 0}[config.projector.kind]
   if config.tune_after >= 0 and ":" in config.encoder.name:
-    raise UserError(
-      f"config.tune_after={config.tune_after}: {config.encoder.name} has no stages that are known; use -1"
-    )
+    raise UserError(f"config.tune_after={config.tune_after}: {config.encoder.name} has no known stages; use -1")
   if config.tap > layers:
     raise UserError(f"config.tap={config.tap}: start={config.start or 'nothing'} has {layers} layers in its head")
   if start and config.tap and "projector" not in start.variables:
@@ -67,7 +65,7 @@ def create(config, num_classes: int) -> model_lib.Classifier:
 
 
 def frozen(path, tune_after: int) -> bool:
-  """True for a parameter that is not trained, from its key path: the stem from 0 on, and groups 1 to `tune_after`."""
+  """From a parameter's key path, whether it is not trained: the stem from 0 on, and groups 1 to `tune_after`."""
   top, module = (str(key.key) for key in path[:2])
   if top != "encoder" or tune_after < 0:
     return False
@@ -141,17 +139,17 @@ def view(config):
 def choose(source, labels) -> np.ndarray:
   """Sorted indices of the images whose labels may be used: a file of names, or a class-balanced share.
 
-  The file has a name a line: a file's, or enough of its path to tell it from others, such as class/name.
+  The file has one name per line: a file name, or enough of its path to be unique, such as class/name.
 
   Raises:
-    ValueError: the source has no labels, or a name of the list is that of no image or of several.
+    ValueError: the source has no labels, or a name in the list matches no image or several.
   """
   if not source.num_classes:
     raise UserError("data.train has no labels: name a labeled set with --config.data.train=...")
   if not labels.list:
     return data.class_balanced(source.labels, labels.fraction, labels.seed)
   if not files.absolute(labels.list).is_file():
-    raise UserError(f"labels.list={labels.list}: there is no such file; give one with a name of an image a line")
+    raise UserError(f"labels.list={labels.list}: no such file; give one with one image name per line")
   wanted = [line.strip("\r") for line in files.read_text(labels.list).split("\n")]
   wanted = list(dict.fromkeys(name for name in wanted if name.strip()))
   places = {}
@@ -162,7 +160,7 @@ def choose(source, labels) -> np.ndarray:
     found = [i for i in places.get(_last(name), ()) if re.search("(^|[/:])" + re.escape(name) + "$", source.name(i))]
     if len(found) > 1:
       raise UserError(
-        f"labels.list={labels.list}: {name} is {source.name(found[0])} and {source.name(found[1])}; write which, as"
+        f"labels.list={labels.list}: {name} is {source.name(found[0])} and {source.name(found[1])}; write which one, as"
         " class/name"
       )
     chosen += found
@@ -170,7 +168,7 @@ def choose(source, labels) -> np.ndarray:
   if missing or not wanted:
     raise UserError(
       f"labels.list={labels.list}: {len(missing)} of {len(wanted)} names are not in data.train"
-      + (f", such as {missing[0]}" if missing else "; give one a line")
+      + (f", such as {missing[0]}" if missing else "; write one per line")
     )
   return np.unique(chosen)
 
@@ -276,7 +274,7 @@ class ClassifierEvaluation:
 
 
 def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entropy, make=make_task) -> dict:
-  """Trains, saves `scores.json` and exports encoder and heads; the folder is claimed already.
+  """Trains, saves `scores.json` and exports encoder and heads; the folder must already be claimed.
 
   Returns:
     dict(state, scores, workdir, config).

@@ -1,14 +1,14 @@
-"""The flags of every program, which the command needs before it imports one: JAX takes seconds, an answer to a typo should not."""
+"""The flags of every program, separate from the programs: importing JAX takes seconds, and reporting a typo should not."""
 
 import argparse
 
-ENCODER = "a run, or a folder that simclr export, import or a finished run wrote"
+ENCODER = "a run, or a folder written by simclr export, simclr import or a finished run"
 
 
 def training(parser):
-  """Of programs that take a recipe and fill a folder."""
+  """For programs that take a recipe and write to a folder."""
   parser.add_argument(
-    "--config", metavar="RECIPE", help="a recipe, such as configs/smoke.py or smoke; with --resume that of the run"
+    "--config", metavar="RECIPE", help="a recipe, such as configs/smoke.py or smoke; not needed with --resume"
   )
   parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
   _again(parser)
@@ -21,7 +21,7 @@ def training_on_several(parser):
 
 
 def of_a_run(parser):
-  """Of programs that score an encoder."""
+  """For programs that score an encoder."""
   parser.add_argument("--workdir", "--encoder", required=True, metavar="DIR", help=ENCODER)
   parser.add_argument("--step", type=int, help="checkpoint of a run to use (default: the newest)")
   _several(parser)
@@ -32,26 +32,26 @@ def probe(parser):
   of_a_run(parser)
   parser.add_argument(
     "--of", choices=("classes", "transforms"), default="classes",
-    help="what is predicted from h: the class (default); or color, rotation, noise, edges, hue and place of the crop, "
-    "from z too, for which --workdir may be an exported encoder",
+    help="what to predict: the class, from h (default); or color, rotation, noise, edges, hue and position of the crop, from "
+    "h and z",
   )  # fmt: skip
-  parser.add_argument("--json", default="", metavar="FILE", help="--of=transforms: write the scores")
+  parser.add_argument("--json", default="", metavar="FILE", help="with --of=transforms: write the scores to FILE")
 
 
 def claims(parser):
   add = parser.add_argument
   add(
     "--data", action="append", default=[], metavar="SET",
-    help="SET:train and SET:test are a data set, such as textures or npz:FILE; may be repeated (default: the budget's)",
+    help="a data set with SET:train and SET:test, such as textures or npz:FILE; may be repeated (default: the budget's)",
   )  # fmt: skip
   add(
     "--budget",
     choices=("quick", "full", "methods"),
     default="quick",
-    help="quick: about an hour a set (default); full: a night; methods: SimCLR beside the methods it is compared with",
+    help="quick: about an hour per data set (default); full: a night; methods: SimCLR beside the methods it is compared with",
   )
-  add("--workdir", default="runs/claims", metavar="DIR", help="folder of the results, from which it resumes")
-  add("--plan", action="store_true", help="list the runs and what they will take, and run nothing")
+  add("--workdir", default="runs/claims", metavar="DIR", help="folder of the results; an earlier run there is resumed")
+  add("--plan", action="store_true", help="list the runs and how long they will take, and run nothing")
 
 
 def quickstart(parser):
@@ -59,63 +59,65 @@ def quickstart(parser):
     "folder",
     nargs="?",
     metavar="DIR",
-    help="image files at any depth; labels are not needed; with --resume that of the run",
+    help="folder with image files at any depth; no labels needed; may be left out with --resume",
   )
   parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of the run")
-  parser.add_argument("--minutes", type=float, default=6.0, help="for everything, roughly (default: 6)")
-  parser.add_argument(
-    "--start", default="", metavar="DIR", help=f"{ENCODER}, to train on from; default: random weights"
-  )
+  parser.add_argument("--minutes", type=float, default=6.0, help="approximate time for everything (default: 6)")
+  parser.add_argument("--start", default="", metavar="DIR", help=f"{ENCODER}, to start from (default: random weights)")
   _again(parser)
 
 
 def plan(parser):
   parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe, such as configs/v1.py:1x")
   add = parser.add_argument
-  add("--topology", required=True, action="append", help="such as v4:4x4x8 or v5e:16x16; may be repeated")
-  add(
-    "--batch_size", type=int, action="append", default=[], metavar="N", help="instead of the recipe's; may be repeated"
-  )
-  add("--num_examples", type=int, default=0, help="images, where the data set is not at hand")
-  add("--num_classes", type=int, default=0, help="of those images")
+  add("--topology", required=True, action="append", help="a TPU pod, such as v4:4x4x8 or v5e:16x16; may be repeated")
+  add("--batch_size", type=int, action="append", default=[], metavar="N", help="replaces the recipe's; may be repeated")
+  add("--num_examples", type=int, default=0, help="number of images, if the data set is not available here")
+  add("--num_classes", type=int, default=0, help="number of classes, if the data set is not available here")
   add("--json", action="store_true", help="print JSON")
-  add("--picture", default="", metavar="SVG", help="draw what the time of the step goes to")
+  add("--picture", default="", metavar="SVG", help="draw where the time of the step goes")
   parser.epilog = "--config.KEY=VALUE changes one value of the recipe, e.g. --config.batch_size=8192"
 
 
 def time(parser):
   parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe, such as configs/v1.py:1x")
-  parser.add_argument("--packed", action="store_true", help="time the packed arrangement where there is no TPU, too")
-  parser.add_argument("--json", default="", metavar="FILE", help="write all that was measured")
+  parser.add_argument("--packed", action="store_true", help="time the packed arrangement even without a TPU")
+  parser.add_argument("--json", default="", metavar="FILE", help="write all measurements to FILE")
   _several(parser)
   parser.epilog = "--config.KEY=VALUE changes one value of the recipe, e.g. --config.batch_size=8192"
 
 
 def import_official(parser):
   parser.add_argument(
-    "source", metavar="SRC", help="TF1 bundle or TF2 checkpoint (the part before .index), or SavedModel"
+    "source", metavar="SRC", help="TF1 bundle or TF2 checkpoint (the path without .index), or SavedModel"
   )
   parser.add_argument("--output", required=True, metavar="DIR", help="folder to write the encoder to")
   parser.add_argument("--overwrite", action="store_true", help="replace the export in DIR")
-  parser.add_argument("--ema", action="store_true", help="take the moving averages ema_model/...")
+  parser.add_argument("--ema", action="store_true", help="use the moving averages under ema_model/")
 
 
 def export(parser):
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument("--workdir", metavar="DIR", help=ENCODER)
-  source.add_argument("--encoder", metavar="DIR", help="the same")
+  source.add_argument("--encoder", metavar="DIR", help="the same as --workdir")
   add = parser.add_argument
-  add("--output", required=True, metavar="DIR", help="one format: this folder; several: one each below it")
+  add("--output", required=True, metavar="DIR", help="folder to write to; several formats get one subfolder each")
   add(
     "--format", action="append", metavar="NAME",
-    help="orbax (default), safetensors, torchvision, timm, huggingface, stablehlo, onnx, savedmodel, several with "
+    help="orbax (default), safetensors, torchvision, timm, huggingface, stablehlo, onnx, savedmodel, several separated by "
     "commas, or all",
   )  # fmt: skip
-  add("--head", action="store_true", help="take the projection head along: z beside h")
+  add("--head", action="store_true", help="include the projection head: z in addition to h")
   add("--step", type=int, help="checkpoint of the run (default: the newest)")
-  add("--license", "--licence", default="", metavar="NAME", help="of the weights, for card.json, such as Apache-2.0")
-  add("--python", default="", metavar="PATH", help="the Python that verifies, with the formats' libraries")
-  add("--overwrite", action="store_true", help="replace the exports that are there")
+  add(
+    "--license",
+    "--licence",
+    default="",
+    metavar="NAME",
+    help="license of the weights, for card.json, such as Apache-2.0",
+  )
+  add("--python", default="", metavar="PATH", help="a Python with the libraries of the formats, to verify with")
+  add("--overwrite", action="store_true", help="replace existing exports")
 
 
 def embed(parser):
@@ -124,7 +126,7 @@ def embed(parser):
   add("--data", required=True, metavar="DATA", help="a data set such as folder:/my/images")
   add("--output", required=True, metavar="FILE", help="ends in .npz, .parquet or .safetensors")
   add("--data_dir", metavar="DIR", help="where prepared TensorFlow Datasets are")
-  add("--images_per_part", type=int, default=2048, help="images after which the work is saved (default: 2048)")
+  add("--images_per_part", type=int, default=2048, help="save after this many images (default: 2048)")
   add("--overwrite", action="store_true", help="replace FILE")
   _several(parser)
 
@@ -132,22 +134,25 @@ def embed(parser):
 def map_of_images(parser):
   what = parser.add_mutually_exclusive_group(required=True)
   what.add_argument(
-    "--workdir", "--encoder", metavar="DIR", help=f"{ENCODER}: its test images, or training images if it has none"
+    "--workdir",
+    "--encoder",
+    metavar="DIR",
+    help=f"{ENCODER}; draws its test images, or its training images if it has no test images",
   )
-  what.add_argument("--features", metavar="FILE", help="a file `simclr embed` wrote")
+  what.add_argument("--features", metavar="FILE", help="a file written by `simclr embed`")
   add = parser.add_argument
   add(
     "--method", default="infonc-tsne", choices=("infonc-tsne", "tsimcne"),
-    help="how images get their places: InfoNC-t-SNE on h (the default), or the network of a run of configs/tsimcne.py",
+    help="how to place the images: InfoNC-t-SNE on h (default), or the network of a run of configs/tsimcne.py",
   )  # fmt: skip
   add("--step", type=int, help="checkpoint of the run to use (default: the newest)")
-  add("--output", metavar="DIR", help="folder to write to (default: map, in DIR or beside FILE)")
-  add("--images", type=int, default=10_000, help="most images, drawn by --seed (default: 10000)")
+  add("--output", metavar="DIR", help="folder to write to (default: map, in DIR or next to FILE)")
+  add("--images", type=int, default=10_000, help="largest number of images, drawn with --seed (default: 10000)")
   add("--seed", type=_seed, default=0)
 
 
 def _seed(text: str) -> int:
-  """An argument that is a seed, in the range of those of the configs."""
+  """An argument that is a seed, with the same range as seeds in configs."""
   if not text.isdecimal() or int(text) >= 2**32:
     raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 to {2**32 - 1}")
   return int(text)
@@ -179,7 +184,7 @@ def data(parser):
   for action, text in (
     ("inspect", "counts, sizes, classes, unreadable images, a contact sheet"),
     ("prepare", "writes sharded records; resumes where it stopped"),
-    ("benchmark", "images a second and core of each stage, and which augment.where suffices"),
+    ("benchmark", "images per second per core of each stage, and which augment.where is fast enough"),
   ):
     one = actions.add_parser(action, help=text, description=text, allow_abbrev=False)
     one.add_argument("spec", metavar="DATA", help="a data set such as folder:/my/images")
@@ -204,7 +209,8 @@ def _again(parser):
 
 def _several(parser):
   several = parser.add_argument_group(
-    "several processes", "which find each other by themselves on Cloud TPU, GKE, SLURM and Open MPI"
+    "several processes",
+    "not needed on Cloud TPU, GKE, SLURM and Open MPI, where processes find each other automatically",
   )
   several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
   several.add_argument("--num_processes", type=int, metavar="N")

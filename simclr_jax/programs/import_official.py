@@ -1,4 +1,4 @@
-"""`simclr import`: an official checkpoint of SimCLR v1 or v2 into a folder as `simclr export` writes it."""
+"""`simclr import`: converts an official checkpoint of SimCLR v1 or v2 to a folder like those of `simclr export`."""
 
 import pathlib
 
@@ -8,7 +8,7 @@ from simclr_jax.programs import config as config_lib
 
 
 def run(source, output, *, ema: bool = False, overwrite: bool = False) -> pathlib.Path:
-  """The program `simclr import`: an official checkpoint into a folder that `load_encoder` opens.
+  """The program `simclr import`: converts an official checkpoint to a folder that `load_encoder` opens.
 
   Raises:
     ValueError: as `load`, or the folder is not empty.
@@ -28,7 +28,7 @@ def run(source, output, *, ema: bool = False, overwrite: bool = False) -> pathli
   step = info["step"] or 0
   path = exporting.write(output, encoder, config, scores={}, step=step, heads=heads, overwrite=overwrite)
   print(f"{info['format']} {source}: {official.title(info['encoder'])}, {', '.join(heads) or 'no head'}")
-  print(f"it was trained on images resized by {info['resize']!r}; card.json says so\n")
+  print(f"it was trained on images resized with {info['resize']!r}, as card.json states\n")
   print(f"encoder: {path}\n\n{exporting.snippet(path, info['size'])}")
   return path
 

@@ -1,6 +1,6 @@
-"""Before a pod is booked: does a recipe fit, how fast would it be, what must the hosts deliver, what does it cost?
+"""Planning a pod: does a recipe fit, how fast would it be, what must the hosts deliver, what does it cost?
 
-The real train step of the recipe is compiled for the pod (runtime/aot.py) and read.
+The real train step of the recipe is compiled for the pod (runtime/aot.py), and the program is analyzed.
 """
 
 import json
@@ -52,7 +52,7 @@ def size_of(config) -> tuple[int, int]:
 
 
 def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
-  """What the compiled step of a config says of itself on a pod, see aot.measure, and what follows from it for the run.
+  """Properties of the compiled step of a config on a pod, see aot.measure, and what follows from them for the run.
 
   Raises:
     aot.DoesNotFit; ValueError: no such pod, or the batch cannot be split over it.
@@ -96,7 +96,7 @@ def settings(config, mesh) -> dict:
 
 
 def model_flops(config, source) -> float:
-  """Operations of a step of the whole batch, without what a pod does on top: computing again, zeros in packed kernels."""
+  """Operations of a step of the whole batch, without what a pod adds: recomputation, and zeros in packed kernels."""
   once = {"encoder.arrangement": "plain", "encoder.remat": "none", "microbatches": 1}
   flat = config_lib.flatten(config)
   config = config_lib.replace(config, {key: value for key, value in once.items() if key in flat})
@@ -110,9 +110,9 @@ TIGHT = 0.8  # of a chip's memory: beyond, the compiler has begun to compute thi
 
 
 def plan(config, topology: str, num_examples: int, num_classes: int, note=print) -> dict:
-  """`measure` of the fastest of: the config in both arrangements of the encoder (see model.ARRANGEMENTS), and where
-  neither leaves memory to spare, the better one with FALLBACKS, which are tried until one does; if none fits, of the largest
-  half, quarter, ... of the batch that does with the last of them.
+  """`measure` of the fastest variant.  It compiles the config in both arrangements of the encoder (see model.ARRANGEMENTS).
+  If neither leaves memory to spare, it tries FALLBACKS on the better one until one does.  If none fits, it takes the largest
+  half, quarter, ... of the batch that fits with the last of them.
 
   Returns:
     the row, with `changes` to the config, or None if nothing fits; `refused`, why the recipe does not fit as it is, or
@@ -141,7 +141,7 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
       best = {**row, "changes": changes}
     room = row["peak_bytes"] < TIGHT * row["hbm_bytes"]
     if not room:
-      note(f"{topology}: {name} fits barely, {1e3 * row['step_seconds']:.0f} ms a step")
+      note(f"{topology}: {name} barely fits, {1e3 * row['step_seconds']:.0f} ms a step")
     return room
 
   flat = config_lib.flatten(config)
@@ -199,7 +199,7 @@ def step_range(row) -> tuple[float, float]:
 
 
 def table(row: dict) -> str:
-  """A plan for a person."""
+  """A plan as text."""
   if row["changes"] is None:
     return (
       f"{row['topology']}: does not fit ({row['refused']}), nor with any of {'; '.join(map(changes_text, FALLBACKS))}, nor with "
@@ -298,7 +298,7 @@ def run(config, topologies, *, batches=(), num_examples=0, num_classes=0, as_jso
 
   Args:
     batches: global batches instead of the recipe's.
-    picture: an SVG to draw, of what each step's time goes to.
+    picture: an SVG to draw, of where the time of each step goes.
 
   Raises:
     ValueError: an unknown topology or data set, or a batch that cannot be split, before anything is compiled.
@@ -329,7 +329,7 @@ def draw(path, rows):
   """An SVG of what bounds each step, of the plans that fit."""
   rows = [row for row in rows if row["changes"] is not None]
   if not rows:
-    raise UserError(f"--picture={path}: nothing fits, there is no step to draw")
+    raise UserError(f"--picture={path}: nothing fits, so there is no step to draw")
   report.step_times_svg(files.absolute(path), rows)
 
 

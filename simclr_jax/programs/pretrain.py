@@ -1,5 +1,5 @@
-"""`simclr pretrain`: trains through the one loop by Algorithm 1 (train_step.py), compares what was learned with raw pixels
-and with an untrained encoder (scores.py), exports f and writes a page to look at.
+"""`simclr pretrain`: trains with Algorithm 1 (train_step.py) in the shared loop, compares the learned features with raw pixels
+and with an untrained encoder (scores.py), exports f and writes a report page.
 """
 
 import dataclasses
@@ -180,12 +180,12 @@ def _as(like, tree):
 
 
 def abstract_step(config, mesh, source):
-  """(jitted update, its arguments as shapes with shardings), of a run on `mesh`, which may be devices nobody has."""
+  """(jitted update, its arguments as shapes with shardings) of a run on `mesh`, whose devices need not exist."""
   return loop.abstract_step(make_task(config, source, mesh=mesh), mesh, view_pipeline(config).spec(config.batch_size))
 
 
 def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recipe: str = "") -> dict:
-  """Pretrains by `config` (see configs/) into `workdir`; `recipe` is the name of the file that it came from, if any.
+  """Pretrains with `config` (see configs/) and writes to `workdir`; `recipe` is the name of the config's file, if any.
 
   Returns:
     dict(state, scores, workdir, page): the trained state, the rows of the final table, the folder, and the arguments of
@@ -294,7 +294,7 @@ def _greet(config, workdir, mesh, source, test, abstract, task):
   if test is not source and not config.data.test:
     print(f"scored      {splits.describe(config.data, test)}, which training does not see")
   elif test is source and source.num_classes:
-    print("scored      nothing, for there are no images that training does not see: see data.test and data.held_out")
+    print("scored      nothing, because no images are held out of training; see data.test and data.held_out")
   print("parameters  " + ", ".join(f"{name} {count:,}" for name, count in parts.items()))
   print(f"devices     {mesh.size} x {device.device_kind}, {jax.process_count()} process(es); {_ranges(config, mesh)}")
   chance = task.log_with_every_row.get("chance_loss")
@@ -368,6 +368,6 @@ def main(flags, overrides) -> int:
   if flags.recipe and not jax.process_index():
     made_for = recipes.header(config_lib.find_recipe(flags.recipe).partition(":")[0]).get("Hardware", "").split()
     print(f"recipe      {flags.recipe}" + f", made for {' '.join(made_for)}" * bool(made_for))
-    print(f"changed     {', '.join(f'{key}={now}' for key, _, now in changes) or 'nothing of the recipe'}")
+    print(f"changed     {', '.join(f'{key}={now}' for key, _, now in changes) or 'nothing in the recipe'}")
   run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite, recipe=flags.recipe)
   return 0

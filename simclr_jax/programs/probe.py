@@ -149,6 +149,6 @@ def main(flags, overrides) -> int:
     transforms.run(flags.workdir, step=flags.step, overrides=overrides, json_file=flags.json)
     return 0
   if flags.json:
-    raise UserError("--json: expected --of=transforms beside it; linear evaluation prints its one number")
+    raise UserError("--json needs --of=transforms; linear evaluation prints a single number")
   run(flags.workdir, step=flags.step, overrides=overrides)
   return 0

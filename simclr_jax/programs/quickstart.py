@@ -1,7 +1,7 @@
 """`simclr quickstart DIR`: from a folder of images without labels to an encoder, a map and one page, in minutes.
 
-It starts from configs/folder.py and changes what the number of images, their size, the accelerator and the minutes
-call for; a few steps are timed, not guessed.  Then come the other programs: pretrain, embed, map.
+It starts from configs/folder.py and adapts it to the number of images, their size, the accelerator and the minutes,
+by timing a few steps instead of guessing.  Then it runs the other programs: pretrain, embed, map.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def candidates(short_side: int, on_cpu: bool) -> list[Network]:
 
 
 def wanted(images: int, on_cpu: bool) -> int:
-  """Images that training should see for its network to be worth it: a larger one that sees fewer is no better."""
+  """Images that training should see for its network to be worthwhile: a larger network that sees fewer is no better."""
   return max(30_000, 10 * images) if on_cpu else max(200_000, 100 * images)
 
 
@@ -156,7 +156,7 @@ def seconds_a_step(config, source, mesh) -> float:
 def choose(source, spec: str, mesh, minutes: float, began: float, start: str = ""):
   """(config, [(what, value, why)]) for the images of a source, the devices at hand and `minutes` since `began`.
 
-  `start` is a run or an exported encoder to train on from, which is the network then.
+  `start` is a run or an exported encoder to start from, which is then the network.
   """
   n, side, device = len(source), short_side(source), mesh.devices.flat[0]
   on_cpu = device.platform == "cpu"
@@ -217,8 +217,8 @@ def run(
 ) -> dict:
   """The program `simclr quickstart`.
 
-  Images are all image files at any depth below `folder`, by default that of the run that is resumed.  `minutes` is for
-  everything, roughly; `start` is a run or an exported encoder to train on from.
+  The images are all image files at any depth below `folder`, by default the folder of the resumed run.  `minutes` is the
+  approximate time for everything; `start` is a run or an exported encoder to start from.
 
   Returns:
     dict(config, why, chart, found, unreadable): what was chosen and what was found, see map.chart and map.anomalies.
@@ -238,7 +238,9 @@ def run(
   spec, root = f"files:{root}", files.printable(root)  # as the names of its images are
   source = data.open_source(spec)
   if len(source) < FEWEST:
-    raise UserError(f"{folder} holds {len(source)} images: quickstart needs {FEWEST} at least, hundreds to be useful")
+    raise UserError(
+      f"{folder} holds {len(source)} images: quickstart needs {FEWEST} at least, and hundreds to be useful"
+    )
   mesh = mesh_lib.make_mesh()
   workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=(spec,))
   plan = workdir / "quickstart.json"

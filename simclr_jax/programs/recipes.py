@@ -1,6 +1,6 @@
-"""`simclr recipes`: every config with what it costs, what it should score and where that comes from.
+"""`simclr recipes`: every recipe with what it costs, what it should score and where this comes from.
 
-A recipe's docstring is a contract: a title, then the fields below, whose lines go on indented.  Imports no JAX.
+A recipe's docstring is a contract: a title, then the fields below, whose further lines are indented.  Imports no JAX.
 """
 
 import ast
@@ -31,7 +31,7 @@ def all_headers() -> dict[str, dict[str, str]]:
 
 
 def table(headers: dict, width: int) -> str:
-  """The headers as text of at most `width` columns: a row a recipe, long cells cut after LINES lines."""
+  """The headers as text of at most `width` columns: one row per recipe, long cells cut after LINES lines."""
   first = max(len(name) for name in headers)
   space = max(width - first - 2 * len(SHOWN), 30)
   widths = [first, int(0.28 * space), int(0.44 * space), int(0.28 * space)]
@@ -54,14 +54,14 @@ def _row(cells, widths):
 
 
 def run(name: str = ""):
-  """The program `simclr recipes`: prints the table, or all that a recipe's header says.
+  """The program `simclr recipes`: prints the table, or the full header of one recipe.
 
   Raises:
     ValueError: no such recipe.
   """
   if not name:
     print(table(all_headers(), shutil.get_terminal_size((140, 24)).columns))
-    print("\nsimclr recipes NAME shows all of it")
+    print("\nsimclr recipes NAME shows the full header")
     return
   path = config_lib.find_recipe(name).partition(":")[0]
   fields = header(path)

@@ -1,10 +1,10 @@
-"""`simclr config RECIPE`: every value that a recipe ends up with, where it comes from, and what it means.  Imports no JAX."""
+"""`simclr config RECIPE`: every resolved value of a recipe, where it comes from, and what it means.  Imports no JAX."""
 
 from simclr_jax.programs import config as config_lib
 
 
 def run(recipe: str, overrides=()) -> str:
-  """The program `simclr config`: prints and returns a line a key.
+  """The program `simclr config`: prints and returns one line per key.
 
   Args:
     recipe: as for --config.

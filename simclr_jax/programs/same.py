@@ -1,4 +1,4 @@
-"""A run that is resumed goes on with the config and the data that it began with."""
+"""A resumed run continues with the config and the data that it began with."""
 
 import json
 
@@ -30,8 +30,8 @@ def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwri
     starts: folders that the run starts from, which it may not replace.
 
   Raises:
-    UserError: the folder is another run's or not a run's, or holds the data; or, where one is resumed, its config or data
-      are other ones.
+    UserError: the folder belongs to another run or to no run, or holds the data; or a run is resumed with another config or
+      data.
   """
   if resume and checkpoint.folder(workdir).exists():
     same_config(config, workdir)
@@ -50,15 +50,15 @@ def difference(before: dict, now: dict) -> str:
 
 
 def check_result(file, made_by: dict, what: str):
-  """A result may be handed out again only where the same things made it: compares them with those that `file` names.
+  """A result may be reused only if the same inputs made it: compares them with those that `file` names.
 
   Args:
-    file: beside the result; written if it is not there.
+    file: next to the result; written if it does not exist.
     made_by: JSON values by name: weights of encoders, fingerprints of data.
     what: the result, for the message.
 
   Raises:
-    UserError: something else made what is there; names the first that differs.
+    UserError: other inputs made the result; the message names the first that differs.
   """
   if file.exists():
     before = json.loads(files.read_sealed(file))
@@ -91,7 +91,7 @@ def check_data(workdir, resume: bool, changed: str, sources: dict[str, Source]) 
     their fingerprints, for `keep_data`.
 
   Raises:
-    UserError: they have changed, and that is to be refused.
+    UserError: they have changed, and `changed` is "refuse".
   """
   now = {name: source.fingerprint() for name, source in sources.items()}
   file = files.absolute(workdir) / FILE

@@ -1,4 +1,4 @@
-"""What the encoder of a pretraining run is worth: kNN, collapse diagnostics and linear evaluation, and a table of them."""
+"""Scores of the encoder of a pretraining run: kNN, collapse diagnostics and linear evaluation, and a table of them."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ def _variables(state):
 class PretrainEvaluation:
   """kNN, collapse diagnostics and linear evaluation of a state, on the labeled train and test images.
 
-  Where the test images are the training images, or have no labels, there are diagnostics and neighbors but no scores.
+  If the test images are the training images, or have no labels, there are diagnostics and neighbors but no scores.
   """
 
   def __init__(self, config, train_source, test_source, mesh):
@@ -82,7 +82,7 @@ class PretrainEvaluation:
     return {**scores, **numbers, "collapsed": float(collapsed), "verdict": verdict}
 
   def scores(self, name: str, train_x, test_x) -> dict:
-    """One row of the table: kNN, linear evaluation with all labels, and with 10 labels a class."""
+    """One row of the table: kNN, linear evaluation with all labels, and with 10 labels per class."""
     y, test_y = self.train.labels(), self.test.labels()
     return {
       "representation": name,

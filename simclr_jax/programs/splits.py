@@ -14,8 +14,8 @@ def open_data(section):
   """(training images, images to score) that the section `data` of a config names.
 
   Without `data.test`, the fraction `data.held_out` of every class is held out of labeled training images, the same ones
-  for every run.  Where there is nothing to score, the training images are both, for what needs no label: diagnostics,
-  neighbors and the map.
+  for every run.  If there is nothing to score, the training images are returned twice, for what needs no labels:
+  diagnostics, neighbors and the map.
 
   Raises:
     UserError: there are test classes that training does not know.
@@ -35,7 +35,7 @@ def open_data(section):
 
 
 def check_labeled(section, train, test):
-  """What `open_data` returned, for a program that cannot do without labels.
+  """Checks what `open_data` returned, for a program that needs labels.
 
   Raises:
     UserError: there are no labels, or no images to score, or these are the training images.
@@ -73,7 +73,7 @@ def _open(spec, section):
 
 
 def are_one(a: str, b: str) -> bool:
-  """Whether two specs name one data set, however they spell its path."""
+  """Whether two specs name the same data set, however they spell its path."""
   return _place(a) == _place(b)
 
 

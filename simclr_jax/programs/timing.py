@@ -1,4 +1,4 @@
-"""`simclr time`: how long a train step takes on the hardware at hand, and how fast images come, with which settings.
+"""`simclr time`: how long a train step takes on the hardware at hand and how fast images arrive, with several settings.
 
 Every row is the step of a run of `simclr pretrain`, compiled and fed as there; nothing is saved.
 """
@@ -41,13 +41,13 @@ def cases(config, mesh, *, packed: bool = False) -> list[tuple[dict, str]]:
 
 
 class Step:
-  """The compiled step of a config, and what it is fed.
+  """The compiled step of a config, and its input.
 
   Args:
     form: of NT-Xent, one of FORMS, or "".
 
   Raises:
-    ValueError: settings that do not go together, or a batch that cannot be split.
+    ValueError: settings contradict each other, or the batch cannot be split.
   """
 
   def __init__(self, config, source, mesh, form: str = ""):
@@ -83,7 +83,7 @@ class Step:
     return steps(processes.run_on_primary(lambda: int(np.clip(SECONDS / first, 3, STEPS))))
 
   def images_per_second(self) -> float | None:
-    """Images of the global batch that come in a second when nothing else is done, or None where they live on the devices.
+    """Images of the global batch that arrive per second when nothing else runs, or None if they are on the devices.
 
     Every process makes its share of them at the same time.
     """
@@ -187,7 +187,7 @@ COLUMNS = {
 
 
 def table(rows: list[dict]) -> str:
-  """The rows for a person; the estimates of `simclr plan` where there are any."""
+  """The rows as text, with the estimates of `simclr plan` if there are any."""
   rows = [row for row in rows if "refused" not in row]
   shown = {
     name: cell
@@ -209,7 +209,7 @@ def run(config, *, packed: bool = False, json_file: str = "") -> dict:
     `changes` and `form`; `drift`: see `advice`; `peak_bytes` is the largest memory of a device so far by the backend's own account, or None.
 
   Raises:
-    ValueError: the recipe as it is does not go together.
+    ValueError: the settings of the recipe itself contradict each other.
   """
   mesh = mesh_lib.make_mesh()
   device = mesh.devices.flat[0]
@@ -249,12 +249,12 @@ def run(config, *, packed: bool = False, json_file: str = "") -> dict:
   }
   note("\n" + table(rows) + "\n")
   note(
-    f"noise       the recipe's step, timed again after the others, took {again / rows[0]['step_seconds']:.2f} of its first time"
+    f"noise       the recipe's step, timed again after the others, took {again / rows[0]['step_seconds']:.2f} times as long as at first"
   )
   if result["peak_bytes"]:
     note(f"memory      {result['peak_bytes'] / aot.GIB:.2f} GiB at most on a device, over all rows")
   if not any(row.get("estimated_seconds") for row in rows):
-    note(f"estimate    none: `simclr plan` has topologies of TPUs alone, and this is {device.device_kind}")
+    note(f"estimate    none: `simclr plan` only knows TPUs, and this is {device.device_kind}")
   note(f"advice      {result['advice']}")
   if json_file and not jax.process_index():
     files.write_text(files.absolute(json_file), json.dumps(result, indent=2))

@@ -1,4 +1,4 @@
-"""Opening what was trained: the networks of a run or of an exported folder, alone or with the data of their training."""
+"""Opens trained networks: those of a run or of an exported folder, alone or with the data of their training."""
 
 import dataclasses
 import functools
@@ -51,9 +51,7 @@ def open_start(path, step: int | None = None) -> Start:
   if (path / "card.json").exists():
     _, encoder, card = exporting.load_encoder(path)
     if ":" in card["architecture"]["name"]:  # a folder may come from elsewhere: nothing that it names is imported
-      raise UserError(
-        f"{path} holds an encoder of its author's own, {card['architecture']['name']}: give the run instead"
-      )
+      raise UserError(f"{path} holds a custom encoder,  {card['architecture']['name']}: give the run instead")
     config = config_lib.from_dict(card["pretraining"])
     heads = {name: checkpoint.read_tree(path / name) for name in ("projector", "classifier")}
     variables = {"encoder": encoder, **{name: tree for name, tree in heads.items() if tree}}
@@ -129,7 +127,7 @@ class TrainedRun:
     self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
 
   def results(self, name: str):
-    """Where a program leaves what it makes: in the folder of a run, beside that of an export, which stays as it was written."""
+    """Where a program writes its results: in the folder of a run, but next to the folder of an export, which is not changed."""
     folder = files.absolute(self.workdir)
     return folder.with_name(f"{folder.name}.{name}") if self._exported == self.workdir else folder / name
 
@@ -139,15 +137,15 @@ class TrainedRun:
     return self.encode(images), images.labels()
 
   def on_the_map(self, h):
-    """float32 [n, 2]: the points in the plane at which a run of t-SimCNE places h [n, d], whatever images it is of.
+    """float32 [n, 2]: the points in the plane at which a run of t-SimCNE places h [n, d] of any images.
 
     Raises:
       UserError: the run is of another method.
     """
     if self.config.method != "tsimcne":
       raise UserError(
-        f"--method=tsimcne: {self.workdir} is a run of config.method={self.config.method}: expected one of tsimcne, such as"
-        " of configs/tsimcne.py; or leave --method out"
+        f"--method=tsimcne: {self.workdir} is a run of config.method={self.config.method}: expected one with"
+        " config.method=tsimcne, such as from configs/tsimcne.py; or leave out --method"
       )
     _, state = checkpoint.read_run_state(self.workdir, self.step)
     of = lambda name: {"params": state["params"][name], "batch_stats": state["batch_stats"].get(name, {})}  # noqa: E731

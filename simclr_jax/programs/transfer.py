@@ -83,8 +83,8 @@ def permutation_test(a, b, *, weight=None, samples: int = 100_000, seed: int = 0
 
   Args:
     a, b: [n], whether each test image was classified correctly by either.
-    weight: [n], what an image counts; for the mean per class 1 / its class's size.  By default all the same.
-    samples: random exchanges.
+    weight: [n], the weight of each image; for the mean per class, 1 / the size of its class.  By default all are equal.
+    samples: number of random exchanges.
 
   Source: arXiv 2002.05709, App. B.8.3 (Kornblith et al., arXiv 1805.08974, App. A.3), with 100,000 samples.
   """
@@ -198,7 +198,7 @@ def significance(logits, other, targets, metric: str, samples: int):
 
 
 def table(rows: list[dict]) -> str:
-  """The scores as text: a row a data set, ours beside the paper's, in percent; a p in brackets is against the first."""
+  """The scores as text: one row per data set, ours next to the paper's, in percent; a p in brackets is against the first."""
   columns = list(dict.fromkeys(name for row in rows for name in row["scores"]))
   papers = [name for name in PAPER if any(row["name"] in PAPER[name] for row in rows)]
   lines = [["", "metric", *columns, *(f"paper {name}" for name in papers)]]

@@ -1,6 +1,6 @@
-"""`simclr probe --of=transforms`: what h, and z where the head is at hand, keep of the transformations of an image.
+"""`simclr probe --of=transforms`: what h, and z if the head is available, keep of the transformations of an image.
 
-The readout is fitted on images that training saw and scored on others; labels are not needed.
+The classifiers are fitted on images that training saw and scored on others; labels are not needed.
 """
 
 import functools
@@ -32,17 +32,17 @@ MEANING = {
 
 
 def run(workdir, *, step: int | None = None, overrides=(), json_file: str = "") -> dict:
-  """Prints how well each transformation can be read from h and z of a run, or from h of an exported encoder.
+  """Prints how well each transformation can be predicted from h and z of a run, or from h of an exported encoder.
 
   Args:
     workdir: a run of pretraining, or a folder that `simclr export` or `simclr import` wrote.
-    json_file: where to write the scores too, if anywhere.
+    json_file: where to also write the scores, if anywhere.
 
   Returns:
     What `invariance.predictions` does.
 
   Raises:
-    UserError: neither of the two, no data named, or too few images.
+    UserError: `workdir` is neither of the two, names no data, or has too few images.
   """
   start = trained.open_start(workdir, step)
   if not isinstance(start.config, config_lib.Pretrain | config_lib.Finetune):
@@ -58,7 +58,7 @@ def run(workdir, *, step: int | None = None, overrides=(), json_file: str = "") 
   train, test = (_images(source, count, config, mesh) for source, count in ((train, TRAIN), (test, TEST)))
   scores = invariance.predictions(_encode(start), train, test, seed=config.seed)
   print(table(scores))
-  print(f"\nread by a linear classifier or regression on {len(train):,} images, scored on {len(test):,} others")
+  print(f"\npredicted by a linear classifier or regression on {len(train):,} images, scored on {len(test):,} others")
   if json_file:
     rows = {name: {**of, "chance": invariance.CHANCE[name]} for name, of in scores.items()}
     about = {"workdir": str(workdir), "train_images": len(train), "test_images": len(test), "seed": config.seed}

@@ -1,4 +1,4 @@
-"""The folder of a run: what the programs leave in it, and where their data may not lie."""
+"""The folder of a run: what the programs write to it, and where their data must not be."""
 
 import os
 
@@ -20,9 +20,9 @@ def claim(workdir, *, resume: bool, overwrite: bool, specs=(), starts=(), writes
   """checkpoint.claim_workdir for a program.
 
   Args:
-    specs: the data sets that the run reads, as in `config.data`; those on a disk may not lie in the workdir.
-    starts: runs and exports that it starts from, which --overwrite may not delete.
-    writes: further names that the program leaves in the workdir.
+    specs: the data sets that the run reads, as in `config.data`; those on a disk must not be in the workdir.
+    starts: runs and exports that it starts from, which --overwrite must not delete.
+    writes: more names that the program writes in the workdir.
   """
   for start in starts if overwrite else ():
     if start and f"{os.path.realpath(start)}/".startswith(f"{os.path.realpath(workdir)}/"):

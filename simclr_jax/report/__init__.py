@@ -1,9 +1,9 @@
-"""What a run, a map and a comparison of runs look like: pages, pictures, charts, and tables for a terminal.
+"""Presentation of a run, a map and a comparison of runs: pages, pictures, charts, and tables for a terminal.
 
-It takes numpy arrays and plain Python data, knows nothing of networks or losses, and computes no result. A page is one
-HTML file that loads nothing: style.css and the scripts are inside it. A file appears whole or not at all.
+It takes numpy arrays and plain Python data, knows nothing about networks or losses, and computes no results. A page is one
+self-contained HTML file: style.css and the scripts are inside it. A file appears completely or not at all.
 
-Scores and shares (`knn`, `contrastive_accuracy`, `data_wait`, …) are fractions in [0, 1], shown in percent.
+Scores and fractions (`knn`, `contrastive_accuracy`, `data_wait`, …) are in [0, 1] and shown in percent.
 """
 
 from simclr_jax.report.charts import accuracy_against_labels_svg, step_times_svg

@@ -1,4 +1,4 @@
-"""The pages: a run's report, a map, and a comparison of runs. Here data gets the form that templates/ shows."""
+"""The pages: a run's report, a map, and a comparison of runs. This module brings data into the form that templates/ shows."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def write_report(path, **page):
 
 
 def write_map(path, *, title, summary, map_of_images, duplicates=None, outliers=None):
-  """Writes a page of a map and what stands out in it; the arguments are fields of `Report`."""
+  """Writes a page with a map and what stands out in it; the arguments are fields of `Report`."""
   page = dict(title=title, summary=summary, duplicates=duplicates, outliers=outliers)
   render.write_page(path, "map.html", map=map_data(**map_of_images), **page)
 

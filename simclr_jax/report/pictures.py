@@ -17,7 +17,7 @@ SAME, OTHER = (0, 158, 115), (213, 60, 30)  # a green and a red that color-blind
 
 
 def view_pairs_png(path, views, *, columns=8, zoom=None):
-  """Writes a contact sheet on which the two views of each image stand side by side in one frame.
+  """Writes a contact sheet with the two views of each image side by side in one frame.
 
   Args:
     views: [n, 2, h, w, 3], float in [0, 1] or uint8.

@@ -40,7 +40,7 @@ def score_table(rows) -> str:
   """The scores as aligned text, in percent; `*` marks the best of a column, `–` what was not measured.
 
   rows: dicts with "representation" (a name) and any of knn, linear, linear_10 or further scores, fractions in [0, 1] or
-  None. A row whose representation is "chance" stands last and is never the best.
+  None. A row whose representation is "chance" comes last and is never the best.
   """
   columns, ranked = rank(rows)
   # Each cell ends in its marker or a space, so that the numbers are aligned and not the markers.

@@ -1,8 +1,8 @@
-"""What a pod would do with a step: compiled ahead of time for a named TPU topology, on a machine that has no TPU.
+"""How a step would run on a pod: it is compiled ahead of time for a named TPU topology, on a machine without a TPU.
 
-The compiler for TPUs comes in the package libtpu.  What it says of the program it made is exact: memory, operations,
-collectives, the schedule.  Its estimate of the time is a model: the cycles it attributes to every operation of the
-schedule, over the clock, without the time of collectives that nothing hides (docs/scaling.md says how far to trust it).
+The TPU compiler comes with the package libtpu.  What it reports about its program is exact: memory, operations,
+collectives, the schedule.  Its estimate of the time is a model: the cycles it attributes to each operation of the
+schedule, divided by the clock rate, without collectives that nothing hides (docs/scaling.md says how far to trust it).
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from simclr_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Of one chip, from Google Cloud's system descriptions; a v2 or v3 chip is two devices, every other one is one."""
+  """Data of one chip, from Google Cloud's system descriptions; a v2 or v3 chip is two devices, any other chip is one."""
 
   flops: float  # peak bfloat16 operations a second
   hbm_bytes: float
@@ -57,12 +57,12 @@ KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-  """The chip of a JAX device's `device_kind`, or None where it is no TPU, or one that is not in the table."""
+  """The chip of a JAX device's `device_kind`, or None if it is not a TPU or not in the table."""
   return CHIPS.get(KINDS.get(device_kind, ""))
 
 
 class DoesNotFit(Exception):
-  """The compiler refuses the program; `needed` in bytes, or None where it does not say."""
+  """The compiler refuses the program; `needed` is in bytes, or None if the compiler does not say."""
 
   def __init__(self, message, needed):
     super().__init__(message)
@@ -70,13 +70,13 @@ class DoesNotFit(Exception):
 
 
 def prepare():
-  """Sets what the TPU compiler wants in the environment, and JAX on the CPU; call it before JAX is used.
+  """Sets the environment that the TPU compiler needs, and puts JAX on the CPU; call it before JAX is used.
 
   Raises:
     ValueError: libtpu is not installed.
   """
   if importlib.util.find_spec("libtpu") is None:
-    raise UserError("compiling for TPUs needs the package libtpu, and no TPU: pip install libtpu")
+    raise UserError("compiling for TPUs needs the package libtpu, but no TPU: pip install libtpu")
   jax.config.update("jax_platforms", "cpu")  # JAX has read JAX_PLATFORMS when it was imported
   quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
   alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -87,7 +87,7 @@ def topology(name: str):
   """(Chip, devices) of a name such as v4:4x4x8, v5e:16x16 or v3:8x8.
 
   Raises:
-    ValueError: not such a name, or no pod of that shape.
+    ValueError: the name has another form, or there is no pod of that shape.
   """
   from jax.experimental import topologies
 
@@ -99,7 +99,7 @@ def topology(name: str):
     return chip, topologies.get_topology_desc(name, platform="tpu", **dict(chip.options)).devices
   except Exception as error:
     reason = " ".join(str(error).split())[:200]
-    raise UserError(f"--topology={name}: the compiler knows no such pod ({reason})") from None
+    raise UserError(f"--topology={name}: the compiler does not know this pod ({reason})") from None
 
 
 def compile_for(jitted, *arguments):
@@ -116,7 +116,7 @@ def compile_for(jitted, *arguments):
 
 
 def forget():
-  """Gives the memory of programs compiled before back to the system, gigabytes each, of which malloc would keep most."""
+  """Returns the memory of earlier compiled programs to the system: gigabytes each, most of which malloc would keep."""
   jax.clear_caches()
   if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc, which libtpu is built for
     trim(0)
@@ -141,10 +141,10 @@ def computations(hlo: str) -> dict:
 
 
 class Schedule:
-  """What a compiled TPU program says of itself.
+  """What a compiled TPU program says about itself.
 
   Attributes:
-    cycles: the compiler's estimate, loop bodies times their trips.
+    cycles: the compiler's estimate, with loop bodies multiplied by their trip counts.
     hops, overlaps: in loops, the collective-permutes, and of the asynchronous ones (bytes, cycles they overlap with).
   """
 
@@ -191,7 +191,7 @@ def traffic(hlo: str) -> int:
 def parts(hlo: str) -> dict:
   """{what: cycles} of a compiled train step's schedule: where the compiler's estimate of its time goes.
 
-  An operation that holds a convolution counts as one, with all that the compiler fused into it, sums for statistics too.
+  An operation that contains a convolution counts as one, with all that the compiler fused into it, including statistics.
   """
   found: dict[str, int] = dict.fromkeys(PARTS, 0)
   for text in computations(hlo)["ENTRY"]:
@@ -262,9 +262,9 @@ SENT = {
 
 
 def collective_seconds(found: dict, chips: int, chip: Chip) -> float | None:
-  """Seconds that the collectives of a step take on the links alone, if nothing hides them; `found` as of `collectives`.
+  """Seconds that the collectives of a step take on the links, if nothing hides them; `found` is as from `collectives`.
 
-  Every chip sends a byte of an all-reduce twice.  Latencies are not in it.  None: the chip's bandwidth is not published.
+  Every chip sends each byte of an all-reduce twice.  Latencies are not included.  None: the chip's bandwidth is not published.
   """
   if chip.ici is None:
     return None
@@ -272,10 +272,10 @@ def collective_seconds(found: dict, chips: int, chip: Chip) -> float | None:
 
 
 def step_range(row: dict, chip: Chip) -> tuple[float, float]:
-  """(seconds, seconds) between which a step is expected, from what `measure` returns: the assumptions around its estimate.
+  """(seconds, seconds) between which a step is expected, from the result of `measure` under two assumptions.
 
-  The first is for a chip that is as fast as its data sheet wherever the estimate is known to be slower, by the largest
-  factors above.  The second is for one that is as slow as the estimate, with all collectives on top.
+  The first is for a chip as fast as its data sheet wherever the estimate is known to be slower, by the largest
+  factors above.  The second is for a chip as slow as the estimate, with all collectives on top.
   """
   products = sum(seconds for name, seconds in row["parts_seconds"].items() if name.startswith("convolutions"))
   estimate = row["step_seconds"]
@@ -285,14 +285,14 @@ def step_range(row: dict, chip: Chip) -> tuple[float, float]:
 
 
 def peak_bytes(memory) -> int:
-  """Bytes of a device that a compiled program's `memory_analysis()` says it needs; donated arguments and results share."""
+  """Bytes that a compiled program needs on a device, from its `memory_analysis()`; donated arguments and results share."""
   return (
     memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   )
 
 
 def measure(jitted, arguments, *, chip: Chip, devices: int) -> dict:
-  """Compiles a step and returns what is known of it, per device unless it says chip; times in seconds.
+  """Compiles a step and returns what is known about it, per device unless a key says chip; times are in seconds.
 
   Raises:
     DoesNotFit.

@@ -4,8 +4,8 @@ Layout of a run's checkpoint:  <workdir>/checkpoints/<step>/{state, config, loop
 export
 Orbax writes under a temporary name and renames when complete, so a run that dies while saving keeps the last good step.
 It does not notice a damaged file: a flipped bit loads as another number.  manifest.json holds the SHA-256 of every file, the
-step and the id of the run; it is written last, and nothing is loaded that does not agree with it.  An older step is deleted
-only after that.
+step and the id of the run; it is written last, and only files that agree with it are loaded.  An older step is deleted
+only after it is written.
 """
 
 import contextlib
@@ -47,12 +47,12 @@ def claim_workdir(workdir, *, resume: bool, overwrite: bool, writes=(), data=())
   """The absolute workdir, made if needed, marked as that of a run, and locked until the run or the process ends.
 
   Args:
-    writes: patterns of the names that the program leaves in it, beside WRITES; --overwrite deletes nothing else.
-    data: paths of the training data, which may not lie in the workdir, nor the workdir in one of them.
+    writes: patterns of the names that the program writes in it, in addition to WRITES; --overwrite deletes nothing else.
+    data: paths of the training data, which must not be in the workdir, nor the workdir in one of them.
 
   Raises:
-    ValueError: the folder holds something and neither resume nor overwrite was asked for, or both were, or what it holds
-      is not a run, or was not written by one, or another run is using it, or it cannot be written.
+    ValueError: the folder is not empty and neither resume nor overwrite was requested, or both were; or its content
+      is not a run or was not written by one; or another run is using it; or it cannot be written.
   """
   if resume and overwrite:
     raise UserError("--resume and --overwrite contradict each other: give one of them")
@@ -72,7 +72,7 @@ def _claim(workdir, resume, overwrite, writes, data):
   foreign = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in writes)]
   if filled and not (resume or overwrite):
     raise UserError(
-      f"--workdir={workdir} is not empty: add --resume to go on, --overwrite to start again, or name another"
+      f"--workdir={workdir} is not empty: add --resume to resume the run, --overwrite to start over, or name another"
     )
   if filled and not _is_run(names, foreign):
     flag = "resume" if resume else "overwrite"
@@ -109,7 +109,7 @@ def _check_apart(workdir, data):
     if files.is_remote(workdir) or files.is_remote(given):
       where, what = (os.fspath(p).rstrip("/") for p in (workdir, given))
     if where == what or where.startswith(f"{what}/") or what.startswith(f"{where}/"):
-      raise UserError(f"--workdir={workdir}: the data is in {given}; a run and its data cannot lie in each other")
+      raise UserError(f"--workdir={workdir}: the data is in {given}; a run and its data must not contain each other")
 
 
 def _is_run(names, foreign) -> bool:
@@ -128,7 +128,7 @@ def _empty_workdir(path, names):
 
 
 def run_id(workdir) -> str | None:
-  """What tells this run from every other, or None for one of an earlier version.
+  """An id that distinguishes this run from every other, or None for a run of an earlier version.
 
   Raises:
     UserError: the file RUN is damaged.
@@ -147,7 +147,7 @@ def _id_in_checkpoints(workdir) -> str | None:
 
 
 class NotSaved(OSError):
-  """A checkpoint could not be written.  Orbax's threads may be stuck then: the process ends best without waiting for them."""
+  """A checkpoint could not be written.  Orbax's threads may be stuck then, so end the process without waiting."""
 
   exit_at_once = True
 
@@ -157,7 +157,7 @@ class Damaged(UserError):
 
 
 def digests(path) -> dict:
-  """{name: SHA-256} of every file below `path`, but for its manifest."""
+  """{name: SHA-256} of every file below `path` except its manifest."""
   return {name: files.sha256(path / name) for name in _file_names(path)}
 
 
@@ -265,7 +265,7 @@ class Checkpoints:
 
   @property
   def newest_sealed(self) -> int | None:
-    """The newest step that this process knows to be sealed; another one may be being written."""
+    """The newest step that this process knows to be sealed; another one may still be being written."""
     return self._newest
 
   def latest_step(self) -> int | None:
@@ -276,11 +276,11 @@ class Checkpoints:
   def save(self, step: int, state, exports: Mapping[str, Any], config_json: str, loop: Mapping[str, Any] | None = None):
     """Begins to write one step: the state to resume from, the config, and each tree of `exports` as an item of its name.
 
-    Waits until the step before is sealed.  Once this one is, the oldest steps are deleted.  Does nothing if the step is
-    there already.
+    Waits until the previous step is sealed.  Once this step is sealed, the oldest steps are deleted.  Does nothing if the
+    step already exists.
 
     Args:
-      loop: what the loop keeps beside the state, of JSON values; `loop` returns it.
+      loop: JSON values that the loop keeps in addition to the state; `loop` returns them.
 
     Raises:
       NotSaved: the disk is full or gone; names the step that is still good.
@@ -343,7 +343,7 @@ class Checkpoints:
       raise self._failure
 
   def settle(self):
-    """For a process that ends by an error: lets the step that is being written be finished."""
+    """For a process that ends with an error: waits for the step that is being written to finish."""
     if self._writing is not None and not self._failure:
       self._thread.join()
 
@@ -355,7 +355,7 @@ class Checkpoints:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   def loop(self) -> dict:
-    """What was given to `save` as `loop` with the newest step; {} where an earlier version wrote it."""
+    """What was given to `save` as `loop` with the newest step; {} if an earlier version wrote it."""
     path = self._folder / str(self._newest) / "loop.json"
     return json.loads(files.read_text(path)) if path.exists() else {}
 
@@ -366,7 +366,7 @@ class Checkpoints:
       like: a tree of jax.ShapeDtypeStruct with shardings, on whatever devices there are now.
 
     Raises:
-      ValueError: the checkpoint is of another architecture, of which it names the first difference, or it holds the state
+      ValueError: the checkpoint has another architecture (the message names the first difference), or it holds the state
         of another step.
     """
     if self._newest is None:
@@ -473,7 +473,7 @@ def _compare(saved: dict, wanted: dict, where):
     key = different[0]
     has, needs = (f"{v[1]}{list(v[0])}" if v else "nothing" for v in (saved.get(key), wanted.get(key)))
     raise UserError(
-      f"checkpoint {where} is of another architecture: {key} is {has} there and {needs} in this config "
+      f"checkpoint {where} has another architecture: {key} is {has} there and {needs} in this config "
       f"({len(different)} such differences): use the config it was made with, or another --workdir"
     )
 
@@ -485,7 +485,7 @@ def write_config(workdir, config_json: str):
 
 
 def mark_complete(workdir, step: int | None = None):
-  """Leaves a file COMPLETE in a run's folder, which is no longer locked: what the run was to do and write is there."""
+  """Writes a file COMPLETE to a run's folder and unlocks it: the run has done and written everything."""
   if not jax.process_index():
     files.write_text(files.absolute(workdir) / "COMPLETE", "" if step is None else f"step {step}\n")
     lock.release(workdir)
@@ -497,7 +497,7 @@ def save_trees(path, trees: dict):
   Arrays are stored as host numpy, so a folder written by a pod opens on a laptop.
 
   Raises:
-    OSError: the disk is full; found beforehand, for Orbax's threads print pages when they find it.
+    OSError: the disk is full; checked beforehand, because Orbax's threads print pages of errors when they find out.
   """
   if os.path.isdir(path) and shutil.disk_usage(path).free < sum(x.nbytes for x in jax.tree.leaves(trees)):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -1,7 +1,7 @@
-"""Where JAX keeps what it has compiled, so that a run that goes on does not compile it again.
+"""Where JAX keeps compiled programs, so that a resumed run does not compile them again.
 
-A compiled program is machine code that is run as it lies, whatever the config says.  So it is never read from a workdir,
-which may come from anybody, but from a folder of this user's own that nobody else can write.
+A compiled program is machine code that runs as it is, whatever the config says.  So it is never read from a workdir,
+which may come from anybody, but from a folder of this user to which nobody else can write.
 """
 
 import os
@@ -15,9 +15,9 @@ KEPT_DAYS = 30  # after which a program is deleted
 
 
 def prepare():
-  """Names the folder to JAX, which reads it when it is imported; JAX_COMPILATION_CACHE_DIR names another.
+  """Tells JAX the folder, which it reads when it is imported; JAX_COMPILATION_CACHE_DIR overrides it.
 
-  Nothing is kept where the folder cannot be made, or is not this user's alone.
+  Nothing is kept if the folder cannot be made, or if others can write to it.
   """
   if "jax" in sys.modules:
     return

@@ -30,7 +30,7 @@ REQUIRED = dataclasses.MISSING
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 def frozen(cls):
-  """Decorates every section."""
+  """Decorator for every section."""
   return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
@@ -40,11 +40,11 @@ def key(
   """A key of a section.
 
   Args:
-    default: its value where none is given, or REQUIRED.
+    default: its value if none is given, or REQUIRED.
     meaning: one line for the reader of `--help`.
     at_least, above, at_most, below: limits of the number, or of every number of a tuple.
     choices: the possible values, or those of a tuple's elements.
-    needed: what has to be given: the value may not be empty.
+    needed: what to give, for a value that must not be empty.
     option: whether `options` passes it on.
   """
   limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
@@ -53,13 +53,13 @@ def key(
 
 
 def section(kind, /, **defaults):
-  """A nested section; the defaults of its own keys may be others here."""
+  """A nested section; the defaults of its keys can be changed here."""
   return dataclasses.field(default_factory=functools.partial(kind, **defaults))
 
 
 @frozen
 class Section:
-  """Base of all sections and configs: values are converted to the type of their key and checked, whoever makes one.
+  """Base of all sections and configs: values are always converted to the type of their key and checked.
 
   `**section` unpacks what `options` returns, so that functions that know nothing of configs can take one.
   """
@@ -70,7 +70,7 @@ class Section:
     self.check()
 
   def check(self):
-    """Raises UserError if values do not go together; keys in its words are relative to this section."""
+    """Raises UserError if values contradict each other; keys in the message are relative to this section."""
 
   def keys(self):
     fields = dataclasses.fields(self)
@@ -170,7 +170,7 @@ def _default_section(field):
 
 
 def build(kind, values: dict):
-  """A config of the class `kind` from nested dicts, such as a recipe gives or JSON holds; what is not given is default.
+  """A config of the class `kind` from nested dicts, such as those of a recipe or of JSON; missing keys get their defaults.
 
   Raises:
     UserError: unknown or missing key, value of the wrong type or out of range; one line, with the path of the key.
@@ -231,7 +231,7 @@ def _unknown(root, path, value=None) -> UserError:
 
 
 def to_dict(config) -> dict:
-  """A config or section as nested dicts, every key included but sections that are None; tuples stay tuples."""
+  """A config or section as nested dicts with every key except sections that are None; tuples stay tuples."""
   if isinstance(config, Section):
     parts = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {f.name: to_dict(part) for f, part in parts.items() if part is not None or not _section_of(f.type)}
@@ -239,7 +239,7 @@ def to_dict(config) -> dict:
 
 
 def options(part: Section) -> dict:
-  """The keys of a section that are keyword arguments of the function it is for; without those that are None."""
+  """The keys of a section that are keyword arguments of its function, without those that are None."""
   return dict(part)
 
 
@@ -256,7 +256,7 @@ def merge(values: dict, changes: dict, kind) -> dict:
   """Nested dicts of a config of class `kind` with the values of `changes`, {dotted key: value}, in them.
 
   Raises:
-    UserError: a key leads through what is no section.
+    UserError: a key goes through something that is not a section.
   """
   for dotted, value in changes.items():
     *sections, leaf = dotted.split(".")
@@ -324,7 +324,7 @@ def check_same(kept, now):
 
 
 def every(part, num_examples: int, batch_size: int) -> int:
-  """Interval in steps of a section with `every_steps` and `every_epochs`, of which one may be set; 0 = never."""
+  """Interval in steps of a section with `every_steps` and `every_epochs`, at most one of which is set; 0 = never."""
   if part.every_epochs:
     return max(1, round(part.every_epochs * num_examples / batch_size))
   return part.every_steps
@@ -414,7 +414,7 @@ def read_config(workdir) -> str:
 
 
 class Row(typing.NamedTuple):
-  """What `--help` and the page say of a key."""
+  """What `--help` and the page say about a key."""
 
   key: str
   type: str
@@ -453,7 +453,7 @@ def explain(config, origin) -> str:
   """Every resolved key of a config with its value, where that comes from, and its meaning, as wide as the terminal.
 
   Args:
-    origin: key -> "default", or who gave the value; of a default that other values have changed it becomes "derived".
+    origin: key -> "default", or who gave the value; a default that other values have changed becomes "derived".
   """
   about = {row.key: row for row in describe(type(config))}
   rows = []

@@ -1,4 +1,4 @@
-"""A machine without an accelerator: JAX is told so before it starts, and what makes training on a CPU fast is set."""
+"""A machine without an accelerator: tells JAX before it starts, and sets what makes training on a CPU fast."""
 
 import ctypes
 import glob
@@ -14,9 +14,9 @@ _MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": 
 
 
 def choose_platform() -> bool:
-  """Sets JAX_PLATFORMS=cpu where it is unset and the machine shows no accelerator; call it before jax is imported.
+  """Sets JAX_PLATFORMS=cpu if it is unset and the machine shows no accelerator; call it before jax is imported.
 
-  JAX would find that out by itself, after plugins such as libtpu have looked for their devices and complained.
+  JAX would find out by itself, but only after plugins such as libtpu have looked for their devices and complained.
 
   Returns:
     whether the run will be on a CPU.
@@ -27,9 +27,9 @@ def choose_platform() -> bool:
 
 
 def prepare() -> str | None:
-  """`choose_platform`, and where that is the CPU XLA's flags and malloc's parameters; call it before jax is imported.
+  """`choose_platform` and, on a CPU, XLA's flags and malloc's parameters; call it before jax is imported.
 
-  What the user has set in the environment, XLA_FLAGS or any of malloc's variables, is left alone.
+  Variables that the user has set, XLA_FLAGS or any of malloc's, are left alone.
 
   Returns:
     the line to print that says what was set, or None if nothing was.

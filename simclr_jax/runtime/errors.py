@@ -1,4 +1,4 @@
-"""Mistakes of the user, which the command prints on one line, as against failures, whose traceback it shows."""
+"""Mistakes of the user, which the command prints on one line, in contrast to failures, whose traceback it shows."""
 
 import contextlib
 import re
@@ -7,7 +7,7 @@ import re
 class UserError(ValueError):
   """A mistake in a flag, a config or the data: one line with the value, what was expected and what to do.
 
-  It stays one line where it quotes a library's message of several.
+  It stays one line even if it quotes a library's message of several lines.
   """
 
   def __init__(self, message):
@@ -18,8 +18,8 @@ class UserError(ValueError):
 def of_the_user():
   """A ValueError of one line that is raised within, or in a function decorated with this, becomes a UserError.
 
-  It is for the part of a program that tries whether a config is possible: the science functions, which can be lifted out
-  of this package and raise plain ValueErrors, are called there with the values of the config.
+  It is for the part of a program that checks whether a config is possible.  There, the science functions, which can be copied
+  out of this package and raise plain ValueErrors, are called with the values of the config.
   """
   try:
     yield

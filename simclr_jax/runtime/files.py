@@ -1,6 +1,6 @@
-"""Files on a local disk or in a bucket (gs://): written whole or not at all, by everything in this package that writes.
+"""Files on a local disk or in a bucket (gs://): everything in this package writes them completely or not at all.
 
-`pathlib` turns gs://bucket/x into the relative path gs:/bucket/x, so a path that a user gave goes through `absolute`.
+`pathlib` turns gs://bucket/x into the relative path gs:/bucket/x, so every path that a user gives goes through `absolute`.
 One client reads and writes what is in a bucket, `runtime/gcs.py`, for epath and for Orbax's metadata too; Orbax's arrays go
 through tensorstore.
 """
@@ -39,7 +39,7 @@ def absolute(path) -> epath.Path:
   """The absolute path; one in a bucket is absolute already.
 
   Raises:
-    UserError: it is on the web or in a cloud, and not in a bucket that can be read here.
+    UserError: it is on the web or in a cloud, but not in a bucket that can be read here.
   """
   if not is_remote(path):
     return epath.Path(os.path.abspath(path))
@@ -80,20 +80,20 @@ def _escape(c: str) -> str:
 
 
 def check_bucket(path):
-  """Raises UserError where a bucket itself may not be looked at, which Orbax does, but not before a run resumes."""
+  """Raises UserError if the bucket itself may not be inspected, which Orbax does, but only when a run resumes."""
   try:
     _bucket().look_at_bucket(os.fspath(path))
   except OSError as error:
-    raise UserError(f"{path}: the bucket cannot be looked at ({error}); Orbax needs storage.buckets.get") from None
+    raise UserError(f"{path}: the bucket cannot be inspected ({error}); Orbax needs storage.buckets.get") from None
 
 
 def is_left_behind(name: str) -> bool:
-  """Whether a file of this name is what `write_bytes` leaves where its process is killed."""
+  """Whether `write_bytes` leaves a file of this name when its process is killed."""
   return bool(re.fullmatch(r"\..+\.\d+\.tmp", name))
 
 
 def write_bytes(path, content: bytes):
-  """Writes a whole file or nothing, in the place of the one that is there."""
+  """Writes a whole file or nothing, replacing an existing one."""
   path = absolute(path)
   if is_remote(path):  # an object appears when its upload is complete, while renaming one copies it
     _bucket().pipe_file(os.fspath(path), content)
@@ -128,9 +128,9 @@ def read_bytes(path) -> bytes:
 
 
 def write_sealed(path, text: str):
-  """Writes a text file that a later run relies on, and the SHA-256 of its bytes beside it, for `read_sealed`.
+  """Writes a text file that a later run relies on, and next to it the SHA-256 of its bytes, for `read_sealed`.
 
-  The digest is written first and stands beside that of the content to be replaced, so that a process that is killed
+  The digest is written first, next to the digest of the content to be replaced, so that a process that is killed
   between the two writes leaves a file that can be read.
   """
   path = absolute(path)
@@ -168,9 +168,9 @@ def _seal_of(path):
 
 
 def create_text(path, text: str) -> bool:
-  """Writes a file that nobody else has: whether it was not there before.
+  """Creates a file unless it exists; returns whether this process created it.
 
-  Exactly one of several processes succeeds, provided that each writes a text of its own.
+  Exactly one of several processes succeeds, provided that each writes its own text.
   """
   path = absolute(path)
   if is_remote(path):
@@ -191,7 +191,7 @@ def create_text(path, text: str) -> bool:
 
 
 def remove_text(path, text: str):
-  """Removes the file with this content, and none that somebody else has written in its place in the meantime."""
+  """Removes the file with this content, but not one that somebody else has written in its place in the meantime."""
   path = absolute(path)
   if is_remote(path):
     with contextlib.suppress(FileNotFoundError, FileExistsError):
@@ -210,7 +210,7 @@ def remove_text(path, text: str):
 
 
 def move(path, target):
-  """Gives a folder another name, on another disk too; in a bucket its files are copied one by one, and then deleted."""
+  """Renames a folder, also to another disk; in a bucket its files are copied one by one and then deleted."""
   if is_remote(path):
     _bucket().mv(os.fspath(path), os.fspath(target), recursive=True)
   else:
@@ -218,7 +218,7 @@ def move(path, target):
 
 
 def version(path) -> tuple:
-  """What changes when a file is written anew: its size, and the time or, in a bucket, the generation.
+  """What changes when a file is rewritten: its size, and the time or, in a bucket, the generation.
 
   Raises:
     OSError: there is none.
@@ -234,10 +234,10 @@ def read_part(path: str, begin: int, length: int, seen: tuple) -> bytes:
   """`length` bytes of a file from byte `begin` on; fewer where it ends before.
 
   Args:
-    seen: its `version` when what lies there was found out.
+    seen: its `version` when its content was examined.
 
   Raises:
-    OSError: it is gone or cannot be read; or it is in a bucket, where this costs no request, and was written anew since.
+    OSError: it is gone or cannot be read; or it is in a bucket, where this check costs no request, and was rewritten since.
   """
   if is_remote(path):
     try:
@@ -260,8 +260,8 @@ def disk_is_full(error, path) -> bool:
 
 
 def user_cache() -> pathlib.Path:
-  """This user's folder for what can be made again, $XDG_CACHE_HOME/simclr_jax; below the temporary folder where the user
-  has no home, as in a container that runs with an arbitrary uid."""
+  """This user's folder for files that can be made again, $XDG_CACHE_HOME/simclr_jax; it is below the temporary folder if the
+  user has no home, as in a container that runs with an arbitrary uid."""
   try:
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
   except RuntimeError:
@@ -281,7 +281,7 @@ def append_text(path, text: str):
 
 @contextlib.contextmanager
 def local(path):
-  """The name of a local file with the content of this one, for libraries that open nothing else."""
+  """The name of a local file with the content of this one, for libraries that only open local files."""
   path = absolute(path)
   if not is_remote(path):
     yield os.fspath(path)

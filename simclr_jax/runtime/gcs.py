@@ -16,9 +16,9 @@ SILENCE = (
 class FileSystem(core.GCSFileSystem):
   """gcsfs with three differences.
 
-  No listing is kept, for other processes write too.  A request that is not answered is sent again, as gcsfs does after
-  429, 5xx and lost connections: six times in all, with growing pauses.  What fails in the end is an OSError of one line,
-  whatever type the libraries below have for it.
+  Listings are not cached, because other processes also write.  A request that is not answered is sent again, as gcsfs does
+  after 429, 5xx and lost connections: six times in all, with growing pauses.  A final failure is an OSError of one line,
+  whatever type the libraries below use for it.
   """
 
   def __init__(self, **options):
@@ -36,7 +36,7 @@ class FileSystem(core.GCSFileSystem):
       raise OSError(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
   def look_at_bucket(self, path: str):
-    """Raises OSError where there is no such bucket, or it may not be looked at."""
+    """Raises OSError if there is no such bucket, or it may not be inspected."""
     self.call("GET", "b/{}", self.split_path(path)[0])
 
   def read_part(self, path: str, begin: int, length: int, generation: str) -> bytes:
@@ -53,6 +53,6 @@ class FileSystem(core.GCSFileSystem):
     return content
 
   def remove_generation(self, path: str, generation: str):
-    """Deletes an object; raises FileExistsError where it has been written anew since this generation."""
+    """Deletes an object; raises FileExistsError if it has been rewritten since this generation."""
     bucket, key, _ = self.split_path(path)
     self.call("DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=generation)

@@ -1,4 +1,4 @@
-"""What the operating system lets this process have, looked at before anything runs into it."""
+"""Limits of the operating system for this process, checked before anything runs into them."""
 
 import contextlib
 import resource
@@ -10,10 +10,10 @@ ADDRESSES = 4 << 30  # bytes of address space; with 3 GiB the smallest recipe ru
 
 
 def check():
-  """Raises this process's limit of open files as far as it may; XLA, TensorFlow and Orbax hang where they run out of them.
+  """Raises this process's limit of open files as far as possible; XLA, TensorFlow and Orbax hang when they run out.
 
   Raises:
-    UserError: that is too few, or there is too little address space.
+    UserError: the limit is still too low, or there is too little address space.
   """
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)

@@ -23,8 +23,8 @@ _guard = threading.Lock()
 def take(workdir):
   """Takes the lock of a workdir; a lock of this process is kept.
 
-  The lock of a process that is gone is taken over: at once where that was a process of this machine, else after SILENCE
-  seconds in which nobody has renewed it.
+  The lock of a process that is gone is taken over: at once if it was a process on this machine, otherwise after SILENCE
+  seconds without renewal.
 
   Raises:
     UserError: another run has it; one line with its host, process id and start time.
@@ -117,7 +117,9 @@ def _wait_for_the_end(path):
   except (ValueError, KeyError, TypeError):  # damaged
     host, process, started, here, gone = "an unknown host", "unknown", "at an unknown time", False, False
   if not here:
-    print(f"{path} is of process {process} on {host}: waiting up to {SILENCE:.0f} s for a sign of life", flush=True)
+    print(
+      f"{path} belongs to process {process} on {host}: waiting up to {SILENCE:.0f} s for a sign of life", flush=True
+    )
     end = time.monotonic() + SILENCE
     while time.monotonic() < end and _read(path) == first:
       time.sleep(min(1.0, SILENCE / 10))

@@ -1,7 +1,7 @@
-"""The one training loop: restore, step, log, evaluate, save.  Programs hand it a Task and get a trained state back.
+"""The shared training loop: restore, step, log, evaluate, save.  Programs pass it a Task and get back a trained state.
 
-Order, which resuming relies on: the state of step s is saved after s updates; batch s is a pure function of (seed, s);
-so a run that stops anywhere and restores step s sees the same batch next as one that never stopped.
+Resuming relies on this order: the state of step s is saved after s updates, and batch s is a pure function of (seed, s).
+So a run that stops anywhere and restores step s next sees the same batch as one that never stopped.
 """
 
 import collections
@@ -70,8 +70,7 @@ class Rollback:
   """What to do when training diverges: the section `rollback` of a config.
 
   Attributes:
-    times: how often a run may go back to its newest checkpoint and on with the batches after those that it fell over;
-      0 stops it.
+    times: how often a run may return to its newest checkpoint and skip the batches on which it diverged; with 0 it stops.
     spike: standard deviations above the mean of the last 128 losses at which a finite loss counts as diverged; 0: none.
   """
 
@@ -86,11 +85,11 @@ class Rollback:
 
 
 class Diverged(UserError):
-  """The loss is not finite any more, or has leapt."""
+  """The loss is no longer finite, or has jumped."""
 
 
 class Disagreement(UserError):
-  """The devices or processes of a run no longer do the same: nothing of it is saved."""
+  """The devices or processes of a run no longer agree; nothing from it is saved."""
 
 
 class Interrupted(Exception):
@@ -169,7 +168,7 @@ def abstract_step(task: Task, mesh, batch):
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-  """How often the loop does what; intervals are in steps.
+  """How often the loop saves, logs and traces; intervals are in steps.
 
   Attributes:
     checkpoint_every: 0 saves at the end only.
@@ -207,9 +206,9 @@ def run(
     (final state, seconds per phase).
 
   Raises:
-    Diverged: the loss became nan or infinite, or leapt, once too often for `config.rollback`; nothing of it is saved.
+    Diverged: the loss became nan or infinite, or jumped, once too often for `config.rollback`; nothing from it is saved.
     Interrupted: SIGINT, SIGTERM or SIGHUP; the state was saved first.
-    OSError: a checkpoint could not be written; names the one that is good.
+    OSError: a checkpoint could not be written; the message names the one that is good.
   """
   return Loop(task, config, mesh=mesh, workdir=workdir, config_json=config_json, seed=seed).run()
 
@@ -218,9 +217,9 @@ class Loop:
   """One run of `run`, phase by phase.
 
   Attributes:
-    step: number of the update that is being made, or was made last.
+    step: number of the current update, or of the last one.
     state: after `step` updates.
-    window: metrics on the devices that have not been fetched yet, one entry a step.
+    window: metrics on the devices that have not been fetched yet, one entry per step.
   """
 
   state: State
@@ -297,7 +296,7 @@ class Loop:
   # ---- start, and start again ----------------------------------------------------------------------------------
 
   def restore(self, seed: int):
-    """The newest checkpoint's state, or a new one; constants and the compiled update follow from it."""
+    """Sets the newest checkpoint's state, or a new one, and the constants and compiled update that depend on it."""
     with self.clock.phase("start"):
       self.first, self.state = self.checkpoints.restore_newest(self.like)
       if self.state is None:
@@ -327,7 +326,7 @@ class Loop:
     with self.clock.phase("start"):
       good, self.state = self.checkpoints.restore_newest(self.like)
     self.skipped.add(good, self.step - good)
-    self.progress.note(f"{error}; going back to step {good} and past its next {self.step - good} batches")
+    self.progress.note(f"{error}; returning to step {good} and skipping the next {self.step - good} batches")
     self.window, self.last_logged = [], good
     self.in_flight.clear()
     self.restore_losses()
@@ -451,7 +450,7 @@ class Loop:
       self.trace(begin <= self.step < begin + self.config.profile_steps)
 
   def trace(self, wanted: bool):
-    """Starts or ends the profiler's trace, if it is not as wanted."""
+    """Starts or ends the profiler's trace when it is due."""
     if wanted != self.tracing:
       with self.clock.phase("trace"):
         jax.block_until_ready(self.state)
@@ -463,7 +462,7 @@ class Loop:
     self.close()
     name = signal.Signals(self.signals.received).name
     raise Interrupted(
-      f"{name}: stopped after step {self.step} and saved it; go on with --resume",
+      f"{name}: stopped after step {self.step} and saved it; resume with --resume",
       signals.exit_code(self.signals.received),
     )
 

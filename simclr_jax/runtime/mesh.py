@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh axis, `data`; batches are split over it, everything else is a copy on every device."""
+"""Placement of arrays: one mesh axis, `data`; batches are split over it, everything else is copied to every device."""
 
 import functools
 import os
@@ -21,7 +21,7 @@ def make_mesh(devices=None) -> Mesh:
 
 
 def check_devices():
-  """Raises UserError, in one line, if JAX finds no devices, as where JAX_PLATFORMS names what this machine does not have."""
+  """Raises UserError, in one line, if JAX finds no devices, for example if JAX_PLATFORMS names one that is not there."""
   try:
     jax.devices()
   except Exception as error:  # RuntimeError, or an AssertionError without a word
@@ -47,16 +47,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def by_rows(mesh: Mesh, tree):
-  """Shardings that split axis 0 of every leaf over all devices; where their number does not divide it, it is replicated."""
+  """Shardings that split axis 0 of every leaf over all devices; leaves whose size is not a multiple are replicated."""
   split = lambda leaf: batch_sharding(mesh) if leaf.ndim and leaf.shape[0] % mesh.size == 0 else replicated(mesh)  # noqa: E731
   return jax.tree.map(split, tree)
 
 
 def zero1(mesh: Mesh, opt_state):
-  """Shardings for an optimizer state of which every device keeps a share (ZeRO stage 1, arXiv 1910.02054).
+  """Shardings for an optimizer state of which every device keeps a part (ZeRO stage 1, arXiv 1910.02054).
 
-  A leaf is split along its longest axis that the number of devices divides; where there is none it is replicated.
-  The update of a parameter is then made where its share of the state is, and gathered.
+  A leaf is split along its longest axis that the number of devices divides; if there is none, it is replicated.
+  Each part of a parameter's update is then computed where that part of the state is, and gathered.
   """
 
   def split(leaf):
@@ -72,7 +72,7 @@ def zero1(mesh: Mesh, opt_state):
 def global_batch(mesh: Mesh, local):
   """A tree of this process's numpy rows [b_local, ...] -> the global arrays [b, ...], split over `data`.
 
-  What is a JAX array already, such as images that live on the devices, is left as it is.
+  Leaves that are already JAX arrays, such as images on the devices, are left as they are.
   """
   sharding = batch_sharding(mesh)
   put = functools.partial(jax.make_array_from_process_local_data, sharding)

@@ -1,4 +1,4 @@
-"""What a run keeps of its numbers: metrics.jsonl, TensorBoard, and Weights & Biases if asked for."""
+"""Logs of a run's numbers: metrics.jsonl, TensorBoard, and Weights & Biases if requested."""
 
 import contextlib
 import hashlib
@@ -118,7 +118,7 @@ def _wandb_run(workdir, project: str):
 
 
 def projector(workdir, h, labels=None):
-  """Leaves h [n, d], with labels [n] if there are any, where TensorBoard's projector finds it: three files of text."""
+  """Writes h [n, d], with labels [n] if there are any, for TensorBoard's projector: three text files."""
   workdir = files.absolute(workdir)
   files.write_text(workdir / "h.tsv", "".join("\t".join(f"{x:.6g}" for x in row) + "\n" for row in h))
   config = 'embeddings {\n  tensor_name: "h"\n  tensor_path: "h.tsv"\n'
@@ -141,7 +141,7 @@ def show(workdir, step: int, pictures: dict):
 
 
 def read(workdir) -> list[dict]:
-  """Rows of metrics.jsonl, oldest first; a line that is not a row, cut short by a crash or damaged, is left out."""
+  """Rows of metrics.jsonl, oldest first; lines cut short by a crash or otherwise damaged are left out."""
   path = files.absolute(workdir) / "metrics.jsonl"
   rows = []
   for line in path.read_bytes().splitlines() if path.exists() else []:

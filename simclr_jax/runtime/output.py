@@ -1,4 +1,4 @@
-"""Standard output and error that may be lost, with a terminal, a reader or a disk, without stopping what writes to them."""
+"""Standard output and error that may be lost (with a terminal, a reader or a disk) without stopping the program."""
 
 import contextlib
 import os
@@ -41,8 +41,8 @@ class _Stream:
 
 
 def open_standard_files():
-  """Opens /dev/null in the place of standard input, output or error where the process began without it; otherwise the next
-  file that is opened, a checkpoint for instance, would take its number and get what is printed."""
+  """Opens /dev/null for standard input, output or error if the process started without it; otherwise the next opened
+  file, such as a checkpoint, would take its number and receive what is printed."""
   for number in range(3):
     try:
       os.fstat(number)

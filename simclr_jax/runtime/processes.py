@@ -1,4 +1,4 @@
-"""The processes of one run: they start together, and agree on what one of them found out."""
+"""The processes of one run: they start together, and share what one of them found out."""
 
 import contextlib
 import functools
@@ -35,11 +35,11 @@ _calls = itertools.count()  # names what the processes agree on: they all call t
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None):
   """Joins the other processes of the run, if there are any; call it before anything asks JAX for its devices.
 
-  With arguments: the processes find each other at `coordinator` (host:port of process 0).  Without: JAX looks for a
-  cluster (Cloud TPU, GKE, SLURM, Open MPI) and this process runs alone where there is none.
+  With arguments, the processes find each other at `coordinator` (host:port of process 0).  Without, JAX looks for a
+  cluster (Cloud TPU, GKE, SLURM, Open MPI), and this process runs alone if there is none.
 
   Raises:
-    ValueError: some of the three arguments are given and some are not, or they contradict each other.
+    ValueError: only some of the three arguments are given, or they contradict each other.
   """
   initialize = functools.partial(
     jax.distributed.initialize,
@@ -85,7 +85,7 @@ def _limited(seconds: float, who: str, where: str):
 
   def give_up():
     print(
-      f"simclr: {who} has waited {seconds:.0f} s{where} for all processes of the run to join: look at what the others said, "
+      f"simclr: {who} has waited {seconds:.0f} s{where} for all processes of the run to join: check the output of the others, "
       "and start all of them with the same flags",
       file=sys.stderr,
       flush=True,
@@ -137,7 +137,7 @@ def check_agreement(first: Mapping[str, Any], other: Mapping[str, Any], process:
 
 
 def of_this_program() -> dict[str, str]:
-  """What has to be the same in every process whatever it computes: this package's code, and the versions of libraries."""
+  """What must be the same in every process, whatever it computes: this package's code and the versions of libraries."""
   package = pathlib.Path(__file__).resolve().parents[1]
   digest = hashlib.sha256()
   for path in sorted(package.rglob("*.py")):
@@ -179,7 +179,7 @@ def run_on_primary(what):
 
 
 def barrier(name: str):
-  """Waits until every process has come here; afterwards none is late for the collectives that follow."""
+  """Waits until every process has arrived here, so that none is late for the collectives that follow."""
   # Not multihost_utils.sync_global_devices: that waits in a collective on the devices, and collectives are what gives up
   # (Gloo, on CPUs) or waits forever (on TPUs) when a process comes late or never.  The coordination service waits as
   # long as the watchdog lets a phase take; where a process is lost meanwhile, the watchdog ends those that wait.

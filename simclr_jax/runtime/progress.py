@@ -1,4 +1,4 @@
-"""What a person sees of a running program: one line of progress, and where the time goes."""
+"""What a person sees while a program runs: one line of progress, and where the time goes."""
 
 import collections
 import contextlib
@@ -24,7 +24,7 @@ class Clock:
 
   @contextlib.contextmanager
   def phase(self, name: str, part: str = ""):
-    """Adds what happens within to the seconds of `name`; a `part` that takes longer than others has a name of its own for
+    """Adds the time spent within to the seconds of `name`; a `part` that takes longer than others has its own name for
     the watchdog."""
     start = time.monotonic()
     watchdog.set_phase(f"{name} {part}".rstrip())
@@ -72,7 +72,7 @@ class Progress:
   file.
 
   Args:
-    show: which numbers of a program stand in it after the loss, {key: label}; a label that ends in " %" shows a fraction
+    show: the numbers shown after the loss, {key: label}; a label that ends in " %" shows a fraction
       in percent: {"accuracy": "acc %"} becomes "acc 53.2 %".
   """
 
@@ -118,7 +118,7 @@ class Progress:
 
   @contextlib.contextmanager
   def doing(self, what: str):
-    """Says what takes long, and how long it took."""
+    """Announces what takes long, and then how long it took."""
     began = time.monotonic()
     if self._active and self._live:
       sys.stdout.write(f"\r\033[K{what} ...")

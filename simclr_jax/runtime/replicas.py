@@ -1,7 +1,7 @@
-"""Whether every device holds the same: of what is replicated, all copies must be equal to the bit.
+"""Checks that every device holds the same: all copies of replicated arrays must be equal bit for bit.
 
-Nothing else would show it: a device with a flipped bit in its copy of the parameters makes other gradients from then on,
-which are averaged with everybody's, and the loss goes on falling.
+Nothing else would reveal a difference: a device with a flipped bit in its copy of the parameters computes other gradients
+from then on, which are averaged with all others, and the loss keeps falling.
 """
 
 import functools
@@ -19,10 +19,10 @@ ODD = 0x9E3779B1  # tells leaves apart that have changed places
 def difference(mesh: Mesh, tree) -> str:
   """Compares the copies of every replicated array of `tree` on all devices of the mesh; every process calls it.
 
-  One pass over the arrays on each device, and four bytes from each on the wire.
+  It takes one pass over the arrays on each device, and four bytes of traffic from each.
 
   Returns:
-    which devices have copies that are not those of most, in words; empty if all are equal.
+    which devices have copies that differ from the majority, in words; empty if all are equal.
   """
   leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and x.size and x.sharding.is_fully_replicated]
   return named(mesh, processes.gather(_checksums(mesh)(leaves))) if mesh.size > 1 and leaves else ""

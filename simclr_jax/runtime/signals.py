@@ -1,7 +1,7 @@
-"""What the signals that stop a run do outside of the training steps, and what a person who sends one is told at once.
+"""How signals stop a run outside of the training steps, and the immediate answer to whoever sends one.
 
-Python runs a handler between two bytecodes of the main thread, which may be compiling for minutes.  So a thread hears of
-each signal through Python's wakeup file descriptor, says what will happen, and on the second one ends the process.
+Python runs a handler between two bytecodes of the main thread, which may be compiling for minutes.  So a thread receives
+each signal through Python's wakeup file descriptor, says what will happen, and ends the process on the second signal.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ class Stopped(BaseException):
 
 
 def exit_code(number: int) -> int:
-  """Of a process that a signal has stopped: 130 for Ctrl-C, else 42, with which schedulers start it again."""
+  """The exit code of a process stopped by a signal: 130 for Ctrl-C, otherwise 42, after which schedulers restart it."""
   return 130 if number == signal.SIGINT else 42
 
 
@@ -31,8 +31,8 @@ def exit_code(number: int) -> int:
 def heard():
   """Within it a first signal is answered at once with one line, and a second one ends the process; in the main thread.
 
-  SIGTERM and SIGHUP raise Stopped, SIGINT raises KeyboardInterrupt as ever.  A signal that is ignored, SIGHUP under nohup
-  for instance, stays so.
+  SIGTERM and SIGHUP raise Stopped; SIGINT raises KeyboardInterrupt as usual.  An ignored signal, such as SIGHUP under nohup,
+  stays ignored.
   """
   if threading.current_thread() is not threading.main_thread():
     yield
@@ -60,7 +60,7 @@ def heard():
 def _stop(number, frame):
   signal.signal(number, lambda *_: None)  # a second one is for the listener
   name = signal.Signals(number).name
-  raise Stopped(f"{name}: stopped; what was saved is complete, go on with --resume")
+  raise Stopped(f"{name}: stopped; what was saved is complete; resume with --resume")
 
 
 def _listen(read, heard):
@@ -72,7 +72,7 @@ def _listen(read, heard):
         continue
       name = signal.Signals(number).name
       if heard:
-        _say(f"{name}: stopped at once; what was saved before is complete, go on with --resume")
+        _say(f"{name}: stopped at once; what was saved before is complete; resume with --resume")
         with contextlib.suppress(Exception):
           lock.release_all()
         os._exit(exit_code(number))

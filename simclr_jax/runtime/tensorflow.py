@@ -1,4 +1,4 @@
-"""TensorFlow, whoever imports it first: without its start-up chatter, and kept off the accelerators, which are JAX's."""
+"""TensorFlow without its start-up messages, and kept off the accelerators, which JAX uses, whoever imports it first."""
 
 import functools
 import importlib.abc

@@ -1,9 +1,9 @@
 """Ends this process when another process of the run is gone, or when its own main thread hangs.
 
-By itself JAX keeps the others of a process that raised waiting for minutes, and of one that hangs forever.  Here every
-process of a run with several of them has a guard: a thread that says "alive" to the others through JAX's coordination
-service, and that ends its own process, with one line, when another has stopped, has fallen silent, or when the main
-thread has not moved for too long.  How long that is, it learns from the steps, evaluations and saves that went well.
+JAX alone lets the other processes wait for minutes when one raises, and forever when one hangs.  Here every
+process of a run with several processes has a guard: a thread that says "alive" to the others through JAX's coordination
+service, and that ends its own process, with one line, when another has stopped or fallen silent, or when the main
+thread has not moved for too long.  It learns this time limit from the steps, evaluations and saves that went well.
 """
 
 import collections
@@ -32,9 +32,9 @@ _guard = None
 class Limits:
   """How long each phase may take, learned from how long it took.
 
-  Of a step: five times the longest, within LEAST and MOST, but twice the longest in any case.  The very first, in which a
-  pipeline fills its buffers, is not counted once ENOUGH were seen.  Other phases: five times the longest, LEAST at least.
-  SIMCLR_HANG_SECONDS replaces what is learned of steps.
+  A step may take five times the longest, within LEAST and MOST, but always twice the longest.  The very first step, in which
+  a pipeline fills its buffers, is not counted once ENOUGH were seen.  Other phases may take five times the longest, and at
+  least LEAST.  SIMCLR_HANG_SECONDS replaces the learned limit for steps.
   """
 
   def __init__(self):
@@ -72,7 +72,7 @@ def start(client, index: int, count: int):
 
 
 def set_phase(phase: str):
-  """Tells the guard that the main thread has entered this phase (one of progress.Clock), and that the one before it went
+  """Tells the guard that the main thread has entered this phase (one of progress.Clock), and that the previous one went
   well."""
   if _guard:
     _guard.set_phase(phase)
@@ -80,7 +80,7 @@ def set_phase(phase: str):
 
 @contextlib.contextmanager
 def training():
-  """Within it the guard learns how long phases take; outside, any may take FIRST."""
+  """Within it the guard learns how long phases take; outside, any phase may take FIRST."""
   if _guard:
     _guard.limits = Limits()
   try:
@@ -97,7 +97,7 @@ def await_verdict():
 
 
 def leave(code: int, message: str = ""):
-  """Takes leave of the others.  If this process failed, it ends at once and they are told why; otherwise it returns."""
+  """Signs off from the others.  If this process failed, it ends at once and they are told why; otherwise it returns."""
   if _guard and code not in (0, 42):
     _guard.stop(message or f"it stopped with exit code {code}", code)
   if _guard:
@@ -105,7 +105,7 @@ def leave(code: int, message: str = ""):
 
 
 def longest_wait() -> float:
-  """Seconds that a process may spend in its slowest phase, after which waiting for it makes no sense."""
+  """Seconds that a process may spend in its slowest phase, after which there is no point in waiting for it."""
   return 2 * FIRST
 
 
@@ -214,7 +214,7 @@ class _Guard(threading.Thread):
     return f"process {process} of {self._count}{f' (on {host})' if host else ''} is gone: {why}"
 
   def _say(self, why):
-    print(f"simclr: {why}; the last checkpoint is complete, go on with --resume", file=sys.stderr)
+    print(f"simclr: {why}; the last checkpoint is complete; resume with --resume", file=sys.stderr)
 
   def _end(self, why):
     self._say(why)

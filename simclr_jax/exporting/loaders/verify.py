@@ -26,13 +26,13 @@ def main() -> int:
   versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
   line = f"largest relative difference {worst:.2g} on {len(example['images'])} images ({versions})"
   rounding = float(example["rounding"])
-  reason = f"h moves by {rounding:.2g} when the images do by 1e-07"
+  reason = f"h moves by {rounding:.2g} when the images change by 1e-07"
   if worst <= TOLERANCE:
     print(line)
   elif worst <= 10 * rounding:
-    print(f"{line}: the rounding of float32, for {reason}")
+    print(f"{line}: this is float32 rounding, since {reason}")
   else:
-    print(f"{line}: more than {TOLERANCE} and than rounding explains, for {reason}")
+    print(f"{line}: more than {TOLERANCE} and than rounding explains, since {reason}")
     return 1
   return 0
 
