@@ -16,16 +16,15 @@ RECIPES = (
   *(f"v1:{width}" for width in ("1x", "2x", "4x")),
   *(f"v2:r{depth}_{width}x_sk{sk}" for depth in (50, 101, 152) for width in (1, 2, 3) for sk in (0, 1)),
 )
-HEAD = """# Every recipe of the papers on the pod of their size
+HEAD = """# Every recipe of the papers on a pod of the papers' size
 
-The papers used 128 TPU v3 cores and "128 Cloud TPUs"; here recipes are compiled for a v4 pod slice of 128 chips.  Made by
-`python -m benchmarks.plans`, which adds those that are not here yet, minutes to an hour each; what the columns mean and how
-far to trust them is in [scaling.md](scaling.md).  **All times are a compiler's estimates; no TPU has run these recipes here.**
-The range is that of scaling.md too: chips as fast as their data sheet, and as slow as the estimate with collectives on top.
-These rows were compiled with the packed arrangement of the encoder.  Hours and chip-hours are of the recipe's epochs, without
-evaluation and checkpoints.
+The papers used 128 TPU v3 cores and "128 Cloud TPUs"; here the recipes are compiled for a v4 pod slice of 128 chips.  **All
+times are a compiler's estimates; no TPU has run these recipes here.**  [scaling.md](scaling.md) explains the columns, the
+range, and how far to trust them.  All rows use the packed arrangement of the encoder.  Hours and chip-hours cover the epochs
+of the recipe, without evaluation and checkpoints.  `python -m benchmarks.plans` makes this page and adds missing recipes,
+which takes minutes to an hour each.
 
-| recipe | batch | encoder, M | as it is | with | GiB a chip | est. ms a step | range | est. images/s/chip | est. MFU | est. hours | est. chip-hours |
+| recipe | batch | encoder, M | as it is | with | GiB per chip | est. ms per step | range | est. images/s/chip | est. MFU | est. hours | est. chip-hours |
 |---|---|---|---|---|---|---|---|---|---|---|---|
 """
 

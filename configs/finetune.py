@@ -11,7 +11,7 @@ Expected:  ImageNet top-1 of ResNet-50.  v1 48.3 (1 %), 65.6 (10 %); 58.5, 71.7 
            kernels 74.9, 80.1, 83.1 (Table 1).  Supervised with 1 % 25.4, with 10 % 56.4 (v1; 12.3 and 52.0 in v2); with
            all labels after 90, 500, 1,000 epochs (v1, Table B.3): crops 76.5, 76.2, 75.8; -color 75.6, 76.5, 75.2;
            -color_blur 75.3, 76.7, 76.4; the same three at 4x 78.4, 78.3, 77.9; 78.9, 78.4, 78.2; 78.7, 78.5, 78.3
-           small: not measured yet
+           small: the table in docs/downstream.md
 Source:    arXiv 2002.05709, section 6 and App. B.5; arXiv 2006.10029, section 2.2, Table 1 and App. A (learning rate
            0.005 * sqrt(batch) for ResNet-50, 0.002 * sqrt(batch) for wider ones and selective kernels); head layer and
            epochs: google-research/simclr, README and released checkpoints; supervised: its released baselines

@@ -9,7 +9,6 @@ import pathlib
 import pty
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -502,9 +501,9 @@ def test_completion_in_zsh(tmp_path):
 
   script = completion.script(cli.parser().parse_args(["completion", "zsh"]).parsers, "zsh")
   (tmp_path / "simclr.zsh").write_text(script)
-  process, terminal = pty.fork()
-  if not process:
-    os.execvpe("zsh", ["zsh", "-f"], os.environ | {"TERM": "dumb", "COLUMNS": "200"})
+  terminal, inside = pty.openpty()
+  environment = os.environ | {"TERM": "dumb", "COLUMNS": "200"}
+  shell = subprocess.Popen(["zsh", "-f"], stdin=inside, stdout=inside, stderr=inside, start_new_session=True, env=environment)  # fmt: skip
 
   def typed(keys, until):
     """What the terminal shows after these keys, until that and a second of quiet have come."""
@@ -518,8 +517,8 @@ def test_completion_in_zsh(tmp_path):
   assert "ready" in typed(setup, until="ready")
   for line, word in [("simclr pret", "pretrain"), ("simclr pretrain --config=smo", "--config=smoke"), ("simclr knn --wor", "--workdir=")]:  # fmt: skip
     assert typed(f"\x15{line}\t", until=word).rstrip("\x07").endswith(word), line
-  os.kill(process, signal.SIGKILL)
-  os.waitpid(process, 0)
+  shell.kill()
+  shell.wait()
 
 
 def test_every_command_has_a_main():
