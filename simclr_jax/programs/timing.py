@@ -5,6 +5,7 @@ Every row is the step of a run of `simclr pretrain`, compiled and fed as there; 
 
 import dataclasses
 import functools
+import gc
 import json
 import time
 
@@ -14,7 +15,7 @@ import numpy as np
 from simclr_jax import contrast, report
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import plan, pretrain, splits
-from simclr_jax.runtime import aot, files, loop, processes, watchdog
+from simclr_jax.runtime import aot, cpu, files, loop, processes, watchdog
 from simclr_jax.runtime import mesh as mesh_lib
 
 STEPS, SECONDS = (
@@ -230,11 +231,17 @@ def run(config, *, packed: bool = False, json_file: str = "") -> dict:
       step = Step(config_lib.replace(config, changes), source, mesh, form)
       rows.append(row | step.measure())
       recipe = recipe or step
+      del step
+      gc.collect()
+      cpu.give_back_memory()
     except ValueError as error:
       if not rows:
         raise
       rows.append(row | {"refused": str(error)})
-    note(f"timed       {what}" + (f": not possible, {rows[-1]['refused']}" if "refused" in rows[-1] else ""))
+    found = (
+      f"not possible, {rows[-1]['refused']}" if "refused" in rows[-1] else f"{_short(rows[-1]['step_seconds'], 1e3)} ms"
+    )
+    note(f"timed       {what}: {found}")
   again = float(np.median(recipe.seconds())) if recipe else 0.0
   drift = abs(again / rows[0]["step_seconds"] - 1)
   statistics = jax.local_devices()[0].memory_stats() or {}  # those of other processes cannot be asked

@@ -58,3 +58,14 @@ def _keep_freed_memory() -> bool:
   except (AttributeError, OSError):  # not glibc
     return False
   return all([mallopt(parameter, value) for parameter, value in _MALLOPT.values()])
+
+
+def give_back_memory():
+  """Returns freed memory to the kernel, which `prepare` told malloc to keep.
+
+  The temporaries of one program of several GB do not fit where those of another were, so that both would stay.
+  """
+  try:
+    ctypes.CDLL(None).malloc_trim(0)
+  except (AttributeError, OSError):  # not glibc
+    pass
