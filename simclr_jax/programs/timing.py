@@ -5,7 +5,6 @@ Every row is the step of a run of `simclr pretrain`, compiled and fed as there; 
 
 import dataclasses
 import functools
-import gc
 import json
 import time
 
@@ -63,6 +62,8 @@ class Step:
     self.stream = self.task.stream(0)
     self.batches = [mesh_lib.global_batch(mesh, next(self.stream)) for _ in range(2)]
     self.compiled = loop.compile_step(self.task, mesh, like).lower(like, self.batches[0]).compile()
+    if memory := self.compiled.memory_analysis():
+      cpu.make_room(aot.peak_bytes(memory))
 
   def seconds(self) -> np.ndarray:
     """float64 [k]: seconds between the ends of steps, of which one always waits for the one before, as in a run."""
@@ -231,9 +232,6 @@ def run(config, *, packed: bool = False, json_file: str = "") -> dict:
       step = Step(config_lib.replace(config, changes), source, mesh, form)
       rows.append(row | step.measure())
       recipe = recipe or step
-      del step
-      gc.collect()
-      cpu.give_back_memory()
     except ValueError as error:
       if not rows:
         raise

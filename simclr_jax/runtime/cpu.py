@@ -12,6 +12,10 @@ _ACCELERATORS = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vf
 # mallopt(3): never hand freed memory back to the kernel, take none by mmap, and share one arena (others use mmap).
 _MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
 
+# Its defaults; the threshold above which mmap is used is the largest to which it would have risen by itself.
+_AS_USUAL = {"M_TRIM_THRESHOLD": (-1, 64 << 20), "M_MMAP_THRESHOLD": (-3, 32 << 20), "M_MMAP_MAX": (-4, 65536)}
+LARGE = 1 << 30  # bytes
+
 
 def choose_platform() -> bool:
   """Sets JAX_PLATFORMS=cpu if it is unset and the machine shows no accelerator; call it before jax is imported.
@@ -60,12 +64,19 @@ def _keep_freed_memory() -> bool:
   return all([mallopt(parameter, value) for parameter, value in _MALLOPT.values()])
 
 
-def give_back_memory():
-  """Returns freed memory to the kernel, which `prepare` told malloc to keep.
+def make_room(program_bytes: int) -> bool:
+  """Undoes what `prepare` told malloc if a program is LARGE, and returns freed memory to the kernel; whether it did.
 
-  The temporaries of one program of several GB do not fit where those of another were, so that both would stay.
+  In memory that malloc keeps, small arrays come to lie between the temporaries of two steps, so that those of the next fit
+  nowhere: the process grows to three or four times their size.  A step takes up to a fifth longer then, but the kernel does
+  not kill the run.
   """
+  if program_bytes < LARGE or os.environ.get("JAX_PLATFORMS") != "cpu":
+    return False
   try:
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    done = [libc.mallopt(parameter, value) for parameter, value in _AS_USUAL.values()]
+    libc.malloc_trim(0)
   except (AttributeError, OSError):  # not glibc
-    pass
+    return False
+  return all(done)

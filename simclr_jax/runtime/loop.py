@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax.runtime import checkpoint, files, lock, processes, replicas, signals, watchdog
+from simclr_jax.runtime import aot, checkpoint, cpu, files, lock, processes, replicas, signals, watchdog
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -349,6 +349,8 @@ class Loop:
       with self.clock.phase("compile"), self.progress.doing("compiling the step"):
         step = compile_step(self.task, self.mesh, self.like)
         self.compiled = compiled = step.lower(self.state, batch, *self.constants).compile()
+        if (memory := compiled.memory_analysis()) and cpu.make_room(size := aot.peak_bytes(memory)):
+          self.progress.note(f"memory      the step needs {size / aot.GIB:.1f} GiB: malloc gives freed memory back")
         processes.barrier("compiled")
     with self.clock.phase("step"):
       self.state, metrics = compiled(self.state, batch, *self.constants)
