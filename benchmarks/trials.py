@@ -25,6 +25,7 @@ SMALL = {
 }  # fmt: skip
 FOUR_VIEWS = {"augment.views": 4, "batch_size": 128}
 SGD = {"optimizer.name": "sgd", "optimizer.weight_decay": 5e-4}
+LARS = {"optimizer.name": "lars", "optimizer.base_lr": 1.0}
 # recipe: {name: stages}, a stage being (its epochs, its changes); it goes on with the weights and the head of the one before
 CIFAR10 = {
   "base": [(1.0, {})],
@@ -38,7 +39,9 @@ CIFAR10 = {
   "four views, rate 4e-3, temperature 0.1": [(0.5, FOUR_VIEWS | {"optimizer.base_lr": 4e-3, "loss.temperature": 0.1})],
   "color strength 1": [(1.0, {"augment.color_strength": 1.0})],
   "SGD 0.1": [(1.0, SGD | {"optimizer.base_lr": 0.1})],
-  "LARS 1": [(1.0, {"optimizer.name": "lars", "optimizer.base_lr": 1.0})],
+  "LARS 1": [(1.0, LARS)],
+  "LARS 2": [(1.0, LARS | {"optimizer.base_lr": 2.0})],
+  "LARS 1, four views": [(0.5, FOUR_VIEWS | LARS)],
   "Muon 0.01": [(1.0, {"optimizer.base_lr": 0.01})],
   "rate 4e-3": [(1.0, {"optimizer.base_lr": 4e-3})],
   "average of weights": [(1.0, {})],
