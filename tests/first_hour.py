@@ -67,9 +67,7 @@ class Terminal:
     self.record.write(f"$ {command}\n{seen}\n")
     self.record.flush()
     assert code == 0, f"{command} ended with {code}:\n{seen[-3000:]}"
-    again = [
-      part for line in seen.split("\n") for part in line.rstrip("\r").split("\r")[1:]
-    ]  # written over what was there
+    again = [part for line in seen.split("\n") for part in line.rstrip("\r").split("\r")[:-1]]  # written over later
     wide = [part for part in again if len(part) > self.columns]
     assert not wide, f"{command}: {len(wide)} lines that are written over are wider than {self.columns}: {wide[0]!r}"
     return seen

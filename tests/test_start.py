@@ -21,7 +21,10 @@ def first(tmp_path_factory):
   here = tmp_path_factory.mktemp("first")
   spec = tiny.npz(here / "tiny.npz")
   config = tiny.config(**{"data.train": spec, "data.test": f"{spec}:test"})
-  pretrain.run(config, here / "run")
+  one_device = mesh_lib.make_mesh(jax.devices()[:1])  # compiling for eight takes three times as long
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
+    pretrain.run(config, here / "run")
   return here / "run", config
 
 
