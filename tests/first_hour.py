@@ -22,7 +22,7 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WIDTH, OTHER_WIDTHS = 80, (110, 200)
-SHORT_RUN = "simclr pretrain --config=smoke --workdir=runs/columns --overwrite --config.train_steps=60 --config.evaluate.every_steps=20"
+SHORT_RUN = "simclr pretrain --config=smoke --workdir=runs/columns --overwrite --config.train_epochs=1.0 --config.evaluate.every_epochs=0.5"
 END = "did-it-end"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\].*?\x07")
 
