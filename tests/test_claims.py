@@ -264,6 +264,19 @@ def test_an_error_at_any_cell_loses_that_cell_alone(few, spec, tmp_path, monkeyp
   assert findings[2].interval.low == pytest.approx(25)
 
 
+def test_what_another_command_added_stays(spec, tmp_path):
+  images = cells.open_images(spec, most_train=60, most_test=32)
+  one, other = (
+    claims.Cell("pixels", images, cells.config_of(cells.Setting(), seed, 1.0, {}), str(seed)) for seed in (0, 1)
+  )
+  results = claims.Results(tmp_path)
+  results.add(one, {"linear": 0.5})
+  claims.Results(tmp_path).add(other, {"linear": 0.6})
+  results.conclude({"summary": "Done."})
+  kept = json.loads((tmp_path / "claims.json").read_text())
+  assert kept["summary"] == "Done." and set(kept["cells"]) == {"0", "1"}
+
+
 def test_a_damaged_file_of_results_is_one_line(few, spec, tmp_path):
   (tmp_path / "claims.json").write_text('{"cells": {')
   with pytest.raises(errors.UserError, match="claims.json is damaged"):

@@ -9,6 +9,7 @@ import pytest
 PROGRAM = """
 import re
 from simclr_jax.runtime import cpu
+assert not cpu.make_room(cpu.LARGE)  # nothing was set
 print(cpu.prepare())
 import numpy as np
 
@@ -21,6 +22,7 @@ del arrays
 kept = resident()
 print(cpu.make_room(cpu.LARGE - 1), kept - resident() > 250)
 print(cpu.make_room(cpu.LARGE), kept - resident() > 250)
+assert not cpu.make_room(cpu.LARGE) and not cpu.make_room(None)  # done already
 """
 
 

@@ -249,21 +249,26 @@ def show_of_card(folder, exported):
   np.testing.assert_allclose(h, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FULL)
-def test_full_size(name, tmp_path, capsys):
-  """The table of docs/export.md: run with -s, and SIMCLR_TORCH_PYTHON for the torch formats."""
-  encoder = save(tmp_path / "encoder", *FULL[name])
+def every_format_agrees(name, encoder, there, tmp_path, capsys):
+  """Exports an encoder to every format that can be opened here, and to those of `there` by TORCH_PYTHON; shows how far h is."""
   formats = available(*HERE)
   export.run(output=tmp_path / "out", encoder=encoder, formats=formats)
   if has(TORCH_PYTHON, "torch", "torchvision", "timm", "transformers"):
-    formats += THERE
-    export.run(output=tmp_path / "out", encoder=encoder, formats=THERE, python=TORCH_PYTHON)
+    formats += there
+    export.run(output=tmp_path / "out", encoder=encoder, formats=there, python=TORCH_PYTHON)
   text = capsys.readouterr().out
   with capsys.disabled():
     print(f"\n{name}\n" + "\n".join(line for line in text.split("\n") if "largest" in line))
   found = differences(text)
   assert found.keys() == set(formats) and all(value <= 1e-5 for value in found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_full_size(name, tmp_path, capsys):
+  """The table of docs/export.md: run with -s, and SIMCLR_TORCH_PYTHON for the torch formats."""
+  encoder = save(tmp_path / "encoder", *FULL[name])
+  every_format_agrees(name, encoder, THERE, tmp_path, capsys)
 
 
 def test_torch_names_are_those_of_torchvision():

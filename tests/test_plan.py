@@ -82,6 +82,15 @@ NOTHING = {(): (99, 1.0), (HALF,): (90, 1.0), ("block",): (80, 1.0), ("zero1", "
 NOTHING |= {("zero1", "group"): (70, 1.0)}
 
 
+def planned(monkeypatch, recipe, sizes):
+  """(the row of the plan of a recipe on 128 chips, the compiler of what it asked for)."""
+  compiler = Compiler(sizes, [])
+  monkeypatch.setattr(plan, "measure", compiler)
+  monkeypatch.setattr(plan, "_momentum", lambda *_: 2 * GIB)
+  monkeypatch.setattr(aot, "topology", lambda name: (aot.CHIPS["v4"], [None] * 128))
+  return plan.plan(config_lib.load(recipe), "v4:4x4x8", 1_281_167, 1000, note=lambda _: None), compiler
+
+
 @pytest.mark.parametrize(
   "sizes, asked, changes",
   [
@@ -104,11 +113,7 @@ NOTHING |= {("zero1", "group"): (70, 1.0)}
   ],
 )
 def test_the_fastest_change_that_fits(monkeypatch, sizes, asked, changes):
-  compiler = Compiler(sizes, [])
-  monkeypatch.setattr(plan, "measure", compiler)
-  monkeypatch.setattr(plan, "_momentum", lambda *_: 2 * GIB)
-  monkeypatch.setattr(aot, "topology", lambda name: (aot.CHIPS["v4"], [None] * 128))
-  row = plan.plan(config_lib.load("v1:1x"), "v4:4x4x8", 1_281_167, 1000, note=lambda _: None)
+  row, compiler = planned(monkeypatch, "v1:1x", sizes)
   assert list(row["tried"])[:2] == ["", "--config.encoder.arrangement=packed"]
   assert len(compiler.asked) == asked and row["changes"] == changes
   if changes is None:
@@ -125,11 +130,7 @@ SMALLER = {"zero1": True, "encoder.remat": "block", "batch_size": 1024}
   [({(): (3, 0.03)}, 1, {}), (NOTHING | {(1024, "zero1", "block"): (19, 0.1)}, 4, SMALLER)],
 )
 def test_a_vision_transformer_has_one_arrangement_and_recomputes_blocks(monkeypatch, sizes, asked, changes):
-  compiler = Compiler(sizes, [])
-  monkeypatch.setattr(plan, "measure", compiler)
-  monkeypatch.setattr(plan, "_momentum", lambda *_: 2 * GIB)
-  monkeypatch.setattr(aot, "topology", lambda name: (aot.CHIPS["v4"], [None] * 128))
-  row = plan.plan(config_lib.load("vit:s16"), "v4:4x4x8", 1_281_167, 1000, note=lambda _: None)
+  row, compiler = planned(monkeypatch, "vit:s16", sizes)
   assert row["changes"] == changes and len(compiler.asked) == asked
   assert not any("packed" in name or "group" in name or "," in name for name in row["tried"])
 

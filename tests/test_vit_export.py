@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from test_exporting import (
   HEAD,
-  HERE,
   THERE,
   TORCH_PYTHON,
-  available,
   check_card,
   differences,
+  every_format_agrees,
   has,
   prove_here,
   random_like,
@@ -181,14 +180,4 @@ def test_full_size(name, tmp_path, capsys):
   """The second table of docs/export.md: run with -s, and SIMCLR_TORCH_PYTHON for the torch formats."""
   arguments, size = FULL[name]
   encoder = save(tmp_path / "encoder", arguments, size)
-  formats = available(*HERE)
-  export.run(output=tmp_path / "out", encoder=encoder, formats=formats)
-  if has(TORCH_PYTHON, "torch", "torchvision", "timm", "transformers"):
-    there = formats_of_torch(arguments.get("pool"))
-    formats += there
-    export.run(output=tmp_path / "out", encoder=encoder, formats=there, python=TORCH_PYTHON)
-  text = capsys.readouterr().out
-  with capsys.disabled():
-    print(f"\n{name}\n" + "\n".join(line for line in text.split("\n") if "largest" in line))
-  found = differences(text)
-  assert found.keys() == set(formats) and all(value <= 1e-5 for value in found.values()), found
+  every_format_agrees(name, encoder, formats_of_torch(arguments.get("pool")), tmp_path, capsys)

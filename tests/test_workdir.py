@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import bucket
@@ -246,6 +247,18 @@ def test_the_owner_on_another_machine_is_known_by_its_signs_of_life(tmp_path, wh
     monkeypatch.setattr(lock.time, "sleep", lambda _: files.write_text(run / "LOCK", json.dumps(other | {"beat": 1})))
     with pytest.raises(ValueError, match="is in use by process 123 on node7"):
       claim(run, resume=True)
+
+
+def test_a_lock_that_others_take_for_moments_is_waited_for(tmp_path, monkeypatch):
+  (tmp_path / "LOCK").write_text(json.dumps(lock._me() | {"beat": 3}))
+  monkeypatch.setattr(lock, "PATIENCE", 0.3)
+  with pytest.raises(ValueError, match="is in use by process"), lock.held(tmp_path):
+    pytest.fail("it was not free")
+  monkeypatch.setattr(lock, "PATIENCE", 60.0)
+  threading.Timer(0.3, (tmp_path / "LOCK").unlink).start()
+  with lock.held(tmp_path):
+    assert (tmp_path / "LOCK").exists()
+  assert not (tmp_path / "LOCK").exists()
 
 
 def test_a_sign_of_life_that_seemed_to_fail_is_not_another_owner():

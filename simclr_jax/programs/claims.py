@@ -2,16 +2,14 @@
 
 The runs are the cells of programs/cells.py; the claims are those of programs/experiments.py.  Every finished cell is written
 to claims.json at once, so a command that is killed and started again loses at most one cell.  Within a cell, SIGTERM and
-Ctrl-C save the state.  Several commands at once, on one
-machine or on many that share the folder, divide the cells among themselves.
+Ctrl-C save the state.  Several commands at once, on one machine or on many that share the folder, divide the cells among
+themselves.
 """
 
-import contextlib
 import dataclasses
 import json
 import re
 import shutil
-import time
 
 import numpy as np
 
@@ -160,14 +158,16 @@ class Results:
 
   def add(self, cell: Cell, numbers: dict):
     about = {"setting": cell.setting, "seed": cell.seed, "data": cell.images.name}
-    with alone(self._folder):
-      self.read()
-      self.cells[cell.key] = about | {"numbers": numbers}
-      files.write_text(self._file, json.dumps({"cells": self.cells}, indent=1))
+    self._write({cell.key: about | {"numbers": numbers}}, {})
 
   def conclude(self, end: dict):
     """Saves what was concluded from the cells, next to them."""
-    with alone(self._folder):
+    self._write({}, end)
+
+  def _write(self, cells: dict, end: dict):
+    with lock.held(self._folder):
+      self.read()
+      self.cells |= cells
       files.write_text(self._file, json.dumps({**end, "cells": self.cells}, indent=1))
 
   def scores(self, todo) -> dict[tuple[str, str], dict[int, dict]]:
@@ -177,23 +177,6 @@ class Results:
       if cell.key in self.cells:
         out.setdefault((cell.images.name, cell.setting), {})[cell.seed] = self.cells[cell.key]["numbers"]
     return out
-
-
-@contextlib.contextmanager
-def alone(folder):
-  """Holds the lock of a folder, which others have for moments only."""
-  for left in range(100, -1, -1):
-    try:
-      lock.take(folder)
-      break
-    except UserError:
-      if not left:
-        raise
-      time.sleep(0.1)
-  try:
-    yield
-  finally:
-    lock.release(folder)
 
 
 def judge(claim, data: str, scores, seeds) -> Finding:

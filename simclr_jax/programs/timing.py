@@ -62,8 +62,7 @@ class Step:
     self.stream = self.task.stream(0)
     self.batches = [mesh_lib.global_batch(mesh, next(self.stream)) for _ in range(2)]
     self.compiled = loop.compile_step(self.task, mesh, like).lower(like, self.batches[0]).compile()
-    if memory := self.compiled.memory_analysis():
-      cpu.make_room(aot.peak_bytes(memory))
+    cpu.make_room(aot.peak_bytes(self.compiled))
 
   def seconds(self) -> np.ndarray:
     """float64 [k]: seconds between the ends of steps, of which one always waits for the one before, as in a run."""
@@ -111,7 +110,7 @@ class Step:
     low, quarter, median, three_quarters, high = map(float, np.quantile(seconds, (0, 0.25, 0.5, 0.75, 1)))
     rate = self.config.batch_size / median
     together = rate if pipeline is None else min(rate, pipeline)
-    device, memory = self.mesh.devices.flat[0], self.compiled.memory_analysis()
+    device = self.mesh.devices.flat[0]
     if pipeline is not None and device.platform == "cpu":  # one after the other, on the same cores
       together = 1 / (1 / rate + 1 / pipeline)
     chip = aot.chip_of(device.device_kind)
@@ -124,7 +123,7 @@ class Step:
       "images_per_second": rate,
       "pipeline_images_per_second": pipeline,
       "run_images_per_second": together,
-      "program_bytes": aot.peak_bytes(memory) if memory else None,
+      "program_bytes": aot.peak_bytes(self.compiled),
       "estimated_seconds": aot.Schedule(self.compiled.as_text()).cycles / chip.clock or None if chip else None,
     }
 

@@ -284,9 +284,10 @@ def step_range(row: dict, chip: Chip) -> tuple[float, float]:
   return max(low, row["memory_seconds"], row["matmul_seconds"]), high
 
 
-def peak_bytes(memory) -> int:
-  """Bytes that a compiled program needs on a device, from its `memory_analysis()`; donated arguments and results share."""
-  return (
+def peak_bytes(compiled) -> int | None:
+  """Bytes that a compiled program needs on a device; donated arguments and results share.  None: its backend does not say."""
+  memory = compiled.memory_analysis()
+  return memory and (
     memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   )
 
@@ -308,7 +309,7 @@ def measure(jitted, arguments, *, chip: Chip, devices: int) -> dict:
     "chips": devices // per_chip,
     "arguments_bytes": memory.argument_size_in_bytes,
     "temporaries_bytes": memory.temp_size_in_bytes,
-    "peak_bytes": peak_bytes(memory),
+    "peak_bytes": peak_bytes(compiled),
     "hbm_bytes": chip.hbm_bytes / per_chip,
     "flops": cost["flops"],
     "hbm_traffic": moved,

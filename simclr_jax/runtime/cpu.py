@@ -15,6 +15,7 @@ _MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": 
 # Its defaults; the threshold above which mmap is used is the largest to which it would have risen by itself.
 _AS_USUAL = {"M_TRIM_THRESHOLD": (-1, 64 << 20), "M_MMAP_THRESHOLD": (-3, 32 << 20), "M_MMAP_MAX": (-4, 65536)}
 LARGE = 1 << 30  # bytes
+_kept = False  # whether malloc was told so
 
 
 def choose_platform() -> bool:
@@ -61,22 +62,27 @@ def _keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError):  # not glibc
     return False
-  return all([mallopt(parameter, value) for parameter, value in _MALLOPT.values()])
+  global _kept
+  _kept = all([mallopt(parameter, value) for parameter, value in _MALLOPT.values()])
+  return _kept
 
 
-def make_room(program_bytes: int) -> bool:
-  """Undoes what `prepare` told malloc if a program is LARGE, and returns freed memory to the kernel; whether it did.
+def make_room(program_bytes: int | None) -> bool:
+  """Undoes what `prepare` told malloc, if a program is LARGE, and returns freed memory to the kernel.
 
-  In memory that malloc keeps, small arrays come to lie between the temporaries of two steps, so that those of the next fit
-  nowhere: the process grows to three or four times their size.  A step takes up to a fifth longer then, but the kernel does
-  not kill the run.
+  When malloc keeps memory, small arrays end up between the temporaries of two steps, so the temporaries of the next step do
+  not fit there and the process grows to three or four times their size.  Without that a step takes up to a fifth longer, but
+  the kernel does not kill the run.
+
+  Returns:
+    whether anything was undone.
   """
-  if program_bytes < LARGE or os.environ.get("JAX_PLATFORMS") != "cpu":
+  global _kept
+  if not _kept or (program_bytes or 0) < LARGE:
     return False
-  try:
-    libc = ctypes.CDLL(None)
-    done = [libc.mallopt(parameter, value) for parameter, value in _AS_USUAL.values()]
-    libc.malloc_trim(0)
-  except (AttributeError, OSError):  # not glibc
-    return False
-  return all(done)
+  libc = ctypes.CDLL(None)
+  for parameter, value in _AS_USUAL.values():
+    libc.mallopt(parameter, value)
+  libc.malloc_trim(0)
+  _kept = False
+  return True

@@ -13,6 +13,7 @@ from simclr_jax.runtime.errors import UserError
 
 NAME = "LOCK"
 BEAT = 10.0  # seconds between two signs of life
+PATIENCE = 10.0  # seconds in which a lock that is taken for moments must come free
 SILENCE = 60.0  # seconds without one, after which an owner on another machine counts as dead
 
 _held = {}  # path of a lock of this process -> the text it was taken with
@@ -51,6 +52,28 @@ def release(workdir):
     text = _held.pop(str(path), None)
     if text is not None and _is_same_owner(_read(path), text):
       path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(workdir):
+  """The lock of a folder that others take for moments only, and are waited for: PATIENCE at most.
+
+  Raises:
+    UserError: as `take`.
+  """
+  end = time.monotonic() + PATIENCE
+  while True:
+    try:
+      take(workdir)
+      break
+    except UserError:
+      if time.monotonic() > end:
+        raise
+      time.sleep(0.1)
+  try:
+    yield
+  finally:
+    release(workdir)
 
 
 def check(workdir):

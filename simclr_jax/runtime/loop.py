@@ -349,7 +349,7 @@ class Loop:
       with self.clock.phase("compile"), self.progress.doing("compiling the step"):
         step = compile_step(self.task, self.mesh, self.like)
         self.compiled = compiled = step.lower(self.state, batch, *self.constants).compile()
-        if (memory := compiled.memory_analysis()) and cpu.make_room(size := aot.peak_bytes(memory)):
+        if (size := aot.peak_bytes(compiled)) and cpu.make_room(size):
           self.progress.note(f"memory      the step needs {size / aot.GIB:.1f} GiB: malloc gives freed memory back")
         processes.barrier("compiled")
     with self.clock.phase("step"):
