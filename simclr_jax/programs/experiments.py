@@ -74,7 +74,7 @@ SETTINGS: dict[str, Setting] = {
   "moco": _changed(method="moco", moco__size=4096, moco__decay=0.99, measures=("few",)),
   "moco_v3": _changed(method="moco_v3", moco_v3__decay=0.99, loss__temperature=0.2, measures=("few",)),
   "byol": _changed(method="byol", byol__decay=0.99, measures=("few",)),
-  "instdisc": _changed(method="instdisc", instdisc__negatives=4096, instdisc__decay=0.5, projector__kind="linear",
+  "instdisc": _changed(method="instdisc", instdisc__negatives=0, instdisc__decay=0.5, projector__kind="linear",
                        loss__temperature=0.07, measures=("few",)),
   "supcon": _changed(method="supcon", measures=("few",)),
 }  # fmt: skip
