@@ -26,7 +26,6 @@ SMALL = {
   "optimizer.warmup_epochs": 0.5, "optimizer.weight_decay": 1e-4, "evaluate.train_examples": 5000, "checkpoint.every_epochs": 0.5,
 }  # fmt: skip
 FOUR_VIEWS = {"augment.views": 4, "batch_size": 128}
-SGD = {"optimizer.name": "sgd", "optimizer.weight_decay": 5e-4}
 LARS = {"optimizer.name": "lars", "optimizer.base_lr": 1.0}
 # recipe: {name: stages}, a stage being (its epochs, its changes); it goes on with the weights and the head of the one before
 CIFAR10 = {
@@ -37,10 +36,6 @@ CIFAR10 = {
   "batch 128": [(1.0, {"batch_size": 128, "optimizer.base_lr": 1.4e-3})],
   "batch 512": [(1.0, {"batch_size": 512, "optimizer.base_lr": 2.8e-3})],
   "four views": [(0.5, FOUR_VIEWS)],
-  "four views, rate 4e-3": [(0.5, FOUR_VIEWS | {"optimizer.base_lr": 4e-3})],
-  "four views, rate 4e-3, temperature 0.1": [(0.5, FOUR_VIEWS | {"optimizer.base_lr": 4e-3, "loss.temperature": 0.1})],
-  "color strength 1": [(1.0, {"augment.color_strength": 1.0})],
-  "SGD 0.1": [(1.0, SGD | {"optimizer.base_lr": 0.1})],
   "LARS 1": [(1.0, LARS)],
   "LARS 2": [(1.0, LARS | {"optimizer.base_lr": 2.0})],
   "LARS 1, four views": [(0.5, FOUR_VIEWS | LARS)],

@@ -16,6 +16,8 @@ SIZES = {"": ("Ti", 4, 32), "s16": ("S", 16, 224), "b16": ("B", 16, 224)}  # net
 
 
 def get_config(arg=""):
+  if arg == "textures":
+    return _textures()
   network, patch, view = SIZES[arg]
   small = view == 32
   return ml_collections.ConfigDict(
@@ -40,5 +42,25 @@ def get_config(arg=""):
       evaluate=dict(batch_size=1000, every_epochs=10.0, **(dict(crop=1.0) if small else dict(train_examples=50000))),
       checkpoint=dict(every_epochs=5.0, keep=3),
       log=dict(every_steps=100),
+    )
+  )
+
+
+def _textures():
+  return ml_collections.ConfigDict(
+    dict(
+      data=dict(train="textures:train", test="textures:test"),
+      batch_size=128,
+      train_steps=300,
+      augment=dict(
+        size=24, color_strength=0.5, grayscale_prob=0.5, blur=False, crop_area=(0.35, 1.0), where="resident", canvas=32
+      ),
+      encoder=dict(name="vit", size="Ti", patch=4),
+      projector=dict(layers=2, out_dim=64),
+      loss=dict(temperature=0.2, normalize=True, reduction="mean", precision="highest"),
+      optimizer=dict(name="adamw", base_lr=1e-3, lr_scaling="none", warmup_epochs=2.0, weight_decay=0.1),
+      evaluate=dict(crop=1.0, every_steps=100, knn_k=20),
+      checkpoint=dict(every_steps=50),
+      log=dict(every_steps=20),
     )
   )
