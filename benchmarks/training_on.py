@@ -19,7 +19,7 @@ import numpy as np
 ANIMALS = (2, 3, 4, 5, 6, 7)  # bird, cat, deer, dog, frog, horse
 SEEDS = (0, 1, 2)
 STARTS = ("as it is", "scratch", "trained on")
-STEPS = {300: 400, 5000: 800}  # images: updates, of 128 images each
+STEPS = {300: 200, 5000: 500}  # images: updates, of 128 images each
 
 
 def write_sets(data: pathlib.Path, folder: pathlib.Path):
@@ -76,7 +76,7 @@ def main():
   args.folder.mkdir(parents=True, exist_ok=True)
   write_sets(args.data, args.folder)
   elsewhere = args.folder / "elsewhere"
-  train(elsewhere, data__train=f"npz:{args.folder}/vehicles.npz:train", data__test="", train_epochs=10.0)
+  train(elsewhere, data__train=f"npz:{args.folder}/vehicles.npz:train", data__test="", train_epochs=8.0)
   for seed in SEEDS:
     for size, steps in STEPS.items():
       data = f"npz:{args.folder}/animals_{size}.npz"
@@ -86,7 +86,12 @@ def main():
         if name in results:
           continue
         untouched = {"train_steps": 1, "optimizer__base_lr": 1e-12, "optimizer__warmup_epochs": 0.0}
-        trained = {"train_steps": steps, "optimizer__warmup_epochs": 1.0}
+        epochs = steps * 128 / size
+        trained = {
+          "train_steps": steps,
+          "optimizer__warmup_epochs": epochs / 20,
+          "checkpoint__every_epochs": epochs / 2,
+        }
         results[name] = train(
           args.folder / name.replace(" ", "_"), data__train=f"{data}:train", data__test=f"{data}:test", seed=seed,
           train_epochs=0.0, batch_size=128, start="" if start == "scratch" else str(elsewhere),

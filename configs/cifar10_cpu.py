@@ -3,7 +3,7 @@
 Command:   simclr pretrain --config=configs/cifar10_cpu.py --workdir=runs/cifar10_cpu
 Hardware:  two CPU cores: 519 images/s (simclr time), so 64 minutes of training; this recipe has not been run to its end yet
 Expected:  not measured yet
-Source:    arXiv 2002.05709, App. B.9.  Learning rate, temperature, crops and batch were chosen on 5,000 training images that
+Source:    arXiv 2002.05709, App. B.9.  Optimizer, learning rate, temperature, crops and batch were chosen on 5,000 training images that
            were held out, after 3 epochs each: benchmarks/trials.py
 Data:      an .npz file with images and labels, uint8 [n, 32, 32, 3]: --config.data.train=npz:FILE:train ...:test
 """
@@ -23,7 +23,7 @@ def get_config():
       encoder=dict(depth=18, width=0.25, stem="cifar"),
       projector=dict(layers=2, out_dim=128),
       loss=dict(temperature=0.2, normalize=True, reduction="mean", precision="highest"),
-      optimizer=dict(name="adamw", base_lr=4e-3, lr_scaling="none", warmup_epochs=1.0, weight_decay=1e-4),
+      optimizer=dict(name="lars", base_lr=2.0, lr_scaling="none", warmup_epochs=1.0, weight_decay=1e-4),
       evaluate=dict(crop=1.0, batch_size=500, every_epochs=10.0, knn_k=20),
       checkpoint=dict(every_epochs=1.0, keep=1),
     )
