@@ -142,7 +142,7 @@ def test_folder_to_page_and_again(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_300_images_in_under_ten_minutes_and_the_page_opens(tmp_path):
+def test_300_images_in_minutes_and_the_page_opens(tmp_path):
   planted = images.folder(tmp_path / "photos")
   began = time.monotonic()
   command = [
@@ -152,10 +152,11 @@ def test_300_images_in_under_ten_minutes_and_the_page_opens(tmp_path):
     "quickstart",
     str(tmp_path / "photos"),
     f"--workdir={tmp_path / 'run'}",
+    "--minutes=2",
   ]
   done = subprocess.run(command, capture_output=True, text=True, env=None)
   assert done.returncode == 0, done.stderr
-  assert time.monotonic() - began < 600
+  assert time.monotonic() - began < 600  # of training two minutes, on a machine that does other things too
   for pair in planted["pairs"].values():
     assert " and ".join(sorted(pair)) in done.stdout, pair
   assert planted["broken"] in done.stdout

@@ -129,6 +129,7 @@ def test_fine_tuning_grid(tmp_path, teacher):  # noqa: F811
     "finetune.train_steps": 2,
     "finetune.batch_size": 16,
     "from_scratch.train_steps": 3,
+    "from_scratch.base_lrs": (0.1,),
   }
   result = transfer.run(config(teacher[0], only, **changes), tmp_path / "run")
   (row,) = result["rows"]
