@@ -17,14 +17,14 @@ HEADER = """# The claims about SimCLR, measured
     simclr claims --plan                                  # lists the runs and how long they will take; runs nothing
     simclr claims --workdir=runs/claims                   # textures, which is in the package
     simclr claims --data=npz:cifar10.npz --data=fashion   # NAME:train and NAME:test of each
-    simclr claims --budget=full                           # longer runs, more images, more claims
+    simclr claims --budget=full                           # more claims and more data sets
     simclr claims --budget=methods                        # SimCLR beside MoCo, BYOL, InstDisc, SupCon and an autoencoder
 
 The command can be killed at any moment; started again, it resumes. A finished run is recorded in `claims.json` at once and
 is not repeated. The results are `claims.html`, a table in the terminal, and `claims.json`.
 
 - **Runs.** Each is a row of `configs/ablations.py` at its small scale: a ResNet-18 of an eighth of the width, views of 16
-  pixels, AdamW. `quick` trains for 8 epochs on 5,000 images, `full` for 20 on 10,000, `methods` for 10 on 20,000. Views of
+  pixels, AdamW. `quick` and `full` train for 8 epochs on 5,000 images, `methods` for 8 on 20,000. Views of
   16 pixels are too small to be blurred, so blur has no effect in the matrix of pairs.
 - **Scores** are accuracies of a linear classifier on test images unless noted. Where a claim takes the best of several
   settings, that setting is chosen on held-out training images.
