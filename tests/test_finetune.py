@@ -196,7 +196,7 @@ def test_the_program(start, tmp_path, capsys):
   changes = {"data.train": spec, "data.test": f"{spec}:test", "start": start[0], "tap": 1, "labels.fraction": 0.5}
   result = finetune.run(config(**changes), tmp_path / "run")
   page = (tmp_path / "run/report.html").read_text()
-  assert "<h1>Fine-tuning on npz</h1>" in page and "By the classifier." in page and "Confusion matrix" in page
+  assert "<h1>Fine-tuning on tiny</h1>" in page and "By the classifier." in page and "Confusion matrix" in page
   assert 0 <= result["scores"]["accuracy"] <= result["scores"]["top_5"] <= 1
   assert "with 47 labels" in capsys.readouterr().out
   for folder in (tmp_path / "run", tmp_path / "run/encoder"):

@@ -137,3 +137,10 @@ def test_a_tenth_is_of_the_source(tmp_path):
   full = data.open_source("fashion:train")
   assert len(train) + len(test) == len(full) and abs(len(test) - len(full) / 10) < 10
   np.testing.assert_array_equal(np.bincount(train.labels) + np.bincount(test.labels), np.bincount(full.labels))
+
+
+@pytest.mark.parametrize("spec, title", [("fashion:train", "fashion"), ("npz:/data/cifar10.npz:train", "cifar10"),
+  ("npz:set.npz", "set"), ("folder:/my/images/", "images"), ("tfds:imagenet2012/5.1.0:train[:10%]", "imagenet2012"),
+  ("tfds:cifar10:train", "cifar10"), ("tfrecord:gs://bucket/set/train-*", "train-*")])  # fmt: skip
+def test_a_heading_names_the_data_set(spec, title):
+  assert splits.title(spec) == title

@@ -321,7 +321,7 @@ def _page(workdir, config, source, test_source, scores, predictions, clock):
   begun = config.start or "scratch"
   report.write_report(
     workdir / "report.html",
-    title=f"{what} on {config.data.train.partition(':')[0]}",
+    title=f"{what} on {splits.title(config.data.train)}",
     summary=f"{splits.describe(config.data, test_source)}: top-1 {100 * scores['accuracy']:.1f} %, top-5 "
     f"{100 * scores['top_5']:.1f} %, from {begun} with {len(source):,} training images.",
     history=metrics_lib.read(workdir),

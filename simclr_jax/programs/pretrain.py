@@ -332,7 +332,7 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     h, raw = best["SimCLR h"], best["raw pixels"]
     summary += f" kNN on h {100 * h['knn']:.1f} % (raw pixels {100 * raw['knn']:.1f} %), linear {100 * h['linear']:.1f} % ({100 * raw['linear']:.1f} %)."
   page = dict(
-    title=f"{'SimCLR' if config.method in ('simclr', 'memory') else config.method} on {config.data.train.partition(':')[0]}",
+    title=f"{'SimCLR' if config.method in ('simclr', 'memory') else config.method} on {splits.title(config.data.train)}",
     summary=summary,
     scores=result["scores"],
     history=metrics_lib.read(workdir),

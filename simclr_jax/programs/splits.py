@@ -58,6 +58,15 @@ def describe(section, test) -> str:
   return section.test or f"{len(test):,} images held out of {section.train}"
 
 
+def title(spec: str) -> str:
+  """The name of a data set in a heading: cifar10 for npz:/data/cifar10.npz:train, images for folder:/my/images."""
+  kind, _, rest = spec.partition(":")
+  if kind in ("fashion", "textures", "textures64"):
+    return kind
+  name = rest.partition("/")[0] if kind == "tfds" else os.path.basename(rest.rstrip("/"))
+  return name.partition(":")[0].removesuffix(".npz") or kind
+
+
 def hold_out(labels, fraction: float) -> np.ndarray:
   """Sorted indices of a fraction of every class of labels [n] (-1: none), of which at least one image stays."""
   chosen = [np.zeros(0, np.int64)]
