@@ -83,7 +83,10 @@ RECIPES = {  # name: (recipe, changes to it, trials)
   "smoke": ("smoke", {}, {name: [(None, changes)] for name, changes in SMOKE.items()}),
   "textures": ("textures", {}, {name: [(None, changes)] for name, changes in TEXTURES.items()}),
   "cells": ("ablations:small-temperature-0.1", CELL, {name: [(None, changes)] for name, changes in CELLS.items()}),
-  "methods": ("", {}, {f"{method}, rate {rate:g}": (method, rate) for method in METHODS for rate in RATES}),
+  "methods": ("", {}, {
+    **{f"{method}, rate {rate:g}": (method, {"optimizer.base_lr": rate}) for method in METHODS for rate in RATES},
+    **{f"supcon, temperature {t:g}": ("supcon", {"loss.temperature": t}) for t in (0.2, 0.5)},
+  }),
   "cells_cifar10": ("ablations:small-temperature-0.1", CELL, {name: [(None, changes)] for name, changes in CELLS.items()}),
 }  # fmt: skip
 
@@ -161,8 +164,8 @@ def run_trial(recipe: str, name: str, data: str, folder: str) -> dict:
   return {"knn": scores["knn"], "linear": scores["linear"], "cpu_seconds": round(time.process_time() - began)}
 
 
-def run_cell(method: str, rate: float, data_name: str, folder: str) -> dict:
-  """The scores of a cell of `simclr claims` at a learning rate; its test images are training images that it has not seen."""
+def run_cell(method: str, changes: dict, data_name: str, folder: str) -> dict:
+  """The scores of a cell of `simclr claims` with changes; its test images are training images that it has not seen."""
   from simclr_jax import data
   from simclr_jax.programs import cells, config, experiments, splits
 
@@ -172,7 +175,7 @@ def run_cell(method: str, rate: float, data_name: str, folder: str) -> dict:
   seen, held_out = data.Selection(train, order[:9000]), data.Selection(train, order[9000:14_000])
   images = cells.Images(data_name, seen, held_out, held_out, has_color=True, digest="")
   setting = experiments.SETTINGS[method]
-  settings = config.replace(cells.config_of(setting, 0, 5.0, {}, data_name), {"optimizer.base_lr": rate})
+  settings = config.replace(cells.config_of(setting, 0, 5.0, {}, data_name), changes)
   numbers = cells.Runner(pathlib.Path(folder)).run(setting, settings, images)
   return {
     "knn": numbers.get("knn_20", 0.0),

@@ -20,8 +20,8 @@ def _changed(row="temperature-0.1", *, epochs=1.0, labels=1.0, measures=(), **ch
   return Setting(row, flat, epochs=epochs, labels=labels, measures=measures)
 
 
-_SUPERVISED = dict(method="supervised", projector__kind="none", optimizer__base_lr=2e-3)
-_AUTOENCODER = dict(method="autoencoder", projector__kind="none", optimizer__base_lr=2e-3)
+_SUPERVISED = dict(method="supervised", projector__kind="none")
+_AUTOENCODER = dict(method="autoencoder", projector__kind="none")
 _TRAIN_ACCURACY = ("contrastive",)
 
 SETTINGS: dict[str, Setting] = {
@@ -70,13 +70,15 @@ SETTINGS: dict[str, Setting] = {
     for i, a in enumerate(FIGURE_5) for b in FIGURE_5[i:]
     if not {a, b} <= set(FIGURE_5_QUICK)
   },
-  # The relatives: methods.py, at the size of a small queue and with moving averages for short training.
-  "moco": _changed(method="moco", moco__size=4096, moco__decay=0.99, measures=("few",)),
+  # The relatives: methods.py, at the size of a small queue and with moving averages for short training.  Their learning
+  # rates, where they are not the row's, and SupCon's temperature were chosen on held-out training images of CIFAR-10
+  # (benchmarks/trials.py).
+  "moco": _changed(method="moco", moco__size=4096, moco__decay=0.99, optimizer__base_lr=6e-3, measures=("few",)),
   "moco_v3": _changed(method="moco_v3", moco_v3__decay=0.99, loss__temperature=0.2, measures=("few",)),
-  "byol": _changed(method="byol", byol__decay=0.99, measures=("few",)),
+  "byol": _changed(method="byol", byol__decay=0.99, optimizer__base_lr=6e-3, measures=("few",)),
   "instdisc": _changed(method="instdisc", instdisc__negatives=0, instdisc__decay=0.5, projector__kind="linear",
                        loss__temperature=0.07, measures=("few",)),
-  "supcon": _changed(method="supcon", measures=("few",)),
+  "supcon": _changed(method="supcon", loss__temperature=0.5, measures=("few",)),
 }  # fmt: skip
 
 
