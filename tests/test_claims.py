@@ -202,6 +202,8 @@ def test_claims_end_to_end_and_again_without_a_run(few, spec, tmp_path, capsys, 
   assert kept["findings"][0]["verdict"] == findings[0].verdict and "3 runs" in kept["summary"]
   page = (tmp_path / "claims.html").read_text()
   assert page.count("<article") == 1 and "paper: +1.0" in page
+  claims.write_page(tmp_path / "again.html", kept)
+  assert "paper: +1.0" in (tmp_path / "again.html").read_text() and kept["matrices"] == {}
 
   monkeypatch.setattr(cells.Runner, "run", lambda *_: pytest.fail("a cell was run twice"))
   assert claims.run([spec], tmp_path, budget=TINY) == findings

@@ -335,16 +335,22 @@ def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Find
     f"{summary(findings)} {len(todo)} runs on {', '.join(images.name for images in sets)}, {hours:.2f} hours in all."
   )
   tables = {images.name: rows for images in sets if (rows := standings(scores, images.name))}
-  results.conclude({"summary": text, "findings": rows_of(findings), "standings": tables})
-  report.write_claims(
-    folder / PAGE, title="The claims about SimCLR, measured", summary=text, claims=rows_of(findings),
-    matrices={images.name: found for images in sets if (found := matrix(scores, images.name))},
-    standings={name: standings_table(rows) for name, rows in tables.items()},
-  )  # fmt: skip
+  pairs = {images.name: found for images in sets if (found := matrix(scores, images.name))}
+  end = {"summary": text, "findings": rows_of(findings), "standings": tables, "matrices": pairs}
+  results.conclude(end)
+  write_page(folder / PAGE, end)
   for name, rows in tables.items():
     print(f"\n{name}: accuracy in %, mean (lowest to highest) of the seeds\n{report.aligned(standings_table(rows))}")
   print(f"\n{table(findings)}\n\n{text}\n{folder / PAGE}")
   return findings
+
+
+def write_page(path, kept: dict):
+  """The page of what claims.json holds."""
+  report.write_claims(
+    path, title="The claims about SimCLR, measured", summary=kept["summary"], claims=kept["findings"],
+    matrices=kept["matrices"], standings={name: standings_table(rows) for name, rows in kept["standings"].items()},
+  )  # fmt: skip
 
 
 def measure(todo: list[Cell], results: Results, folder):
