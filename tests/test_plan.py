@@ -135,6 +135,16 @@ def test_a_vision_transformer_has_one_arrangement_and_recomputes_blocks(monkeypa
   assert not any("packed" in name or "group" in name or "," in name for name in row["tried"])
 
 
+def test_where_nothing_fits_only_what_was_tried_is_named(monkeypatch):
+  row, _ = planned(
+    monkeypatch, "vit:s16", NOTHING | {(b, "zero1", "block"): (75, 1.0) for b in (2048, 1024, 512, 256, 128)}
+  )
+  text = plan.table(row)
+  assert (
+    row["changes"] is None and "nor with any of --config.encoder.remat=block; " in text and "block,block" not in text
+  )
+
+
 ROW = {
   "topology": "v4:4x4x8",
   "batch_size": 4096,

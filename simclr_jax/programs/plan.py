@@ -85,7 +85,7 @@ def settings(config, mesh) -> dict:
   flat = config_lib.flatten(config)
   chosen = {
     "activations": flat["encoder.dtype"],
-    "arrangement": flat["encoder.arrangement"],
+    **({"arrangement": flat["encoder.arrangement"]} if config.encoder.name == "resnet" else {}),
     "remat": flat["encoder.remat"],
     "zero1": flat.get("zero1", False),
     "microbatches": flat.get("microbatches", 1),
@@ -162,7 +162,7 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
   while best is None and batch % (2 * len(devices)) == 0:
     batch //= 2
     if batch * needed <= config.batch_size * hbm:  # else it cannot fit: what does not grow with the batch comes on top
-      has_room({**base, **fallbacks[-1], "batch_size": batch})
+      has_room({**base, **(fallbacks[-1] if fallbacks else {}), "batch_size": batch})
   if best is None:
     best = {"topology": topology, "batch_size": config.batch_size, "changes": None}
   return {**best, "refused": refused, "tried": tried}
@@ -201,10 +201,8 @@ def step_range(row) -> tuple[float, float]:
 def table(row: dict) -> str:
   """A plan as text."""
   if row["changes"] is None:
-    return (
-      f"{row['topology']}: does not fit ({row['refused']}), nor with any of {'; '.join(map(changes_text, FALLBACKS))}, nor with "
-      "smaller batches: take a larger topology or a smaller network"
-    )
+    others = "; ".join(filter(None, row["tried"])) or "anything else"
+    return f"{row['topology']}: does not fit ({row['refused']}), nor with any of {others}: take a larger topology or a smaller network"
   mib, gib = 2**20, aot.GIB
   low, high = (seconds / row["step_seconds"] for seconds in step_range(row))
   alone = aot.collective_seconds(row["collectives"], row["chips"], _chip(row))
