@@ -337,9 +337,11 @@ def test_the_matrix_shows_a_pair_in_both_orders():
 
 
 def test_the_page_of_the_docs_lists_every_claim():
-  """python -m simclr_jax.programs.claims_page [FOLDER] > docs/claims.md"""
-  page = (pathlib.Path(__file__).parents[1] / "docs/claims.md").read_text()
-  assert page.startswith(claims_page.page())
+  """python -m simclr_jax.programs.claims_page benchmarks/claims/* > docs/claims.md"""
+  root = pathlib.Path(__file__).parents[1]
+  page = (root / "docs/claims.md").read_text()
+  assert page == claims_page.page(*sorted((root / "benchmarks/claims").iterdir()))
+  assert page.startswith(claims_page.page()) and "## Measured" in page and "*MoCo v2, MoCo v3 and BYOL" in page
 
 
 def test_the_page_of_the_docs_has_the_results():

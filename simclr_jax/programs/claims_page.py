@@ -1,6 +1,8 @@
 """docs/claims.md, from the list of claims and, where runs of `simclr claims` are named, from their claims.json.
 
-python -m simclr_jax.programs.claims_page [FOLDER ...] > docs/claims.md
+python -m simclr_jax.programs.claims_page benchmarks/claims/* > docs/claims.md
+
+A file remarks.md beside claims.json, if there is one, follows the results.
 """
 
 import json
@@ -9,6 +11,7 @@ import sys
 from simclr_jax.programs import claims, experiments
 from simclr_jax.runtime import files
 
+REMARKS = "remarks.md"
 HEADER = """# The claims about SimCLR, measured
 
 `simclr claims` tests on your machine what the papers claim about SimCLR. It trains small runs with three seeds and reports a
@@ -51,11 +54,12 @@ def page(*folders: str) -> str:
     out.append(
       f"| {claim.name}{'' if 'quick' in claim.groups else f' ({claim.groups[0]})'} | {claim.says} | {claim.source} | {paper} |"
     )
-  return (
-    "\n".join(out)
-    + "\n"
-    + "".join(results(json.loads(files.read_text(files.absolute(folder) / claims.FILE))) for folder in folders)
-  )
+  text = "\n".join(out) + "\n"
+  for folder in map(files.absolute, folders):
+    text += results(json.loads(files.read_text(folder / claims.FILE)))
+    if (folder / REMARKS).exists():
+      text += "\n" + files.read_text(folder / REMARKS)
+  return text
 
 
 def results(kept: dict) -> str:
