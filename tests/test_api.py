@@ -9,6 +9,8 @@ import simclr_jax
 from simclr_jax import api, augment, data
 from simclr_jax.runtime import files
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SMALL = {
   "train_steps": 2,
   "train_epochs": 0.0,

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 import scipy.stats
@@ -21,7 +20,8 @@ from simclr_jax.evaluation import intervals
 from simclr_jax.programs import cells, claims, claims_page, experiments
 from simclr_jax.programs.experiments import Claim
 from simclr_jax.runtime import errors
-from simclr_jax.runtime import mesh as mesh_lib
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 CHANGES = (("encoder.width", 0.0625), ("batch_size", 16), ("projector.out_dim", 16), ("evaluate.batch_size", 32))
 TINY = claims.Budget(seeds=(0, 1), epochs=0.5, train=60, test=32, data=(), changes=CHANGES)
@@ -183,14 +183,7 @@ def test_a_cell_is_kept_under_what_made_it(spec):
   assert len({key(base), *others}) == 5
 
 
-def on_one_device(monkeypatch):
-  """Compiling for one device takes a third of the time."""
-  one_device = mesh_lib.make_mesh(jax.devices()[:1])
-  monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
-
-
 def test_claims_end_to_end_and_again_without_a_run(few, spec, tmp_path, capsys, monkeypatch):
-  on_one_device(monkeypatch)
   monkeypatch.setattr(experiments, "CLAIMS", (Claim("a", "A.", "v1", "untrained.linear - pixels.linear", paper=1.0),))
   assert claims.run([spec], tmp_path, budget=TINY, plan_only=True) == []
   assert "3 cells, 0 of them done" in capsys.readouterr().out and not list(tmp_path.iterdir())
@@ -214,7 +207,6 @@ def test_claims_end_to_end_and_again_without_a_run(few, spec, tmp_path, capsys, 
 @pytest.mark.slow
 def test_cells_that_train_share_their_programs_and_leave_numbers_alone(few, spec, tmp_path, capsys, monkeypatch):
   """Every measure on three seeds, the last of which goes on after a signal; the second and third compile nothing."""
-  on_one_device(monkeypatch)
   setting = cells.Setting(measures=("z", "few", "few_z", "contrastive", "geometry", "transforms"))
   monkeypatch.setattr(experiments, "SETTINGS", {"simclr": setting})
   monkeypatch.setattr(experiments, "CLAIMS", FEW[2:])
@@ -232,8 +224,7 @@ def test_cells_that_train_share_their_programs_and_leave_numbers_alone(few, spec
 @pytest.mark.parametrize(
   "name", ["supervised_10pct", "oracle", "norm_per_device", "autoencoder", "rotated", "moco", "byol"]
 )
-def test_settings_that_are_no_plain_simclr_train(name, spec, tmp_path, monkeypatch):
-  on_one_device(monkeypatch)
+def test_settings_that_are_no_plain_simclr_train(name, spec, tmp_path):
   images = cells.open_images(spec, most_train=60, most_test=32)
   setting = experiments.SETTINGS[name]
   changes = dict(CHANGES) | ({"norm_devices": 4} if name == "norm_per_device" else {})

@@ -93,7 +93,7 @@ def test_the_program(teacher, tmp_path, capsys):
   spec = tiny.npz(tmp_path / "tiny.npz")
   result = distill.run(config(teacher[0], spec), tmp_path / "run")
   assert "its teacher" in capsys.readouterr().out and 0 <= result["scores"]["accuracy"] <= 1
-  assert "<h1>Distillation on npz</h1>" in (tmp_path / "run/report.html").read_text()
+  assert "<h1>Distillation on tiny</h1>" in (tmp_path / "run/report.html").read_text()
   # The teacher is a constant of the task: no checkpoint holds it, and resuming opens it again.
   assert set(checkpoint.read_run_state(tmp_path / "run")[1]) <= {"step", "params", "batch_stats", "opt_state", "extra"}
   again = distill.run(config(teacher[0], spec), tmp_path / "run", resume=True)

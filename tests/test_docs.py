@@ -22,6 +22,8 @@ from PIL import Image
 from simclr_jax import __main__ as cli
 from simclr_jax.programs import config as config_lib
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -10,6 +10,8 @@ from simclr_jax import report
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import downstream
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def test_finished_parts_are_kept_and_unfinished_ones_go_on(tmp_path):
   calls = []

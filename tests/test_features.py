@@ -17,6 +17,8 @@ from simclr_jax import augment, data, load_encoder
 from simclr_jax.evaluation import features
 from simclr_jax.programs import embed
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "old_run"
 
 

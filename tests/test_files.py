@@ -15,6 +15,8 @@ from simclr_jax.exporting import folder
 from simclr_jax.programs import pretrain
 from simclr_jax.runtime import checkpoint, files, metrics
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(params=["disk", "bucket"])
 def place(request, tmp_path, monkeypatch):

@@ -25,6 +25,8 @@ from simclr_jax.report import map as map_report
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 rng = np.random.default_rng(0)
 
 

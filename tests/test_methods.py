@@ -14,6 +14,8 @@ from simclr_jax import methods
 from simclr_jax.programs import export, knn, pretrain, scores
 from simclr_jax.runtime import mesh as mesh_lib
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @dataclasses.dataclass(frozen=True)
 class OneNegative:

@@ -16,6 +16,8 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import quickstart
 from simclr_jax.programs.quickstart import Network
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def test_networks_fit_the_images():
   assert quickstart.candidates(28, True) == [Network(20, 0.25, "cifar")]  # as configs/smoke.py

@@ -14,17 +14,16 @@ from simclr_jax.programs import finetune, pretrain, quickstart, trained
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
+def first(tmp_path_factory, one_device):
   """(the folder of a run of four steps, its config)."""
   here = tmp_path_factory.mktemp("first")
   spec = tiny.npz(here / "tiny.npz")
   config = tiny.config(**{"data.train": spec, "data.test": f"{spec}:test"})
-  one_device = mesh_lib.make_mesh(jax.devices()[:1])  # compiling for eight takes three times as long
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
-    pretrain.run(config, here / "run")
+  pretrain.run(config, here / "run")
   return here / "run", config
 
 

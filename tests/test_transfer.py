@@ -15,6 +15,8 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import transfer
 from simclr_jax.runtime import mesh as mesh_lib
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.mark.parametrize("better, worse", [(2, 0), (10, 2), (30, 25)])
 def test_permutation_test_is_the_sign_test_for_top_1(better, worse):

@@ -17,6 +17,8 @@ from simclr_jax.programs import pretrain
 from simclr_jax.runtime.errors import UserError
 from simclr_jax.vit import positions, vit
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SMALL = dict(size="Ti", patch=8)
 
 
