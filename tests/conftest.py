@@ -13,6 +13,7 @@ import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # two that wait for each other on a busy core take five times as long
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit what follows
   os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
