@@ -1,8 +1,9 @@
 """Makes the pictures of these pages from runs of this machine.
 
-  python docs/pictures.py [--runs=runs/pictures] [report map quickstart runs]
+  python docs/pictures.py [--runs=runs/pictures] [report map quickstart runs claims]
 
-Runs that are not there are made: `smoke` and a quickstart, about a quarter of an hour on two cores.  It needs chromium.
+Runs that are not there are made: `smoke` and a quickstart, about a quarter of an hour on two cores.  `claims` is drawn from
+the numbers in benchmarks/claims.  It needs chromium.
 pictures.json keeps what each picture was drawn with, and tests/test_docs.py says when that has changed since.
 """
 
@@ -19,6 +20,7 @@ DOCS = pathlib.Path(__file__).resolve().parent
 ROOT = DOCS.parent
 REPORT = ROOT / "simclr_jax/report"
 KEPT = DOCS / "pictures.json"
+CLAIMS = ROOT / "benchmarks/claims/methods/claims.json"
 # Picture -> the files that draw what it shows.
 DRAWN_WITH = {
   "report": (
@@ -46,6 +48,14 @@ DRAWN_WITH = {
     "charts.py",
     "colors.py",
   ),
+  "claims": (
+    "templates/base.html",
+    "templates/macros.html",
+    "templates/claims.html",
+    "style.css",
+    "charts.py",
+    "colors.py",
+  ),
 }
 
 
@@ -55,6 +65,13 @@ def drawn_with(picture: str) -> str:
   for name in DRAWN_WITH[picture]:
     total.update((REPORT / name).read_bytes())
   return total.hexdigest()[:16]
+
+
+def draw_claims(page: pathlib.Path):
+  sys.path[:0] = [str(ROOT)]
+  from simclr_jax.programs import claims
+
+  claims.write_page(page, json.loads(CLAIMS.read_text()))
 
 
 def simclr(*words):
@@ -94,7 +111,7 @@ def main() -> int:
   runs, kept = ROOT / args.runs, json.loads(KEPT.read_text()) if KEPT.exists() else {}
   smoke, quickstart = runs / "smoke", runs / "quickstart"
   runs.mkdir(parents=True, exist_ok=True)
-  if not (smoke / "COMPLETE").exists():
+  if not (smoke / "COMPLETE").exists() and set(args.pictures) != {"claims"}:
     simclr("pretrain", "--config=smoke", f"--workdir={smoke}", "--resume")
   if not (quickstart / "COMPLETE").exists() and {"quickstart", "runs"} & set(args.pictures):
     simclr("quickstart", str(photos(runs)), f"--workdir={quickstart}", "--resume")
@@ -107,6 +124,9 @@ def main() -> int:
     elif picture == "quickstart":
       screenshot(quickstart / "report.html", "quickstart", 1000, 1960)
       screenshot(quickstart / "report.html", "quickstart_phone", 500, 1700)
+    elif picture == "claims":
+      draw_claims(runs / "claims.html")
+      screenshot(runs / "claims.html", "claims", 1000, 1500)
     else:
       simclr("runs", str(runs))
       screenshot(runs / "runs.html", "runs", 1100, 1000)

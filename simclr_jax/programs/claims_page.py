@@ -26,6 +26,8 @@ HEADER = """# The claims about SimCLR, measured
 The command can be killed at any moment; started again, it resumes. A finished run is recorded in `claims.json` at once and
 is not repeated. The results are `claims.html`, a table in the terminal, and `claims.json`.
 
+![The top of claims.html: each claim with the interval of the difference and its verdict](claims.png)
+
 - **Runs.** Each is a row of `configs/ablations.py` at its small scale: a ResNet-18 of an eighth of the width, views of 16
   pixels, AdamW. `quick` and `full` train for 8 epochs on 5,000 images, `methods` for 8 on 20,000. Views of
   16 pixels are too small to be blurred, so blur has no effect in the matrix of pairs.
