@@ -142,6 +142,8 @@ def shortened(words, stand_ins, spec):
   extra = [f"--config.{value}" for value in SHORTER.get(words[0], ())]
   if words[0] in ("finetune", "distill", "time") or (words[0] == "pretrain" and "folder:" not in line):
     extra += [f"--config.data.train={spec}", f"--config.data.test={spec}:test"]
+  if "tsimcne.py" in line and words[0] == "pretrain":
+    extra += ["--config.train_steps=4", "--config.tsimcne.stages=(1.0, 1.0, 2.0)"]
   if words[0] in ("pretrain", "finetune", "distill"):
     words += ["--overwrite"]
   if words[0] == "claims":  # test_claims.py runs it
