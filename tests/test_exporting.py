@@ -263,7 +263,7 @@ def every_format_agrees(name, encoder, there, tmp_path, capsys):
   assert found.keys() == set(formats) and all(value <= 1e-5 for value in found.values()), found
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("name", FULL)
 def test_full_size(name, tmp_path, capsys):
   """The table of docs/export.md: run with -s, and SIMCLR_TORCH_PYTHON for the torch formats."""

@@ -17,7 +17,7 @@ def test_no_damaged_file_is_read_as_another(monkeypatch, tmp_path):
   assert damage.main(["--rounds=20"]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_no_fault_leaves_a_wrong_state_or_a_process_behind(tmp_path):
   command = [sys.executable, "tests/faults.py", "--rounds=2", f"--json={tmp_path / 'trials.jsonl'}"]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -32,7 +32,7 @@ def test_no_fault_leaves_a_wrong_state_or_a_process_behind(tmp_path):
   assert max(trial["seconds"] for trial in tried) < 60
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_stalls_are_not_taken_for_hangs():
   command = [sys.executable, "tests/faults.py", "--stalls"]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

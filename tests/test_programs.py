@@ -195,7 +195,7 @@ def test_the_printed_snippet_runs(finished):
   assert re.search(r"\(4, \d+\)", done.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_profile_tensorboard_and_wandb(tmp_path, monkeypatch):
   """Opt-in: a trace of some steps, pictures in TensorBoard, numbers to a wandb that is made for the occasion."""
   (tmp_path / "wandb.py").write_text(

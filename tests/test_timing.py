@@ -117,7 +117,7 @@ def test_estimates_stand_beside_what_was_measured_on_a_tpu():
   assert "estimate" not in timing.table([resident]) and " - " in timing.table([resident])
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_several_processes_time_together(tmp_path):
   """As the workers of a pod: both make the same steps, and the first one speaks."""
   values = {"data.train": tiny.npz(tmp_path / "tiny.npz"), "data.test": "", "batch_size": 16, "augment.size": 16}
