@@ -67,13 +67,6 @@ def drawn_with(picture: str) -> str:
   return total.hexdigest()[:16]
 
 
-def draw_claims(page: pathlib.Path):
-  sys.path[:0] = [str(ROOT)]
-  from simclr_jax.programs import claims
-
-  claims.write_page(page, json.loads(CLAIMS.read_text()))
-
-
 def simclr(*words):
   subprocess.run([sys.executable, "-m", "simclr_jax", *words], cwd=ROOT, check=True)
 
@@ -96,7 +89,6 @@ def screenshot(page: pathlib.Path, picture: str, width: int, height: int):
 def photos(runs: pathlib.Path) -> pathlib.Path:
   folder = runs.resolve() / "photos"
   if not folder.exists():
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import images
 
     images.folder(folder)
@@ -111,7 +103,8 @@ def main() -> int:
   runs, kept = ROOT / args.runs, json.loads(KEPT.read_text()) if KEPT.exists() else {}
   smoke, quickstart = runs / "smoke", runs / "quickstart"
   runs.mkdir(parents=True, exist_ok=True)
-  if not (smoke / "COMPLETE").exists() and set(args.pictures) != {"claims"}:
+  sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+  if not (smoke / "COMPLETE").exists() and {"report", "map", "runs"} & set(args.pictures):
     simclr("pretrain", "--config=smoke", f"--workdir={smoke}", "--resume")
   if not (quickstart / "COMPLETE").exists() and {"quickstart", "runs"} & set(args.pictures):
     simclr("quickstart", str(photos(runs)), f"--workdir={quickstart}", "--resume")
@@ -125,7 +118,9 @@ def main() -> int:
       screenshot(quickstart / "report.html", "quickstart", 1000, 1960)
       screenshot(quickstart / "report.html", "quickstart_phone", 500, 1700)
     elif picture == "claims":
-      draw_claims(runs / "claims.html")
+      from simclr_jax.programs import claims
+
+      claims.write_page(runs / "claims.html", json.loads(CLAIMS.read_text()))
       screenshot(runs / "claims.html", "claims", 1000, 1500)
     else:
       simclr("runs", str(runs))

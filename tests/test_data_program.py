@@ -13,8 +13,6 @@ from simclr_jax import data
 from simclr_jax.data import shards
 from simclr_jax.programs import data as dataset
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):

@@ -163,7 +163,7 @@ def test_every_command_and_block_runs(sandbox, monkeypatch):
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
   done = []
   for page, words in COMMANDS:
-    line = " ".join(word for word in words if word != "--config.seed=0")
+    line = " ".join(word for word in words if word != "--config.seed=0")  # the default: the same run
     if (
       line in done or any(mark in line for mark in ELSEWHERE) or words[0] == "downstream"
     ):  # test_downstream.py runs it

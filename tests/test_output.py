@@ -14,8 +14,6 @@ from simclr_jax import __main__ as cli
 from simclr_jax.report import pages
 from simclr_jax.runtime import checkpoint, cpu, files, output
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
 CHILD = """
 import os, sys
 from simclr_jax.runtime import output

@@ -11,8 +11,6 @@ from simclr_jax import __main__ as cli
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import recipes, runs
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
 
 def make(folder, *, steps=4, complete=True, **changes):
   folder.mkdir(parents=True)

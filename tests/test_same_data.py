@@ -11,8 +11,6 @@ from images import numbered, save
 from simclr_jax import api, data
 from simclr_jax.programs import distill, finetune, pretrain, same
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
 
 def picture(i):
   return np.full((4, 4, 3), i, np.uint8)
