@@ -39,6 +39,12 @@ def test_lbfgs_finds_the_optimum():
   np.testing.assert_allclose(got - got.mean(1, keepdims=True), want - want.mean(1, keepdims=True), atol=5e-3)
 
 
+def penalized_loss(x, y, kernel, bias, l2) -> float:
+  logits = x.astype(np.float64) @ kernel + bias
+  losses = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1) - logits[np.arange(len(y)), y]
+  return losses.mean() + 0.5 * l2 * np.sum(kernel.astype(np.float64) ** 2)
+
+
 def test_lbfgs_agrees_with_scikit_learn_and_on_a_mesh_with_itself():
   """Same features, same penalty: accuracy to 1e-3 and loss to 1e-4, relative; 401 examples do not divide by 8."""
   linear_model = pytest.importorskip("sklearn.linear_model", reason="pip install .[test]")
@@ -47,17 +53,30 @@ def test_lbfgs_agrees_with_scikit_learn_and_on_a_mesh_with_itself():
   test_x, test_y = blobs(2000, 12, 5, 3.0, seed=1)
   for l2 in (1e-4, 1e-2, 1.0):
     theirs = linear_model.LogisticRegression(C=1 / (len(x) * l2), tol=1e-8, max_iter=10000).fit(x, y)
-
-    def loss(kernel, bias, l2=l2):
-      logits = (x @ kernel + bias).astype(np.float64)
-      losses = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1) - logits[np.arange(401), y]
-      return losses.mean() + 0.5 * l2 * np.sum(kernel**2)
-
-    wanted = loss(theirs.coef_.T, theirs.intercept_)
+    wanted = penalized_loss(x, y, theirs.coef_.T, theirs.intercept_, l2)
     for mesh in (None, mesh_lib.make_mesh()):
       ours = linear.logistic_regression(x, y, num_classes=5, l2s=(l2,), mesh=mesh)
-      assert loss(ours["kernel"], ours["bias"]) == pytest.approx(wanted, rel=1e-4)
+      assert penalized_loss(x, y, ours["kernel"], ours["bias"], l2) == pytest.approx(wanted, rel=1e-4)
       assert linear.accuracy(ours, test_x, test_y) == pytest.approx(theirs.score(test_x, test_y), abs=1e-3)
+
+
+@pytest.mark.parametrize("examples", [400, 90])
+def test_features_of_unequal_variance(examples, monkeypatch):
+  """Standard deviations from 1 to 1e-3 along oblique axes, much as those of pixels: scikit-learn's loss, in few iterations."""
+  linear_model = pytest.importorskip("sklearn.linear_model", reason="pip install .[test]")
+  x, y = blobs(examples, 120, 4, 3.0)
+  oblique, _ = np.linalg.qr(np.random.default_rng(3).normal(size=(120, 120)))
+  x = (x * np.logspace(0, -3, 120) @ oblique).astype(np.float32)
+  x = (x - x.mean(0)) / np.sqrt(x.var(0).mean())
+  calls, objective = [], linear._objective
+  monkeypatch.setattr(linear, "_objective", lambda *arguments: calls.append(1) or objective(*arguments))
+  for l2 in (1e-5, 1e-2):
+    calls.clear()
+    theirs = linear_model.LogisticRegression(C=1 / (len(x) * l2), tol=1e-8, max_iter=100_000).fit(x, y)
+    wanted = penalized_loss(x, y, theirs.coef_.T, theirs.intercept_, l2)
+    ours = linear.logistic_regression(x, y, num_classes=4, l2s=(l2,))
+    assert penalized_loss(x, y, ours["kernel"], ours["bias"], l2) == pytest.approx(wanted, abs=1e-5)
+  assert len(calls) < 60  # in coordinates that are not scaled, 62 and 91
 
 
 def test_one_against_the_rest_is_as_many_regressions_of_two_classes():
