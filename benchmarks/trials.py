@@ -74,10 +74,11 @@ CELLS = {  # of simclr claims
   "grayscale 0.5": {"augment.grayscale_prob": 0.5},
   "crops from 0.35": {"augment.crop_area": (0.35, 1.0)},
   "temperature 0.2": {"loss.temperature": 0.2},
+  **{f"LARS {rate:g}": {"optimizer.name": "lars", "optimizer.base_lr": rate} for rate in (1.0, 2.0, 4.0, 8.0)},
 }
 METHODS = ("simclr", "moco", "moco_v3", "byol", "instdisc", "supcon", "autoencoder", "supervised")
 RATES = (2e-3, 6e-3, 16e-3)  # base_lr, of which AdamW gets half at the cells' batch size of 128
-CELL = {"train_epochs": 0.0, "train_steps": 281, "evaluate.train_examples": 5000}
+CELL = {"train_epochs": 0.0, "train_steps": 562, "optimizer.warmup_epochs": 0.15, "evaluate.train_examples": 5000}
 RECIPES = {  # name: (recipe, changes to it, trials)
   "cifar10": ("cifar10_gpu", SMALL, {name: [(round(part * EPOCHS, 3), changes) for part, changes in stages] for name, stages in CIFAR10.items()}),
   "smoke": ("smoke", {}, {name: [(None, changes)] for name, changes in SMOKE.items()}),

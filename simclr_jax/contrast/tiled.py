@@ -99,8 +99,8 @@ def nt_xent_auto(z, temperature, *, mesh=None, tile=None, normalize=True, reduct
   return nt_xent_tiled(z, temperature, mesh=mesh, tile=tile, **keywords)
 
 
-# Bytes of similarities a device above which the tiled form is the cheaper one (docs/contrast.md).  On a CPU it takes 1.2
-# times the processor time of the dense form at 0.5 MiB (512 images on 8 devices) and 0.4 times at 32 MiB.  On a ring of
+# Bytes of similarities a device above which the tiled form is the cheaper one (docs/contrast.md).  On a CPU it takes
+# the processor time of the dense form at 0.5 MiB (512 images on 8 devices) and 0.4 times at 32 MiB.  On a ring of
 # TPUs latency counts first: compiled for 256 v5e chips at 32,768 images, 16 MiB, the dense form is estimated at a third
 # of the tiled one's time, so memory decides there.
 DENSE_BYTES = {"cpu": 4 * 2**20}

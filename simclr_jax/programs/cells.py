@@ -24,7 +24,7 @@ from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 
-VERSION = 1  # of what a cell does; a change of it makes every cell anew
+VERSION = 2  # of what a cell does; a change of it makes every cell anew
 LABELS = {"linear_10pct": 0.1, "linear_1pct": 0.01}
 # Of the recipe that a set has, whose settings were tuned on it.
 FOR_DATA = {"textures": {"augment.grayscale_prob": 0.5}}
@@ -123,8 +123,9 @@ class Runner:
     self._sets = {}
 
   def run(self, setting: Setting, config, images: Images) -> dict:
-    """The numbers of one cell: "linear", the accuracy on test images; "validation", on held-out training images; those that
-    `setting.measures` names; and the "seconds" that it took.  A cell that diverged has "diverged" alone.
+    """The numbers of one cell: "linear", the accuracy of linear evaluation on test images; "validation", on held-out
+    training images; "own", of supervised training, that of the classifier it trained; those that `setting.measures` names; and
+    the "seconds" that it took.  A cell that diverged has "diverged" alone.
 
     Raises:
       Interrupted: the state is saved, and `run` resumes from it.
@@ -140,15 +141,18 @@ class Runner:
     train, workdir = images.train, self._folder / key(setting, config, images)
     if setting.labels < 1:
       train = data.Selection(train, _labeled_part(train.labels, setting.labels, config.seed))
-      steps = -(-int(len(images.train) * config.train_epochs) // config.batch_size)  # as many as with all labels
-      config = config_lib.replace(config, {"train_epochs": 0.0, "train_steps": steps, "batch_size": min(config.batch_size, len(train))})  # fmt: skip
+      # As many steps as with all labels, and as many of them for the warm-up.
+      longer, batch = len(images.train) / config.batch_size, min(config.batch_size, len(train))
+      steps = {"train_epochs": 0.0, "train_steps": int(longer * config.train_epochs) + 1, "batch_size": batch}
+      steps["optimizer.warmup_epochs"] = config.optimizer.warmup_epochs * longer * batch / len(train)
+      config = config_lib.replace(config, steps)
     task = self._task(setting, config, train, images)
     if setting.kind == UNTRAINED:
       state, row = jax.jit(task.init)(jax.random.key(config.seed)), {}
     else:
       try:
         state, _ = loop.run(
-          task, loop.LoopConfig(log_every=max(1, task.total_steps // 4)), mesh=self._mesh, workdir=workdir,
+          task, loop.LoopConfig(log_every=-(-task.total_steps // 4)), mesh=self._mesh, workdir=workdir,
           config_json=config_lib.to_json(config), seed=config.seed,
         )  # fmt: skip
       except loop.Diverged as error:
@@ -225,10 +229,9 @@ def _linear(parts, labels, images) -> tuple[float, float]:
 
 
 def _classifier(variables, parts, labels):
-  """Test and validation accuracy of the classifier that a supervised network was trained with, in place of a new one."""
+  """Test accuracy of the classifier that a supervised network was trained with."""
   head = variables["params"]["predictor"]["Dense_0"]
-  logits = [part["z"] @ np.asarray(head["kernel"]) + np.asarray(head["bias"]) for part in parts[1:]]
-  return dict(zip(("linear", "validation"), (linear.top_1(x, y) for x, y in zip(logits, labels[1:], strict=True)), strict=True))  # fmt: skip
+  return {"own": linear.top_1(parts[1]["z"] @ np.asarray(head["kernel"]) + np.asarray(head["bias"]), labels[1])}
 
 
 def _of_z(found: Found):
@@ -255,16 +258,20 @@ def _labeled_part(labels, fraction: float, seed: int):
 
 
 def _contrastive(found: Found):
-  """Of the last training steps: contrastive accuracy."""
+  """Contrastive accuracy, of the last quarter of training."""
   return {"contrastive": found.row["contrastive_accuracy"]}
 
 
 def _geometry(found: Found):
-  """Spread of z and effective ranks of h and z as fractions of what there could be (diagnostics.py)."""
-  test = found.parts[1]
+  """Spread of z, and effective ranks of centered h and z as fractions of what there could be (diagnostics.py).
+
+  The head's hidden layer is as wide as h, so z cannot have a higher rank than that.
+  """
+  h, z = (found.parts[1][name] for name in ("h", "z"))
   return {
-    "spread_z": diagnostics.embedding_std(test["z"]) * test["z"].shape[1] ** 0.5,
-    **{f"rank_{name}": diagnostics.rank(test[name]) / test[name].shape[1] for name in ("h", "z")},
+    "spread_z": diagnostics.embedding_std(z) * z.shape[1] ** 0.5,
+    "rank_h": diagnostics.rank(h - h.mean(0)) / h.shape[1],
+    "rank_z": diagnostics.rank(z - z.mean(0)) / min(z.shape[1], h.shape[1]),
   }
 
 

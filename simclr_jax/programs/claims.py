@@ -47,10 +47,17 @@ class Budget:
   pairs: bool = False
 
 
-_SMALL = {"seeds": (0, 1, 2), "epochs": 8.0, "train": 5000, "test": 5000}  # the same cells in both, so each runs once
 BUDGETS = {
-  "quick": Budget(**_SMALL, data=("textures",)),
-  "full": Budget(**_SMALL, data=("textures", "fashion"), groups=("quick", "full"), pairs=True),
+  "quick": Budget(seeds=(0, 1, 2), epochs=8.0, train=5000, test=5000, data=("textures",)),
+  "full": Budget(
+    seeds=(0, 1, 2),
+    epochs=8.0,
+    train=10_000,
+    test=5000,
+    data=("textures", "fashion"),
+    groups=("quick", "full"),
+    pairs=True,
+  ),
   "methods": Budget(
     seeds=(0, 1, 2), epochs=8.0, train=20_000, test=10_000, data=("textures", "fashion"), groups=("methods",)
   ),
@@ -94,7 +101,7 @@ class Finding:
 
 def terms(formula: str) -> list[tuple[int, str, str]]:
   """[(sign, setting or best(setting,setting), score)] of a claim's formula."""
-  found = re.findall(r"([+-]?)\s*((?:best\([^)]*\)|[\w.]+?))\.([a-z]\w*)(?=\s|$)", formula)
+  found = re.findall(r"([+-]?)\s*((?:(?:best|each)\([^)]*\)|[\w.]+?))\.([a-z]\w*)(?=\s|$)", formula)
   return [(-1 if sign == "-" else 1, setting, score) for sign, setting, score in found]
 
 
@@ -104,8 +111,8 @@ def settings_of(claim) -> list[str]:
 
 
 def alternatives(setting: str) -> list[str]:
-  """The settings that `setting` in a formula stands for: itself, or those in its best(...)."""
-  return setting.removeprefix("best(").removesuffix(")").split(",")
+  """The settings that `setting` in a formula stands for: itself, or those in its best(...) or each(...)."""
+  return setting.removeprefix("best(").removeprefix("each(").removesuffix(")").split(",")
 
 
 def claims_of(budget: Budget, images: cells.Images):
@@ -173,7 +180,16 @@ class Results:
 
 
 def judge(claim, data: str, scores, seeds) -> Finding:
-  """What the cells of a data set say about a claim; `scores` is what `Results.scores` returns."""
+  """What the cells of a data set say about a claim; `scores` is what `Results.scores` returns.
+
+  A rival in each(...) that diverged is beaten.
+  """
+  if every := re.search(r"each\([^)]*\)", claim.formula):
+    formulas = [claim.formula.replace(every[0], name) for name in alternatives(every[0])]
+    rivals = [judge(dataclasses.replace(claim, formula=formula), data, scores, seeds) for formula in formulas]
+    missing = [found for found in rivals if found.verdict == "not measured"]
+    strongest = min(rivals, key=lambda found: found.interval.low if found.interval else np.inf)
+    return dataclasses.replace(missing[0] if missing else strongest, claim=claim)
   factor = 100.0 if claim.unit == "points" else 1.0
   total, values = np.zeros(len(seeds)), {}
   for sign, setting, score in terms(claim.formula):
@@ -247,7 +263,7 @@ def table(findings: list[Finding]) -> str:
 def summary(findings: list[Finding]) -> str:
   """One sentence that counts the verdicts."""
   counts = {v: sum(f.verdict == v for f in findings) for v in (intervals.SUPPORTED, intervals.NOT_SUPPORTED, intervals.CONTRARY)}  # fmt: skip
-  sure = sum(f.interval is not None and f.interval.excludes_zero for f in findings)
+  sure = sum(f.interval is not None and f.claim.direction != 0 and f.interval.excludes_zero for f in findings)
   text = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
   return f"{len(findings)} claims: {text}; {sure} of the intervals exclude zero."
 
@@ -331,9 +347,7 @@ def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Find
   scores = results.scores(todo)
   findings = [judge(claim, images.name, scores, budget.seeds) for images in sets for claim in claims_of(budget, images)]
   hours = sum(results.cells[cell.key]["numbers"]["seconds"] for cell in todo) / 3600
-  text = (
-    f"{summary(findings)} {len(todo)} runs on {', '.join(images.name for images in sets)}, {hours:.2f} hours in all."
-  )
+  text = f"{summary(findings)} {len(todo)} runs on {', '.join(images.name for images in sets)}, {hours:.2f} hours of wall time in all."
   tables = {images.name: rows for images in sets if (rows := standings(scores, images.name))}
   pairs = {images.name: found for images in sets if (found := matrix(scores, images.name))}
   end = {"summary": text, "findings": rows_of(findings), "standings": tables, "matrices": pairs}

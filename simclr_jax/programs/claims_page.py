@@ -29,20 +29,25 @@ is not repeated. The results are `claims.html`, a table in the terminal, and `cl
 ![The top of claims.html: each claim with the interval of the difference and its verdict](claims.png)
 
 - **Runs.** Each is a row of `configs/ablations.py` at its small scale: a ResNet-18 of an eighth of the width, views of 16
-  pixels, AdamW. `quick` and `full` train for 8 epochs on 5,000 images, `methods` for 8 on 20,000. Views of
-  16 pixels are too small to be blurred, so blur has no effect in the matrix of pairs.
-- **Scores** are accuracies of a linear classifier on test images unless noted. Where a claim takes the best of several
-  settings, that setting is chosen on held-out training images.
-- **Intervals** are Student's t intervals over differences between runs with the same seed. With three seeds they are wide, and
-  they say nothing about other data, other networks or other learning rates. One in twenty 95 % intervals excludes zero by chance.
+  pixels, AdamW. Training takes 8 epochs of 5,000 images (`quick`), 10,000 (`full`) or 20,000 (`methods`), of which a tenth is
+  held out; a claim about longer or shorter training says how much, pairs of transformations train for half as long, and
+  batches of 2,048 for four times as long. Raw pixels and histograms are read at 32 pixels. The untrained encoder is as it is
+  initialized, its BatchNorm statistics included.
+- **Scores** are accuracies of a linear classifier on test images unless noted; of supervised training, the accuracy of the
+  classifier that it trained. Where a claim takes the best of several settings, that setting is chosen on held-out training
+  images. A claim that one pair is better than each of several others is judged by the strongest of them.
+- **Intervals** are Student's t intervals over differences between runs with the same seed. With three seeds they are wide. All
+  seeds share the same images, so the intervals say nothing about other test images (5,000 images leave a standard error of
+  0.7 points in a score, less in a difference), other networks or other learning rates. One in twenty 95 % intervals excludes
+  zero by chance.
 - **Verdicts.** *Supported*: the whole interval agrees with the claim. *Contrary*: the whole interval contradicts it. *Not
   supported*: neither. A claim that something does not matter is supported if the whole interval is within 2 points of zero.
 - **The paper's numbers** are for ResNet-50 on ImageNet after 100 to 1,000 epochs; only their direction can be compared with
-  the measurements here. The paper predicts transformations with nonlinear classifiers, and for rotation, noise or Sobel it
-  pretrains with that transformation. Here the classifiers are linear, and pretraining is the same for all transformations.
+  the measurements here. The paper predicts transformations with nonlinear classifiers, here they are linear. A *sanity check*
+  is what any useful method must pass; *after* a section means that the paper suggests the claim without a number.
 - **Equal compute.** The autoencoder and supervised training see as many views in as many steps as SimCLR. A step of the
-  autoencoder takes about twice the arithmetic, because it has a decoder. With fewer labels, supervised training takes as
-  many steps on fewer images.
+  autoencoder takes about twice the arithmetic, because it has a decoder; methods with a moving average pass each view through
+  it as well. With fewer labels, supervised training takes as many steps on fewer images.
 
 ## The claims
 """
@@ -80,7 +85,7 @@ def results(kept: dict) -> str:
       out.append(f"| {row['name']} | {paper} | {here} | {interval} | {verdict} |")
     if rows := kept["standings"].get(data):
       heading, *lines = claims.standings_table(rows)
-      out += ["", "Accuracy in %, mean (lowest to highest) of the seeds; kNN with k = 20, and linear classifiers:", ""]
+      out += ["", "Accuracy in %, mean (min–max) of the seeds; kNN with k = 20, and linear classifiers:", ""]
       out += [f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *lines)]
   return "\n".join(out) + "\n"
 
