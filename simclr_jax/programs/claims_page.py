@@ -31,7 +31,7 @@ is not repeated. The results are `claims.html`, a table in the terminal, and `cl
 - **Runs.** Each is a row of `configs/ablations.py` at its small scale: a ResNet-18 of an eighth of the width, views of 16
   pixels, AdamW. Training takes 8 epochs of 5,000 images (`quick`), 10,000 (`full`) or 20,000 (`methods`), of which a tenth is
   held out; a claim about longer or shorter training says how much, pairs of transformations train for half as long, and
-  batches of 2,048 for four times as long. Raw pixels and histograms are read at 32 pixels. The untrained encoder is as it is
+  batches of 2,048 for twice as long. Raw pixels and histograms are read at 32 pixels. The untrained encoder is as it is
   initialized, its BatchNorm statistics included.
 - **Scores** are accuracies of a linear classifier on test images unless noted; of supervised training, the accuracy of the
   classifier that it trained. Where a claim takes the best of several settings, that setting is chosen on held-out training
