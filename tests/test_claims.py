@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import scipy.stats
 import tiny
 
 from simclr_jax import __main__ as cli
-from simclr_jax import report
+from simclr_jax import optimizer, report
 from simclr_jax.evaluation import intervals
 from simclr_jax.programs import cells, claims, claims_page, experiments
 from simclr_jax.programs.experiments import Claim
@@ -183,6 +184,31 @@ def test_every_claim_asks_for_what_is_measured(claim):
 def test_every_setting_has_a_config(name):
   config = cells.config_of(experiments.SETTINGS[name], 1, 4.0, {})
   assert config.seed == 1 and config.encoder.width == 0.125
+
+
+@pytest.mark.parametrize("few", [450, 45])
+def test_with_few_labels_the_learning_rate_is_the_same_at_every_step(few):
+  """The rows of supervised training with a tenth and a hundredth of 4,500 labels; 45 are fewer than a batch."""
+  whole = cells.config_of(experiments.SETTINGS["supervised"], 0, 8.0, {})
+  setting = experiments.SETTINGS["supervised_10pct" if few == 450 else "supervised_1pct"]
+  part = cells.of_few_labels(cells.config_of(setting, 0, 8.0, {}), 4500, few)
+  assert part.batch_size == min(128, few)
+  steps = optimizer.train_steps(whole, 4500)
+  assert optimizer.train_steps(part, few) == steps == 282
+  of_whole, of_part = (
+    jax.vmap(optimizer.learning_rate(c, n))(np.arange(steps)) for c, n in ((whole, 4500), (part, few))
+  )
+  np.testing.assert_allclose(of_part, of_whole, rtol=1e-5)
+
+
+def test_a_linear_image_of_h_uses_as_much_of_its_dimensions():
+  """z of 16 dimensions that holds h of 8 rotated, wherever their means are: the rank of z is a fraction of 8."""
+  rng = np.random.default_rng(0)
+  h = rng.normal(size=(200, 8)) * np.arange(1, 9)
+  rotation, _ = np.linalg.qr(rng.normal(size=(16, 8)))
+  found = cells.Found(None, None, [{}, {"h": h + 5, "z": h @ rotation.T - 3}], [], None, None, {})
+  numbers = cells.MEASURES["geometry"](found)
+  assert numbers["rank_h"] == pytest.approx(numbers["rank_z"], rel=1e-3) and 0.5 < numbers["rank_h"] < 1
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------

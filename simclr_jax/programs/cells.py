@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from simclr_jax import data, diagnostics
+from simclr_jax import data, diagnostics, optimizer
 from simclr_jax import model as model_lib
 from simclr_jax.evaluation import embed, invariance, knn, linear
 from simclr_jax.evaluation.clusters import color_histogram
@@ -103,6 +103,16 @@ def config_of(setting: Setting, seed: int, epochs: float, changes: dict, data_na
   return config_lib.replace(recipe, own | of_data | changes | dict(setting.changes))
 
 
+def of_few_labels(config, count: int, few: int):
+  """The config for `few` of `count` images: as many steps, and of them as many for the warm-up."""
+  batch = min(config.batch_size, few)
+  epochs = config.optimizer.warmup_epochs * (count / config.batch_size) / (few / batch)
+  steps = optimizer.train_steps(config, count)
+  return config_lib.replace(
+    config, {"train_epochs": 0.0, "train_steps": steps, "batch_size": batch, "optimizer.warmup_epochs": epochs}
+  )
+
+
 def key(setting: Setting, config, images: Images) -> str:
   """The key under which a cell is saved: everything that its numbers depend on."""
   what = dataclasses.asdict(setting) | {"changes": [], "row": "", "measures": sorted(setting.measures)}
@@ -141,11 +151,7 @@ class Runner:
     train, workdir = images.train, self._folder / key(setting, config, images)
     if setting.labels < 1:
       train = data.Selection(train, _labeled_part(train.labels, setting.labels, config.seed))
-      # As many steps as with all labels, and as many of them for the warm-up.
-      longer, batch = len(images.train) / config.batch_size, min(config.batch_size, len(train))
-      steps = {"train_epochs": 0.0, "train_steps": int(longer * config.train_epochs) + 1, "batch_size": batch}
-      steps["optimizer.warmup_epochs"] = config.optimizer.warmup_epochs * longer * batch / len(train)
-      config = config_lib.replace(config, steps)
+      config = of_few_labels(config, len(images.train), len(train))
     task = self._task(setting, config, train, images)
     if setting.kind == UNTRAINED:
       state, row = jax.jit(task.init)(jax.random.key(config.seed)), {}
