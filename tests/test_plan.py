@@ -14,6 +14,7 @@ import pytest
 
 from simclr_jax import __main__ as cli
 from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import data as data_program
 from simclr_jax.programs import plan, recipes
 from simclr_jax.runtime import aot
 
@@ -247,6 +248,9 @@ def test_every_recipe_of_the_papers_is_planned_on_the_pod_that_its_header_names(
     assert row["batch_size"] == batch and row["collectives"].keys() == {"all-reduce"}, recipe
     assert not row["collectives"]["all-reduce"]["image_sized"], recipe
   assert plans.markdown(rows) == (ROOT / "docs/plans.md").read_text()
+  estimates = data_program.ESTIMATES  # which simclr data benchmark compares the input with
+  assert estimates["v4"] == round(rows["v1:1x 4096 v4:4x4x8"]["images_per_second_per_chip"])
+  assert f"13.5 ms at batch 4,096: {estimates['v5e']:,} images/s per chip" in (ROOT / "docs/scaling.md").read_text()
 
 
 def simclr_plan(*arguments):

@@ -19,7 +19,10 @@ from simclr_jax.runtime.errors import UserError
 from simclr_jax.runtime.progress import duration
 
 FLOPS = 49.2e9  # of one ResNet-50 step on the two 224-pixel views of an image, forward and backward
-ESTIMATES = {"v4": 1079, "v5e": 848}  # images a second a chip, by the TPU compiler's estimate of that step
+ESTIMATES = {
+  "v4": 1375,
+  "v5e": 1182,
+}  # images a second a chip, by the TPU compiler's estimate of that step: docs/scaling.md
 
 
 def _threads():
