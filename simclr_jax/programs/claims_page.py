@@ -71,9 +71,11 @@ def page(*folders: str) -> str:
 
 def results(kept: dict) -> str:
   """The section of results of what claims.json holds."""
-  out = ["", "## Measured", "", kept["summary"]]
-  for data in dict.fromkeys(row["data"] for row in kept["findings"]):
-    out += ["", f"### {data}", "", "| claim | paper | here | 95 % interval | verdict |", "|---|---|---|---|---|"]
+  sets = list(dict.fromkeys(row["data"] for row in kept["findings"]))
+  out = ["", f"## Measured on {', '.join(sets)}", "", kept["summary"]]
+  for data in sets:
+    out += ["", f"### {data}"] if len(sets) > 1 else []
+    out += ["", "| claim | paper | here | 95 % interval | verdict |", "|---|---|---|---|---|"]
     for row in (row for row in kept["findings"] if row["data"] == data):
       digits = 1 if row["unit"] else 3
       here, interval = "", ""
