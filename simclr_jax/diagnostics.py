@@ -3,13 +3,16 @@
 import jax.numpy as jnp
 
 
+def _unit(z):
+  return z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
+
+
 def embedding_std(z) -> float:
   """Mean over dimensions of the standard deviation of z / |z|, z [n, d]; 1/sqrt(d) if spread evenly, 0 if collapsed.
 
   Source: SimSiam, arXiv 2011.10566, section 4.1.
   """
-  z = z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
-  return float(jnp.mean(jnp.std(z, axis=0)))
+  return float(jnp.mean(jnp.std(_unit(z), axis=0)))
 
 
 def rank(h) -> float:
@@ -20,6 +23,35 @@ def rank(h) -> float:
   s = jnp.linalg.svd(jnp.asarray(h, jnp.float32), compute_uv=False)
   p = s / jnp.maximum(s.sum(), 1e-12) + 1e-7
   return float(jnp.exp(-jnp.sum(p * jnp.log(p))))
+
+
+def alignment(pairs) -> float:
+  """Mean squared distance of the two unit vectors of each positive pair, pairs [n, 2, d]; 0 if views do not matter.
+
+  Source: Wang and Isola, arXiv 2005.10242, with alpha = 2.
+  """
+  x = _unit(pairs)
+  return float(jnp.mean(jnp.sum(jnp.square(x[:, 0] - x[:, 1]), axis=-1)))
+
+
+def uniformity(h) -> float:
+  """Log of the mean of exp(-2 |h_i - h_j|^2) over all pairs of unit vectors i != j, h [n, d]; 0 if collapsed, about -4 if
+  spread evenly.
+
+  Source: Wang and Isola, arXiv 2005.10242, with t = 2.
+  """
+  x = _unit(h)
+  potential = jnp.exp(-2.0 * jnp.maximum(2.0 - 2.0 * x @ x.T, 0.0))
+  return float(jnp.log((jnp.sum(potential) - jnp.trace(potential)) / (len(x) * (len(x) - 1))))
+
+
+def spectrum(h) -> jnp.ndarray:
+  """The eigenvalues of the covariance of h [n, d] as shares of their sum, largest first, [min(n, d)].
+
+  Source: Jing et al., arXiv 2110.09348, Figure 2.
+  """
+  squares = jnp.square(jnp.linalg.svd(h - jnp.mean(h, axis=0), compute_uv=False))
+  return squares / jnp.maximum(jnp.sum(squares), 1e-12)
 
 
 def dead_dimensions(h) -> int:

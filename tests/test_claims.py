@@ -206,7 +206,7 @@ def test_a_linear_image_of_h_uses_as_much_of_its_dimensions():
   rng = np.random.default_rng(0)
   h = rng.normal(size=(200, 8)) * np.arange(1, 9)
   rotation, _ = np.linalg.qr(rng.normal(size=(16, 8)))
-  found = cells.Found(None, None, [{}, {"h": h + 5, "z": h @ rotation.T - 3}], [], None, None, {})
+  found = cells.Found(None, None, [{}, {"h": h + 5, "z": h @ rotation.T - 3}], [], None, None, [])
   numbers = cells.MEASURES["geometry"](found)
   assert numbers["rank_h"] == pytest.approx(numbers["rank_z"], rel=1e-3) and 0.5 < numbers["rank_h"] < 1
 
@@ -250,7 +250,7 @@ def test_claims_end_to_end_and_again_without_a_run(few, spec, tmp_path, capsys, 
 @pytest.mark.slow
 def test_cells_that_train_share_their_programs_and_leave_numbers_alone(few, spec, tmp_path, capsys, monkeypatch):
   """Every measure on three seeds, the last of which goes on after a signal; the second and third compile nothing."""
-  setting = cells.Setting(measures=("z", "few", "few_z", "contrastive", "geometry", "transforms"))
+  setting = cells.Setting(measures=("z", "few", "few_z", "contrastive", "geometry", "transforms", "course"))
   monkeypatch.setattr(experiments, "SETTINGS", {"simclr": setting})
   monkeypatch.setattr(experiments, "CLAIMS", FEW[2:])
   budget = dataclasses.replace(TINY, seeds=(0, 1, 2))
@@ -258,9 +258,16 @@ def test_cells_that_train_share_their_programs_and_leave_numbers_alone(few, spec
   assert capsys.readouterr().out.count("compiling the step: 0:00") >= 2
   assert finding.interval and not list((tmp_path / "cells").iterdir())
   first, *_ = json.loads((tmp_path / "claims.json").read_text())["cells"].values()
-  measured = set().union(*(SCORES[name] for name in setting.measures))
+  measured = set().union(*(SCORES[name] for name in setting.measures if name != "course"))
   colorless = {f"{what}_{name}" for what in ("color", "hue") for name in "hz"}
-  assert set(first["numbers"]) == measured - colorless | {"linear", "validation", "seconds"}
+  followed = {key for key in first["numbers"] if "/" in key}
+  assert set(first["numbers"]) - followed == measured - colorless | {"linear", "validation", "seconds"}
+  assert {key for key in followed if "spectrum" not in key} == {
+    f"{key}/{step}" for key in cells.Course.KEYS for step in (1, 2)
+  }
+  assert sum(first["numbers"][f"spectrum_z/{i}"] for i in range(1, 17)) == pytest.approx(1, abs=1e-5)
+  (lines,) = json.loads((tmp_path / "claims.json").read_text())["courses"].values()
+  assert list(lines) == ["simclr, h", "simclr, z"] and "Through training" in (tmp_path / "claims.html").read_text()
 
 
 @pytest.mark.slow
@@ -351,6 +358,7 @@ def test_the_page_shows_effects_and_the_matrix_and_escapes(tmp_path):
   report.write_claims(
     tmp_path / "claims.html", title="t", summary="s", claims=rows, matrices={"set": (["crop", "color"], [[0.3, 0.5], [0.5, None]])},
     standings={"set": [["", "linear"], ["<h>", "60.0 (59.0 to 61.0)"]]},
+    courses={"set": {"<z>": [{"step": 1, "rank": 3.0}, {"step": 2, "rank": 2.0}]}},
   )  # fmt: skip
   page = (tmp_path / "claims.html").read_text()
   assert "a <b>" not in page and "a &lt;b&gt;" in page
@@ -368,6 +376,22 @@ def test_the_matrix_shows_a_pair_in_both_orders():
   names, rows = claims.matrix(scores, "set")
   assert names == ["crop", "color"] and rows == [[0.3, pytest.approx(0.6)], [pytest.approx(0.6), None]]
   assert claims.matrix(scores, "none") is None
+
+
+def test_courses_are_means_over_the_seeds_of_a_data_set():
+  scores = {
+    ("set", "simclr"): {
+      0: {"linear": 0.5, "rank_h/10": 3.0, "rank_z/10": 2.0, "spectrum_z/1": 0.012},
+      1: {"linear": 0.7, "rank_h/10": 5.0, "rank_z/10": 2.0, "spectrum_z/1": 0.008},
+    },
+    ("set", "alignment"): {0: {"diverged": 1.0}},
+    ("other", "simclr"): {0: {"rank_h/10": 9.0}},
+  }
+  assert claims.courses(scores, "set") == {
+    "simclr, h": [{"step": 10, "rank": 4.0}],
+    "simclr, z": [{"step": 10, "rank": 2.0}, {"step": 1, report.SPECTRUM: pytest.approx(-2.0)}],
+  }
+  assert claims.courses(scores, "none") == {}
 
 
 def test_the_page_of_the_docs_lists_every_claim():

@@ -1,11 +1,13 @@
 """The verdict calls a collapsed run collapsed and a healthy one not: on made-up embeddings and on real short runs."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from simclr_jax import diagnostics
+from simclr_jax.contrast import nt_xent
 from simclr_jax.programs import pretrain, scores
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -14,6 +16,20 @@ from simclr_jax.runtime import metrics as metrics_lib
 rng = np.random.default_rng(0)
 H, Z = rng.normal(size=(400, 64)), rng.normal(size=(400, 32))
 ONE = rng.normal(size=(1, 64))
+
+
+def test_alignment_and_uniformity_are_those_of_the_loss():
+  pairs = np.random.default_rng(0).normal(size=(40, 2, 8)) + 0.5
+  _, metrics = nt_xent(jnp.asarray(pairs, jnp.float32), 0.5)
+  assert diagnostics.alignment(pairs) == pytest.approx(float(metrics["alignment"]), rel=1e-4)
+  assert diagnostics.uniformity(pairs[:, 0]) == pytest.approx(float(metrics["uniformity"]), rel=1e-4)
+  assert diagnostics.uniformity(np.ones((5, 8))) == pytest.approx(0, abs=1e-4)
+
+
+def test_the_spectrum_is_that_of_the_covariance():
+  h = np.random.default_rng(0).normal(size=(300, 6)) @ np.diag([3, 1, 0.5, 0.1, 0.01, 0]) + 7
+  expected = np.linalg.eigvalsh(np.cov(h.T))[::-1]
+  np.testing.assert_allclose(diagnostics.spectrum(jnp.asarray(h, jnp.float32)), expected / expected.sum(), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from simclr_jax.programs import pretrain, scores, splits
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
+from simclr_jax.views import Batch
 
 VERSION = 2  # of what a cell does; a change of it makes every cell anew
 LABELS = {"linear_10pct": 0.1, "linear_1pct": 0.01}
@@ -153,8 +154,12 @@ class Runner:
       train = data.Selection(train, _labeled_part(train.labels, setting.labels, config.seed))
       config = of_few_labels(config, len(images.train), len(train))
     task = self._task(setting, config, train, images)
+    model = scores.representations(model_lib.create(config, images.train.num_classes))
+    if "course" in setting.measures:
+      course = loop.Evaluator(Course(config, images, model), every=-(-task.total_steps // 16))
+      task = dataclasses.replace(task, evaluators={"course": course})
     if setting.kind == UNTRAINED:
-      state, row = jax.jit(task.init)(jax.random.key(config.seed)), {}
+      state, rows = jax.jit(task.init)(jax.random.key(config.seed)), []
     else:
       try:
         state, _ = loop.run(
@@ -164,13 +169,12 @@ class Runner:
       except loop.Diverged as error:
         print(f"diverged: {error}")
         return {"diverged": 1.0}
-      row = metrics_lib.read(workdir)[-1]
-    model = scores.representations(model_lib.create(config, images.train.num_classes))
+      rows = metrics_lib.read(workdir)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     parts = [embed.embed(model, variables, part, self._mesh) for part in self._eval_sets(config, images)]
     labels = [part.labels() for part in self._eval_sets(config, images)]
     numbers = dict(zip(("linear", "validation"), _linear([part["h"] for part in parts], labels, images), strict=True))
-    found = Found(config, images, parts, labels, variables, model, row)
+    found = Found(config, images, parts, labels, variables, model, rows)
     for name in setting.measures:
       numbers |= MEASURES[name](found)
     if config.method == "supervised":
@@ -208,7 +212,7 @@ class Runner:
     else:
       parts = [np.concatenate([color_histogram(b["image"][b["mask"]]) for b in part.batches()]) for part in native]
     numbers = dict(zip(("linear", "validation"), _linear(parts, labels, images), strict=True))
-    found = Found(config, images, [{"h": x} for x in parts], labels, None, None, {})
+    found = Found(config, images, [{"h": x} for x in parts], labels, None, None, [])
     for name in setting.measures:
       numbers |= MEASURES[name](found)
     return numbers
@@ -217,7 +221,7 @@ class Runner:
 @dataclasses.dataclass(frozen=True)
 class Found:
   """What a measure may look at: features {"h", "z"} and labels of the train, test and validation images, the network, and the
-  last logged row."""
+  rows of metrics.jsonl."""
 
   config: config_lib.Section
   images: Images
@@ -225,7 +229,7 @@ class Found:
   labels: Sequence[np.ndarray]
   variables: dict | None
   model: object
-  row: dict
+  rows: Sequence[dict]
 
 
 def _linear(parts, labels, images) -> tuple[float, float]:
@@ -265,7 +269,7 @@ def _labeled_part(labels, fraction: float, seed: int):
 
 def _contrastive(found: Found):
   """Contrastive accuracy, of the last quarter of training."""
-  return {"contrastive": found.row["contrastive_accuracy"]}
+  return {"contrastive": [row["contrastive_accuracy"] for row in found.rows if "contrastive_accuracy" in row][-1]}
 
 
 def _geometry(found: Found):
@@ -279,6 +283,35 @@ def _geometry(found: Found):
     "rank_h": diagnostics.rank(h - h.mean(0)) / h.shape[1],
     "rank_z": diagnostics.rank(z - z.mean(0)) / min(z.shape[1], h.shape[1]),
   }
+
+
+class Course:
+  """Alignment, uniformity and effective rank of h and z of a state, for two views each of at most 512 test images."""
+
+  KEYS = tuple(f"{what}_{name}" for name in ("h", "z") for what in ("alignment", "uniformity", "rank"))
+
+  def __init__(self, config, images, model):
+    self._views, self._model = _views(config, images.test, 512, config.seed), model
+
+  def __call__(self, state):
+    variables, row = {"params": state.params, "batch_stats": state.batch_stats}, {}
+    both = [self._model(variables, self._views[:, k]) for k in (0, 1)]
+    for name in ("h", "z"):
+      pairs = np.stack([np.asarray(outputs[name]) for outputs in both], axis=1)
+      first = pairs[:, 0]
+      values = diagnostics.alignment(pairs), diagnostics.uniformity(first), diagnostics.rank(first - first.mean(0))
+      row |= dict(zip((key for key in self.KEYS if key.endswith(name)), values, strict=True))
+    return row
+
+
+def _course(found: Found):
+  """What Course found, as "rank_z/STEP", and the spectra of the covariances of h and z in the end, as "spectrum_z/1" and so
+  on."""
+  numbers = {f"{key}/{row['step']}": row[key] for row in found.rows for key in Course.KEYS if row.get(key) is not None}
+  for name in ("h", "z"):
+    for i, share in enumerate(diagnostics.spectrum(found.parts[1][name]), 1):
+      numbers[f"spectrum_{name}/{i}"] = share
+  return numbers
 
 
 def _transforms(found: Found):
@@ -303,24 +336,21 @@ def _some(found: Found, counts):
 def _histogram_matching(found: Found):
   """How often the color histogram of one view of an image is nearer to that of its other view than to those of 255 other
   images, without any network."""
-  view_pipeline = pretrain.view_pipeline(found.config)
-  count = min(256, len(found.images.train))
-  images, extent = data.in_memory(
-    data.Subset(found.images.train, count, found.config.seed), canvas=view_pipeline.canvas
-  )
-  seeds = np.random.default_rng(found.config.seed).integers(0, 2**31, (count, 2)).astype(np.int32)
-  views = np.asarray(_pairs(view_pipeline, images, extent, seeds))
+  views = _views(found.config, found.images.train, 256, found.config.seed)
   first, second = (np.sqrt(color_histogram(views[:, k])) for k in (0, 1))
   likeness = first @ second.T
-  return {"matched": float(np.mean(likeness.argmax(1) == np.arange(count)))}
+  return {"matched": float(np.mean(likeness.argmax(1) == np.arange(len(likeness))))}
 
 
-def _pairs(view_pipeline, images, extent, seeds):
-  from simclr_jax.views import Batch
-
-  number = np.zeros(len(seeds), np.int32)
+def _views(config, source, most: int, seed: int):
+  """Two views of at most `most` images of a source, float32 [n, 2, s, s, 3]."""
+  view_pipeline = pretrain.view_pipeline(config)
+  count = min(most, len(source))
+  images, extent = data.in_memory(data.Subset(source, count, seed), canvas=view_pipeline.canvas)
+  seeds = np.random.default_rng(seed).integers(0, 2**31, (count, 2)).astype(np.int32)
+  number = np.zeros(count, np.int32)
   batch = Batch(pixels={"image": images, "extent": extent}, label=number, index=number, seed=seeds)
-  return jax.jit(view_pipeline.device)(batch)
+  return np.asarray(jax.jit(view_pipeline.device)(batch))
 
 
 MEASURES = {
@@ -329,6 +359,7 @@ MEASURES = {
   "few_z": functools.partial(_few_labels, name="z", suffix="_z"),
   "contrastive": _contrastive,
   "geometry": _geometry,
+  "course": _course,
   "transforms": _transforms,
   "matching": _histogram_matching,
 }

@@ -320,6 +320,27 @@ def matrix(scores, data: str):
   return (names, [[measured.get((a, b), measured.get((b, a))) for b in names] for a in names]) if names else None
 
 
+def courses(scores, data: str) -> dict[str, list[dict]]:
+  """{"SETTING, h" and "SETTING, z": rows as in metrics.jsonl} of the settings that were followed through training, as means over
+  the seeds.  Under report.SPECTRUM is the log10 of the share of eigenvalue number "step" of the covariance, in the end.
+  """
+  found = {}
+  for (name, setting), by_seed in scores.items():
+    for cell in by_seed.values() if name == data else ():
+      for key, value in cell.items():
+        name_of_it, _, step = key.partition("/")
+        if step:
+          what, x = name_of_it.split("_")
+          found.setdefault(f"{setting}, {x}", {}).setdefault((int(step), what), []).append(value)
+  return {name: [_point(*place, values) for place, values in of.items()] for name, of in found.items()}
+
+
+def _point(step: int, what: str, values) -> dict:
+  mean = float(np.mean(values))
+  shown = {report.SPECTRUM: float(np.log10(max(mean, 1e-9)))} if what == "spectrum" else {what: mean}
+  return {"step": step} | shown
+
+
 def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Finding]:
   """The program: runs the missing cells, prints the table and writes the page.
 
@@ -350,7 +371,8 @@ def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Find
   text = f"{summary(findings)} {len(todo)} runs on {', '.join(images.name for images in sets)}, {hours:.2f} hours of wall time in all."
   tables = {images.name: rows for images in sets if (rows := standings(scores, images.name))}
   pairs = {images.name: found for images in sets if (found := matrix(scores, images.name))}
-  end = {"summary": text, "findings": rows_of(findings), "standings": tables, "matrices": pairs}
+  followed = {images.name: found for images in sets if (found := courses(scores, images.name))}
+  end = {"summary": text, "findings": rows_of(findings), "standings": tables, "matrices": pairs, "courses": followed}
   results.conclude(end)
   write_page(folder / PAGE, end)
   for name, rows in tables.items():
@@ -363,7 +385,7 @@ def write_page(path, kept: dict):
   """The page of what claims.json holds."""
   report.write_claims(
     path, title="The claims about SimCLR, measured", summary=kept["summary"], claims=kept["findings"],
-    matrices=kept["matrices"], standings={name: standings_table(rows) for name, rows in kept["standings"].items()},
+    matrices=kept["matrices"], courses=kept.get("courses", {}), standings={name: standings_table(rows) for name, rows in kept["standings"].items()},
   )  # fmt: skip
 
 

@@ -24,7 +24,8 @@ HEADER = """# The claims about SimCLR, measured
     simclr claims --budget=methods                        # SimCLR beside MoCo, BYOL, InstDisc, SupCon and an autoencoder
 
 The command can be killed at any moment; started again, it resumes. A finished run is recorded in `claims.json` at once and
-is not repeated. The results are `claims.html`, a table in the terminal, and `claims.json`.
+is not repeated. The results are `claims.html`, a table in the terminal, and `claims.json`. The page also draws alignment,
+uniformity and effective rank of h and z through training, and their spectra, for SimCLR and for training without negatives.
 
 ![The top of claims.html: each claim with the interval of the difference and its verdict](claims.png)
 

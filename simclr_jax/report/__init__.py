@@ -8,11 +8,12 @@ Scores and fractions (`knn`, `contrastive_accuracy`, `data_wait`, …) are in [0
 
 from simclr_jax.report.charts import accuracy_against_labels_svg, step_times_svg
 from simclr_jax.report.map import map_png, thumbnail_side
-from simclr_jax.report.pages import write_claims, write_map, write_report, write_runs
+from simclr_jax.report.pages import SPECTRUM, write_claims, write_map, write_report, write_runs
 from simclr_jax.report.pictures import neighbors_png, view_pairs_png
 from simclr_jax.report.tables import Link, aligned, score_table
 
 __all__ = [
+  "SPECTRUM",
   "Link",
   "accuracy_against_labels_svg",
   "aligned",

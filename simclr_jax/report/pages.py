@@ -86,7 +86,10 @@ def write_runs(path, *, histories, keys, **page):
   render.write_page(path, "runs.html", legend=legend, figures=figures, **page)
 
 
-def write_claims(path, *, title, summary, claims, matrices, standings):
+SPECTRUM = "Spectrum, log10"  # of the rows of courses: heading and key
+
+
+def write_claims(path, *, title, summary, claims, matrices, standings, courses):
   """Writes a page of claims, each with its effect, and of matrices of accuracies.
 
   Args:
@@ -94,6 +97,7 @@ def write_claims(path, *, title, summary, claims, matrices, standings):
       None), values {score: number}, and interval (mean, low, high), or None where nothing was measured.
     matrices: {name of a data set: (names, accuracy or None [first][second])}.
     standings: {name of a data set: rows of text, the first of which is the heading}.
+    courses: {name of a data set: {name of a representation: rows as in metrics.jsonl}}.
   """
   groups = {}
   for claim in claims:
@@ -101,9 +105,17 @@ def write_claims(path, *, title, summary, claims, matrices, standings):
     drawn = claim["interval"] and all(map(tables.is_finite, claim["interval"]))
     svg = charts.effect(claim["name"], claim["interval"], paper=claim["paper"], margin=claim["margin"], digits=digits) if drawn else None  # fmt: skip
     groups.setdefault(claim["data"], []).append(claim | {"svg": svg, "digits": digits})
+  followed = {data: charts.overlays(of, ("alignment", "uniformity", "rank", SPECTRUM)) for data, of in courses.items()}
   heat = {data: (names, _shades(rows)) for data, (names, rows) in matrices.items()}
   render.write_page(
-    path, "claims.html", title=title, summary=summary, groups=groups, matrices=heat, standings=standings
+    path,
+    "claims.html",
+    title=title,
+    summary=summary,
+    groups=groups,
+    matrices=heat,
+    standings=standings,
+    courses=followed,
   )
 
 
