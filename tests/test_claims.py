@@ -211,6 +211,16 @@ def test_a_linear_image_of_h_uses_as_much_of_its_dimensions():
   assert numbers["rank_h"] == pytest.approx(numbers["rank_z"], rel=1e-3) and 0.5 < numbers["rank_h"] < 1
 
 
+def test_contrastive_accuracy_is_that_of_the_last_quarter_however_often_rows_are_logged():
+  """562 steps, in every one of which the accuracy is the number of the step; rows after 141 steps, and after 36 too."""
+  for every in ([], range(36, 562, 36)):
+    ends = sorted({141, 282, 423, 562, *every})
+    rows = [{"step": b, "contrastive_accuracy": (a + 1 + b) / 2} for a, b in zip([0, *ends], ends, strict=False)]
+    rows.insert(2, {"step": 36, "rank_h": 3.0})
+    found = cells.Found(None, None, [], [], None, None, rows)
+    assert cells.MEASURES["contrastive"](found)["contrastive"] == pytest.approx(np.mean(range(424, 563)))
+
+
 # ---- cells -----------------------------------------------------------------------------------------------------------
 
 

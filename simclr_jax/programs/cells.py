@@ -163,7 +163,7 @@ class Runner:
     else:
       try:
         state, _ = loop.run(
-          task, loop.LoopConfig(log_every=-(-task.total_steps // 4)), mesh=self._mesh, workdir=workdir,
+          task, loop.LoopConfig(log_every=_quarter(task.total_steps)), mesh=self._mesh, workdir=workdir,
           config_json=config_lib.to_json(config), seed=config.seed,
         )  # fmt: skip
       except loop.Diverged as error:
@@ -268,8 +268,16 @@ def _labeled_part(labels, fraction: float, seed: int):
 
 
 def _contrastive(found: Found):
-  """Contrastive accuracy, of the last quarter of training."""
-  return {"contrastive": [row["contrastive_accuracy"] for row in found.rows if "contrastive_accuracy" in row][-1]}
+  """Mean contrastive accuracy of the last quarter of training; a row has the mean of the steps since the row before it."""
+  rows = [row for row in found.rows if "contrastive_accuracy" in row]
+  steps = np.array([0, *(row["step"] for row in rows)])
+  count = np.diff(steps) * (steps[1:] > min(3 * _quarter(steps[-1]), steps[-1] - 1))
+  return {"contrastive": np.average([row["contrastive_accuracy"] for row in rows], weights=count)}
+
+
+def _quarter(steps: int) -> int:
+  """A quarter of the steps, after each of which a row is logged."""
+  return -(-steps // 4)
 
 
 def _geometry(found: Found):

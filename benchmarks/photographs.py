@@ -1,0 +1,108 @@
+"""What classifiers read from the runs of a recipe, beside what needs no training: kNN, linear, 10 % and 1 % of the labels.
+
+  python -m benchmarks.photographs --output=benchmarks/photographs.json RUN [RUN ...]
+
+The runs are of one data set, of any method and seed, such as those of configs/cifar10_cpu.py.  The linear classifiers are
+multinomial regressions whose L2 penalty is chosen on held-out training images; the labeled images of 10 % and 1 % are drawn by
+the run's seed, equally many of each class.  What is in the output is not measured again.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+
+import numpy as np
+
+COLUMNS = {"knn_20": "kNN, k = 20", "knn_200": "kNN, k = 200", "linear": "linear", "linear_10pct": "10 %", "linear_1pct": "1 %"}  # fmt: skip
+
+
+def read(x, y, test_x, test_y, classes: int, seed: int) -> dict:
+  """Test accuracies of what reads x [n, d] with labels y [n]."""
+  from simclr_jax import data
+  from simclr_jax.evaluation import knn, linear
+
+  found = {f"knn_{k}": knn.accuracy(x, y, test_x, test_y, k=k, num_classes=classes) for k in (20, 200)}
+  for name, fraction in (("linear", 1.0), ("linear_10pct", 0.1), ("linear_1pct", 0.01)):
+    chosen = data.class_balanced(y, fraction, seed) if fraction < 1 else np.arange(len(y))
+    folds = linear.FOLDS if fraction < 1 else 1
+    classifier = linear.logistic_regression(x[chosen], y[chosen], num_classes=classes, folds=folds)
+    found[name] = linear.accuracy(classifier, test_x, test_y)
+  return {name: round(float(value), 4) for name, value in found.items()}
+
+
+def representations(run: pathlib.Path):
+  """(config, evaluation, {name: function that makes (features of the training images, of the test images)}) of a run."""
+  import jax
+
+  from simclr_jax import model
+  from simclr_jax.evaluation import embed
+  from simclr_jax.evaluation.clusters import color_histogram
+  from simclr_jax.programs import config as config_lib
+  from simclr_jax.programs import pretrain, scores, splits
+  from simclr_jax.runtime import checkpoint
+  from simclr_jax.runtime import mesh as mesh_lib
+
+  config = config_lib.from_json(checkpoint.read_config(run))
+  train, test = splits.open_data(config.data)
+  mesh = mesh_lib.make_mesh()
+  evaluation = scores.PretrainEvaluation(config, train, test, mesh)
+  apply = scores.representations(model.create(config, train.num_classes))
+  _, trained = checkpoint.read_run_state(run)
+
+  def features(state, name):
+    variables = {"params": state["params"], "batch_stats": state["batch_stats"]}
+    return [embed.embed(apply, variables, part, mesh)[name] for part in (evaluation.train, evaluation.test)]
+
+  def untrained():
+    state = jax.jit(pretrain.make_task(config, train, mesh=mesh).init)(jax.random.key(config.seed))
+    return features({"params": state.params, "batch_stats": state.batch_stats}, "h")
+
+  def histograms():
+    return [np.concatenate([color_histogram(b["image"][b["mask"]]) for b in part.batches()]) for part in evaluation.raw]
+
+  found = {f"{config.method} h": lambda: features(trained, "h")}
+  if config.method == "simclr":
+    found |= {"simclr z": lambda: features(trained, "z"), "untrained": untrained}
+    found |= {"raw pixels": lambda: [part.pixels() for part in evaluation.raw], "histogram of 64 colors": histograms}
+  return config, evaluation, found
+
+
+def table(results: dict) -> str:
+  """Mean and range of the seeds, in percent."""
+  rows = [f"| | {' | '.join(COLUMNS.values())} |", "|---|" + "---|" * len(COLUMNS)]
+  for name, seeds in results.items():
+    cells = []
+    for column in COLUMNS:
+      values = [100 * scores[column] for scores in seeds.values()]
+      spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+      cells.append(f"{statistics.mean(values):.1f}{spread}")
+    rows.append(f"| {name} | {' | '.join(cells)} |")
+  return "\n".join(rows)
+
+
+def main():
+  from simclr_jax.runtime import cpu
+
+  cpu.prepare()
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("runs", nargs="+", type=pathlib.Path)
+  parser.add_argument("--output", required=True, type=pathlib.Path)
+  args = parser.parse_args()
+  for run in args.runs:
+    config, evaluation, found = representations(run)
+    labels, test_labels = evaluation.train.labels(), evaluation.test.labels()
+    for name, make in found.items():
+      results = json.loads(args.output.read_text()) if args.output.exists() else {}
+      seed = str(config.seed)
+      if seed in results.get(name, {}):
+        continue
+      (x, test_x), classes = make(), evaluation.num_classes
+      results.setdefault(name, {})[seed] = read(x, labels, test_x, test_labels, classes, config.seed)
+      args.output.write_text(json.dumps(results, indent=1) + "\n")
+      print(name, seed, results[name][seed], flush=True)
+  print(table(json.loads(args.output.read_text())))
+
+
+if __name__ == "__main__":
+  main()
