@@ -120,6 +120,7 @@ def test_one_sided_views_share_their_crop():
   assert len({x.numpy().tobytes() for x in cropped}) == 4
 
 
+@pytest.mark.slow
 def test_they_take_their_place_in_the_views():
   """Given probability 0 nothing changes, given 1 they act on every view; in tf.data as eagerly; mistakes are one line."""
   options = {"size": 16, "color_strength": 0.0, "blur": False}

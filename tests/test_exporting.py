@@ -208,6 +208,7 @@ def test_values(exported, tmp_path, capsys, monkeypatch):
     np.testing.assert_allclose(h, example["h"], rtol=0, atol=1e-5 * np.abs(example["h"]).max())
 
 
+@pytest.mark.slow
 def test_folders_open_without_this_package(small, tmp_path, capsys):
   formats = available(*HERE)
   export.run(output=tmp_path, encoder=small, formats=formats)

@@ -129,6 +129,7 @@ def test_probe_by_lbfgs_agrees_with_the_run(finished):
   assert probe.run(workdir) == pytest.approx(result["scores"][3]["linear"])
 
 
+@pytest.mark.slow
 def test_transforms_are_read_from_a_run_and_from_its_export(finished, capsys, tmp_path):
   """A run has h and z, an export has h alone: the same h, so the same scores."""
   workdir, _ = finished

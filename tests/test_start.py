@@ -61,6 +61,7 @@ def test_the_architecture_is_that_of_the_start_but_not_how_it_computes(first):
   assert (config.encoder.depth, config.encoder.width, config.encoder.dtype) == (18, 0.0625, "bfloat16")
 
 
+@pytest.mark.slow
 def test_the_encoder_waits_for_the_head(first):
   state, task = started(first, head_epochs=1 / 3, **{"optimizer.warmup_epochs": 0.0})  # two steps of 16 of 96 images
   step = jax.jit(task.step)

@@ -77,6 +77,7 @@ def test_h_is_that_of_plain_loops(variables, pool):
   np.testing.assert_allclose(h, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_rematerialization_changes_nothing_and_bfloat16_little(variables):
   images = np.random.default_rng(1).random((2, 16, 16, 3), np.float32)
   h = vit(**SMALL).apply(variables, images)
@@ -178,6 +179,7 @@ class Mean(nn.Module):
     return nn.Dense(8)(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_an_encoder_of_ones_own(tmp_path, monkeypatch):
   (tmp_path / "my_nets.py").write_text(
     textwrap.dedent("""
