@@ -282,7 +282,7 @@ def test_cells_that_train_share_their_programs_and_leave_numbers_alone(few, spec
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "name", ["supervised_10pct", "oracle", "norm_per_device", "autoencoder", "rotated", "moco", "byol"]
+  "name", ["supervised_10pct", "oracle", "norm_per_device", "autoencoder", "rotated", "noised", "edged", "moco", "byol"]
 )
 def test_settings_that_are_no_plain_simclr_train(name, spec, tmp_path):
   images = cells.open_images(spec, most_train=60, most_test=32)
