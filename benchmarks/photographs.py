@@ -17,17 +17,13 @@ import numpy as np
 COLUMNS = {"knn_20": "kNN, k = 20", "knn_200": "kNN, k = 200", "linear": "linear", "linear_10pct": "10 %", "linear_1pct": "1 %"}  # fmt: skip
 
 
-def read(x, y, test_x, test_y, classes: int, seed: int) -> dict:
+def read(x, y, test_x, test_y, num_classes: int, seed: int) -> dict:
   """Test accuracies of what reads x [n, d] with labels y [n]."""
-  from simclr_jax import data
-  from simclr_jax.evaluation import knn, linear
+  from simclr_jax.evaluation import linear
+  from simclr_jax.programs import cells
 
-  found = {f"knn_{k}": knn.accuracy(x, y, test_x, test_y, k=k, num_classes=classes) for k in (20, 200)}
-  for name, fraction in (("linear", 1.0), ("linear_10pct", 0.1), ("linear_1pct", 0.01)):
-    chosen = data.class_balanced(y, fraction, seed) if fraction < 1 else np.arange(len(y))
-    folds = linear.FOLDS if fraction < 1 else 1
-    classifier = linear.logistic_regression(x[chosen], y[chosen], num_classes=classes, folds=folds)
-    found[name] = linear.accuracy(classifier, test_x, test_y)
+  found = cells.of_few_labels(x, y, test_x, test_y, num_classes=num_classes, seed=seed)
+  found["linear"] = linear.linear_evaluation(x, y, test_x, test_y, num_classes=num_classes)
   return {name: round(float(value), 4) for name, value in found.items()}
 
 

@@ -191,7 +191,7 @@ def test_with_few_labels_the_learning_rate_is_the_same_at_every_step(few):
   """The rows of supervised training with a tenth and a hundredth of 4,500 labels; 45 are fewer than a batch."""
   whole = cells.config_of(experiments.SETTINGS["supervised"], 0, 8.0, {})
   setting = experiments.SETTINGS["supervised_10pct" if few == 450 else "supervised_1pct"]
-  part = cells.of_few_labels(cells.config_of(setting, 0, 8.0, {}), 4500, few)
+  part = cells.config_of_few_labels(cells.config_of(setting, 0, 8.0, {}), 4500, few)
   assert part.batch_size == min(128, few)
   steps = optimizer.train_steps(whole, 4500)
   assert optimizer.train_steps(part, few) == steps == 282

@@ -104,7 +104,7 @@ def config_of(setting: Setting, seed: int, epochs: float, changes: dict, data_na
   return config_lib.replace(recipe, own | of_data | changes | dict(setting.changes))
 
 
-def of_few_labels(config, count: int, few: int):
+def config_of_few_labels(config, count: int, few: int):
   """The config for `few` of `count` images: as many steps, and of them as many for the warm-up."""
   batch = min(config.batch_size, few)
   epochs = config.optimizer.warmup_epochs * (count / config.batch_size) / (few / batch)
@@ -152,7 +152,7 @@ class Runner:
     train, workdir = images.train, self._folder / key(setting, config, images)
     if setting.labels < 1:
       train = data.Selection(train, _labeled_part(train.labels, setting.labels, config.seed))
-      config = of_few_labels(config, len(images.train), len(train))
+      config = config_of_few_labels(config, len(images.train), len(train))
     task = self._task(setting, config, train, images)
     model = scores.representations(model_lib.create(config, images.train.num_classes))
     if "course" in setting.measures:
@@ -249,16 +249,22 @@ def _of_z(found: Found):
 
 
 def _few_labels(found: Found, name: str = "h", suffix: str = ""):
-  """Linear evaluation with a tenth and a hundredth of the labels, and kNN with k = 20 and 200."""
   (x, y), (test_x, test_y) = ((part[name], y) for part, y in zip(found.parts[:2], found.labels[:2], strict=True))
-  classes, numbers = found.images.train.num_classes, {}
+  numbers = of_few_labels(x, y, test_x, test_y, num_classes=found.images.train.num_classes, seed=found.config.seed)
+  return {key + suffix: value for key, value in numbers.items()}
+
+
+def of_few_labels(x, y, test_x, test_y, *, num_classes: int, seed: int) -> dict:
+  """Test accuracies of x [n, d] with labels y [n]: of linear evaluation with a tenth and a hundredth of the labels, drawn by the
+  seed, and of kNN with k = 20 and 200."""
+  numbers = {}
   for share, fraction in LABELS.items():
-    chosen = _labeled_part(y, fraction, found.config.seed)
+    chosen = _labeled_part(y, fraction, seed)
     folds = min(linear.FOLDS, int(np.unique(y[chosen], return_counts=True)[1].min()))
-    few = linear.logistic_regression(x[chosen], y[chosen], num_classes=classes, folds=folds)
-    numbers[share + suffix] = linear.accuracy(few, test_x, test_y)
+    few = linear.logistic_regression(x[chosen], y[chosen], num_classes=num_classes, folds=folds)
+    numbers[share] = linear.accuracy(few, test_x, test_y)
   for k in (20, 200):
-    numbers[f"knn_{k}{suffix}"] = knn.accuracy(x, y, test_x, test_y, k=k, num_classes=classes)
+    numbers[f"knn_{k}"] = knn.accuracy(x, y, test_x, test_y, k=k, num_classes=num_classes)
   return numbers
 
 
