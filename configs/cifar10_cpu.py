@@ -5,7 +5,8 @@ Hardware:  two CPU cores: 519 images/s (simclr time), so 64 minutes of training;
 Expected:  not measured yet
 Source:    arXiv 2002.05709, App. B.9.  Optimizer, learning rate, temperature, crops and batch were chosen on 5,000 training images that
            were held out, after 3 epochs each: benchmarks/trials.py
-Data:      an .npz file with images and labels, uint8 [n, 32, 32, 3]: --config.data.train=npz:FILE:train ...:test
+Data:      a prepared TFDS cifar10 in --config.data.data_dir, or arrays:
+           --config.data.train=npz:FILE:train --config.data.test=npz:FILE:test
 """
 
 import ml_collections
@@ -14,7 +15,7 @@ import ml_collections
 def get_config():
   return ml_collections.ConfigDict(
     dict(
-      data=dict(train="npz:cifar10.npz:train", test="npz:cifar10.npz:test"),
+      data=dict(train="tfds:cifar10:train", test="tfds:cifar10:test"),
       batch_size=256,
       train_epochs=40.0,
       augment=dict(

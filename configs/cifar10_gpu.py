@@ -7,7 +7,8 @@ Expected:  kNN about 90 % after 500 epochs and about 83 % after 100, reported by
            network, batch, temperature and schedule; this recipe itself has not been run to its end yet
 Source:    arXiv 2002.05709, App. B.9, with the SGD learning rates and weight decay of dkobak/simclr-cifar10, whose head
            is wider
-Data:      an .npz file with images and labels, uint8 [n, 32, 32, 3]: --config.data.train=npz:FILE:train ...:test
+Data:      a prepared TFDS cifar10 in --config.data.data_dir, or arrays:
+           --config.data.train=npz:FILE:train --config.data.test=npz:FILE:test
 """
 
 import ml_collections
@@ -18,7 +19,7 @@ EPOCHS = {"": 500.0, "100ep": 100.0}
 def get_config(arg=""):
   return ml_collections.ConfigDict(
     dict(
-      data=dict(train="npz:cifar10.npz:train", test="npz:cifar10.npz:test"),
+      data=dict(train="tfds:cifar10:train", test="tfds:cifar10:test"),
       batch_size=512,
       train_epochs=EPOCHS[arg],
       augment=dict(size=32, color_strength=0.5, blur=False, where="resident", canvas=32, color_order="fixed"),

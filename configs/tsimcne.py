@@ -39,7 +39,7 @@ def _cpu():
     dict(
       method="tsimcne",
       tsimcne=dict(stages=(9.0, 1.0, 3.0), last_lr=0.05),
-      data=dict(train="npz:cifar10.npz:train", test="npz:cifar10.npz:test"),
+      data=dict(train="tfds:cifar10:train", test="tfds:cifar10:test"),
       batch_size=256,
       train_epochs=13.0,
       augment=dict(

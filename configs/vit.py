@@ -1,14 +1,13 @@
 """A Vision Transformer as the encoder: ViT-Ti on CIFAR-10, ViT-S and -B on ImageNet, with the settings of MoCo v3.
 
-Command:   simclr pretrain --config=configs/vit.py --workdir=runs/vit --config.data.train=npz:FILE:train
-           --config.data.test=npz:FILE:test        (:s16 and :b16 for ImageNet: add --config.data.data_dir=gs://BUCKET/tfds;
-           :textures needs no data)
+Command:   simclr pretrain --config=configs/vit.py --workdir=runs/vit
+           (:s16 and :b16 for ImageNet: add --config.data.data_dir=gs://BUCKET/tfds; :textures needs no data)
 Hardware:  one GPU for CIFAR-10, a pod for ImageNet, neither run yet; a CPU for textures, 37 minutes on one core
 Expected:  textures: kNN 48.5, linear 58.5 (untrained 10.5, 40.6), seed 0.  The others are not measured yet; SimCLR with a
            ViT-S/16 at batch 1,024 and 300 epochs reaches 69.0 % linear accuracy in MoCo v3, Table 4
 Source:    arXiv 2104.02057, sections 4 and 5: AdamW, long warm-up, weight decay 0.1, fixed sines, fixed patch projection;
            the head is SimCLR's
-Data:      an .npz file with images and labels, or a prepared TFDS imagenet2012 in --config.data.data_dir
+Data:      a prepared TFDS cifar10 or imagenet2012 in --config.data.data_dir
 """
 
 import ml_collections
@@ -24,8 +23,8 @@ def get_config(arg=""):
   return ml_collections.ConfigDict(
     dict(
       data=dict(
-        train="npz:cifar10.npz:train" if small else "tfds:imagenet2012:train",
-        test="npz:cifar10.npz:test" if small else "tfds:imagenet2012:validation",
+        train="tfds:cifar10:train" if small else "tfds:imagenet2012:train",
+        test="tfds:cifar10:test" if small else "tfds:imagenet2012:validation",
       ),
       batch_size=512 if small else 4096,
       train_epochs=300.0,

@@ -1,5 +1,6 @@
 """Sets of TensorFlow Datasets, read by byte offset."""
 
+import shlex
 import shutil
 
 import numpy as np
@@ -80,9 +81,20 @@ def test_tfds_without_a_writable_cache(tfds_folder, tmp_path, monkeypatch):
   assert len(data.open_source("tfds:tiny", data_dir=str(tfds_folder))) == 23
 
 
+@pytest.mark.parametrize("name, version", [("mnist", ""), ("mnist/3.0.1", "3.0.1")])
+def test_a_set_that_is_not_prepared_is_named_with_the_command_that_prepares_it(tmp_path, monkeypatch, name, version):
+  import tensorflow_datasets as tfds
+
+  with pytest.raises(ValueError, match=rf"not prepared under {tmp_path}/{name}; ") as error:
+    data.open_source(f"tfds:{name}:train", data_dir=str(tmp_path))
+  python, flag, code = shlex.split(str(error.value).partition("network access: ")[2])
+  asked = []
+  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", lambda self: asked.append(self.data_dir))
+  exec(code, {})
+  assert (python, flag) == ("python", "-c") and asked[0].startswith(f"{tmp_path}/mnist/{version}")
+
+
 def test_tfds_errors(tfds_folder, cache, tmp_path, monkeypatch):
-  with pytest.raises(ValueError, match=rf"not prepared under {tfds_folder}/mnist; .*tfds build mnist --data_dir="):
-    data.open_source("tfds:mnist:train", data_dir=str(tfds_folder))
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   with pytest.raises(ValueError, match=f"not prepared under {tmp_path}/tiny"):
     data.open_source("tfds:tiny")

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class TfdsSource(Source):
     if info.file_format is not tfds.core.FileFormat.TFRECORD:
       raise UserError(
         f"{spec}: {builder.data_dir} is stored as {info.file_format.value}, which has no reader here; prepare it with"
-        f" tfds build {name} --file_format=tfrecord --data_dir={root}"
+        f" {_command(name, root, file_format='tfrecord')}"
       )
     self._all_features = dict(info.features.items())
     self._image_key = _only_feature(spec, info.features, tfds.features.Image, "image")
@@ -164,13 +165,19 @@ def _prepared_folder(spec: str, name: str, root: str) -> str:
   base = files.expanded(root) / name
   found = sorted(path.parent for below in ("", "*/", "*/*/") for path in base.glob(f"{below}dataset_info.json"))
   if not found:
-    raise UserError(
-      f"{spec}: not prepared under {base}; prepare it once, with network access: tfds build {name} --data_dir={root}"
-    )
+    raise UserError(f"{spec}: not prepared under {base}; prepare it once, with network access: {_command(name, root)}")
   configs = sorted({path.parent.name for path in found if path.parent not in (base, base.parent)})
   if len(configs) > 1:
     raise UserError(f"{spec}: {base} holds several configurations; name one: tfds:{name}/{configs[0]} (of {configs})")
   return os.fspath(max(found, key=lambda path: [int(part) for part in path.name.split(".") if part.isdigit()]))
+
+
+def _command(name: str, root: str, **options: str) -> str:
+  """The command that prepares a set; `tfds build` imports Apache Beam, which is not installed."""
+  name = re.sub(r"/(\d+\.\d+\.\d+)$", r":\1", name)  # a version, as TFDS writes it
+  options = {"data_dir": root, **options}
+  arguments = ", ".join([repr(name), *(f"{key}={value!r}" for key, value in options.items())])
+  return f'python -c "import tensorflow_datasets as tfds; tfds.builder({arguments}).download_and_prepare()"'
 
 
 def _only_feature(spec: str, features, kind: type, usual: str, *, required: bool = True) -> str | None:
