@@ -21,8 +21,10 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain as program
 from simclr_jax.programs import same
 from simclr_jax.programs import workdir as workdir_lib
-from simclr_jax.runtime import files
+from simclr_jax.runtime import files, lock
 from simclr_jax.runtime.errors import UserError
+
+MARK = "saved_by_simclr_jax"  # an empty array in the files that `pretrain` writes, which it may replace
 
 
 def _in_python(function):
@@ -83,40 +85,62 @@ def pretrain(
     recipe, config = config_lib.of_run(workdir)
     program.run(config_lib.replace(config, changes), str(workdir), resume=True, recipe=recipe)
     return load_encoder(workdir)
-  specs = (images,) if isinstance(images, str) else ()
-  folder = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
-  if isinstance(images, str):
-    changes = {"data.train": images, "data.test": "", **changes}
-  else:
-    file = folder.with_name(f"{folder.name}.npz")
-    _keep(file, images, labels, resume and changes.get("data.changed") != "accept")
-    changes = {"data.train": f"npz:{file}", "data.test": "", **changes}
-  config = config_lib.replace(config_lib.load(recipe), changes)
+  folder = files.absolute(workdir)
+  train = images if isinstance(images, str) else f"npz:{folder.with_name(f'{folder.name}.npz')}"
+  config = config_lib.replace(config_lib.load(recipe), {"data.train": train, "data.test": "", **changes})
+  arrays = None if isinstance(images, str) else _arrays(images, labels)
+  if not (resume or overwrite):
+    workdir_lib.claim(workdir, resume=False, overwrite=False, specs=(train,))
+  elif folder.exists():
+    lock.take(folder)
+  if arrays:
+    _keep(arrays, train, same_only=resume and config.data.changed == "refuse")
   program.run(config, str(workdir), resume=resume, overwrite=overwrite, recipe=recipe)
   return load_encoder(folder / "encoder")
 
 
-def _keep(file, images, labels, same_only):
-  """Writes the arrays to `file`; raises UserError if it holds others and `same_only`."""
+def _arrays(images, labels) -> dict[str, np.ndarray]:
+  """What is saved of images and labels; raises UserError if they cannot be trained on."""
   images = np.asarray(images)
   if images.dtype != np.uint8 or images.ndim not in (3, 4):
     raise UserError(
       f"images are {images.dtype} {list(images.shape)}: expected uint8 [n, h, w, 3] or [n, h, w], such as "
       "np.uint8(255 * images)"
     )
-  if labels is not None and len(labels) != len(images):
+  if labels is None:
+    return {"images": images}
+  if len(labels) != len(images):
     raise UserError(f"{len(labels)} labels for {len(images)} images: expected one per image")
-  numbers, names = (None, ()) if labels is None else data.make_labels(labels, count=len(images))
-  if same_only and file.exists():
-    now = data.ArraySource(images, numbers, class_names=names).fingerprint()
-    what = same.difference(data.open_source(f"npz:{file}").fingerprint(), now)
-    if what:
+  numbers, names = data.make_labels(labels, count=len(images))
+  return {"images": images, "labels": numbers, "class_names": np.asarray(names, np.str_)}
+
+
+def _keep(arrays: dict[str, np.ndarray], spec: str, *, same_only: bool):
+  """Saves the arrays in the file of `spec`, npz:FILE, unless they are in it already.
+
+  Raises:
+    UserError: it holds others, and `same_only`; or it was not written here.
+  """
+  file = files.absolute(spec.removeprefix("npz:"))
+  if file.exists():
+    names = arrays["class_names"].tolist() if "labels" in arrays else ()
+    now = data.ArraySource(arrays["images"], arrays.get("labels"), class_names=names).fingerprint()
+    try:
+      what = same.difference(data.open_source(spec).fingerprint(), now)
+      with files.local(file) as local, np.load(local, allow_pickle=False) as kept:
+        is_ours = MARK in kept
+    except UserError as error:
+      what, is_ours = str(error), False
+    if not what:
+      return
+    if not is_ours:
+      raise UserError(
+        f"{file} would be replaced, and is not the copy of a run's images: name another --workdir ({what})"
+      )
+    if same_only:
       same.refuse_changed("images", what)
-  arrays = {"images": images} | (
-    {} if numbers is None else {"labels": numbers, "class_names": np.asarray(names, np.str_)}
-  )
   buffer = io.BytesIO()
-  np.savez(buffer, allow_pickle=False, **arrays)
+  np.savez(buffer, allow_pickle=False, **arrays, **{MARK: np.zeros(0)})
   file.parent.mkdir(parents=True, exist_ok=True)
   files.write_bytes(file, buffer.getvalue())
 

@@ -7,7 +7,6 @@ import tiny
 
 import simclr_jax
 from simclr_jax import api, augment, data
-from simclr_jax.runtime import files
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -51,12 +50,54 @@ def test_arrays_of_a_run_in_a_bucket_lie_beside_it(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
   with bucket.buckets(tmp_path / "buckets"):
-    api._keep(files.absolute("gs://mine/runs/a.npz"), images, [0, 1, 0, 1], same_only=False)
+    arrays = api._arrays(images, [0, 1, 0, 1])
+    api._keep(arrays, "npz:gs://mine/runs/a.npz", same_only=False)
     source = data.open_source("npz:gs://mine/runs/a.npz")
     np.testing.assert_array_equal(source.read(2), images[2])
     with pytest.raises(ValueError, match="images"):
-      api._keep(files.absolute("gs://mine/runs/a.npz"), images[::-1], [0, 1, 0, 1], same_only=True)
+      api._keep(arrays | {"images": images[::-1]}, "npz:gs://mine/runs/a.npz", same_only=True)
   assert [path.name for path in tmp_path.iterdir()] == ["buckets"]
+
+
+@pytest.mark.parametrize("before", ["photographs", "not an archive"])
+def test_a_file_of_the_users_is_never_replaced(tmp_path, before):
+  """The arrays would be saved beside the workdir, under a name that is taken."""
+  file, images = tmp_path / "photos.npz", np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+  if before == "photographs":
+    np.savez(file, images=images, weights=np.ones(3))
+  else:
+    file.write_text(before)
+  kept = file.read_bytes()
+  for flags in ({}, {"overwrite": True}, {"resume": True}):
+    with pytest.raises(ValueError, match=r"photos\.npz would be replaced, and is not the copy of a run's images"):
+      simclr_jax.pretrain(images[:2], str(tmp_path / "photos"), recipe="smoke", **SMALL, **flags)
+    assert file.read_bytes() == kept
+  if before == "photographs":  # the same images: nothing to save
+    api._keep(api._arrays(images, None), f"npz:{file}", same_only=True)
+    assert file.read_bytes() == kept
+
+
+def test_a_mistake_deletes_and_writes_nothing(tmp_path):
+  run, images = tmp_path / "run", np.zeros((4, 8, 8, 3), np.uint8)
+  (run / "encoder").mkdir(parents=True)
+  for name in ("RUN", "COMPLETE", "config.json"):
+    (run / name).write_text("")
+  for wrong in ({"images": images / 255.0}, {"labels": [0, 1]}, {"batch_sise": 4}, {"recipe": "smok"}):
+    for flag in ("overwrite", "resume"):
+      with pytest.raises(ValueError):
+        simclr_jax.pretrain(**{"images": images, "workdir": str(run), flag: True, **wrong})
+  assert {path.name for path in run.iterdir()} == {"RUN", "COMPLETE", "config.json", "encoder"}
+  assert not (tmp_path / "run.npz").exists()
+
+
+def test_arrays_that_were_saved_here_may_be_replaced(tmp_path):
+  first, second = (api._arrays(np.full((4, 8, 8, 3), i, np.uint8), [0, 1, 0, 1]) for i in (1, 2))
+  spec = f"npz:{tmp_path / 'run.npz'}"
+  api._keep(first, spec, same_only=True)
+  with pytest.raises(ValueError, match="images is not what the run began with"):
+    api._keep(second, spec, same_only=True)
+  api._keep(second, spec, same_only=False)
+  assert data.open_source(spec).read(0).max() == 2
 
 
 def test_probe_tells_separable_classes_apart():

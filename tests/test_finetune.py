@@ -140,6 +140,8 @@ def test_labels_are_balanced_seeded_and_nested():
   labels = np.repeat(np.arange(4), [100, 50, 200, 7])
   one, ten = (data.class_balanced(labels, share, 0) for share in (0.01, 0.1))
   assert np.bincount(labels[one]).tolist() == [1, 1, 2, 1] and np.bincount(labels[ten]).tolist() == [10, 5, 20, 1]
+  two = data.class_balanced(np.append(labels, [4, -1]), 0.01, 0, at_least=2)
+  assert np.bincount(np.append(labels, [4, -1])[two]).tolist() == [2, 2, 2, 2, 1]
   assert set(one) <= set(ten) and not np.array_equal(ten, data.class_balanced(labels, 0.1, 1))
   np.testing.assert_array_equal(data.class_balanced(labels, 1.0, 0), np.arange(357))
   part = data.Selection(tiny.source(), [5, 3])

@@ -103,6 +103,8 @@ def test_unlabeled_images_are_in_no_class():
   assert data.labeled(source).labels.tolist() == [0, 1, 1, 0] and len(data.labeled(source)) == 4
   none = data.ArraySource(numbered(2), [-1, -1])
   assert none.labels is None and none.num_classes == 0 and data.labeled(none) is none
+  none = data.ArraySource(numbered(2), [-1, -1], class_names=("a", "b"))  # a split of a set that has labels elsewhere
+  assert none.labels is None and none.num_classes == 0
 
 
 def test_npz_with_texts(tmp_path):

@@ -156,6 +156,15 @@ def test_held_out_parts_are_disjoint_balanced_and_cover_all():
   assert np.bincount(y[linear.held_out_parts(y, 1, np.random.default_rng(0))[0]]).tolist() == [2] * 5
 
 
+@pytest.mark.parametrize("per_class", [1, 2, 3, 4, 5])
+def test_classes_of_few_images_can_be_scored(per_class):
+  """Where a fold is empty, or would hold out all that there is."""
+  y = np.arange(4 * per_class) % 4
+  x = (4 * np.eye(6)[y] + 0.1 * np.random.default_rng(0).normal(size=(len(y), 6))).astype(np.float32)
+  assert linear.few_label_evaluation(x, y, x, y, num_classes=4) == 1
+  assert linear.linear_evaluation(x, y, x, y, num_classes=4) == 1
+
+
 def test_few_labels_is_balanced_and_seeded():
   y = np.repeat(np.arange(5), 20)
   chosen = linear.few_labels(y, 3, np.random.default_rng(1))

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import tiny
-from images import numbered, save
+from images import save
 
-from simclr_jax import api, data
+from simclr_jax import data
 from simclr_jax.programs import distill, finetune, pretrain, same
 
 
@@ -114,15 +114,25 @@ def test_runs_refuse_changed_data(folder, tmp_path):
   assert same.check_data(workdir, False, "refuse", now)  # a new run
 
 
-def test_other_arrays_from_a_notebook(tmp_path):
-  """They do not replace those of the run."""
-  file = tmp_path / "run.npz"
-  np.savez(file, images=numbered(3), labels=[0, 1, 0])
-  with pytest.raises(ValueError, match="images is not what the run began with: other contents"):
-    api._keep(file, numbered(3)[::-1], [0, 1, 0], True)
-  np.testing.assert_array_equal(np.load(file)["images"], numbered(3))
-  api._keep(file, numbered(3), ["a", "b", "a"], False)
-  assert data.open_source(f"npz:{file}").class_names == ("a", "b")
+def test_parts_of_a_set_know_what_the_set_knows(folder):
+  """The rest of a set of which a part is held out, which is what a run trains on if no test images are named."""
+
+  def parts(source):
+    rest = data.Selection(source, range(2, len(source)))
+    return rest, data.Subset(source, 6, 0), data.Joined([rest, data.Selection(source, [0])])
+
+  before = [part.fingerprint() for part in parts(data.open_source(f"folder:{folder}"))]
+  file = folder / "a/06.png"
+  file.write_bytes(file.read_bytes() + b"0")
+  for old, part in zip(before, parts(data.open_source(f"folder:{folder}")), strict=True):
+    assert "files or arrays" in same.difference(old, part.fingerprint())
+    del old["files or arrays"]  # of a run of an earlier version
+    assert "files or arrays" not in same.difference(old, part.fingerprint())
+  images = np.zeros((300, 4, 4), np.uint8)
+  before = data.Selection(data.ArraySource(images), range(200)).fingerprint()
+  images[137] = 1
+  now = data.Selection(data.ArraySource(images), range(200)).fingerprint()
+  assert same.difference(before, now) == "other files or arrays"
 
 
 def test_every_program_that_trains_checks():

@@ -9,6 +9,9 @@ from test_stream import crop_like
 
 from simclr_jax import data
 from simclr_jax.data import tfds as tfds_source
+from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import data as dataset
+from simclr_jax.programs import splits
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +29,12 @@ def tfds_folder(tmp_path_factory):
       return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"image": image, "label": label}))
 
     def _split_generators(self, manager):
-      return {"train": self._generate_examples(0, 23), "test": self._generate_examples(100, 105)}
+      splits = {"train": self._generate_examples(0, 23), "test": self._generate_examples(100, 105)}
+      return splits | {"unlabelled": self._generate_examples(200, 204, label=-1)}
 
-    def _generate_examples(self, start, stop):
+    def _generate_examples(self, start, stop, label=None):
       for i in range(start, stop):
-        yield i, {"image": np.full((6 + i % 3, 7, 3), i, np.uint8), "label": i % 2}
+        yield i, {"image": np.full((6 + i % 3, 7, 3), i, np.uint8), "label": i % 2 if label is None else label}
 
   folder = tmp_path_factory.mktemp("tfds")
   builder = Tiny(data_dir=str(folder))
@@ -79,6 +83,18 @@ def test_tfds_without_a_writable_cache(tfds_folder, tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
   assert len(data.open_source("tfds:tiny", data_dir=str(tfds_folder))) == 23
+
+
+def test_a_split_without_labels_has_no_classes(tfds_folder, cache):
+  """Such as that of STL-10, whose labels are all -1."""
+  source = data.open_source("tfds:tiny:unlabelled", data_dir=str(tfds_folder))
+  assert source.labels is None and source.class_names == () and source.read_labeled(1)[1] == -1
+  section = config_lib.Data(train="tfds:tiny:unlabelled", data_dir=str(tfds_folder))
+  train, test = splits.open_data(section)
+  assert train is test and len(train) == 4
+  both = data.open_source("tfds:tiny:unlabelled+train[:2]", data_dir=str(tfds_folder))
+  assert both.num_classes == 2 and (both.labels >= 0).sum() == 2
+  assert dataset.inspect("tfds:tiny:unlabelled", data_dir=str(tfds_folder))["unlabeled"] == 0
 
 
 @pytest.mark.parametrize("name, version", [("mnist", ""), ("mnist/3.0.1", "3.0.1")])

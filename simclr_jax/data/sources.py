@@ -3,6 +3,7 @@
 import collections
 import functools
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -170,7 +171,8 @@ class ArraySource(Source):
       raise UserError(f"{title}: holds no images; give at least one")
     if labels is not None:
       labels, class_names = make_labels(labels, class_names, count=len(images), what=f"{title}: labels")
-      labels = labels if class_names else None
+      if not (labels >= 0).any():
+        labels, class_names = None, ()
     self.images, self.class_names, self._labels, self._title = images, class_names, labels, title
     self.array_extent = images.shape[1:3]
 
@@ -209,13 +211,27 @@ class AbstractSource(Source):
     return self._num_examples
 
 
-class Subset(Source):
+class _Part(Source):
+  """Made of other sources, whose fingerprints are in its own: they know the sizes and contents of what it only names."""
+
+  def _sets(self) -> Sequence[Source]:
+    raise NotImplementedError
+
+  def fingerprint(self):
+    whole = [json.dumps(source.fingerprint(), sort_keys=True) for source in self._sets()]
+    return super().fingerprint() | {"files or arrays": digest(whole)}
+
+
+class Subset(_Part):
   """`count` images of another source, drawn without replacement by `seed`; all of them, as they are, for count 0."""
 
   def __init__(self, source: Source, count: int, seed: int):
     self._source, self.class_names = source, source.class_names
     chosen = permutation(seed, 0, len(source))[: count or None]
     self._chosen = np.sort(chosen)
+
+  def _sets(self):
+    return (self._source,)
 
   @property
   def labels(self):
@@ -289,12 +305,15 @@ class Relabeled(Selection):
     return item, int(self._numbers[label])
 
 
-class Joined(Source):
+class Joined(_Part):
   """The images of several sources with the same classes, one source after the other."""
 
   def __init__(self, sources: Sequence[Source]):
     self._sources, self.class_names = tuple(sources), sources[0].class_names
     self._begin = np.cumsum([0, *map(len, sources)])
+
+  def _sets(self):
+    return self._sources
 
   @property
   def labels(self):
@@ -320,15 +339,16 @@ class Joined(Source):
     return source.read_labeled(j)
 
 
-def class_balanced(labels, fraction: float, seed: int) -> np.ndarray:
-  """Sorted indices of a fraction of every class of labels [n], at least one image of each, drawn by `seed`.
+def class_balanced(labels, fraction: float, seed: int, at_least: int = 1) -> np.ndarray:
+  """Sorted indices of a fraction of every class of labels [n], `at_least` that many of each that has them, drawn by `seed`.
 
   For the same seed, a smaller fraction is part of a larger one.  Images without a label, -1, are never included.
   """
   chosen = [np.zeros(0, np.int64)]
   for c in np.unique(labels[labels >= 0]):
     members = np.flatnonzero(labels == c)
-    chosen.append(members[permutation(seed, int(c), len(members))][: max(1, round(fraction * len(members)))])
+    count = max(at_least, round(fraction * len(members)))
+    chosen.append(members[permutation(seed, int(c), len(members))][:count])
   return np.sort(np.concatenate(chosen))
 
 

@@ -1,5 +1,6 @@
 """Prepared sets of TensorFlow Datasets."""
 
+import contextlib
 import functools
 import os
 import re
@@ -49,8 +50,7 @@ class TfdsSource(Source):
     self._all_features = dict(info.features.items())
     self._image_key = _only_feature(spec, info.features, tfds.features.Image, "image")
     self._label_key = _only_feature(spec, info.features, tfds.features.ClassLabel, "label", required=False)
-    if self._label_key:
-      self.class_names = tuple(info.features[self._label_key].names)
+    self._names = tuple(info.features[self._label_key].names) if self._label_key else ()
     try:
       instructions = info.splits[split or "train"].file_instructions
     except (KeyError, ValueError, AssertionError) as error:
@@ -80,6 +80,7 @@ class TfdsSource(Source):
     self._rows = np.concatenate(kept) if kept else np.zeros(0, np.int64)
     if not len(self._rows):
       raise UserError(f"{spec}: the split is empty; choose a larger slice of {', '.join(info.splits)}")
+    self.class_names = self._names if self._has_labels() else ()
 
   def __len__(self):
     return len(self._rows)
@@ -89,6 +90,15 @@ class TfdsSource(Source):
 
   def _listing(self):
     return *map(os.path.basename, self._shards), self._offsets["length"][self._rows]
+
+  def _has_labels(self) -> bool:
+    """Whether an image has a label: one of a sample of them, or else any, as in a split for training without labels."""
+    known = not self._label_key or "labels" in self._offsets
+    for row in () if known else self._rows[spread(len(self), SAMPLE)]:
+      with contextlib.suppress(BadImage):
+        if self._label(self._features(row)) >= 0:
+          return True
+    return self.labels is not None
 
   def _label_listing(self):  # without reading every record; the sample's contents have theirs inside
     return ()
@@ -114,7 +124,7 @@ class TfdsSource(Source):
       count = len(self._offsets["shard"])
       self._offsets["labels"] = read_labels(self._title, count, lambda row: self._label(self._features(row)))
       save_cache(self._cache, self._offsets)
-    labels, _ = make_labels(self._offsets["labels"][self._rows], self.class_names, what=f"{self._title}: labels")
+    labels, _ = make_labels(self._offsets["labels"][self._rows], self._names, what=f"{self._title}: labels")
     return labels if (labels >= 0).any() else None
 
   def several_labels(self):
@@ -141,8 +151,8 @@ class TfdsSource(Source):
     if not self._label_key:
       return -1
     (label,) = features[self._label_key].int64_list.value or (-1,)
-    if not -1 <= label < len(self.class_names):
-      raise BadImage(f"its label is {label}, and there are {len(self.class_names)} classes")
+    if not -1 <= label < len(self._names):
+      raise BadImage(f"its label is {label}, and there are {len(self._names)} classes")
     return label
 
   def _features(self, row):

@@ -129,7 +129,8 @@ def logistic_regression(
 
   Features are centered and divided by one number, their root mean variance (folded back into what is returned), so
   that the same penalties suit every representation.  L2 is the value of the grid with the best score on held-out
-  training examples (a tenth, or `folds`-fold cross-validation), and the final fit uses all n.
+  training examples (a tenth, or `folds`-fold cross-validation), and the final fit uses all n.  With one example of each
+  class nothing can be held out, and L2 is the largest of the grid.
 
   Args:
     y: integers [n], -1 where there is no label; or [n, num_classes] of 1, 0 and -1, as `average_precision` takes them.
@@ -160,9 +161,10 @@ def logistic_regression(
   grid = sorted(l2s, reverse=True)
   start = np.zeros((1, x.shape[1] + 1, num_classes))
   l2 = grid[0]
-  if len(grid) > 1:
+  parts = held_out_parts(y, folds, np.random.default_rng(seed)) if held_out is None else held_out[None]
+  parts = parts[parts.any(1) & ~parts.all(1)]  # classes of few images leave a fold empty, or nothing to train on
+  if len(grid) > 1 and len(parts):
     total = np.zeros(len(grid))
-    parts = held_out_parts(y, folds, np.random.default_rng(seed)) if held_out is None else held_out[None]
     weights, sample_weight = np.repeat(start, len(parts), 0), place((~parts).astype(np.float32).T)
     for i, candidate in enumerate(grid):  # from the strongest penalty to the weakest, each from the last one's end
       weights = _fit(weights, x_device, y_device, sample_weight, candidate, variance, **SWEEP)

@@ -270,7 +270,7 @@ def of_few_labels(x, y, test_x, test_y, *, num_classes: int, seed: int) -> dict:
 
 def _labeled_part(labels, fraction: float, seed: int):
   """Indices of a fraction of every class, and of two images of each at least, where it has them: one to choose L2 on."""
-  return data.class_balanced(labels, max(fraction, 2 / np.unique(labels, return_counts=True)[1].min()), seed)
+  return data.class_balanced(labels, fraction, seed, at_least=2)
 
 
 def _contrastive(found: Found):
