@@ -157,6 +157,8 @@ def test_what_is_missing_and_what_diverged_is_said():
   scores = scores_of(simclr=[0.5, 0.5], short=[0.3, 0.3])
   scores["set", "short"][1] = {"diverged": 1.0}
   assert claims.judge(claim, "set", scores, (0, 1)).verdict == "diverged"
+  claim = Claim("a", "a", "v1", "simclr.color_h - simclr.color_z")  # of images that have no color after all
+  assert claims.judge(claim, "set", scores_of(simclr=[0.5, 0.5]), (0, 1)).verdict == "not measured"
 
 
 SCORES = {  # what each measure adds

@@ -1,5 +1,6 @@
 """The programs that look at a data set."""
 
+import json
 import os
 
 import numpy as np
@@ -105,6 +106,30 @@ def test_prepare_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, capsys)
   assert "other settings" in capsys.readouterr().err
 
 
+def test_prepare_refuses_a_set_that_has_changed(folder, tmp_path):
+  """Its shards would get the names of classes that they were not written with."""
+  before = f"folder:{folder}"
+  assert dataset.prepare(before, str(tmp_path / "shards")) == 24
+  plan = tmp_path / "shards/prepare.json"
+  (folder / "a").rename(folder / "z")
+  with pytest.raises(ValueError, match="is not what .* was begun with: other classes.*; use another --output"):
+    dataset.prepare(before, str(tmp_path / "shards"))
+  assert data.open_source(f"tfrecord:{tmp_path}/shards").class_names == ("a", "b")
+  (folder / "z").rename(folder / "a")
+  plan.write_text(
+    json.dumps({key: value for key, value in json.loads(plan.read_text()).items() if key != "fingerprint"})
+  )
+  assert dataset.prepare(before, str(tmp_path / "shards")) == 24  # of an earlier version
+
+
+def test_prepare_smaller_keeps_the_brightness_of_16_bit_images(tmp_path):
+  for i, side in enumerate((40, 12, 50)):
+    save(tmp_path / f"set/{i}.png", np.full((side, side), 3000, np.uint16))
+  dataset.prepare(f"files:{tmp_path}/set", str(tmp_path / "small"), short_side=20)
+  source = data.open_source(f"tfrecord:{tmp_path}/small")
+  assert [int(source.read(i)[0, 0, 0]) for i in range(3)] == [187, 187, 187]
+
+
 def test_prepare_smaller(folder, tmp_path):
   dataset.prepare(f"folder:{folder}", str(tmp_path / "small"), short_side=20)
   source = data.open_source(f"tfrecord:{tmp_path}/small")
@@ -126,5 +151,6 @@ def test_advice_names_the_first_setting_that_suffices():
 
 
 def test_folder_in_memory(folder):
-  images, extent = data.in_memory(data.open_source(f"folder:{folder}"), max_bad_fraction=0.1)
+  images, extent, numbers = data.in_memory(data.open_source(f"folder:{folder}"), max_bad_fraction=0.1)
   assert images.shape == (25, 64, 64, 3) and extent.max(0).tolist() == [64, 60]
+  assert numbers.tolist() == [0, 2, 2, *range(3, 25)]  # 1 is unreadable, and has the label of the image in its place

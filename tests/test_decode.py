@@ -73,15 +73,36 @@ def test_decode_16_bit_gray_with_fewer_bits(kind, options):
 @pytest.mark.parametrize("color, channels", [(2, 3), (4, 2), (6, 4)])
 def test_decode_16_bit_color_png_with_fewer_bits(color, channels):
   values = np.full((4, 5, channels), 4095, np.uint16)
-  values[..., 0] = 16 * np.arange(5)
+  values[..., 0] = [0, 16, 32, 48, 4095]
+  if channels in (2, 4):  # alpha, opaque
+    values[..., -1] = 65535
   stored = png(5, 4, 16, color, b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
   assert significant_bits(stored) == 12
   decoded = data.decode(stored, bits=12)
-  assert decoded.shape == (4, 5, 3) and decoded[0, :, 0].tolist() == [0, 1, 2, 3, 4]
+  assert decoded.shape == (4, 5, 3) and decoded[0, :, 0].tolist() == [0, 1, 2, 3, 255]
   assert (decoded[..., 2] == (decoded[..., 0] if channels == 2 else 255)).all()
   for body in (stored[:60], b"\x89PNG\r\n\x1a\n" + bytes(20)):
     with pytest.raises(data.BadImage):
       data.decode(body, bits=12)
+
+
+def tiff(values) -> bytes:
+  """An uncompressed color TIFF with 16 bits a channel, of which Pillow writes none."""
+  height, width, channels = values.shape
+  entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, 150), (259, 3, 1, 1), (262, 3, 1, 2),
+             (273, 4, 1, 170), (277, 3, 1, channels), (278, 4, 1, height), (279, 4, 1, values.size * 2)]  # fmt: skip
+  header = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(entries))
+  header += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+  return header.ljust(150) + struct.pack("<3H", 16, 16, 16).ljust(20) + values.astype("<u2").tobytes()
+
+
+def test_color_tiffs_of_16_bits_are_read_if_they_use_them():
+  """Pillow reads the upper 8 bits, which is nothing of an image that uses the lower ones."""
+  values = np.linspace(0, 65535, 4 * 5 * 3).reshape(4, 5, 3).astype(np.uint16)
+  np.testing.assert_array_equal(data.decode(tiff(values)), values >> 8)
+  assert significant_bits(tiff(values)) == 16 and significant_bits(tiff(values >> 4)) == 12
+  with pytest.raises(data.BadImage, match="12 bits of 16 in a color tiff.*convert it to png"):
+    data.decode(tiff(values >> 4), bits=12)
 
 
 def test_decode_refuses_what_has_no_range():

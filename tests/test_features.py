@@ -16,6 +16,7 @@ import tiny
 from simclr_jax import augment, data, load_encoder
 from simclr_jax.evaluation import features
 from simclr_jax.programs import embed
+from simclr_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -99,7 +100,7 @@ def test_unreadable_images_are_named_and_left_out(encoder, tmp_path):
 
 
 def test_mistakes(encoder, spec, tmp_path):
-  with pytest.raises(ValueError, match="expected a file ending in .npz, .parquet, .safetensors"):
+  with pytest.raises(UserError, match="expected a file ending in .npz, .parquet, .safetensors"):
     embed.run(encoder, spec, tmp_path / "h.csv")
   with pytest.raises(ValueError, match="neither a run .config.json. nor an export"):
     embed.run(tmp_path, spec, tmp_path / "h.npz")

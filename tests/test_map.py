@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import types
 
+import images
 import jax
 import numpy as np
 import pytest
@@ -254,6 +255,18 @@ def test_the_program_writes_page_picture_and_tables(table, capsys):
     np.testing.assert_allclose([float(row["x"]) for row in rows], arrays["xy"][:, 0], atol=1e-4)
     assert [row["name"] for row in rows] == arrays["name"].tolist()
   assert len(list(csv.reader((folder / "outliers.csv").open()))) == 33
+
+
+def test_other_images_than_those_that_were_embedded_are_refused(tmp_path):
+  """A file more in the folder, and every picture and name would be of another image."""
+  for i in range(6):
+    images.save(tmp_path / f"set/{i}.png", tiny.source().read(i))
+  table = embed.run(tiny.export(tmp_path / "encoder"), f"files:{tmp_path}/set", tmp_path / "h.npz")
+  map_lib.run(table=table)
+  images.save(tmp_path / "set/00.png", tiny.source().read(7))
+  with pytest.raises(ValueError, match=r"image 1 of .* was .*1\.png and is .*00\.png: run simclr embed again") as error:
+    map_lib.run(table=table)
+  assert "\n" not in str(error.value)
 
 
 def test_mistakes(table, tmp_path):

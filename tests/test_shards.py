@@ -107,6 +107,28 @@ def test_sharded_sources(kind, tmp_path):
     data.open_source(f"{kind}:{tmp_path}/none")
 
 
+def test_a_mask_is_no_image_of_its_sample(tmp_path):
+  def write(name, endings):
+    with tarfile.open(tmp_path / name, "w") as tar:
+      for i in range(3):
+        for ending in endings:
+          body = str(i).encode() if ending == "cls" else picture(i if "." not in ending else 9)
+          member = tarfile.TarInfo(f"{i:04}.{ending}")
+          member.size = len(body)
+          tar.addfile(member, io.BytesIO(body))
+    return f"webdataset:{tmp_path / name}"
+
+  for name, endings in (("a.tar", ("seg.png", "png", "cls")), ("b.tar", ("png", "seg.png", "cls"))):
+    source = data.open_source(write(name, endings))
+    assert len(source) == 3 and [source.read_labeled(i)[1] for i in range(3)] == [0, 1, 2]
+    np.testing.assert_array_equal(source.read(2), data.decode(picture(2)))
+    assert list(source.skipped) == [f"{i:04}.seg.png" for i in range(3)]
+  assert len(data.open_source(write("c.tar", ("left.png", "cls")))) == 3
+  for endings in (("png", "jpg"), ("left.png", "right.png")):
+    with pytest.raises(ValueError, match="has several images of one sample, 0000.*: make shards with one of them"):
+      data.open_source(write(f"{endings[0]}.tar", endings))
+
+
 @pytest.mark.parametrize("kind", ["tfrecord", "webdataset", "parquet"])
 def test_a_shard_that_disappears_during_a_run(kind, tmp_path, caplog):
   """Its images are named, counted and replaced up to the share; beyond it the run stops with one line."""

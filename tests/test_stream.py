@@ -248,7 +248,7 @@ def test_arrays_as_canvases():
   batch = next(data.train_stream(source, None, batch_size=4, seed=0))
   assert batch["views"]["image"].shape == (4, 4, 4, 3) and batch["views"]["extent"].tolist() == [[4, 4]] * 4
   np.testing.assert_array_equal(batch["views"]["image"][:, 0, 0, 0], batch["index"])
-  images, extent = data.in_memory(source)
+  images, extent, _ = data.in_memory(source)
   assert images.shape == (10, 4, 4, 3) and extent.shape == (10, 2)
   with pytest.raises(ValueError, match="augment.where=device_crop"):
     data.in_memory(source, max_bytes=400)

@@ -69,7 +69,7 @@ from simclr_jax.runtime import mesh as mesh_lib
 config, mesh = tiny.config(), mesh_lib.make_mesh()
 for spec in ("fashion:test", "textures:test", tiny.npz(sys.argv[1])):
   source = data.open_source(spec)
-  images, extent = data.in_memory(source)
+  images, extent, _ = data.in_memory(source)
   index, seed = data.draws(source, batch_size=16, seed=0)(3)
   assert len(images) == len(extent) == len(source) and index.shape == (16,) and seed.shape == (16, 2)
   part = embed.eval_set(data.Subset(source, 70, 0), config, mesh)

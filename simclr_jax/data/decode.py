@@ -27,6 +27,7 @@ _FIRST_BYTES = (
 )  # fmt: skip
 _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _EXIF_ORIENTATION = 0x0112
+_BITS = 258  # the tag of a TIFF with the bits of each channel
 _UPRIGHT = {
   2: lambda a: a[:, ::-1],
   3: lambda a: a[::-1, ::-1],
@@ -80,7 +81,12 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, bits: int = 16) -> np.n
   with _loaded(data, kind, max_pixels) as picture:
     orientation = _orientation(picture)
     if (values := _deep(picture, data)) is not None:
-      picture = Image.fromarray(np.minimum(values >> (bits - 8), 255).astype(np.uint8))
+      if bits < 16 and values.ndim == 3 and kind == "TIFF":
+        raise BadImage(f"{bits} bits of 16 in a color tiff, of which Pillow reads the upper 8; convert it to png")
+      small = np.minimum(values >> (bits - 8), 255)
+      if _has_alpha(values):  # opaque at 2^16 - 1, whatever the colors use
+        small[..., -1] = values[..., -1] >> 8
+      picture = Image.fromarray(small.astype(np.uint8))
     if picture.has_transparency_data:
       picture = picture.convert("RGBA")
       picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -100,8 +106,15 @@ def significant_bits(data: bytes) -> int | None:
     return None
   with contextlib.suppress(BadImage), _loaded(data, kind, MAX_PIXELS) as picture:
     values = _deep(picture, data)
-    return None if values is None else int(values.max()).bit_length() or 1
+    if values is None:
+      return None
+    colors = values[..., :-1] if _has_alpha(values) else values
+    return int(colors.max()).bit_length() or 1
   return None
+
+
+def _has_alpha(values) -> bool:
+  return values.ndim == 3 and values.shape[2] in (2, 4)
 
 
 def _deep(picture, data) -> np.ndarray | None:
@@ -119,6 +132,8 @@ def _deep(picture, data) -> np.ndarray | None:
       return np.asarray(tf.io.decode_png(data, dtype=tf.uint16))
     except tf.errors.OpError as error:
       raise BadImage(f"broken png: {one_line(error)}") from error
+  if picture.format == "TIFF" and picture.mode in ("RGB", "RGBA") and max(picture.tag_v2.get(_BITS, (8,))) == 16:
+    return np.asarray(picture).astype(np.uint16) << 8
   return None
 
 

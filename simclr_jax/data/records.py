@@ -17,7 +17,7 @@ from simclr_jax.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-CACHE_VERSION = 3  # of what is kept
+CACHE_VERSION = 4  # of what is kept
 
 
 class ReadError(BadImage):

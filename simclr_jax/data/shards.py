@@ -209,7 +209,8 @@ class ArrayRecordSource(_Examples):
 class WebDatasetSource(ShardSource):
   """Tar files whose members share a path up to the first dot of the base name: 0001.jpg with 0001.cls.
 
-  A .cls file holds a number, or the name of a class.
+  A .cls file holds a number, or the name of a class.  An image with a longer ending than another of its sample, such as a mask
+  0001.mask.png beside 0001.jpg, is skipped.
   """
 
   def __init__(self, rest):
@@ -238,7 +239,7 @@ def _scan_tars(spec, shards):
             key, _, ending = name.partition(".")
             key = os.path.join(folder, key)
             if f".{ending.lower()}".endswith(IMAGE_SUFFIXES):
-              images.append((key, member.name, member.offset_data, member.size))
+              images.append((key, member.name, member.offset_data, member.size, ending.count(".")))
               continue
             others.setdefault(key, member.name)
             if ending.lower() == "cls":
@@ -252,9 +253,19 @@ def _scan_tars(spec, shards):
       raise UserError(f"{spec}: {path} is not a plain tar file, or damaged ({error}); make it again") from error
     except OSError as error:
       raise UserError(f"{spec}: {path} cannot be read ({one_line(error)}); try again when it is readable") from error
-    whole = {key for key, *_ in images}
+    whole = {}  # key -> its image: of 0001.jpg and 0001.mask.png the first, whatever their order
+    for image in sorted(images, key=lambda image: image[-1]):
+      if (other := whole.setdefault(image[0], image)) is image:
+        continue
+      if other[-1] == image[-1]:
+        raise UserError(
+          f"{spec}: {path} has several images of one sample, {other[1]} and {image[1]}: make shards with one of them"
+        )
+      skipped.append(image[1])
     skipped += [name for key, name in others.items() if key not in whole]
-    rows += [(shard, name, offset, size, labels.get(key, "")) for key, name, offset, size in images]
+    rows += [
+      (shard, name, offset, size, labels.get(key, "")) for key, name, offset, size, _ in images if whole[key][1] == name
+    ]
   columns = list(zip(*rows, strict=True)) or [()] * 5
   kinds = (np.int32, np.str_, np.int64, np.int64, np.str_)
   names = ("shard", "name", "offset", "length", "label")

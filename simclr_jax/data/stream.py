@@ -353,12 +353,13 @@ def in_memory(
   max_bytes: int = 1 << 30,
   max_bad_fraction: float = 0.001,
   bad_file: str | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """All images of a source, decoded, for sets that fit on a device.
 
   Returns:
-    (uint8 [N, H, W, 3], heights and widths int32 [N, 2]); images in memory as they are, others in the top left corners
-    of squares as large as the largest needs, at most `canvas`.
+    (uint8 [N, H, W, 3], heights and widths int32 [N, 2], numbers int64 [N]); images in memory as they are, others in the
+    top left corners of squares as large as the largest needs, at most `canvas`.  The numbers are those of the images, which
+    differ from their places where an image is unreadable and another stands for it.
 
   Raises:
     ValueError: more than max_bytes.
@@ -366,12 +367,14 @@ def in_memory(
   if source.array_extent:
     count = len(source)
     _check_fits(count, *source.array_extent, max_bytes)
-    return source.gather(np.arange(count)), np.tile(np.asarray(source.array_extent, np.int32), (count, 1))
+    extents = np.tile(np.asarray(source.array_extent, np.int32), (count, 1))
+    return source.gather(np.arange(count)), extents, np.arange(count)
   reader = _Reader(source, max_bad_fraction, bad_file)
-  images = []
+  images, numbers = [], []
   with concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
-    for image, _, _ in pool.map(reader.read, range(len(source))):
+    for image, _, number in pool.map(reader.read, range(len(source))):
       images.append(image)
+      numbers.append(number)
       _check_fits(len(source), min(canvas, max(image.shape[:2])), min(canvas, max(image.shape[:2])), max_bytes)
   side = min(canvas, max(max(image.shape[:2]) for image in images))
   canvases, extents = np.zeros((len(images), side, side, 3), np.uint8), np.empty((len(images), 2), np.int32)
@@ -379,7 +382,7 @@ def in_memory(
     small = _reduced(image, side)
     extent[:] = small.shape[:2]
     canvas[: extent[0], : extent[1]] = small
-  return canvases, extents
+  return canvases, extents, np.asarray(numbers)
 
 
 def _check_fits(count, height, width, max_bytes):

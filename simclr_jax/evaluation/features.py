@@ -52,10 +52,10 @@ class Features:
 
 
 def check_output(path):
-  """Raises ValueError unless a file of this name can be written."""
+  """Raises UserError unless a file of this name can be written."""
   suffix = files.absolute(path).suffix
   if suffix not in FORMATS:
-    raise ValueError(f"--output={path}: expected a file ending in {', '.join(FORMATS)}")
+    raise UserError(f"--output={path}: expected a file ending in {', '.join(FORMATS)}")
   if suffix == ".parquet":
     _pyarrow()
 
@@ -152,5 +152,5 @@ def _pyarrow():
     import pyarrow
     import pyarrow.parquet
   except ImportError:
-    raise ValueError("parquet needs pyarrow: pip install pyarrow, or write .npz or .safetensors") from None
+    raise UserError("parquet needs pyarrow: pip install pyarrow, or write .npz or .safetensors") from None
   return pyarrow, pyarrow.parquet

@@ -360,7 +360,7 @@ def _views(config, source, most: int, seed: int):
   """Two views of at most `most` images of a source, float32 [n, 2, s, s, 3]."""
   view_pipeline = pretrain.view_pipeline(config)
   count = min(most, len(source))
-  images, extent = data.in_memory(data.Subset(source, count, seed), canvas=view_pipeline.canvas)
+  images, extent, _ = data.in_memory(data.Subset(source, count, seed), canvas=view_pipeline.canvas)
   seeds = np.random.default_rng(seed).integers(0, 2**31, (count, 2)).astype(np.int32)
   number = np.zeros(count, np.int32)
   batch = Batch(pixels={"image": images, "extent": extent}, label=number, index=number, seed=seeds)

@@ -164,7 +164,7 @@ def prepare(
     The number of images written, by this call and earlier ones.
 
   Raises:
-    ValueError: the folder holds shards with other settings.
+    ValueError: the folder holds shards with other settings, or of a set that has changed since.
   """
   source = data.open_source(spec, data_dir=data_dir)
   folder = files.expanded(output)
@@ -180,9 +180,17 @@ def prepare(
   settings = {
     "spec": spec, "images": len(source), "images_per_shard": images_per_shard, "short_side": short_side
   }  # fmt: skip
-  if plan.exists() and json.loads(files.read_text(plan)) != settings:
-    raise UserError(f"{folder} holds shards with other settings ({files.read_text(plan)}); use another --output")
-  files.write_text(plan, json.dumps(settings))
+  made_of = source.fingerprint()
+  if plan.exists():
+    kept = json.loads(files.read_text(plan))
+    before = kept.pop("fingerprint", made_of)
+    if kept != settings:
+      raise UserError(f"{folder} holds shards with other settings ({json.dumps(kept)}); use another --output")
+    if changed := [name for name in before if before[name] != made_of.get(name)]:
+      raise UserError(f"{spec} is not what {folder} was begun with: other {', '.join(changed)}; use another --output")
+  files.write_text(plan, json.dumps({**settings, "fingerprint": made_of}))
+  if source.several_labels() is not None:
+    print(f"{spec} has several classes an image: the shards get the images without them")
   if source.num_classes:
     files.write_text(folder / shards.CLASSES, json.dumps(list(source.class_names)))
 
@@ -192,8 +200,8 @@ def prepare(
       pixels = source.decode(item)
       if short_side and min(pixels.shape[:2]) > short_side:
         item = _encoded(_shrunk(pixels, short_side), "JPEG", quality=95)
-      elif not isinstance(item, bytes):
-        item = _encoded(pixels, "PNG")
+      elif not isinstance(item, bytes) or (short_side and data.significant_bits(item)):
+        item = _encoded(pixels, "PNG")  # with 8 bits, as those that were shrunk, by which the new set's are not told
       return item, label, source.name(i)
     except data.BadImage as reason:
       return None, str(reason), source.name(i)

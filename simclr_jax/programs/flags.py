@@ -149,6 +149,7 @@ def map_of_images(parser):
   add("--output", metavar="DIR", help="folder to write to (default: map, in DIR or next to FILE)")
   add("--images", type=int, default=10_000, help="largest number of images, drawn with --seed (default: 10000)")
   add("--seed", type=_seed, default=0)
+  add("--data_dir", metavar="DIR", help="where prepared TensorFlow Datasets are, for --features")
 
 
 def _seed(text: str) -> int:

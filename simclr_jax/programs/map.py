@@ -150,6 +150,7 @@ def run(
   output=None,
   images: int = 10_000,
   seed: int = 0,
+  data_dir: str | None = None,
   overrides=(),
 ) -> dict:
   """The program `simclr map`: a map of the test images of a run or an export (training images if it has none), or
@@ -159,6 +160,7 @@ def run(
     method: "infonc-tsne", of h; or "tsimcne", which places the images by the network of a run of configs/tsimcne.py.
     output: folder to write to; by default `map` in the run's folder or next to the file.
     images: the largest number of images, which `seed` draws.
+    data_dir: where prepared TensorFlow Datasets are, for the images of the file.
 
   Returns:
     what `chart` and `anomalies` return.
@@ -182,7 +184,8 @@ def run(
     title, folder = f"Map of {spec}", opened.results("map")
   else:
     made = features.load(table)
-    source = data.open_source(made.data)
+    source = data.open_source(made.data, data_dir=data_dir)
+    _check_same_images(table, made, source)
     rows = np.sort(data.permutation(seed, 0, len(made.h))[:images])
     xy, h, labels, index, class_names = None, made.h[rows], made.label[rows], made.index[rows], source.class_names
     title, folder = f"Map of {made.data}", epath.Path(table).parent / "map"
@@ -212,6 +215,16 @@ def run(
   return {**shown, **found}
 
 
+def _check_same_images(table, made: features.Features, source):
+  """Raises UserError if a row of the file is of another image than the one that is at its place now."""
+  for name, index in zip(made.name, made.index.tolist(), strict=True):
+    now = source.name(index) if index < len(source) else "nothing"
+    if now.encode("utf-8", "backslashreplace") != str(name).encode("utf-8", "backslashreplace"):
+      raise UserError(
+        f"--features={table}: image {index} of {made.data} was {name} and is {now}: run simclr embed again"
+      )
+
+
 def print_findings(names, found: dict, most: int = 5):
   """Prints the first near-duplicates and outliers."""
   print(f"duplicates  {len(found['duplicates'])} pairs of near-duplicates")
@@ -223,6 +236,6 @@ def print_findings(names, found: dict, most: int = 5):
 
 
 def main(flags, overrides) -> int:
-  options = {name: getattr(flags, name) for name in ("method", "step", "output", "images", "seed")}
+  options = {name: getattr(flags, name) for name in ("method", "step", "output", "images", "seed", "data_dir")}
   run(flags.workdir, flags.features, **options, overrides=overrides)
   return 0

@@ -75,13 +75,14 @@ def view_pipeline(config) -> views.ViewPipeline:
 
 def _resident(drawn, labels, images, mesh):
   """Batches whose images are on every device from the start, and are picked there by their numbers."""
+  *images, numbers = images
   images = dict(zip(("image", "extent"), images, strict=True))
   images = jax.tree.map(lambda x: jax.device_put(x, mesh_lib.replicated(mesh)), images)
   pick = jax.jit(
     lambda images, index: jax.tree.map(lambda x: x[index], images), out_shardings=mesh_lib.batch_sharding(mesh)
   )
   for index, seed in drawn:
-    label = np.full(len(index), -1, np.int32) if labels is None else labels[index]
+    label = np.full(len(index), -1, np.int32) if labels is None else labels[numbers[index]]
     batch = views.Batch(pixels=None, label=label, index=index.astype(np.int32), seed=seed)
     batch = mesh_lib.global_batch(mesh, batch)
     yield batch.replace(pixels=pick(images, batch.index))
