@@ -60,7 +60,8 @@ def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum: fl
 
   def apply(variables, batch, train=True):
     batch = jax.tree.map(lambda x: split(x, parts, devices), batch)
-    before, exact = variables["batch_stats"], train and batch_norm == "exact"
+    before = variables["batch_stats"]
+    exact = train and batch_norm == "exact" and bool(jax.tree.leaves(before))  # else there is no BatchNorm
     if exact:
       variables = {**variables, "batch_stats": _whole_batch_statistics(moments, variables, batch)}
 

@@ -153,6 +153,37 @@ def rule(config, schedule):
   return OPTIMIZERS[c.name](schedule, momentum=c.momentum, weight_decay=c.weight_decay)
 
 
+def late(tx, parts, steps: int):
+  """`tx`, which begins with some parts of a network after `steps` updates: until then they and its moments of them stay.
+
+  Without gradients Adam would count on, and its first step would be several times too long; LARS would gather the weights'
+  decay.  The learning rate is that of all updates.
+
+  Args:
+    parts: top-level names of the parameters.
+  """
+
+  def label(params):
+    return {name: name if name in parts else "" for name in params}
+
+  def begin(params):
+    return jnp.zeros((), jnp.int32), tx.init(params)
+
+  def update(updates, state, params=None):
+    count, before = state
+    updates, after = tx.update(updates, before, params)
+    begun = count >= steps
+
+    def kept(old, new):
+      return new if isinstance(new, optax.ScaleByScheduleState) else jnp.where(begun, new, old)
+
+    after = jax.tree.map(kept, before, after, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
+    return jax.tree.map(lambda u: jnp.where(begun, u, 0), updates), (count + 1, after)
+
+  waiting = optax.GradientTransformation(begin, update)
+  return optax.partition({"": tx, **dict.fromkeys(parts, waiting)}, label)
+
+
 def held(trains):
   """An optax transformation that zeroes the updates of those parts of a network that are currently not trained.
 

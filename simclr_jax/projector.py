@@ -65,22 +65,21 @@ class Projector(nn.Module):
 
 
 class Predictor(nn.Module):
-  """The predictor q of BYOL and MoCo v3, on top of the projection head: z [m, d] -> prediction float32 [m, out_dim].
+  """The predictor q of BYOL and MoCo v3, on top of the projection head: z [m, d] -> prediction float32 [m, d].
 
   A hidden layer with BatchNorm and ReLU, and a linear one whose output is not normalized (BYOL, arXiv 2006.07733,
   section 3.3).
 
   Attributes:
     hidden: width of the hidden layer.
-    out_dim: the width of z, which it predicts.
   """
 
   hidden: int = 4096
-  out_dim: int = 256
 
   @nn.compact
   def __call__(self, z, views=None, train=False):
     """`views` is what z is of, which this module does not look at."""
+    width = z.shape[-1]
     z = nn.Dense(self.hidden, use_bias=False, name="dense0")(z)
     z = BatchNorm(not train, momentum=BN_MOMENTUM, epsilon=1e-5, name="norm0")(z)
-    return nn.Dense(self.out_dim, name="dense1")(nn.relu(z))
+    return nn.Dense(width, name="dense1")(nn.relu(z))

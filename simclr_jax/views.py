@@ -142,7 +142,8 @@ def _device(half, views):
 
   def device(batch):
     # An odd constant: seeds of other pairs are as far apart as those of other images.
-    seeds = [batch.seed + jnp.int32(pair * 0x1E3779B1) if pair else batch.seed for pair in range(-(-views // 2))]
+    steps = (np.arange(-(-views // 2)) * 0x1E3779B1).astype(np.uint32).view(np.int32)
+    seeds = [batch.seed + step if step else batch.seed for step in steps]
     pairs = [half(batch, pair, seed) for pair, seed in enumerate(seeds)]
     return pairs[0] if views == 2 else jnp.concatenate(pairs, axis=1)[:, :views]
 

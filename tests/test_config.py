@@ -236,6 +236,11 @@ def test_memory_is_a_method():
   assert config_lib.load("smoke", ["--config.method=memory"]).memory == config_lib.Memory()
 
 
+def test_a_method_is_not_replaced_by_a_section_of_the_recipe():
+  with pytest.raises(UserError, match="method='moco': config.memory is only for config.method=memory"):
+    config_lib.load("v2:r50_1x_sk0-memory", ["--config.method=moco"])
+
+
 def test_colors_in_fine_tuning_need_a_strength():
   with pytest.raises(UserError, match="config.augment.blur=False: needs config.augment.color_strength"):
     config_lib.load("finetune", ["--config.augment.blur=False"])

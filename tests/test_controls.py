@@ -1,6 +1,7 @@
 """The controls of the experiments: what SimCLR is compared with, and an oracle of its false negatives."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import pytest
 import tiny
 
 from simclr_jax import contrast, methods, model
+from simclr_jax.programs import pretrain
+from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.views import Batch
 
 
@@ -41,6 +44,31 @@ def test_controls_are_losses_of_a_batch(method):
   assert updates == {} and float(loss) < (0.02 if method == "oracle" else 1e-4)
 
 
-def test_a_supervised_control_needs_labels():
-  with pytest.raises(ValueError, match="needs labeled training images"):
-    methods.create(tiny.config(method="supervised"), None, tiny.source(labeled=False))
+@pytest.mark.parametrize("method", ["supervised", "oracle"])
+def test_controls_need_labels(method):
+  with pytest.raises(ValueError, match=f"method='{method}': needs labeled training images"):
+    methods.create(tiny.config(method=method), None, tiny.source(labeled=False))
+
+
+@pytest.mark.parametrize(
+  "method, changes, words",
+  [
+    ("memory", {"loss.tile": 128}, "config.loss.tile: no such option; nt_xent takes temperature"),
+    ("memory", {"loss.margin": 0.4}, "config.loss.margin: no such option"),
+    ("memory", {"loss.temperature": None}, "config.loss.temperature is missing"),
+    ("oracle", {"loss.temperature": None}, "config.loss.temperature is missing"),
+    ("oracle", {"loss.margin": 0.4}, "config.loss.margin=0.4: config.method='oracle' has its own loss"),
+    ("moco", {"loss.semi_hard": True}, "config.loss.semi_hard=True: config.method='moco' has its own loss"),
+  ],
+)
+def test_options_of_a_loss_that_a_method_does_not_take_are_one_line(method, changes, words):
+  with pytest.raises(ValueError, match=re.escape(words)):
+    methods.create(tiny.config(method=method, **changes), None, tiny.source())
+
+
+@pytest.mark.parametrize("method", ["byol", "moco_v3"])
+def test_a_predictor_needs_no_projection_head(method):
+  config = tiny.config(method=method, **{"projector.kind": "none"})
+  task = pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh(jax.devices()[:1]))
+  state, metrics = jax.eval_shape(task.step, jax.eval_shape(task.init, jax.random.key(0)), next(iter(task.stream(0))))
+  assert metrics["loss"].shape == () and state.params["predictor"]["dense1"]["kernel"].shape[1] == 32

@@ -3,6 +3,7 @@
 import contextlib
 import types
 
+import images
 import jax
 import numpy as np
 import pytest
@@ -86,6 +87,20 @@ def test_the_teacher_and_its_cache(teacher, tmp_path):
   task = distill.make_task(c, None, source, chosen=np.arange(10), cache=cache, **make)
   batch = next(iter(task.stream(0)))
   np.testing.assert_array_equal(batch.label, np.where(batch.index < 10, source.labels[batch.index], -1))
+
+
+def test_an_unreadable_test_image_is_left_out_of_the_teachers_score(tmp_path):
+  source = tiny.source(40)
+  for i in range(40):
+    images.save(tmp_path / f"{source.labels[i]}/{i:02}.png", source.read(i))
+  (tmp_path / f"{source.labels[5]}/05.png").write_bytes(b"")
+  one = source.labels[7]  # the class that this teacher always names
+  classes = sorted({str(label) for label in source.labels})
+  apply = lambda _, x: jax.nn.one_hot(jax.numpy.full(len(x), classes.index(str(one))), len(classes))  # noqa: E731
+  always = types.SimpleNamespace(variables={}, apply=apply)
+  c = config("x", "unused", **{"data.max_bad_fraction": 0.1})
+  found = distill.accuracy(c, always, data.open_source(f"folder:{tmp_path}"), mesh_lib.make_mesh(jax.devices()[:1]))
+  assert found == pytest.approx(np.mean(np.delete(source.labels, 5) == one))
 
 
 @pytest.mark.slow

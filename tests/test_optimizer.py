@@ -132,3 +132,30 @@ def test_impossible_values_are_one_line_errors(change, message):
   with pytest.raises(ValueError, match=message) as error:
     optimizer.learning_rate(config, 1281167)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", list(optimizer.OPTIMIZERS))
+def test_a_part_that_begins_late_begins_as_if_it_were_new(name):
+  """Its first steps are those of a new optimizer at the learning rates of that time, to the bit, and the rest waits for nothing."""
+  rng = np.random.default_rng(0)
+  params = {part: {"kernel": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)} for part in ("encoder", "projector")}
+  grads = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params) for _ in range(12)]
+
+  def rule(begin):
+    return optimizer.OPTIMIZERS[name](lambda count: 0.1 / (1.0 + count + begin), momentum=0.9, weight_decay=0.01)
+
+  def run(tx, grads, params):
+    state, steps = tx.init(params), []
+    for g in grads:
+      updates, state = tx.update({part: g[part] for part in params}, state, params)
+      steps.append(updates)
+    return steps
+
+  late = run(optimizer.late(rule(0), {"encoder"}, 8), grads, params)
+  for step in late[:8]:
+    np.testing.assert_array_equal(step["encoder"]["kernel"], 0)
+  new = run(rule(8), grads[8:], {"encoder": params["encoder"]})
+  at_once = run(rule(0), grads, {"projector": params["projector"]})
+  for part, steps, others in (("encoder", late[8:], new), ("projector", late, at_once)):
+    for step, other in zip(steps, others, strict=True):
+      np.testing.assert_allclose(step[part]["kernel"], other[part]["kernel"], rtol=1e-6)

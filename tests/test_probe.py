@@ -1,10 +1,14 @@
 """Linear evaluation and kNN against independent implementations."""
 
+import types
+
 import numpy as np
 import pytest
+import tiny
 
-from simclr_jax import diagnostics
+from simclr_jax import data, diagnostics
 from simclr_jax.evaluation import knn, linear
+from simclr_jax.programs import probe
 from simclr_jax.runtime import mesh as mesh_lib
 
 
@@ -208,3 +212,13 @@ def test_verdict():
   assert collapsed and text.startswith("COLLAPSED")
   dead = np.concatenate([h[:, :8], np.zeros((500, 24))], 1)
   assert diagnostics.dead_dimensions(dead) == 24
+
+
+def test_the_classifier_trains_on_the_pixels_that_it_is_tested_on(monkeypatch):
+  """By SGD, which makes views of its own: with the interpolation of pretraining, and its flips if it had them."""
+  options = {"augment.resize": "bicubic_antialias", "augment.flip": False, "probe.batch_size": 16}
+  opened = types.SimpleNamespace(config=tiny.config(**options), encoder=None, variables={})
+  seen = []
+  monkeypatch.setattr(data, "train_stream", lambda source, function, **_: (seen.append(function), iter(()))[1])
+  list(probe.make_task(opened, tiny.source()).stream(0))
+  assert seen[0].keywords["resize"] == "bicubic_antialias" and seen[0].keywords["flip"] is False

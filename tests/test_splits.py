@@ -1,6 +1,7 @@
 """Images that are scored are never those that training sees, and only labels that are there count."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import tiny
 from simclr_jax import data
 from simclr_jax.evaluation import knn, linear
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import splits
+from simclr_jax.programs import finetune, scores, splits
 from simclr_jax.runtime.errors import UserError
 
 
@@ -144,3 +145,25 @@ def test_a_tenth_is_of_the_source(tmp_path):
   ("tfds:cifar10:train", "cifar10"), ("tfrecord:gs://bucket/set/train-*", "train-*")])  # fmt: skip
 def test_a_heading_names_the_data_set(spec, title):
   assert splits.title(spec) == title
+
+
+def test_an_image_is_no_neighbor_of_itself_where_the_bank_is_a_part_of_the_images():
+  source = tiny.source(10)
+  bank = data.Selection(source, [1, 3, 5, 7])
+  parts = [types.SimpleNamespace(source=part, rows=lambda part=part: np.arange(len(part))) for part in (bank, source)]
+  evaluation = types.SimpleNamespace(train=parts[0], test=parts[1])
+  found = scores._others(
+    evaluation, [3, 4], np.asarray([[1, 0, 2], [2, 1, 3]])
+  )  # image 3 is the bank's 1, 4 is not in it
+  assert found.tolist() == [[0, 2], [2, 1]]
+
+
+def test_of_equal_logits_the_first_is_the_answer():
+  evaluation = object.__new__(finetune.ClassifierEvaluation)
+  logits = np.asarray([[1.0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 3, 2, 1, 5, 4]])
+  for labels in ([0, 0, 4], [1, 5, 0], [1, 3, 5]):
+    found = evaluation.scores(logits, np.asarray(labels))
+    assert found["accuracy"] == np.mean(logits.argmax(1) == labels)
+  assert evaluation.scores(logits, np.asarray([1, 5, 0]))["top_5"] == pytest.approx(1 / 3)
+  with pytest.raises(UserError, match="logits"):
+    evaluation.scores(np.full((2, 3), np.nan), np.asarray([0, 1]))

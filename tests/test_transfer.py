@@ -1,6 +1,7 @@
 """Transfer: the significance test against the exact one, the splits, and a whole list of rows."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from test_distill import teacher  # noqa: F401  an exported encoder
 from simclr_jax import exporting
 from simclr_jax.evaluation import linear
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import transfer
+from simclr_jax.programs import finetune, transfer
+from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -140,6 +142,38 @@ def test_fine_tuning_grid(tmp_path, teacher):  # noqa: F811
   assert (tmp_path / "run/tiny/SimCLR/final/checkpoints/2").exists()
   assert (tmp_path / "run/tiny/random/final/checkpoints/3").exists()
   assert (tmp_path / "run/tiny/random/final/encoder/card.json").exists()
+
+
+def fine_tuned(tmp_path, monkeypatch, result, **changes):
+  """(what transfer.fine_tune returns, the configs that it trains with) where `result` is the state after training."""
+  configs = []
+  monkeypatch.setattr(finetune, "train", lambda c, *_, **__: (configs.append(c), {"state": result(c)})[1])
+  evaluation = lambda c, classes, tested, mesh: types.SimpleNamespace(  # noqa: E731
+    logits=lambda state: (np.eye(10)[(np.asarray(tested.labels) + state) % 10], np.asarray(tested.labels))
+  )
+  monkeypatch.setattr(finetune, "ClassifierEvaluation", evaluation)
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  c = config("x", {"tiny": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")}, **changes)
+  train, held_out, test = transfer.splits(c.rows["tiny"], None)
+  started = types.SimpleNamespace(encoder=tiny.config().encoder)
+  frozen = types.SimpleNamespace(start=started, resize="bicubic_tf1")
+  found = transfer.fine_tune(c, frozen, started, train, held_out, test, "top_1", tmp_path / "run", mesh=None)
+  return found, configs
+
+
+def test_a_point_of_the_grid_that_diverges_is_the_worst(tmp_path, monkeypatch):
+  def train(c):
+    if c.optimizer.base_lr > 0.05:
+      raise loop.Diverged("the loss is nan")
+    return 0
+
+  (score, _, chosen), _ = fine_tuned(tmp_path, monkeypatch, train, **{"finetune.base_lrs": (0.1, 0.03)})
+  assert score == 1 and chosen["base_lr"] == 0.03
+
+
+def test_fine_tuning_sees_the_pixels_that_linear_evaluation_sees(tmp_path, monkeypatch):
+  _, configs = fine_tuned(tmp_path, monkeypatch, lambda c: 0)
+  assert {c.augment.resize for c in configs} == {"bicubic_tf1"}
 
 
 def test_a_set_is_not_scored_against_itself(tmp_path):

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -37,6 +38,18 @@ def test_the_first_two_views_are_those_of_two(where):
   np.testing.assert_array_equal(five[:, :2], two)
   for i in range(3):
     assert len({view.tobytes() for view in five[i]}) == 5
+
+
+def test_seeds_of_many_views_wrap_around():
+  """Those of the first five pairs, which fit 32 bits, are as before; all are different."""
+  seeds = []
+  half = lambda batch, pair, seed: (seeds.append(np.asarray(seed)), jnp.zeros((3, 2, 4)))[1]  # noqa: E731
+  batch = Batch(pixels=None, label=None, index=None, seed=jnp.asarray(SEEDS))
+  assert views._device(half, 16)(batch).shape == (3, 16, 4)
+  expected = [np.asarray(SEEDS, np.int64) + pair * 0x1E3779B1 for pair in range(8)]
+  for seed, wanted in zip(seeds, expected, strict=True):
+    np.testing.assert_array_equal(seed, wanted.astype(np.uint32).view(np.int32).reshape(seed.shape))
+  assert len({seed.tobytes() for seed in seeds}) == 8
 
 
 def test_a_step_of_three_views():

@@ -1,19 +1,24 @@
 """The Vision Transformer against plain loops in float64, its fixed parts, and a run that is exported; an encoder of one's own."""
 
+import functools
 import re
 import sys
 import textwrap
+import types
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from scipy.special import erf
 
-from simclr_jax import exporting, load_encoder, model, optimizer
-from simclr_jax.programs import pretrain
+from simclr_jax import exporting, load_encoder, methods, model, optimizer
+from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import distill, finetune, pretrain, trained
+from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 from simclr_jax.vit import positions, vit
 
@@ -136,6 +141,55 @@ def vit_config(**changes):
   encoder = {"encoder.name": "vit", "encoder.size": "Ti", "encoder.patch": 8}
   resnets = {"encoder.depth": None, "encoder.width": 1.0, "encoder.stem": "imagenet"}
   return tiny.config(**{**resnets, **encoder, "train_steps": 2, **changes})
+
+
+@pytest.mark.parametrize("tap", [0, 1])
+def test_it_is_fine_tuned_and_is_a_teacher(tap):
+  """Without BatchNorm of its own; with tap=1 the head has some."""
+  source, mesh = tiny.source(), mesh_lib.make_mesh()
+  net, method = model.create(vit_config()), methods.create(vit_config(), None, source)
+  init = functools.partial(pretrain.init_state, model=net, method=method, tx=optax.identity(), image_size=16)
+  state = jax.tree.map(lambda x: np.full(x.shape, 0.25, x.dtype), jax.eval_shape(init, jax.random.key(0)))
+  networks = {name: model.part(state, name) for name in ("encoder", "projector")}
+  config = vit_config()
+  start = trained.Start(config.encoder, config.projector, networks, config)
+  changes = {"batch_size": 16, "train_steps": 2, "augment.size": 16, "evaluate.batch_size": 32, "tap": tap}
+  c = config_lib.replace(
+    config_lib.load("finetune:small"), {**changes, "encoder": start.encoder, "projector": start.projector}
+  )
+  task = finetune.make_task(c, start, source, mesh=mesh)
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  begun = task.warm_start(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+  assert jax.tree.structure(begun) == jax.tree.structure(shapes)
+  assert float(begun.params["encoder"]["block1"]["qkv"]["kernel"].max()) == 0.25 and bool(begun.batch_stats) == bool(
+    tap
+  )
+  after, metrics = jax.eval_shape(task.step, begun, next(iter(task.stream(0))))
+  assert jax.tree.structure(after) == jax.tree.structure(shapes) and metrics["loss"].shape == ()
+  apply = functools.partial(finetune.create(c, 10).apply, train=False)
+  teacher = types.SimpleNamespace(variables={"params": begun.params, "batch_stats": begun.batch_stats}, apply=apply)
+  student = distill.make_task(
+    config_lib.replace(config_lib.load("distill:small"), {**changes, "teacher": "x", "encoder": start.encoder, "tap": 0}),
+    None, source, mesh=mesh, teacher=teacher, loss=functools.partial(distill.loss, temperature=1.0, alpha=1.0),
+  )  # fmt: skip
+  state = jax.eval_shape(student.init, jax.random.key(0))
+  assert jax.eval_shape(student.step, state, next(iter(student.stream(0))), *student.constants)[1]["loss"].shape == ()
+
+
+def test_a_view_that_is_no_multiple_of_the_patch_is_one_line(tmp_path):
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  config = vit_config(**{"augment.size": 12, "data.train": spec, "data.test": f"{spec}:test"})
+  with pytest.raises(UserError, match="images of 12 x 12 pixels: expected multiples of the patch of 8"):
+    pretrain.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_exact_statistics_of_a_network_without_batch_norm():
+  changes = {"projector.kind": "none", "microbatches": 2, "microbatch_norm": "exact"}
+  task = pretrain.make_task(vit_config(**changes), tiny.source(), mesh=mesh_lib.make_mesh())
+  state = jax.eval_shape(task.init, jax.random.key(0))
+  after, _ = jax.eval_shape(task.step, state, next(iter(task.stream(0))))
+  assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
 @pytest.mark.parametrize(

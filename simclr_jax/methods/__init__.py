@@ -86,7 +86,7 @@ def create(config, mesh, source=None) -> Method:
   if config.method not in METHODS:
     raise ValueError(f"config.method={config.method!r}: expected one of {', '.join(METHODS)}")
   own = config.method not in ("simclr", "memory")
-  for key, plain in (("name", "nt_xent"), ("tile", None)):
+  for key, plain in {"name": "nt_xent", "tile": None, "margin": None, "class_prior": None, "semi_hard": None}.items():
     if own and config.loss[key] != plain:
       raise ValueError(
         f"config.loss.{key}={config.loss[key]}: config.method={config.method!r} has its own loss; leave it out"

@@ -54,5 +54,5 @@ class BYOL:
 
 def create(config, mesh, source=None) -> BYOL:
   """The method of `config.byol`, for a run on the images of `source`."""
-  predictor = Predictor(config.byol.hidden, config.projector.out_dim)
+  predictor = Predictor(config.byol.hidden)
   return BYOL(predictor, config.byol.decay, optimizer.train_steps(config, len(source)))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from simclr_jax import contrast
+from simclr_jax.methods import simclr
 
 
 class Logits(nn.Module):
@@ -65,10 +66,13 @@ def oracle(config, mesh, source=None) -> Control:
   """NT-Xent that knows which negatives have the anchor's class, and leaves out a fraction config.removed_negatives of them.
 
   Raises:
-    ValueError: the loss is not NT-Xent.
+    ValueError: the loss is not NT-Xent, it has no temperature, or there are no labels.
   """
   if config.loss.name != "nt_xent":
     raise ValueError(f"config.loss.name={config.loss.name!r}: the oracle is for nt_xent")
-  options = {key: value for key, value in dict(config.loss).items() if key in ("temperature", "normalize", "precision")}
+  if source is None or not source.num_classes:
+    raise ValueError("config.method='oracle': needs labeled training images")
+  options = {key: value for key, value in dict(config.loss).items() if key in ("normalize", "precision")}
+  options["temperature"] = simclr.temperature(config)
   options["removed"] = config.removed_negatives
   return Control(lambda outputs, batch: contrast.without_false_negatives(outputs.z, labels=batch.label, **options))

@@ -57,8 +57,9 @@ def create(config, mesh, source=None) -> Memory:
   """The method of `config.memory`.
 
   Raises:
-    ValueError: the loss is not NT-Xent.
+    ValueError: the loss is not NT-Xent, or has an option that it does not take here.
   """
   if config.loss.name != "nt_xent":
     raise ValueError(f"config.loss.name={config.loss.name!r}: the memory bank is for nt_xent")
-  return Memory(config.memory.size, config.memory.decay, dict(config.loss), simclr.chance_loss(config))
+  options = simclr.check_options(config, contrast.nt_xent, ("z", "bank", "banked"))
+  return Memory(config.memory.size, config.memory.decay, options, simclr.chance_loss(config))

@@ -62,6 +62,6 @@ def create(config, mesh, source=None) -> MoCoV3:
   """The method of `config.moco_v3` and `config.loss.temperature`, for a run on the images of `source`."""
   temperature = simclr.temperature(config)
   chance = 4 * temperature * float(np.log(config.batch_size))
-  predictor = Predictor(config.moco_v3.hidden, config.projector.out_dim)
+  predictor = Predictor(config.moco_v3.hidden)
   steps = optimizer.train_steps(config, len(source))
   return MoCoV3(predictor, config.moco_v3.decay, steps, temperature, chance)

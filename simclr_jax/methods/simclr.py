@@ -38,15 +38,26 @@ def loss_function(config, mesh):
   Raises:
     ValueError: an option that the loss does not take, or a missing one that it needs.
   """
-  name, options = config.loss.name, dict(config.loss)
-  accepted = {k: p for k, p in inspect.signature(contrast.LOSSES[name]).parameters.items() if k not in ("z", "mesh")}
+  name = config.loss.name
+  options = check_options(config, contrast.LOSSES[name], ("z", "mesh"))
+  mesh = {"mesh": mesh} if name == "nt_xent" else {}
+  return functools.partial(contrast.LOSSES[name], **mesh, **options)
+
+
+def check_options(config, loss: Callable, given) -> dict:
+  """`config.loss` as arguments of `loss`, without those that the method gives it.
+
+  Raises:
+    ValueError: an option that the loss does not take, or a missing one that it needs.
+  """
+  options = dict(config.loss)
+  accepted = {k: p for k, p in inspect.signature(loss).parameters.items() if k not in given}
   unknown = [key for key in options if key not in accepted]
   missing = [key for key, p in accepted.items() if p.default is p.empty and key not in options]
   if unknown or missing:
     mistake = f"{unknown[0]}: no such option" if unknown else f"{missing[0]} is missing"
-    raise ValueError(f"config.loss.{mistake}; {name} takes {', '.join(accepted)}")
-  mesh = {"mesh": mesh} if name == "nt_xent" else {}
-  return functools.partial(contrast.LOSSES[name], **mesh, **options)
+    raise ValueError(f"config.loss.{mistake}; {config.loss.name} takes {', '.join(accepted)}")
+  return options
 
 
 def temperature(config) -> float:

@@ -487,7 +487,7 @@ class Pretrain(Training):
       )
     if self.norm_scope == "global" and self.norm_devices:
       raise UserError(f"norm_devices={self.norm_devices} is only for config.norm_scope=device")
-    if self.memory:
+    if self.memory and self.method == "simclr":
       object.__setattr__(self, "method", "memory")
     for name, kind in SECTIONS.items():
       if self[name] and self.method != name:

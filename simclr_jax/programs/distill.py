@@ -111,13 +111,18 @@ def abstract_step(config, mesh, source):
 
 def _logits(config, teacher, source, mesh):
   """float32 [n, classes]: the teacher's, one a training image, center-cropped."""
-  images = embed.eval_set(source, config, mesh)
-  out = embed.embed(jax.jit(teacher.apply), teacher.variables, images, mesh)
+  out = embed.embed(jax.jit(teacher.apply), teacher.variables, embed.eval_set(source, config, mesh), mesh)
   if len(out) != len(source):
     raise UserError(
       f"config.cache=True: {len(source) - len(out)} images are unreadable; remove them, or set it to False"
     )
   return out
+
+
+def accuracy(config, teacher, test, mesh) -> float:
+  """Top-1 of the teacher on the labeled test images that can be read."""
+  images = embed.eval_set(test, config, mesh, labeled=True)
+  return linear.top_1(embed.embed(jax.jit(teacher.apply), teacher.variables, images, mesh), images.labels())
 
 
 def check_classes(config, source):
@@ -149,15 +154,14 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     )
   check_classes(config, source)
   chosen = finetune.choose(source, config.labels) if config.alpha < 1 else np.zeros(0, int)
+  finetune.check_shapes(finetune.make_task(config, start, source, mesh=mesh))
   starts = (config.start, config.teacher)
   workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite, starts=starts)
   cache = _logits(config, teacher, source, mesh) if config.cache else None
   make = functools.partial(make_task, teacher=teacher, chosen=chosen, cache=cache)
   student_loss = functools.partial(loss, temperature=config.temperature, alpha=config.alpha)
   result = finetune.train(config, start, source, test, workdir, mesh=mesh, loss=student_loss, make=make)
-  test = data.labeled(test)
-  logits = _logits(config, teacher, test, mesh)
-  result["teacher"] = linear.top_1(logits, test.labels)
+  result["teacher"] = accuracy(config, teacher, test, mesh)
   if not jax.process_index():
     print(
       f"{splits.describe(config.data, test)}: top-1 {100 * result['scores']['accuracy']:.2f} %, its teacher"

@@ -20,6 +20,7 @@ import optax
 from simclr_jax import augment, augment_extra, data, exporting, optimizer, report, views
 from simclr_jax import model as model_lib
 from simclr_jax.evaluation import embed
+from simclr_jax.evaluation.rows import check_finite
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import same, splits, trained
@@ -42,7 +43,8 @@ def resolve(config):
   if start:
     resize = config.augment.resize or start.resize  # pixels as the weights know them
     networks = {"encoder": start.encoder, "projector": start.projector}
-    config = config_lib.replace(config, {**networks, "augment.resize": resize})
+    how = trained.precision(config, start)
+    config = config_lib.replace(config_lib.replace(config, {**networks, "augment.resize": resize}), how)
   layers = {"nonlinear": config.projector.layers, "linear": 1, "none": 0}[config.projector.kind]
   if config.tune_after >= 0 and ":" in config.encoder.name:
     raise UserError(f"config.tune_after={config.tune_after}: {config.encoder.name} has no known stages; use -1")
@@ -112,7 +114,11 @@ def train_step(state: TrainState, batch, *, model, tx, schedule, tune_after: int
     variables = {"params": params, "batch_stats": state.batch_stats}
     logits, updated = model.apply(variables, batch.pixels, train=True, tune_after=tune_after, mutable=["batch_stats"])
     value, metrics = loss(logits, batch)
-    return value + optimizer.classifier_l2(params["classifier"], weight_decay), (value, metrics, updated["batch_stats"])
+    return value + optimizer.classifier_l2(params["classifier"], weight_decay), (
+      value,
+      metrics,
+      updated.get("batch_stats", {}),
+    )
 
   (_, (value, metrics, batch_stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -194,7 +200,7 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
 
   def init(key):
     variables = model.init(key, jnp.zeros((1, config.augment.size, config.augment.size, 3)))
-    params, batch_stats = variables["params"], variables["batch_stats"]
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, tx.init(params))
 
   def warm_start(state):
@@ -203,7 +209,8 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
       if name in state.params:
         put = jax.device_put(jax.tree.map(jnp.array, start.variables[name]), mesh_lib.replicated(mesh))
         state.params[name] = put["params"]
-        state.batch_stats[name] = put["batch_stats"]
+        if name in state.batch_stats:
+          state.batch_stats[name] = put["batch_stats"]
     return state
 
   return loop.Task(
@@ -240,6 +247,12 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
   )
 
 
+@errors.of_the_user()
+def check_shapes(task: loop.Task):
+  """Raises UserError for impossible sizes of views and networks, before the workdir is touched."""
+  jax.eval_shape(task.init, jax.random.key(0))
+
+
 def abstract_step(config, mesh, source, make=make_task, teacher=None):
   """As pretrain.abstract_step; without a start, of the network that the recipe names.  `teacher` is that of the batch."""
   config, start = resolve(config)
@@ -268,8 +281,9 @@ class ClassifierEvaluation:
 
   def scores(self, logits, labels) -> dict:
     """{"accuracy", "top_5"}: fractions."""
-    own = np.take_along_axis(logits, labels[:, None], 1)
-    rank = np.sum(logits > own, 1)
+    own = np.take_along_axis(check_finite(logits, "logits"), labels[:, None], 1)
+    before = np.arange(logits.shape[1]) < labels[:, None]  # of equal ones argmax takes the first
+    rank = np.sum((logits > own) | ((logits == own) & before), 1)
     return {"accuracy": float(np.mean(rank < 1)), "top_5": float(np.mean(rank < 5))}
 
 
@@ -352,7 +366,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   chosen = choose(source, config.labels)
   source = data.Selection(source, chosen) if len(chosen) < len(source) else source
   task = make_task(config, start, source, mesh=mesh)
-  jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
+  check_shapes(task)
   starts = (config.start,)
   workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite, starts=starts)
   result = train(config, start, source, test, workdir, mesh=mesh)

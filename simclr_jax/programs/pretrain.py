@@ -11,7 +11,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from clu.parameter_overview import count_parameters
 from etils import epath
 
@@ -59,10 +58,7 @@ def open_start(config):
   if config.keep_head and "projector" not in start.variables:
     raise UserError(f"config.keep_head=True: {config.start} holds no projection head; start with a new one")
   networks = {"encoder": start.encoder, **({"projector": start.projector} if config.keep_head else {})}
-  how = {
-    f"encoder.{key}": config.encoder[key] for key in ("dtype", "remat") if start.encoder.name == config.encoder.name
-  }
-  return config_lib.replace(config_lib.replace(config, networks), how), start
+  return config_lib.replace(config_lib.replace(config, networks), trained.precision(config, start)), start
 
 
 def view_pipeline(config) -> views.ViewPipeline:
@@ -101,8 +97,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
   tx, schedule = getattr(method, "optimizer", optimizer.create)(config, len(source))
   if config.head_epochs:
     alone = int(config.head_epochs * len(source) // config.batch_size)
-    held = optimizer.held(lambda count: {"encoder": count >= alone})
-    tx = optax.chain(held, tx, held)  # before the rule too, so that it gathers no momentum meanwhile
+    tx = optimizer.late(tx, {"encoder"}, alone)
   pipeline = view_pipeline(config)
   if config.microbatches == 1:
     augmented, network = train_step.whole(model, pipeline.device)
@@ -217,7 +212,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
   pipeline = view_pipeline(config)
   with errors.of_the_user():
     pipeline.check()
-  abstract = jax.eval_shape(task.init, jax.random.key(0))  # impossible values fail here, before the workdir is touched
+    abstract = jax.eval_shape(task.init, jax.random.key(0))  # impossible sizes fail before the workdir is touched
   starts = (config.start,) if config.start else ()
   workdir = same.claim(config, workdir, train_source, test_source, resume=resume, overwrite=overwrite, starts=starts)
   pairs = _first_views(task, pipeline)

@@ -57,7 +57,8 @@ def train_step(state: ProbeState, batch, frozen, *, encoder, classifier, tx, sch
 
 
 def make_task(opened: trained.TrainedRun, source) -> loop.Task:
-  """SGD-Nesterov, momentum 0.9, base_lr * batch / 256 with cosine decay and no warm-up, crop+flip (App. B.6)."""
+  """SGD-Nesterov, momentum 0.9, base_lr * batch / 256 with cosine decay and no warm-up, crop+flip (App. B.6),
+  with the interpolation of pretraining, and without flips where it had none."""
   c = opened.config
   if c.probe.batch_size > len(source):
     raise UserError(f"probe.batch_size={c.probe.batch_size} exceeds the {len(source)} training images: lower it")
@@ -70,7 +71,7 @@ def make_task(opened: trained.TrainedRun, source) -> loop.Task:
   )
   tx, schedule = optimizer.create(rule, len(source))
   classifier = nn.Dense(source.num_classes, kernel_init=nn.initializers.normal(0.01))
-  crop = {key: c.augment[key] for key in ("size", "crop_sampler", "crop_area")}
+  crop = {key: c.augment[key] for key in ("size", "crop_sampler", "crop_area", "flip", "resize")}
 
   def init(key):
     width = jax.eval_shape(

@@ -125,7 +125,7 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
   queries = np.random.default_rng(config.seed).permutation(len(test["h"]))[:8]
   _, nearest = knn.nearest(train["h"], test["h"][queries], k=8)
   if evaluation.is_bank:
-    nearest = nearest[:, 1:]  # the query itself
+    nearest = _others(evaluation, queries, nearest)
   neighbors = np.stack([evaluation.train.images(row) for row in nearest])
   same = None
   if labels is not None:
@@ -141,6 +141,16 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
     metrics_lib.projector(workdir, test["h"][:ON_THE_MAP], None if labels is None else test_labels[:ON_THE_MAP])
     exporting.write(workdir / "encoder", kept, config, scores=scores, step=step, overwrite=True)
   return out
+
+
+def _others(evaluation, queries, nearest):
+  """[q, k - 1] of nearest [q, k] without the query itself, which is among the images of the bank or not."""
+
+  def name(part, row):
+    return part.source.name(int(part.rows()[row]))
+
+  rows = [[j for j in row if name(evaluation.train, j) != name(evaluation.test, i)] for i, row in zip(queries, nearest, strict=True)]  # fmt: skip
+  return np.asarray([row[: nearest.shape[1] - 1] for row in rows])
 
 
 def _map(images: embed.EvalSet, h, seed: int) -> dict | None:

@@ -41,6 +41,12 @@ class Start:
     return self.config.tap if isinstance(self.config, config_lib.Finetune) else 0
 
 
+def precision(config, start: Start) -> dict:
+  """How `config` says that the architecture of a start computes, which is no property of the weights: values by their keys."""
+  same = start.encoder.name == config.encoder.name
+  return {f"encoder.{key}": config.encoder[key] for key in ("dtype", "remat")} if same else {}
+
+
 def open_start(path, step: int | None = None) -> Start:
   """The networks of a run's newest checkpoint, or of the one of `step`, or of a folder that `simclr export` or `simclr import` wrote.
 

@@ -21,7 +21,7 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, same, trained
 from simclr_jax.programs import splits as splits_lib
 from simclr_jax.programs import workdir as workdir_lib
-from simclr_jax.runtime import checkpoint, files
+from simclr_jax.runtime import checkpoint, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -102,6 +102,7 @@ class FrozenEncoder:
 
   def __init__(self, start: trained.Start, config, mesh, *, untrained: bool = False):
     self.start, self._config, self._mesh = start, config, mesh
+    self.resize = config.augment.resize or start.resize
     net = make_encoder(start.encoder.name, **start.encoder)
     if not untrained:
       self._variables = start.variables["encoder"]
@@ -112,7 +113,7 @@ class FrozenEncoder:
 
   def features(self, source):
     """Raises ValueError if an image cannot be read: labels and features would not match."""
-    images = embed.eval_set(source, self._config, self._mesh, resize=self.start.resize, max_bad_fraction=0.001)
+    images = embed.eval_set(source, self._config, self._mesh, resize=self.resize, max_bad_fraction=0.001)
     h = embed.embed(self._apply, self._variables, images, self._mesh)
     if len(h) != len(source):
       raise UserError(f"{len(source) - len(h)} of {len(source)} images are unreadable: remove or repair them")
@@ -152,27 +153,41 @@ def linear_evaluation(
   return linear.METRICS[metric](logits, test.targets), logits, classifier["l2"]
 
 
-def fine_tune(config, encoder, start, train: Split, held_out, test: Split, metric: str, workdir, *, mesh):
+def fine_tune(
+  config, encoder: FrozenEncoder, start, train: Split, held_out, test: Split, metric: str, workdir, *, mesh
+):
   """(score, logits, {base_lr, weight_decay}): every point of the grid on the training part, the best on all of it.
 
-  Weight decay is divided by the learning rate, as the paper divides it.  `encoder` is the section of a config that says
-  which network it is; `start=None` trains new weights, for as long and with the grid of `config.from_scratch`.
+  Weight decay is divided by the learning rate, as the paper divides it.  `encoder` says which network it is and
+  how its images are resized; `start=None` trains new weights, for as long and with the grid of `config.from_scratch`.
+
+  Raises:
+    loop.Diverged: training on all images with the best point, or with the only one.  A point of the grid that diverges is
+      the worst.
   """
   g, score = config.finetune, linear.METRICS[metric]
+  augment = dataclasses.replace(config.augment, resize=encoder.resize)
   tuned = g if start else config.from_scratch
 
   def trained(source, tested, lr, decay, name):
     optimizer = dict(name="sgd", base_lr=lr, lr_scaling="none", weight_decay=decay / lr)
     changes = {
-      **{"encoder": encoder, "projector": {"kind": "none"}, "tap": 0, "start": ""},
+      **{"encoder": encoder.start.encoder, "projector": {"kind": "none"}, "tap": 0, "start": ""},
       **{"batch_size": g.batch_size, "train_steps": tuned.train_steps, "train_epochs": 0.0, "seed": config.seed},
-      **{"optimizer": optimizer, "augment": config.augment, "evaluate": config.evaluate},
+      **{
+        "optimizer": optimizer,
+        "augment": augment,
+        "evaluate": config.evaluate,
+      },
       **{"checkpoint": {"keep": 1}, "log": {"every_steps": tuned.train_steps}},
     }
     c = config_lib.replace(config_lib.load(g.recipe), changes)
     folder = checkpoint.claim_workdir(str(workdir / name), resume=True, overwrite=False)
     state = finetune.train(c, start, source, tested, folder, mesh=mesh)["state"]
-    return finetune.ClassifierEvaluation(c, train.num_classes, tested, mesh).logits(state)[0]
+    logits, labels = finetune.ClassifierEvaluation(c, train.num_classes, tested, mesh).logits(state)
+    if len(logits) != len(tested):
+      raise UserError(f"{len(tested) - len(logits)} of {len(tested)} images are unreadable: remove or repair them")
+    return logits, labels
 
   if train.targets.ndim > 1:
     raise UserError(
@@ -182,9 +197,13 @@ def fine_tune(config, encoder, start, train: Split, held_out, test: Split, metri
   grid = list(itertools.product(tuned.base_lrs, tuned.weight_decays))
   best, kept = grid[0], -1.0
   for i, (lr, decay) in enumerate(grid) if len(grid) > 1 else ():
-    value = score(trained(fit, held, lr, decay, f"grid{i}"), held.labels)
+    try:
+      value = score(*trained(fit, held, lr, decay, f"grid{i}"))
+    except loop.Diverged as error:
+      print(f"base_lr={lr:g}, weight_decay={decay:g}: {error}", flush=True)
+      continue
     best, kept = ((lr, decay), value) if value > kept else (best, kept)
-  logits = trained(train.source, test.source, *best, "final")
+  logits, _ = trained(train.source, test.source, *best, "final")
   return score(logits, test.targets), logits, dict(base_lr=best[0], weight_decay=best[1])
 
 
@@ -224,6 +243,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     ValueError: a mistake in the config or the data, on one line.
   """
   mesh = mesh_lib.make_mesh()
+  if "finetune" in config.methods:
+    mesh_lib.check_divisible(config.finetune.batch_size, mesh, "finetune.batch_size")
   start = trained.open_start(config.start)
   encoders = {"SimCLR": FrozenEncoder(start, config, mesh)}
   if config.supervised:
@@ -256,7 +277,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       else:
         begin = encoder.start if label != "random" else None
         folder = workdir / name / label
-        result = fine_tune(config, start.encoder, begin, train, held_out, test, row.metric, folder, mesh=mesh)
+        result = fine_tune(config, encoder, begin, train, held_out, test, row.metric, folder, mesh=mesh)
       out["scores"][key], logits[key], out["chosen"][key] = result
       if label != "SimCLR":
         first = logits[f"{method} SimCLR"]
