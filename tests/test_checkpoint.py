@@ -235,7 +235,7 @@ def test_a_step_under_another_name_or_of_another_run_is_not_resumed(tmp_path, ca
     checkpoint.read_run_state(run)
   assert checkpoint.Checkpoints(run).latest_step() == 1
   assert "belongs to another run; moved to" in capsys.readouterr().out
-  shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("RUN*", "LOCK", "damaged"))
+  shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("RUN*", "LOCK", ".LOCK*", "damaged"))
   checkpoint.claim_workdir(str(tmp_path / "copy"), resume=True, overwrite=False)  # knows itself by its checkpoints
   assert checkpoint.run_id(tmp_path / "copy") == checkpoint.run_id(run)
   assert checkpoint.Checkpoints(tmp_path / "copy").latest_step() == 1

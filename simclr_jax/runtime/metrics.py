@@ -76,7 +76,8 @@ class _Board:
 
     folder = files.absolute(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{next(self._count)}.v2"
+    # TensorBoard reads the files in the order of their names.
+    name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{next(self._count):05}.v2"
     self._path = folder / name
     self._file = io.BytesIO() if files.is_remote(folder) else open(self._path, "wb")  # objects cannot grow
     self._records = RecordWriter(self._file)
