@@ -128,6 +128,10 @@ def test_parts_of_a_set_know_what_the_set_knows(folder):
     assert "files or arrays" in same.difference(old, part.fingerprint())
     del old["files or arrays"]  # of a run of an earlier version
     assert "files or arrays" not in same.difference(old, part.fingerprint())
+  same.check_result(folder.parent / "made.json", {"set": {"images": 3}}, "it")
+  same.check_result(folder.parent / "made.json", {"set": {"images": 3, "files or arrays": "12"}}, "it")
+  with pytest.raises(ValueError, match="it was made with another set"):
+    same.check_result(folder.parent / "made.json", {"set": {"images": 4, "files or arrays": "12"}}, "it")
   images = np.zeros((300, 4, 4), np.uint8)
   before = data.Selection(data.ArraySource(images), range(200)).fingerprint()
   images[137] = 1

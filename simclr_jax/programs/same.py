@@ -43,7 +43,8 @@ def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwri
 
 
 def difference(before: dict, now: dict) -> str:
-  """What differs between two fingerprints of a source, in words; empty if nothing does."""
+  """What differs between two fingerprints of a source, in words; empty if nothing does that the earlier one has, which
+  may be of an earlier version."""
   count = f"{now['images']:,} images instead of {before['images']:,}" if before["images"] != now["images"] else ""
   other = [name for name in before if name != "images" and before[name] != now.get(name)]
   return " and ".join(part for part in (count, f"other {', '.join(other)}" if other else "") if part)
@@ -62,7 +63,7 @@ def check_result(file, made_by: dict, what: str):
   """
   if file.exists():
     before = json.loads(files.read_sealed(file))
-    other = [name for name in sorted(before.keys() | made_by.keys()) if before.get(name) != made_by.get(name)]
+    other = [name for name in sorted(before.keys() | made_by.keys()) if _differs(before.get(name), made_by.get(name))]
     if other:
       raise UserError(
         f"{what} was made with another {other[0]}: use another --workdir, or --overwrite to make everything again"
@@ -70,6 +71,12 @@ def check_result(file, made_by: dict, what: str):
   elif not jax.process_index():
     file.parent.mkdir(parents=True, exist_ok=True)
     files.write_sealed(file, json.dumps(made_by, indent=2))
+
+
+def _differs(before, now) -> bool:
+  """Whether two checksums or fingerprints differ."""
+  both = isinstance(before, dict) and isinstance(now, dict)
+  return bool(difference(before, now)) if both else before != now
 
 
 def refuse_changed(name: str, what: str):
