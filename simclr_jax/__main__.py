@@ -305,7 +305,8 @@ def _outcome(command, flags, overrides, heard: bool) -> int:
     # An OSError without a number was raised on purpose, with words for the user.
     of_user = isinstance(error, UserError) or isinstance(error, OSError) and (error.filename or error.errno is None)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # whatever was being written
-      of_user, message = True, f"the disk is full ({error}); free space and run the same command again with --resume"
+      of_user, message = True, f"the disk is full ({error}); free space and run the same command again"
+      message += " with --resume" if "resume" in flags else ""
     if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("tensorflow"):
       of_user = True
       message = "this needs TensorFlow, which is not installed: pip install tensorflow tensorflow-datasets; arrays and exports work without it"

@@ -311,6 +311,29 @@ def test_an_encoder_is_one_line(small):
   assert text == "Encoder(ResNet-18, width 0.0625, images [n, 16, 16, 3] -> h [n, 32], step 3)"
 
 
+@pytest.mark.parametrize(
+  "value, public",
+  [
+    ("folder:/home/me/photos", "folder:photos"),
+    ("tfds:imagenet2012_subset/1pct:train", "tfds:imagenet2012_subset/1pct:train"),
+    ("/home/me/runs/a", "a"),
+    (3, 3),
+  ],
+)
+def test_a_published_card_names_no_folders(value, public):
+  assert exporting._without_folders({"data": value}) == {"data": public}
+
+
+def test_another_python_may_be_named_relative_to_this_folder(tmp_path, monkeypatch):
+  python = tmp_path / "env/bin/python"
+  python.parent.mkdir(parents=True)
+  python.write_text("#!/bin/sh\necho $2\n")
+  python.chmod(0o755)
+  (tmp_path / "out").mkdir()
+  monkeypatch.chdir(tmp_path)
+  assert exporting._verified_by("env/bin/python", "out").stdout == f"{tmp_path / 'out/verify.py'}\n"
+
+
 def write_torch_folder(tmp_path, name, variables, **config):
   """The files of a folder for a library of torch, of a network whose weights are not looked at."""
   encoder = dict(depth=18, width=0.0625, stem="cifar") | config.pop("encoder", {})
@@ -512,9 +535,14 @@ def test_damaged_safetensors(small, tmp_path):
 def test_large_onnx_models_keep_their_weights_in_a_file_of_their_own(small, tmp_path, capsys, monkeypatch):
   pytest.importorskip("onnx")
   pytest.importorskip("onnxruntime")
+  import onnx
+
   from simclr_jax.exporting import onnx_graph
 
+  checked, check = [], onnx.checker.check_model
+  monkeypatch.setattr(onnx.checker, "check_model", lambda model: (checked.append(model), check(model)))
   monkeypatch.setattr(onnx_graph, "PROTOBUF_LIMIT", 1000)
   export.run(output=tmp_path / "out", encoder=small, formats=["onnx"])
   assert differences(capsys.readouterr().out)["onnx"] <= 1e-5
   assert (tmp_path / "out/model.weights").stat().st_size > 1000 * 10
+  assert isinstance(checked[0], str)  # the file: a model of more than 2 GiB cannot be checked in memory

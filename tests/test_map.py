@@ -171,6 +171,15 @@ def test_classes_are_told_apart_in_both_themes_and_by_color_blind_eyes(seen):
     assert min(max(one, other) / min(one, other) for one in luminance) > 1.9
 
 
+def test_a_tiny_image_does_not_shrink_the_others():
+  small, large = np.zeros((1, 1, 3), np.uint8), np.full((64, 64, 3), 200, np.uint8)
+  pixels = [small, *[large] * 5]
+  source = types.SimpleNamespace(read=lambda i: pixels[i])
+  assert map_lib.thumbnails(source, np.arange(6)).shape == (6, 64, 64, 3)
+  source = types.SimpleNamespace(read=lambda i: large[:28, :28])
+  assert map_lib.thumbnails(source, np.arange(6)).shape == (6, 28, 28, 3)
+
+
 def test_near_duplicates_are_shown_as_groups():
   pairs = [(0, 1, 0.99, 0.98), (4, 5, 0.9, 0.97), (2, 3, 0.95, 0.96), (1, 2, 0.93, 0.96)]
   assert [sorted(members) for members in map_lib.group(pairs)] == [[0, 1, 2, 3], [4, 5]]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 
+import jax
 import pytest
 
 from simclr_jax import __main__ as cli
@@ -17,6 +18,8 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import data as data_program
 from simclr_jax.programs import plan, recipes
 from simclr_jax.runtime import aot
+from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 GIB = aot.GIB
@@ -83,13 +86,15 @@ NOTHING = {(): (99, 1.0), (HALF,): (90, 1.0), ("block",): (80, 1.0), ("zero1", "
 NOTHING |= {("zero1", "group"): (70, 1.0)}
 
 
-def planned(monkeypatch, recipe, sizes):
+def planned(monkeypatch, recipe, sizes, **changes):
   """(the row of the plan of a recipe on 128 chips, the compiler of what it asked for)."""
   compiler = Compiler(sizes, [])
   monkeypatch.setattr(plan, "measure", compiler)
   monkeypatch.setattr(plan, "_momentum", lambda *_: 2 * GIB)
   monkeypatch.setattr(aot, "topology", lambda name: (aot.CHIPS["v4"], [None] * 128))
-  return plan.plan(config_lib.load(recipe), "v4:4x4x8", 1_281_167, 1000, note=lambda _: None), compiler
+  return plan.plan(
+    config_lib.replace(config_lib.load(recipe), changes), "v4:4x4x8", 1_281_167, 1000, note=lambda _: None
+  ), compiler
 
 
 @pytest.mark.parametrize(
@@ -134,6 +139,18 @@ def test_a_vision_transformer_has_one_arrangement_and_recomputes_blocks(monkeypa
   row, compiler = planned(monkeypatch, "vit:s16", sizes)
   assert row["changes"] == changes and len(compiler.asked) == asked
   assert not any("packed" in name or "group" in name or "," in name for name in row["tried"])
+
+
+def test_microbatches_are_split_over_the_devices_too(monkeypatch):
+  mesh = mesh_lib.make_mesh(jax.devices()[:4])
+  with pytest.raises(UserError, match="microbatches"):
+    plan._check_batch(config_lib.load("v1:1x", ["--config.microbatches=3"]), mesh)
+  sizes = NOTHING | {(n, "zero1", "group"): (19, 1.0) for n in (2048, 1024, 512)}
+  sizes[()] = sizes["zero1", "group"] = (60, 1.0)
+  row, compiler = planned(monkeypatch, "v1:1x", sizes, **{"microbatches": 8})
+  assert row["batch_size"] == 2048 and all(
+    key[0] % (128 * 8) == 0 for key in compiler.asked if key and isinstance(key[0], int)
+  )
 
 
 def test_where_nothing_fits_only_what_was_tried_is_named(monkeypatch):

@@ -10,11 +10,13 @@ import time
 import images
 import numpy as np
 import pytest
+import tiny
 
 from simclr_jax import __main__ as cli
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import quickstart
 from simclr_jax.programs.quickstart import Network
+from simclr_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -107,6 +109,25 @@ def test_mistakes_are_one_line(tmp_path, capfd):
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("simclr: ")]
     assert len(error) == 1 and message in error[0]
   assert not (tmp_path / "run").exists()
+
+
+def test_runs_that_are_not_its_own_are_spared(tmp_path):
+  """The run that it starts from, with --overwrite, and one of pretraining, with --resume."""
+  images.folder(tmp_path / "photos")
+  run = tmp_path / "run"
+  encoder = tiny.export(run / "encoder")
+  (run / "checkpoints").mkdir()
+  for name in ("RUN", "COMPLETE", "config.json"):
+    (run / name).write_text("")
+  before = sorted(path.name for path in run.iterdir())
+  for flags, words in (
+    ({"overwrite": True, "start": str(encoder)}, "--overwrite would delete .*encoder, which this starts from"),
+    ({"resume": True}, "--resume: that run was not begun by simclr quickstart"),
+    ({"overwrite": True, "start": str(tmp_path / "none")}, "none"),
+  ):
+    with pytest.raises(UserError, match=words):
+      quickstart.run(str(tmp_path / "photos"), run, **flags)
+    assert sorted(path.name for path in run.iterdir()) == before
 
 
 def check(found, planted, workdir):

@@ -51,6 +51,21 @@ def test_every_run_is_found_and_read(folder):
   }
 
 
+def test_exports_are_no_runs(folder):
+  """Those for timm and Hugging Face have a config.json of their own."""
+  export = folder / "a/encoder_torch"
+  export.mkdir()
+  (export / "config.json").write_text("{}")
+  (export / "card.json").write_text("{}")
+  assert sorted(run.name for run in runs.find(folder)) == ["a", "c", "deeper/b"]
+
+
+def test_no_device_is_touched(folder, monkeypatch):
+  """It may be training."""
+  monkeypatch.setattr("jax.devices", lambda *_: pytest.fail("a device was asked for"))
+  assert cli.main(["runs", str(folder)]) == 0
+
+
 def test_the_program_prints_and_writes_a_page(folder, capsys):
   assert cli.main(["runs", str(folder)]) == 0
   out = capsys.readouterr().out

@@ -10,7 +10,7 @@ import tiny
 
 from simclr_jax import load_encoder
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import finetune, pretrain, quickstart, trained
+from simclr_jax.programs import export, finetune, pretrain, quickstart, trained
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -52,6 +52,22 @@ def test_what_is_taken_over(first, method, keep_head):
     if name in state.extra:
       assert equal(state.extra[name]["params"]["encoder"], state.params["encoder"])
   assert state.step == 0
+
+
+def test_a_plan_is_of_the_network_of_the_start(first):
+  run, config = first
+  changes = {"start": str(run), "encoder.width": 1.0, "encoder.depth": 50, "keep_head": True}
+  found = pretrain.from_random_weights(config_lib.replace(config, changes))
+  assert (found.encoder.depth, found.encoder.width, found.start, found.keep_head) == (18, 0.0625, "", False)
+  with pytest.raises(UserError, match="nowhere"):
+    pretrain.from_random_weights(config_lib.replace(config, {"start": "nowhere"}))
+
+
+def test_a_head_is_kept_in_safetensors_too(first, tmp_path):
+  run, _ = first
+  export.run(output=tmp_path / "out", workdir=run, formats=["safetensors"], head=True)
+  found, expected = (trained.open_start(path).variables["projector"] for path in (tmp_path / "out", run))
+  assert equal(found, expected)
 
 
 def test_the_architecture_is_that_of_the_start_but_not_how_it_computes(first):

@@ -90,6 +90,29 @@ def row(what, rate, pipeline=1e6, spread=0.0, form="", **more):
   return base | {"pipeline_images_per_second": pipeline, "run_images_per_second": min(rate, pipeline)} | more
 
 
+def test_settings_that_do_not_fit_are_named_and_the_others_are_timed(tmp_path, monkeypatch, capsys):
+  measured = dict(step_seconds=0.1, fastest=0.1, slowest=0.1, spread=0.0, images_per_second=160.0, steps=3)
+  measured |= dict(
+    pipeline_images_per_second=1000.0, run_images_per_second=150.0, program_bytes=1, estimated_seconds=None
+  )
+
+  class Step:
+    def __init__(self, config, source, mesh, form=""):
+      if config.augment.where == "device":
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12 bytes")
+
+    def measure(self):
+      return measured
+
+    def seconds(self):
+      return np.asarray([0.1])
+
+  monkeypatch.setattr(timing, "Step", Step)
+  rows = timing.run(tiny.config(**{"data.train": tiny.npz(tmp_path / "tiny.npz")}))["rows"]
+  assert [row["refused"] for row in rows if "refused" in row] == ["out of memory"] and len(rows) > 2
+  assert "not possible, out of memory" in capsys.readouterr().out
+
+
 def test_what_is_advised():
   recipe = row("the recipe as it is", 1000)
   assert timing.advice([recipe, row("A", 1020)]).startswith("Keep the recipe's settings")

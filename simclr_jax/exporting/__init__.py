@@ -15,6 +15,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -178,10 +179,14 @@ def _versions() -> dict:
 
 
 def _without_folders(value):
-  """A value of a card in which paths are their last parts: folder:/home/me/photos becomes folder:photos."""
+  """A value of a card in which paths are their last parts: folder:/home/me/photos becomes folder:photos.
+
+  The slashes of tfds:NAME/CONFIG are no path.
+  """
   if isinstance(value, dict):
     return {key: _without_folders(one) for key, one in value.items()}
-  return re.sub(r"[^:]*/(?=.)", "", value) if isinstance(value, str) else value
+  is_path = isinstance(value, str) and not value.startswith("tfds:")
+  return re.sub(r"[^:]*/(?=.)", "", value) if is_path else value
 
 
 def checksum(variables) -> str:
@@ -326,6 +331,8 @@ def _verified_by(python: str, folder) -> subprocess.CompletedProcess:
   # On the CPU: the accelerator is this process's, and its products may be of less than float32.
   environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"}
   environment["HF_HUB_OFFLINE"] = "1"
+  if os.path.dirname(python):  # else it is looked for in PATH
+    python = os.path.abspath(python)
   command = [python, "-B", str(pathlib.Path(folder).resolve() / "verify.py")]
   with tempfile.TemporaryDirectory() as scratch:
     environment["HF_MODULES_CACHE"] = scratch  # where transformers copies modeling_*.py
@@ -424,7 +431,7 @@ def torch_snippet(path, size: int, name: str = "resnet") -> str:
   library = "torchvision" if name == "resnet" else "timm"
   return "\n".join(
     (
-      f"# once: simclr export --encoder={path} --output={path}_torch --format={library}",
+      f"# once: simclr export --encoder={shlex.quote(str(path))} --output={shlex.quote(f'{path}_torch')} --format={library}",
       "import sys",
       "",
       "import torch",

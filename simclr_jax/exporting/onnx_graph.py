@@ -5,6 +5,7 @@ Vision Transformer's nodes are in onnx_vit.py.
 """
 
 import functools
+import os
 
 import numpy as np
 
@@ -19,11 +20,11 @@ def write(folder, export):
   import onnx
 
   model = build(export)
-  onnx.checker.check_model(model)
   # A protobuf ends at 2 GiB; the weights of larger models go to a file beside it.
   onnx.save(
     model, folder / "model.onnx", save_as_external_data=_bytes(model) > PROTOBUF_LIMIT, location="model.weights"
   )
+  onnx.checker.check_model(os.fspath(folder / "model.onnx"))  # of the file: a model in memory must be below 2 GiB
   export.copy(folder, load="load_onnx.py")
 
 

@@ -117,7 +117,8 @@ def _of_run(workdir, step, head):
   made_by = config_lib.program(config)
   if made_by != "pretrain":
     raise UserError(
-      f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={files.absolute(workdir) / 'encoder'}"
+      f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={files.absolute(workdir) / 'encoder'}, which is there "
+      "when it is done"
     )
   like = jax.eval_shape(
     make_encoder(config.encoder.name, **config.encoder).init,
@@ -132,7 +133,7 @@ def _of_run(workdir, step, head):
     projector = {name: tree.get("projector", {}) for name, tree in trees.items()}
     projector = projector if projector["params"] else None
   scores_file = files.absolute(workdir) / "scores.json"
-  scores = json.loads(scores_file.read_text()) if scores_file.exists() else {}
+  scores = json.loads(files.read_sealed(scores_file)) if scores_file.exists() else {}
   scores = scores.get("scores", {}) if scores.get("step") == step else {}
   return variables, projector, config, {"scores": scores, "step": step}
 

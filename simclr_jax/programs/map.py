@@ -21,7 +21,8 @@ MOST_OF_A_GROUP = 6  # near-duplicates that a page shows of each group
 
 def thumbnails(source, index) -> np.ndarray:
   """uint8 [n, s, s, 3]: the central squares of the images `index` [n] of a source, as large as a page can carry."""
-  side = min(report.thumbnail_side(len(index)), *source.read(int(index[0])).shape[:2])
+  sides = [min(source.read(int(i)).shape[:2]) for i in index[:: -(-len(index) // 32)]]
+  side = min(report.thumbnail_side(len(index)), max(16, int(np.median(sides))))
 
   def small(i):
     pixels = source.read(int(i))

@@ -59,7 +59,7 @@ def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
   """
   chip, devices = aot.topology(topology)
   mesh = mesh_lib.make_mesh(devices)
-  mesh_lib.check_divisible(config.batch_size, mesh)
+  _check_batch(config, mesh)
   source = data.AbstractSource(num_examples, num_classes)
   step, arguments = PROGRAMS[config_lib.program(config)].abstract_step(config, mesh, source)
   row = {"topology": topology, "batch_size": config.batch_size, "settings": settings(config, mesh)}
@@ -78,6 +78,14 @@ def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
   per_core = PER_CORE.get(config.augment.where) if config.augment.size == 224 else None
   row["vcpus_needed"] = row["images_per_second_per_host"] / per_core if per_core else None
   return row
+
+
+def _check_batch(config, mesh):
+  """Raises UserError if the batch, or what it is split into, cannot be split over the devices."""
+  if config_lib.program(config) == "pretrain":
+    pretrain.check_batch(config, mesh)
+  else:
+    mesh_lib.check_divisible(config.batch_size, mesh)
 
 
 def settings(config, mesh) -> dict:
@@ -159,7 +167,7 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
     if has_room({**base, **fallback}):
       break
   batch = config.batch_size
-  while best is None and batch % (2 * len(devices)) == 0:
+  while best is None and batch % (2 * len(devices) * flat.get("microbatches", 1)) == 0:
     batch //= 2
     if batch * needed <= config.batch_size * hbm:  # else it cannot fit: what does not grow with the batch comes on top
       has_room({**base, **(fallbacks[-1] if fallbacks else {}), "batch_size": batch})
@@ -301,14 +309,18 @@ def run(config, topologies, *, batches=(), num_examples=0, num_classes=0, as_jso
   Raises:
     ValueError: an unknown topology or data set, or a batch that cannot be split, before anything is compiled.
   """
+  if num_classes and not num_examples:
+    raise UserError(f"--num_classes={num_classes}: give --num_examples too")
   if not num_examples:
     num_examples, num_classes = size_of(config)
+  if config_lib.program(config) == "pretrain":
+    config = pretrain.from_random_weights(config)
   cases = []
   for name in topologies:
     _, devices = aot.topology(name)
     for batch in batches or (config.batch_size,):
       cases.append((name, config_lib.replace(config, {"batch_size": batch})))
-      mesh_lib.check_divisible(batch, mesh_lib.make_mesh(devices))
+      _check_batch(cases[-1][1], mesh_lib.make_mesh(devices))
   rows = []
   for name, case in cases:
     rows.append(plan(case, name, num_examples, num_classes, note=(lambda _: None) if as_json else print))

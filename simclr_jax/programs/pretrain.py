@@ -61,6 +61,16 @@ def open_start(config):
   return config_lib.replace(config_lib.replace(config, networks), trained.precision(config, start)), start
 
 
+def from_random_weights(config):
+  """The config of the same network without a start, for what asks how large or how fast it is.
+
+  Raises:
+    ValueError: as `open_start`.
+  """
+  config, _ = open_start(config)
+  return config_lib.replace(config, {"start": "", "keep_head": False, "head_epochs": 0.0})
+
+
 def view_pipeline(config) -> views.ViewPipeline:
   """The two halves of `config.augment`."""
   # A network that computes in bfloat16 sees no difference; one in float32 is fed float32.

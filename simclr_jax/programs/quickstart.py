@@ -224,7 +224,7 @@ def run(
     dict(config, why, chart, found, unreadable): what was chosen and what was found, see map.chart and map.anomalies.
 
   Raises:
-    ValueError: no folder, too few images, or too few minutes.
+    ValueError: no folder, too few images, too few minutes, or the folder of another run.
   """
   began = time.monotonic()
   if not minutes > 0:
@@ -241,14 +241,20 @@ def run(
     raise UserError(
       f"{folder} holds {len(source)} images: quickstart needs {FEWEST} at least, and hundreds to be useful"
     )
+  if resume and not kept.exists() and checkpoint.folder(workdir).exists():
+    raise UserError(f"--workdir={workdir} --resume: that run was not begun by simclr quickstart; name another folder")
+  if start:
+    trained_lib.open_start(start)  # what cannot be opened is found before anything is written
   mesh = mesh_lib.make_mesh()
-  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=(spec,))
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=(spec,), starts=(start,))
   plan = workdir / "quickstart.json"
   if plan.exists():
     kept = json.loads(files.read_sealed(plan))
     if kept["folder"] != root:
       raise UserError(f"--workdir={workdir} is a quickstart of {kept['folder']}: name another folder for {root}")
     config, why = config_lib.from_json(checkpoint.read_config(workdir)), kept["why"]
+    if start and start != config.start:
+      raise UserError(f"--start={start}: the run in {workdir} started from {config.start or 'random weights'}")
   else:
     config, why = choose(source, spec, mesh, minutes, began, start)
   for what, value, reason in why:
@@ -260,7 +266,7 @@ def run(
   trained = pretrain.run(config, workdir, resume=True, recipe=RECIPE)
 
   print("\nwhat is in the folder")
-  table = embed.run(workdir / "encoder", spec, workdir / "features.npz", overwrite=True)
+  table = embed.run(workdir, spec, workdir / "features.npz", overwrite=True)
   made = features.load(table)
   labels, class_names = classes(root, made.name)
   pictures = map_lib.thumbnails(source, made.index)

@@ -48,7 +48,7 @@ def find(folder) -> list[RunSummary]:
   folder, found = files.absolute(folder), []
 
   def look(path):
-    if (path / "config.json").exists():
+    if (path / "config.json").exists() and not (path / "card.json").exists():  # of an export for timm or Hugging Face
       name = "." if path == folder else str(path.relative_to(folder))
       try:
         found.append(open_run(path, name))

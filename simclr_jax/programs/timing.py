@@ -215,6 +215,7 @@ def run(config, *, packed: bool = False, json_file: str = "") -> dict:
   mesh = mesh_lib.make_mesh()
   device = mesh.devices.flat[0]
   source, _ = splits.open_data(config.data)
+  config = pretrain.from_random_weights(config)
   rows: list[dict] = []
   recipe: Step | None = None
 
@@ -231,10 +232,11 @@ def run(config, *, packed: bool = False, json_file: str = "") -> dict:
       step = Step(config_lib.replace(config, changes), source, mesh, form)
       rows.append(row | step.measure())
       recipe = recipe or step
-    except ValueError as error:
-      if not rows:
+    except (ValueError, RuntimeError, MemoryError) as error:
+      no_room = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+      if not rows or not (no_room or isinstance(error, ValueError)):
         raise
-      rows.append(row | {"refused": str(error)})
+      rows.append(row | {"refused": "out of memory" if no_room else str(error)})
     found = (
       f"not possible, {rows[-1]['refused']}" if "refused" in rows[-1] else f"{_short(rows[-1]['step_seconds'], 1e3)} ms"
     )

@@ -60,6 +60,8 @@ def open_start(path, step: int | None = None) -> Start:
       raise UserError(f"{path} holds a custom encoder,  {card['architecture']['name']}: give the run instead")
     config = config_lib.from_dict(card["pretraining"])
     heads = {name: checkpoint.read_tree(path / name) for name in ("projector", "classifier")}
+    if card.get("format") == "safetensors":
+      heads = {"projector": exporting.read_safetensors(path).get("projector")}
     variables = {"encoder": encoder, **{name: tree for name, tree in heads.items() if tree}}
     return Start(config_lib.build(config_lib.Encoder, card["architecture"]), config.projector, variables, config)
   config = config_lib.from_json(checkpoint.read_config(path))

@@ -83,7 +83,7 @@ def write_runs(path, *, histories, keys, **page):
       columns of numbers; and `differences`, the same as `runs`, or None.
   """
   legend, figures = charts.overlays(histories, keys)
-  render.write_page(path, "runs.html", legend=legend, figures=figures, **page)
+  render.write_page(path, "runs.html", computed=False, legend=legend, figures=figures, **page)
 
 
 SPECTRUM = "Spectrum, log10"  # of the rows of courses: heading and key

@@ -19,17 +19,19 @@ from simclr_jax.report import pictures, tables
 from simclr_jax.runtime import files
 
 
-def write_page(path, template: str, **data):
-  """Renders a file of templates/ with `data` and writes it to `path` in one move."""
-  page = _environment().get_template(template).render(nav=[], made=_made(), **data)
+def write_page(path, template: str, computed: bool = True, **data):
+  """Renders a file of templates/ with `data` and writes it to `path` in one move; `computed`: whether on JAX's devices."""
+  page = _environment().get_template(template).render(nav=[], made=_made(computed), **data)
   files.write_bytes(path, page.encode("utf-8", "replace"))
 
 
-def _made() -> dict:
+def _made(computed: bool) -> dict:
   """When, by which version, on what and by which command a page is written: dict(text, command)."""
   parts = [f"Written {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC with simclr_jax {simclr_jax.__version__}"]
-  if "jax" in sys.modules:  # else nothing was computed for the page
-    devices = sys.modules["jax"].devices()
+  if computed:  # else JAX need not be there, and no device is touched
+    import jax
+
+    devices = jax.devices()
     cores = f" of {os.cpu_count()} cores" if devices[0].platform == "cpu" else ""
     parts.append(f"on {len(devices)} x {devices[0].device_kind}{cores}")
   program = pathlib.Path(sys.argv[0])
