@@ -94,10 +94,13 @@ def test_arrays_that_were_saved_here_may_be_replaced(tmp_path):
   first, second = (api._arrays(np.full((4, 8, 8, 3), i, np.uint8), [0, 1, 0, 1]) for i in (1, 2))
   spec = f"npz:{tmp_path / 'run.npz'}"
   api._keep(first, spec, same_only=True)
-  with pytest.raises(ValueError, match="images is not what the run began with"):
+  with pytest.raises(ValueError, match="images is not what the run began with: other contents"):
     api._keep(second, spec, same_only=True)
+  assert data.open_source(spec).read(0).max() == 1
   api._keep(second, spec, same_only=False)
   assert data.open_source(spec).read(0).max() == 2
+  api._keep(api._arrays(second["images"], ["a", "b", "a", "b"]), spec, same_only=False)
+  assert data.open_source(spec).class_names == ("a", "b")
 
 
 def test_probe_tells_separable_classes_apart():

@@ -449,12 +449,12 @@ sys.exit(main(sys.argv[1:]))
   ],
 )
 def test_answers_come_before_jax_is_imported(argv, code, message):
-  began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+  began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
   done = subprocess.run([sys.executable, "-c", BLOCKED, *argv], capture_output=True, text=True, cwd=ROOT)
   assert done.returncode == code, done.stderr
   assert message in (done.stderr if code else done.stdout)
-  used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began
-  assert used < 2  # seconds of the processor; about 0.1
+  assert time.monotonic() - began < 5  # a tenth of a second on an idle machine
+  assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 2  # of the processor, however busy it is
   if code == 1:
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("simclr: ")
 

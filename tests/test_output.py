@@ -174,11 +174,11 @@ def test_a_signal_outside_of_the_steps_ends_with_its_code_and_is_answered(number
 
 def test_a_signal_is_answered_while_the_program_compiles_and_a_second_one_ends_it():
   process, said = signaled("compiling", signal.SIGINT, signal.SIGINT)
-  assert process.wait(timeout=20) == 130
+  assert process.wait(timeout=5) == 130
   assert said[1] == "simclr: SIGINT: stopped at once; what was saved before is complete; resume with --resume\n"
   assert process.stderr.read() == ""
   process, said = signaled("steps", signal.SIGTERM, signal.SIGTERM)
-  assert process.wait(timeout=20) == 42 and "SIGTERM: stopping after this step; a second" in said[0]
+  assert process.wait(timeout=5) == 42 and "SIGTERM: stopping after this step; a second" in said[0]
 
 
 def test_a_run_under_nohup_outlives_its_terminal():

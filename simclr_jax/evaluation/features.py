@@ -42,12 +42,12 @@ class Features:
   def about(self) -> dict:
     """The strings next to the arrays; `sha256` covers everything else, because two of the formats do not detect flipped bits."""
     about = {"encoder": self.encoder, "weights": self.weights, "data": self.data}
-    sha = hashlib.sha256(json.dumps({key: _utf8(value) for key, value in about.items()}, sort_keys=True).encode())
+    sha = hashlib.sha256(json.dumps({key: utf8(value) for key, value in about.items()}, sort_keys=True).encode())
     for key in ("h", "label", "index"):
       array = np.ascontiguousarray(getattr(self, key))
       sha.update(f"{key} {array.dtype.str} {list(array.shape)}\n".encode())
       sha.update(array.data)
-    sha.update(json.dumps([_utf8(name) for name in self.name.tolist()]).encode())
+    sha.update(json.dumps([utf8(name) for name in self.name.tolist()]).encode())
     return {**about, "sha256": sha.hexdigest()}
 
 
@@ -106,7 +106,7 @@ def _from_npz(local):
 def _parquet(features) -> bytes:
   arrow, parquet = _pyarrow()
   h = arrow.FixedSizeListArray.from_arrays(arrow.array(features.h.ravel()), features.h.shape[1])
-  name = [_utf8(name) for name in features.name.tolist()]
+  name = [utf8(name) for name in features.name.tolist()]
   table = arrow.table({"name": name, "label": features.label, "index": features.index, "h": h})
   buffer = io.BytesIO()
   about = {key: value.encode("utf-8", "surrogateescape") for key, value in features.about.items()}
@@ -114,7 +114,7 @@ def _parquet(features) -> bytes:
   return buffer.getvalue()
 
 
-def _utf8(name: str) -> str:
+def utf8(name: str) -> str:
   """A column of strings is UTF-8, which the name of a file need not be."""
   return name.encode("utf-8", "backslashreplace").decode()
 
@@ -131,7 +131,7 @@ def _from_parquet(local):
 def _safetensors(features) -> bytes:
   """There are no strings in the format: names stand in the metadata, as JSON."""
   tensors = {key: np.ascontiguousarray(getattr(features, key)) for key in ("h", "label", "index")}
-  about = {key: _utf8(value) for key, value in features.about.items()}
+  about = {key: utf8(value) for key, value in features.about.items()}
   content = safetensors.numpy.save(tensors, {**about, "name": json.dumps(features.name.tolist())})
   # The library writes the metadata in an order that changes from process to process.
   end = 8 + int.from_bytes(content[:8], "little")

@@ -44,14 +44,18 @@ class Control:
     return {}
 
 
+def _check_labels(config, source):
+  if source is None or not source.num_classes:
+    raise ValueError(f"config.method={config.method!r}: needs labeled training images")
+
+
 def supervised(config, mesh, source=None) -> Control:
   """Cross-entropy on the labels of both views: the supervised baseline of arXiv 2002.05709, Table 1, at equal compute.
 
   Raises:
     ValueError: there are no labels.
   """
-  if source is None or not source.num_classes:
-    raise ValueError("config.method='supervised': needs labeled training images")
+  _check_labels(config, source)
 
   def of_batch(outputs, batch):
     label = jnp.broadcast_to(batch.label[:, None], outputs.prediction.shape[:2])
@@ -70,8 +74,7 @@ def oracle(config, mesh, source=None) -> Control:
   """
   if config.loss.name != "nt_xent":
     raise ValueError(f"config.loss.name={config.loss.name!r}: the oracle is for nt_xent")
-  if source is None or not source.num_classes:
-    raise ValueError("config.method='oracle': needs labeled training images")
+  _check_labels(config, source)
   options = {key: value for key, value in dict(config.loss).items() if key in ("normalize", "precision")}
   options["temperature"] = simclr.temperature(config)
   options["removed"] = config.removed_negatives

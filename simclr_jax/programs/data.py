@@ -182,15 +182,15 @@ def prepare(
   }  # fmt: skip
   made_of = source.fingerprint()
   if plan.exists():
+    from simclr_jax.programs import same  # which imports Orbax
+
     kept = json.loads(files.read_text(plan))
     before = kept.pop("fingerprint", made_of)
     if kept != settings:
       raise UserError(f"{folder} holds shards with other settings ({json.dumps(kept)}); use another --output")
-    if changed := [name for name in before if before[name] != made_of.get(name)]:
-      raise UserError(f"{spec} is not what {folder} was begun with: other {', '.join(changed)}; use another --output")
+    if what := same.difference(before, made_of):
+      raise UserError(f"{spec} is not what {folder} was begun with: {what}; use another --output")
   files.write_text(plan, json.dumps({**settings, "fingerprint": made_of}))
-  if source.several_labels() is not None:
-    print(f"{spec} has several classes an image: the shards get the images without them")
   if source.num_classes:
     files.write_text(folder / shards.CLASSES, json.dumps(list(source.class_names)))
 

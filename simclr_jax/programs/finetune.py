@@ -114,11 +114,8 @@ def train_step(state: TrainState, batch, *, model, tx, schedule, tune_after: int
     variables = {"params": params, "batch_stats": state.batch_stats}
     logits, updated = model.apply(variables, batch.pixels, train=True, tune_after=tune_after, mutable=["batch_stats"])
     value, metrics = loss(logits, batch)
-    return value + optimizer.classifier_l2(params["classifier"], weight_decay), (
-      value,
-      metrics,
-      updated.get("batch_stats", {}),
-    )
+    batch_stats = updated.get("batch_stats", {})  # none of a Vision Transformer without a head
+    return value + optimizer.classifier_l2(params["classifier"], weight_decay), (value, metrics, batch_stats)
 
   (_, (value, metrics, batch_stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)

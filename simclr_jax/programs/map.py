@@ -220,7 +220,7 @@ def _check_same_images(table, made: features.Features, source):
   """Raises UserError if a row of the file is of another image than the one that is at its place now."""
   for name, index in zip(made.name, made.index.tolist(), strict=True):
     now = source.name(index) if index < len(source) else "nothing"
-    if now.encode("utf-8", "backslashreplace") != str(name).encode("utf-8", "backslashreplace"):
+    if features.utf8(now) != features.utf8(str(name)):
       raise UserError(
         f"--features={table}: image {index} of {made.data} was {name} and is {now}: run simclr embed again"
       )
