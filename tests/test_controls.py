@@ -44,6 +44,18 @@ def test_controls_are_losses_of_a_batch(method):
   assert updates == {} and float(loss) < (0.02 if method == "oracle" else 1e-4)
 
 
+def test_an_oracle_adds_up_as_the_loss_that_it_is_compared_with():
+  """With nothing removed it is NT-Xent in either reduction, so that learning rates mean the same."""
+  z, label = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 4)), jnp.float32), jnp.arange(6) % 2
+  batch = Batch(pixels=None, label=label, index=None, seed=None)
+  for reduction in (None, "mean", "official_sum"):
+    config = tiny.config(method="oracle", removed_negatives=0.0, **{"loss.reduction": reduction})
+    control = methods.create(config, None, tiny.source())
+    loss, _, _ = control.loss(model.Predicted(z, z, None, z), control.init({}, None), None, batch)
+    expected, _ = contrast.nt_xent(z, config.loss.temperature, reduction=reduction or "mean")
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+
+
 @pytest.mark.parametrize("method", ["supervised", "oracle"])
 def test_controls_need_labels(method):
   with pytest.raises(ValueError, match=f"method='{method}': needs labeled training images"):

@@ -351,6 +351,7 @@ print("found", json.dumps({
 def child(code, *args, environment=(), expected=0):
   """Runs a Python program in the environment of these tests; returns what it printed."""
   values = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")}
+  values.pop("JAX_COMPILATION_CACHE_DIR", None)  # compiled programs go where the command itself keeps them
   done = subprocess.run(
     [sys.executable, "-c", code, *args], env={**values, **dict(environment)}, cwd=ROOT, capture_output=True, text=True
   )

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from simclr_jax.contrast.similarities import MASKED, compare, dot, matrix_metrics, potentials, prepare, row_dot
+from simclr_jax.contrast.similarities import MASKED, compare, dot, matrix_metrics, potentials, prepare, reduce, row_dot
 
 
 def decoupled(z, temperature, *, normalize=True, precision="highest"):
@@ -41,30 +41,32 @@ def supervised(z, temperature, *, labels, normalize=True, precision="highest"):
   return jnp.mean(losses), metrics | matrix_metrics(logits, negatives, potentials(y, temperature, logits))
 
 
-def without_false_negatives(z, temperature, *, labels, removed=1.0, normalize=True, precision="highest"):
+def without_false_negatives(
+  z, temperature, *, labels, removed=1.0, normalize=True, reduction="mean", precision="highest"
+):
   """NT-Xent without a fraction of its false negatives: views of other images of the anchor's class.
 
   It is an oracle, because it uses labels, which contrastive learning does not have (Chuang et al., arXiv 2007.00224,
   Figure 2: "unbiased").
 
   Args:
-    z, temperature, normalize, precision: as for `nt_xent`; labels: [n] integers, -1 for an image that has none.
+    z, temperature, normalize, reduction, precision: as for `nt_xent`; labels: [n] integers, -1 for an image that has none.
     removed: the fraction of pairs of images of the same class to leave out, 0 to 1; their positions in the batch determine
       which.
 
-  Returns: loss, the mean over the 2n anchors, and metrics as `nt_xent`, over all negatives.
+  Returns: loss and metrics as `nt_xent`, the metrics over all negatives.
   """
   if labels.shape != z.shape[:1]:
     raise ValueError(f"labels have shape {labels.shape}; expected {z.shape[:1]}, one for each image of z")
   if not 0 <= removed <= 1:
     raise ValueError(f"removed is {removed}; expected a fraction, 0 to 1")
-  y, metrics = prepare(z, temperature, normalize, "mean", precision)
+  y, metrics = prepare(z, temperature, normalize, reduction, precision)
   logits, positive, negatives = compare(y, precision)
   drawn = jnp.triu(jax.random.uniform(jax.random.key(0), (len(z), len(z))), 1)
   left_out = (labels[:, None] == labels[None, :]) & (labels[:, None] >= 0) & (drawn + drawn.T < removed)
   true = jnp.where(jnp.repeat(jnp.repeat(left_out, 2, 0), 2, 1), MASKED, negatives)
   losses = jax.nn.softplus(jax.nn.logsumexp(true, axis=1) - positive)
-  return jnp.mean(losses), metrics | matrix_metrics(logits, negatives, potentials(y, temperature, logits))
+  return reduce(losses, reduction), metrics | matrix_metrics(logits, negatives, potentials(y, temperature, logits))
 
 
 def debiased(z, temperature, *, class_prior=0.1, normalize=True, precision="highest"):

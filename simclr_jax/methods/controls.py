@@ -75,7 +75,7 @@ def oracle(config, mesh, source=None) -> Control:
   if config.loss.name != "nt_xent":
     raise ValueError(f"config.loss.name={config.loss.name!r}: the oracle is for nt_xent")
   _check_labels(config, source)
-  options = {key: value for key, value in dict(config.loss).items() if key in ("normalize", "precision")}
+  options = {key: value for key, value in dict(config.loss).items() if key in ("normalize", "reduction", "precision")}
   options["temperature"] = simclr.temperature(config)
   options["removed"] = config.removed_negatives
   return Control(lambda outputs, batch: contrast.without_false_negatives(outputs.z, labels=batch.label, **options))

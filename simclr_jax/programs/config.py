@@ -231,7 +231,7 @@ class Loss(Section):
   normalize: bool | None = key(None, "use cosine similarity")
   reduction: str | None = key(
     None,
-    "mean: over all views; official_sum: the sum of both directions, as in the official code",
+    "of NT-Xent; mean: over all views; official_sum: the sum of both directions, as in the official code",
     choices=("mean", "official_sum"),
   )
   precision: str | None = key(None, "precision of the similarity products", choices=("highest", "high", "default"))
