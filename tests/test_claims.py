@@ -151,6 +151,57 @@ def test_a_claim_over_each_of_several_is_judged_by_the_strongest_on_test_images(
   assert claims.judge(Claim("a", "a", "v1", "simclr.linear - each(oracle).linear"), "set", scores, (0, 1)).verdict == "diverged"  # fmt: skip
 
 
+def test_a_noisy_rival_does_not_hide_one_that_is_better_for_sure():
+  """Of two that beat the claim, the one whose interval excludes zero; of several looks, at the level that many allow."""
+  seeds = (0, 1, 2)
+  clear, noisy = [0.6, 0.6005, 0.601], [0.2, 0.6, 1.0]
+  scores = scores_of(simclr=[0.5, 0.5, 0.5], oracle=clear, short=noisy, debiased=[0.1, 0.2, 0.3])
+  claim = Claim("a", "a", "v1", "simclr.linear - each(short,oracle,debiased).linear")
+  found = claims.judge(claim, "set", scores, seeds)
+  assert found.verdict == "contrary" and set(found.values) == {"simclr.linear", "oracle.linear"}
+  assert found.interval == intervals.interval([-10.0, -10.05, -10.1])
+  # t of 95 % is 4.30 and of 98.33 % 7.65: -4 +- 4.30 * 1 / sqrt(3) excludes zero, -4 +- 7.65 * 1 / sqrt(3) does not.
+  scores |= scores_of(oracle=[0.53, 0.54, 0.55], short=[0.1, 0.1, 0.1])
+  found = claims.judge(claim, "set", scores, seeds)
+  assert found.verdict == "not supported" and found.interval.excludes_zero and found.interval.mean == pytest.approx(-4)
+  alone = claims.judge(Claim("a", "a", "v1", "simclr.linear - each(oracle).linear"), "set", scores, seeds)
+  assert alone.verdict == "contrary"
+  scores |= scores_of(oracle=[0.3, 0.3, 0.3])
+  assert claims.judge(claim, "set", scores, seeds).verdict == "supported"
+
+
+def test_differences_of_nothing_support_nothing():
+  """0.1 + 0.2 - 0.3 three times is 0, however it is rounded; and a score that is no number is not measured."""
+  assert not intervals.interval([0.1 + 0.2 - 0.3] * 3).excludes_zero
+  claim = Claim("a", "a", "v1", "simclr.linear - short.linear")
+  found = claims.judge(claim, "set", scores_of(simclr=[0.5, float("nan")], short=[0.3, 0.3]), (0, 1))
+  assert found.verdict == "not measured" and found.interval is None
+
+
+def test_every_verdict_is_counted():
+  one = claims.Finding(FEW[0], "set", intervals.Interval(1, 0.5, 1.5), "supported", {})
+  none = [dataclasses.replace(one, interval=None, verdict=verdict) for verdict in ("diverged", "not measured")]
+  expected = (
+    "3 claims: 1 supported, 0 not supported, 0 contrary, 1 diverged, 1 not measured; 1 of the intervals exclude zero."
+  )
+  assert claims.summary([one, *none]) == expected
+
+
+def test_time_left_is_that_of_the_cell_in_the_middle(spec, tmp_path):
+  """One that was stopped on its way, one that was paused, and one of another budget say nothing."""
+  images = cells.open_images(spec, most_train=60, most_test=32)
+  todo = [
+    claims.Cell("simclr", images, cells.config_of(cells.Setting(), seed, 1.0, {}), str(seed)) for seed in range(5)
+  ]
+  results = claims.Results(tmp_path)
+  assert claims.seconds_of(todo[0], todo, results) is None
+  for cell, seconds in zip(todo, (100.0, 3.0, 5000.0, 120.0), strict=False):
+    results.add(cell, {"linear": 0.5, "seconds": seconds})
+  results.add(dataclasses.replace(todo[4]), {"diverged": 1.0, "seconds": 1.0})
+  results.add(claims.Cell("simclr", images, todo[0].config, "another budget's"), {"linear": 0.5, "seconds": 1.0})
+  assert claims.estimate(todo[0], True, todo, results) == 110
+
+
 def test_what_is_missing_and_what_diverged_is_said():
   claim = Claim("a", "a", "v1", "simclr.linear - short.linear")
   assert claims.judge(claim, "set", scores_of(simclr=[0.5, 0.5], short=[0.3]), (0, 1)).verdict == "not measured"
@@ -188,9 +239,11 @@ def test_every_setting_has_a_config(name):
   assert config.seed == 1 and config.encoder.width == 0.125
 
 
-@pytest.mark.parametrize("few", [450, 45])
+@pytest.mark.parametrize("few", [450, 40])
 def test_with_few_labels_the_learning_rate_is_the_same_at_every_step(few):
-  """The rows of supervised training with a tenth and a hundredth of 4,500 labels; 45 are fewer than a batch."""
+  """The rows of supervised training with a tenth and a hundredth of 4,500 labels; 40, four a class, are fewer than a batch."""
+  labels = np.arange(4500) % 10
+  assert len(cells._labeled_part(labels, 0.1 if few == 450 else 0.01, 0)) == few
   whole = cells.config_of(experiments.SETTINGS["supervised"], 0, 8.0, {})
   setting = experiments.SETTINGS["supervised_10pct" if few == 450 else "supervised_1pct"]
   part = cells.config_of_few_labels(cells.config_of(setting, 0, 8.0, {}), 4500, few)
@@ -236,6 +289,33 @@ def test_a_cell_is_kept_under_what_made_it(spec):
   fewer = cells.open_images(spec, most_train=50, most_test=32)
   others.append(cells.key(base, cells.config_of(base, 0, 1.0, {}), fewer))
   assert len({key(base), *others}) == 5
+
+
+def test_cells_that_were_measured_are_found_again():
+  """A change of this key makes everybody's cells anew: it is to be meant."""
+  images = cells.open_images("textures", most_train=5000, most_test=5000)
+  setting = experiments.SETTINGS["simclr"]
+  assert cells.key(setting, cells.config_of(setting, 0, 8.0, {}, "textures"), images) == "b32c8048da5ed82f"
+
+
+@pytest.mark.parametrize("color", [0, 1, 40])
+def test_gray_images_that_jpeg_has_colored_a_little_are_gray(tmp_path, color):
+  """Noise of a level between the channels; sorted, with the gray ones first."""
+  rng = np.random.default_rng(0)
+  images = np.repeat(rng.integers(0, 200, (300, 8, 8, 1), dtype=np.uint8), 3, -1)
+  images[150:, ..., 0] += np.uint8(color)
+  labels = np.arange(300) % 3
+  np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+  assert cells.open_images(f"npz:{tmp_path}/a.npz", most_train=300, most_test=300).has_color == (color == 40)
+
+
+def test_a_network_that_the_last_update_broke_has_diverged(spec, tmp_path, monkeypatch):
+  images = cells.open_images(spec, most_train=60, most_test=32)
+  embed = cells.embed.embed
+  monkeypatch.setattr(cells.embed, "embed", lambda *a: embed(*a) | {"h": np.full((1, 8), np.nan, np.float32)})
+  setting = cells.Setting(kind=cells.UNTRAINED)
+  numbers = cells.Runner(tmp_path).run(setting, cells.config_of(setting, 0, 0.5, dict(CHANGES)), images)
+  assert numbers.pop("seconds") > 0 and numbers == {"diverged": 1.0}
 
 
 def test_claims_end_to_end_and_again_without_a_run(few, spec, tmp_path, capsys, monkeypatch):

@@ -31,7 +31,9 @@ def interval(differences, confidence: float = 0.95) -> Interval:
   Raises:
     ValueError: there is none.
   """
-  x = np.asarray(differences, np.float64)
+  x = np.round(
+    np.asarray(differences, np.float64), 9
+  )  # or three differences of 0 would be a rounding error apart from it
   if not len(x):
     raise ValueError("no differences: expected one for each seed")
   mean = float(x.mean())

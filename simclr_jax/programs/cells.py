@@ -4,6 +4,7 @@ A cell trains a row of configs/ablations.py, measures what its claims need on th
 those numbers.  Cells that differ only in their seed share their compiled programs.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import numpy as np
 
 from simclr_jax import data, diagnostics, optimizer
 from simclr_jax import model as model_lib
+from simclr_jax.data.sources import spread
 from simclr_jax.evaluation import embed, invariance, knn, linear
 from simclr_jax.evaluation.clusters import color_histogram
 from simclr_jax.programs import config as config_lib
@@ -26,12 +28,14 @@ from simclr_jax.runtime import metrics as metrics_lib
 from simclr_jax.views import Batch
 
 VERSION = 2  # of what a cell does; a change of it makes every cell anew
+GRAY = 2.0  # largest mean difference between the color channels of a gray image, of 255
 LABELS = {"linear_10pct": 0.1, "linear_1pct": 0.01}
 # Of the recipe that a set has, whose settings were tuned on it.
 FOR_DATA = {"textures": {"augment.grayscale_prob": 0.5}}
 UNTRAINED = "untrained"  # kinds of cells beside "train"
 PIXELS = "pixels"
 HISTOGRAM = "histogram"
+RUN = "run"  # the folder of a cell's training, in the cell's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Images:
   Attributes:
     name: as --data names it.
     train, validation, test: labeled sources; validation images are held out of train, and settings are chosen on them.
-    has_color: whether any of a sample of the images is not gray.
+    has_color: whether any of a sample of the training images is not gray.
     digest: of the fingerprints of the three.
   """
 
@@ -89,10 +93,17 @@ def open_images(name: str, *, most_train: int, most_test: int) -> Images:
     "validation": data.Selection(train, held_out),
     "test": test,
   }
-  sample = [train.read(i) for i in range(min(32, len(train)))]
-  has_color = any(np.ptp(image.astype(int), axis=-1).max() > 0 for image in sample)
   prints = json.dumps({key: part.fingerprint() for key, part in parts.items()}, sort_keys=True)
-  return Images(name, **parts, has_color=has_color, digest=hashlib.sha256(prints.encode()).hexdigest()[:12])
+  return Images(name, **parts, has_color=_has_color(train), digest=hashlib.sha256(prints.encode()).hexdigest()[:12])
+
+
+def _has_color(source) -> bool:
+  """Whether some of 64 images of a source have color: more than the noise that JPEG adds to gray ones."""
+  for i in spread(len(source), 64):
+    with contextlib.suppress(data.BadImage):
+      if np.ptp(source.read(int(i)).astype(int), axis=-1).mean() > GRAY:
+        return True
+  return False
 
 
 def config_of(setting: Setting, seed: int, epochs: float, changes: dict, data_name: str = ""):
@@ -149,7 +160,7 @@ class Runner:
     return {name: float(value) for name, value in numbers.items()} | {"seconds": time.monotonic() - began}
 
   def _of_network(self, setting, config, images):
-    train, workdir = images.train, self._folder / key(setting, config, images)
+    train, workdir = images.train, self._folder / key(setting, config, images) / RUN  # whose lock is the run's own
     if setting.labels < 1:
       train = data.Selection(train, _labeled_part(train.labels, setting.labels, config.seed))
       config = config_of_few_labels(config, len(images.train), len(train))
@@ -172,6 +183,9 @@ class Runner:
       rows = metrics_lib.read(workdir)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     parts = [embed.embed(model, variables, part, self._mesh) for part in self._eval_sets(config, images)]
+    if not all(np.isfinite(part[name]).all() for part in parts for name in "hz"):  # the last update
+      print("diverged: the features are not finite")
+      return {"diverged": 1.0}
     labels = [part.labels() for part in self._eval_sets(config, images)]
     numbers = dict(zip(("linear", "validation"), _linear([part["h"] for part in parts], labels, images), strict=True))
     found = Found(config, images, parts, labels, variables, model, rows)

@@ -6,6 +6,7 @@ Ctrl-C save the state.  Several commands at once, on one machine or on many that
 themselves.
 """
 
+import collections
 import dataclasses
 import json
 import re
@@ -179,17 +180,10 @@ class Results:
     return out
 
 
-def judge(claim, data: str, scores, seeds) -> Finding:
-  """What the cells of a data set say about a claim; `scores` is what `Results.scores` returns.
-
-  A rival in each(...) that diverged is beaten.
-  """
+def judge(claim, data: str, scores, seeds, confidence: float = 0.95) -> Finding:
+  """What the cells of a data set say about a claim; `scores` is what `Results.scores` returns."""
   if every := re.search(r"each\([^)]*\)", claim.formula):
-    formulas = [claim.formula.replace(every[0], name) for name in alternatives(every[0])]
-    rivals = [judge(dataclasses.replace(claim, formula=formula), data, scores, seeds) for formula in formulas]
-    missing = [found for found in rivals if found.verdict == "not measured"]
-    strongest = min(rivals, key=lambda found: found.interval.low if found.interval else np.inf)
-    return dataclasses.replace(missing[0] if missing else strongest, claim=claim)
+    return _judge_each(claim, every[0], data, scores, seeds)
   factor = 100.0 if claim.unit == "points" else 1.0
   total, values = np.zeros(len(seeds)), {}
   for sign, setting, score in terms(claim.formula):
@@ -201,25 +195,54 @@ def judge(claim, data: str, scores, seeds) -> Finding:
     whole = {name: row for name, row in seeded.items() if not any("diverged" in cell for cell in row)}
     if not whole:
       return Finding(claim, data, None, "diverged", {})
-    if any(score not in cell for row in whole.values() for cell in row):  # such as what needs colors, of gray images
+    if any(
+      not np.isfinite(cell.get(score, np.nan)) for row in whole.values() for cell in row
+    ):  # such as what needs colors, of gray images
       return Finding(claim, data, None, "not measured", {})
     chosen = max(whole, key=lambda name: np.mean([cell.get("validation", 0.0) for cell in whole[name]]))
     found = factor * np.array([cell[score] for cell in whole[chosen]])
     values[f"{chosen}.{score}"] = float(found.mean())
     total += sign * found
-  interval = intervals.interval(total)
+  interval = intervals.interval(total, confidence)
   return Finding(claim, data, interval, intervals.verdict(interval, claim.direction, claim.margin), values)
+
+
+def _judge_each(claim, every: str, data: str, scores, seeds) -> Finding:
+  """The finding against the rival of each(...) that speaks most against the claim; one that diverged is beaten.
+
+  The claim is supported if every rival is beaten.  It is contrary if one of the k rivals beats it in an interval of confidence
+  1 - 0.05 / k (Bonferroni), because among many rivals one beats it by chance.
+  """
+  rivals = [dataclasses.replace(claim, formula=claim.formula.replace(every, name)) for name in alternatives(every)]
+  of = [judge(rival, data, scores, seeds) for rival in rivals]
+  sure = [judge(rival, data, scores, seeds, 1 - 0.05 / len(rivals)).verdict for rival in rivals]
+  for i, found in enumerate(of):
+    if found.verdict == intervals.CONTRARY != sure[i]:
+      of[i] = dataclasses.replace(found, verdict=intervals.NOT_SUPPORTED)
+  order = ("not measured", intervals.CONTRARY, intervals.NOT_SUPPORTED, intervals.SUPPORTED, "diverged")
+  worst = min(of, key=lambda found: (order.index(found.verdict), found.interval.mean if found.interval else 0.0))
+  return dataclasses.replace(worst, claim=claim)
 
 
 def _has_no_seed(name: str) -> bool:
   return experiments.SETTINGS[name].kind in (cells.PIXELS, cells.HISTOGRAM)
 
 
-def estimate(cell: Cell, first_of_setting: bool, results: Results) -> float:
-  """Seconds that a cell will take: what its setting took with another seed, or what two idle CPU cores would need."""
-  took = [c["numbers"]["seconds"] for c in results.cells.values() if (c["setting"], c["data"]) == (cell.setting, cell.images.name)]  # fmt: skip
-  if took:
-    return min(took)
+def seconds_of(cell: Cell, todo: list[Cell], results: Results) -> float | None:
+  """The median of what the cells of its setting took that have ended; None if none has.
+
+  One that was stopped or paused says too little or too much.
+  """
+  like = [c for c in todo if (c.setting, c.images.name) == (cell.setting, cell.images.name) and c.key in results.cells]
+  numbers = [results.cells[c.key]["numbers"] for c in like]
+  took = [found["seconds"] for found in numbers if "diverged" not in found]
+  return float(np.median(took)) if took else None
+
+
+def estimate(cell: Cell, first_of_setting: bool, todo: list[Cell], results: Results) -> float:
+  """Seconds that a cell will take: what its setting took with other seeds, or what two idle CPU cores would need."""
+  if took := seconds_of(cell, todo, results):
+    return took
   setting, config = experiments.SETTINGS[cell.setting], cell.config
   if setting.kind != "train":
     return SECONDS_BESIDE
@@ -236,7 +259,7 @@ def plan(todo: list[Cell], results: Results) -> str:
     groups.setdefault((cell.images.name, cell.setting), []).append(cell)
   for (data, name), group in groups.items():
     missing = [cell for cell in group if cell.key not in results.cells]
-    seconds = [estimate(cell, i == 0, results) for i, cell in enumerate(missing)]
+    seconds = [estimate(cell, i == 0, todo, results) for i, cell in enumerate(missing)]
     left_in_all += sum(seconds)
     each = f"{np.mean(seconds):.0f}" if seconds else "–"
     rows.append([data, name, str(len(group)), str(len(group) - len(missing)), each, duration(sum(seconds))])
@@ -264,9 +287,11 @@ def table(findings: list[Finding]) -> str:
 
 def summary(findings: list[Finding]) -> str:
   """One sentence that counts the verdicts."""
-  counts = {v: sum(f.verdict == v for f in findings) for v in (intervals.SUPPORTED, intervals.NOT_SUPPORTED, intervals.CONTRARY)}  # fmt: skip
-  sure = sum(f.interval is not None and f.claim.direction != 0 and f.interval.excludes_zero for f in findings)
-  text = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+  counts = collections.Counter(found.verdict for found in findings)
+  always = (intervals.SUPPORTED, intervals.NOT_SUPPORTED, intervals.CONTRARY)
+  sure = sum(f.interval is not None and f.interval.excludes_zero for f in findings)
+  text = ", ".join(f"{counts.pop(verdict, 0)} {verdict}" for verdict in always)
+  text += "".join(f", {count} {verdict}" for verdict, count in counts.items())
   return f"{len(findings)} claims: {text}; {sure} of the intervals exclude zero."
 
 
@@ -369,8 +394,8 @@ def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Find
     shutil.rmtree(folder / "cells" / cell.key, ignore_errors=True)
   scores = results.scores(todo)
   findings = [judge(claim, images.name, scores, budget.seeds) for images in sets for claim in claims_of(budget, images)]
-  hours = sum(results.cells[cell.key]["numbers"]["seconds"] for cell in todo) / 3600
-  text = f"{summary(findings)} {len(todo)} runs on {', '.join(images.name for images in sets)}, {hours:.2f} hours of wall time in all."
+  hours = sum(seconds_of(cell, todo, results) or 0.0 for cell in todo) / 3600
+  text = f"{summary(findings)} {len(todo)} runs on {', '.join(images.name for images in sets)}, about {hours:.1f} hours one after another."
   tables = {images.name: rows for images in sets if (rows := standings(scores, images.name))}
   pairs = {images.name: found for images in sets if (found := matrix(scores, images.name))}
   followed = {images.name: found for images in sets if (found := courses(scores, images.name))}
@@ -395,13 +420,15 @@ def measure(todo: list[Cell], results: Results, folder):
   """Runs the cells that are not yet in the results and that no other command is running, and adds them."""
   runner = cells.Runner(folder / "cells")
   missing = [cell for cell in todo if cell.key not in results.cells]
-  left = [estimate(cell, i == 0 or cell.setting != missing[i - 1].setting, results) for i, cell in enumerate(missing)]
+  left = [
+    estimate(cell, i == 0 or cell.setting != missing[i - 1].setting, todo, results) for i, cell in enumerate(missing)
+  ]
   for i, cell in enumerate(missing):
     place = folder / "cells" / cell.key
-    place.mkdir(parents=True, exist_ok=True)
     try:
+      place.mkdir(parents=True, exist_ok=True)
       lock.take(place)
-    except UserError:
+    except (UserError, FileNotFoundError):  # another command has it, or removes the folder of what it has done
       continue
     results.read()
     if cell.key in results.cells:  # another command was faster, or it is the same under another name
@@ -418,6 +445,7 @@ def measure(todo: list[Cell], results: Results, folder):
     shutil.rmtree(place, ignore_errors=True)
     score = f"linear {100 * numbers['linear']:.1f} %" if "linear" in numbers else "diverged"
     print(f"  {score}, {numbers['seconds']:.0f} s", flush=True)
+  results.read()
 
 
 def main(flags, overrides) -> int:

@@ -26,26 +26,33 @@ HEADER = """# The claims about SimCLR, measured
 The command can be killed at any moment; started again, it resumes. A finished run is recorded in `claims.json` at once and
 is not repeated. The results are `claims.html`, a table in the terminal, and `claims.json`. The page also draws alignment,
 uniformity and effective rank of h and z through training, and their spectra, for SimCLR and for training without negatives.
+In one folder the page is that of the last command; give each budget a folder of its own. A file under another name counts as
+another data set.
 
 ![The top of claims.html: each claim with the interval of the difference and its verdict](claims.png)
 
 - **Runs.** Each is a row of `configs/ablations.py` at its small scale: a ResNet-18 of an eighth of the width, views of 16
   pixels, AdamW. Training takes 8 epochs of 5,000 images (`quick`), 10,000 (`full`) or 20,000 (`methods`), of which a tenth is
   held out; a claim about longer or shorter training says how much, pairs of transformations train for half as long, and
-  batches of 2,048 for twice as long. Raw pixels and histograms are read at 32 pixels. The untrained encoder is as it is
+  batches of 2,048 for twice as long. On textures half of all views are gray, as in the recipe `textures`, where that was
+  chosen on the test images. Raw pixels and histograms are read at 32 pixels. The untrained encoder is as it is
   initialized, its BatchNorm statistics included.
 - **Scores** are accuracies of a linear classifier on test images unless noted; of supervised training, the accuracy of the
   classifier that it trained. Where a claim takes the best of several settings, that setting is chosen on held-out training
-  images. A claim that one pair is better than each of several others is judged by the strongest of them.
+  images.
 - **Intervals** are Student's t intervals over differences between runs with the same seed. With three seeds they are wide. All
-  seeds share the same images, so the intervals say nothing about other test images (5,000 images leave a standard error of
-  0.7 points in a score, less in a difference), other networks or other learning rates. One in twenty 95 % intervals excludes
-  zero by chance.
+  seeds share the same images, so the intervals say nothing about other test images (2,000 images leave a standard error of
+  1.1 points in a score near 50 %, 5,000 of 0.7 and 10,000 of 0.5, less in a difference), other networks or other learning
+  rates. One in twenty 95 % intervals excludes zero by chance.
 - **Verdicts.** *Supported*: the whole interval agrees with the claim. *Contrary*: the whole interval contradicts it. *Not
   supported*: neither. A claim that something does not matter is supported if the whole interval is within 2 points of zero.
+  A claim that one pair is better than each of k others is supported if all k intervals agree, and contrary only if one of k
+  wider intervals, of 1 - 0.05 / k, contradicts it; the interval shown is that of the strongest rival. Where both scores of a
+  difference are at chance there was nothing to read, and *not supported* says nothing.
 - **The paper's numbers** are for ResNet-50 on ImageNet after 100 to 1,000 epochs; only their direction can be compared with
-  the measurements here. The paper predicts transformations with nonlinear classifiers, here they are linear. A *sanity check*
-  is what any useful method must pass; *after* a section means that the paper suggests the claim without a number.
+  the measurements here. The paper predicts transformations with nonlinear classifiers, here they are linear; chance for
+  color is 50 % here and 80 % there, and h and z, here 64 and 128 wide, are both 2,048 wide there. A *sanity check* is what
+  any useful method must pass; *after* a source means that it suggests the claim, or measured it in another way.
 - **Equal compute.** The autoencoder and supervised training see as many views in as many steps as SimCLR. A step of the
   autoencoder takes about twice the arithmetic, because it has a decoder; methods with a moving average pass each view through
   it as well. With fewer labels, supervised training takes as many steps on fewer images.
