@@ -2,12 +2,13 @@
 
   python -m benchmarks.photographs --output=benchmarks/photographs.json RUN [RUN ...]
 
-The runs are of one data set, of any method and seed, such as those of configs/cifar10_cpu.py.  The linear classifiers are
+The runs have ended and differ in nothing but their seeds and their methods, such as those of configs/cifar10_cpu.py.  The linear classifiers are
 multinomial regressions whose L2 penalty is chosen on held-out training images; the labeled images of 10 % and 1 % are drawn by
 the run's seed, equally many of each class.  What is in the output is not measured again.
 """
 
 import argparse
+import hashlib
 import json
 import pathlib
 import statistics
@@ -67,10 +68,10 @@ def representations(run: pathlib.Path):
 def table(results: dict) -> str:
   """Mean and range of the seeds, in percent."""
   rows = [f"| | {' | '.join(COLUMNS.values())} |", "|---|" + "---|" * len(COLUMNS)]
-  for name, seeds in results.items():
+  for name, row in results.items():
     cells = []
     for column in COLUMNS:
-      values = [100 * scores[column] for scores in seeds.values()]
+      values = [100 * scores[column] for scores in row["seeds"].values()]
       spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
       cells.append(f"{statistics.mean(values):.1f}{spread}")
     rows.append(f"| {name} | {' | '.join(cells)} |")
@@ -81,22 +82,31 @@ def main():
   from simclr_jax.runtime import cpu
 
   cpu.prepare()
+  from simclr_jax.programs import config as config_lib
+
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("runs", nargs="+", type=pathlib.Path)
   parser.add_argument("--output", required=True, type=pathlib.Path)
   args = parser.parse_args()
   for run in args.runs:
+    if not (run / "COMPLETE").exists():
+      raise SystemExit(f"{run} has not ended")
     config, evaluation, found = representations(run)
+    settings = config_lib.to_json(config_lib.replace(config, {"seed": 0}))
+    settings = hashlib.sha256(settings.encode()).hexdigest()[:12]
     labels, test_labels = evaluation.train.labels(), evaluation.test.labels()
     for name, make in found.items():
       results = json.loads(args.output.read_text()) if args.output.exists() else {}
+      row = results.setdefault(name, {"settings": settings, "seeds": {}})
+      if row["settings"] != settings:
+        raise SystemExit(f"{run}: {args.output} has {name} of other settings or data; name another output")
       seed = str(config.seed)
-      if seed in results.get(name, {}):
+      if seed in row["seeds"]:
         continue
-      (x, test_x), classes = make(), evaluation.num_classes
-      results.setdefault(name, {})[seed] = read(x, labels, test_x, test_labels, classes, config.seed)
+      x, test_x = make()
+      row["seeds"][seed] = read(x, labels, test_x, test_labels, evaluation.num_classes, config.seed)
       args.output.write_text(json.dumps(results, indent=1) + "\n")
-      print(name, seed, results[name][seed], flush=True)
+      print(name, seed, row["seeds"][seed], flush=True)
   print(table(json.loads(args.output.read_text())))
 
 

@@ -5,7 +5,7 @@ Hardware:  two CPU cores: 340 to 520 images/s, so 64 to 98 minutes of training; 
            275 images/s, 2 hours
 Expected:  CIFAR-10 (JPEG), seeds 0 and 1: kNN 64.9 and 66.0, linear 65.2 and 66.4; raw pixels 36.2 and 41.4; an untrained
            encoder 26.9 and 25.9, 33.2 and 32.3
-Source:    arXiv 2002.05709, App. B.9.  Optimizer, learning rate, temperature, crops and batch were chosen on 5,000 training images that
+Source:    arXiv 2002.05709, App. B.9.  Optimizer, learning rate, temperature, crops and batch were compared on 5,000 training images that
            were held out, after 3 epochs each: benchmarks/trials.py
 Data:      a prepared TFDS cifar10 in --config.data.data_dir, or arrays:
            --config.data.train=npz:FILE:train --config.data.test=npz:FILE:test
