@@ -32,6 +32,7 @@ done
 flags=""
 for flag in "$@"; do
   plain "$flag" "$flag"
+  if [ "$flag" = --overwrite ]; then echo "--overwrite: a JobSet resumes; delete the run, or name a new WORKDIR" >&2; exit 1; fi
   flags+=", \"$flag\""
 done
 manifest="${manifest//"\${FLAGS}"/$flags}"

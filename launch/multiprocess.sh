@@ -6,10 +6,12 @@ set -euo pipefail
 dry=""
 if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
 count="${1:?number of processes}"
+if [[ ! "$count" =~ ^[1-9][0-9]*$ ]]; then echo "$count: expected the number of processes" >&2; exit 1; fi
 shift
 port="${PORT:-8476}"
 [ -n "$dry" ] || . "$(dirname "$0")/setup.sh"
 pids=()
+trap 'kill -TERM ${pids[@]+"${pids[@]}"} 2>/dev/null' TERM INT
 for ((i = 0; i < count; i++)); do
   command=(simclr "$@" "--coordinator=localhost:$port" "--num_processes=$count" "--process_id=$i")
   if [ -n "$dry" ]; then printf '%q ' "${command[@]}"; echo "&"; continue; fi
@@ -17,9 +19,8 @@ for ((i = 0; i < count; i++)); do
   pids+=($!)
 done
 [ -z "$dry" ] || exit 0
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
 worst=0
-for pid in "${pids[@]}"; do
+for pid in ${pids[@]+"${pids[@]}"}; do
   code=0
   wait "$pid" || code=$?
   # A trapped signal ends `wait` before the process has ended.

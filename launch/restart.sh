@@ -2,6 +2,7 @@
 # Keeps one run of simclr going in the background on this machine: restarts it after exit code 42 (preempted and saved) and
 # 128 and above (killed, or a peer was lost), at most 50 times, until it ends by itself or is stopped.
 #   bash launch/restart.sh start pretrain --config=configs/v1.py:1x --workdir=gs://BUCKET/my-run --resume
+#   bash launch/restart.sh revive pretrain ...      start, but only where the run was lost, as by a reboot
 #   bash launch/restart.sh status | log | stop
 # Output goes to run.log.  A second start while the first run is active changes nothing.
 set -uo pipefail
@@ -16,11 +17,12 @@ alive() { # whether the process in run.pid is still this script, of this checkou
 case "$action" in
   start)
     if alive; then echo "a run is already active"; exit 0; fi
-    rm -f run.exit
+    rm -f run.exit run.stopped
     setsid nohup bash launch/restart.sh keep "$@" >> run.log 2>&1 < /dev/null &
     echo $! > run.pid ;;
+  revive) alive || [ -e run.exit ] || [ -e run.stopped ] || exec bash launch/restart.sh start "$@" ;;
   keep)
-    stopped="" child=""
+    stopped="" child="" command=("$@")
     trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null' TERM
     for ((restarts = 0; restarts <= 50; restarts++)); do
       .venv/bin/simclr "$@" &
@@ -33,12 +35,18 @@ case "$action" in
       child=$!
       wait "$child"
       [ -z "$stopped" ] || break
+      case "${1:-}" in # a start after the first would delete what was saved, or find that the folder is not empty
+        distill | downstream | finetune | pretrain | quickstart | transfer) set -- "${command[@]/#--overwrite/--resume}" --resume ;;
+      esac
     done
-    echo "$code" > run.exit ;;
+    # A machine that is shut down sends the same signal as `stop`, and then the run has not ended.
+    if [ -z "$stopped" ] || [ -e run.stopped ] || { [ "$code" -ne 42 ] && [ "$code" -lt 128 ]; }; then echo "$code" > run.exit; fi ;;
   status)
-    tail -n 5 run.log 2> /dev/null
+    tail -n 5 run.log 2> /dev/null | awk 1 # ends the last line, so that the answer has its own
     if alive; then echo running; elif [ -s run.exit ]; then echo "ended $(< run.exit)"; else echo none; fi ;;
   log) tail -n 50 -f run.log ;;
-  stop) if alive; then kill -TERM "$(< run.pid)"; fi ;;
+  stop)
+    touch run.stopped
+    if alive; then kill -TERM "$(< run.pid)"; fi ;;
   *) echo "$action: expected start, status, log or stop" >&2; exit 1 ;;
 esac

@@ -2,24 +2,20 @@
 # Sourced by the other scripts: makes .venv at the top of the checkout once, with the tested versions, without root.
 #   PYTHON=python3.12     the interpreter
 #   ACCELERATOR=cuda13    cpu, cuda12, cuda13 or tpu; default: what this machine has
+#   KEEP_VENV=1           never make .venv, nor make it again, as others may be using it: end with one line instead
 # .venv is made again for another interpreter or accelerator, unless it works here as it is, such as one with CUDA on the login
 # node of a cluster.  If no Python is new enough, uv fetches one.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 _accelerator_here() { # prints cuda12, cuda13, tpu, or nothing
-  local driver device
+  local driver device ids
   # NVIDIA drivers from 525 on run CUDA 12, from 580 on also CUDA 13: docs.jax.dev/en/latest/installation.html.
   driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -n 1)" || driver=""
-  if [[ "$driver" =~ ^([0-9]+)\. ]]; then
-    if [ "${BASH_REMATCH[1]}" -ge 580 ]; then echo cuda13; else echo cuda12; fi
-    return
-  fi
+  if [[ "$driver" =~ ^([0-9]+)\. ]]; then echo "cuda$((BASH_REMATCH[1] >= 580 ? 13 : 12))"; return; fi
   # Vendor and device ids as in jax/_src/hardware_utils.py: v3, v4, v5p, v5e, v6e, v7.  Network cards share the vendor.
   for device in "${PCI_DEVICES:-/sys/bus/pci/devices}"/*; do
-    if [[ "$(cat "$device/vendor" "$device/device" 2> /dev/null | tr -d '\n')" =~ ^0x1ae00x00(27|56|5e|62|63|6f|76)$ ]]; then
-      echo tpu
-      return
-    fi
+    ids="$(cat "$device/vendor" "$device/device" 2> /dev/null | tr -d '\n')" || ids=""
+    if [[ "$ids" =~ ^0x1ae00x00(27|56|5e|62|63|6f|76)$ ]]; then echo tpu; return; fi
   done
 }
 _python_here() { # prints an interpreter that is new enough and can make environments, or nothing
@@ -41,19 +37,24 @@ _make_venv() {
   fi
 }
 _made_from() { cat requirements-lock.txt; [ "$_accelerator" = cpu ] || echo "# accelerator: $_accelerator"; }
-
-_old="$(sed -n 's/^# accelerator: //p' .venv/installed.txt 2> /dev/null)" || _old=""
+_old() { sed -n 's/^# accelerator: //p' .venv/installed.txt 2> /dev/null || true; } # prints nothing for cpu
+_other() { # whether .venv is for another accelerator, or of another interpreter
+  [ -x .venv/bin/python ] && { [ "$(_old)" != "${_accelerator#cpu}" ] ||
+    [ "${PYTHON:+$(.venv/bin/python -V)}" != "${PYTHON:+$("$PYTHON" -V)}" ]; }
+}
+_stale() { _other || ! _made_from | cmp -s - .venv/installed.txt; }
 _accelerator="${ACCELERATOR:-$(_accelerator_here)}"
-case "${ACCELERATOR:+given} $_accelerator $_old" in
-  " cuda13 cuda12" | "  "*) _accelerator="${_old:-cpu}" ;; # it works here as it is
-esac
-[[ "$_accelerator" =~ ^(cpu|cuda12|cuda13|tpu)$ ]] ||
+case "${ACCELERATOR:+given} $_accelerator $(_old)" in " cuda13 cuda12" | "  "*) _accelerator="$(_old)" ;; esac # it works here
+[[ "${_accelerator:=cpu}" =~ ^(cpu|cuda12|cuda13|tpu)$ ]] ||
   { echo "ACCELERATOR=$_accelerator: expected cpu, cuda12, cuda13 or tpu" >&2; exit 1; }
-if [ -x .venv/bin/python ] && { [ "${_old:-cpu}" != "$_accelerator" ] ||
-  { [ -n "${PYTHON:-}" ] && [ "$(.venv/bin/python -V)" != "$("$PYTHON" -V)" ]; }; }; then rm -rf .venv; fi
-if ! _made_from | cmp -s - .venv/installed.txt; then
-  echo "setting up .venv for $_accelerator (a few minutes, once)"
-  _make_venv || { echo "setup.sh: .venv could not be made: see above" >&2; exit 1; }
-  _made_from > .venv/installed.txt
+if _stale; then
+  [ -z "${KEEP_VENV:-}" ] || { echo ".venv is missing, old, or not for $_accelerator: ACCELERATOR=$_accelerator bash launch/setup.sh, while no job runs" >&2; exit 1; }
+  ( # one script at a time; macOS has no flock
+    if command -v flock > /dev/null; then flock 9; fi
+    _stale || exit 0 # another script has made it meanwhile
+    if _other; then rm -rf .venv; fi
+    echo "setting up .venv for $_accelerator (a few minutes, once)"
+    _make_venv && _made_from > .venv/installed.txt
+  ) 9> .venv.lock || { echo "setup.sh: .venv could not be made: see above" >&2; exit 1; }
 fi
 export PATH="$PWD/.venv/bin:$PATH"

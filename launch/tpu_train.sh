@@ -3,48 +3,58 @@
 #   export NAME=my-run ZONE=us-central2-b TYPE=v4-256 SPOT=1 REPOSITORY=https://...
 #   bash launch/tpu_train.sh [--dry-run] pretrain --config=configs/v1.py:1x --workdir=gs://BUCKET/my-run
 # A preempted pod is deleted and its request SUSPENDED permanently (cloud.google.com/tpu/docs/queued-resources), so this script
-# deletes the request, makes a new one, installs again and resumes.  The pod is deleted when the run has ended by itself or was
-# stopped with `tpu_pod.sh stop`.  Started again, this script reconnects to the run.
+# deletes the request, makes a new one, installs again and resumes.  The pod is deleted when the run has ended by itself, was
+# stopped with `tpu_pod.sh stop`, or could not be started in five tries.  Started again, this script reconnects to the run.
 set -euo pipefail
-dry=()
-if [ "${1:-}" = --dry-run ]; then dry=(--dry-run); shift; fi
-if [[ "${1:-}" != [a-z]* ]]; then echo "${1:-nothing}: expected a command of simclr, such as pretrain" >&2; exit 1; fi
-command=("$@")
-if [[ " $* " != *" --resume "* ]]; then command+=(--resume); fi
-pod() { bash "$(dirname "$0")/tpu_pod.sh" "${dry[@]}" "$@"; }
+dry=""
+if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
+case "${1:-}" in
+  distill | downstream | finetune | pretrain | quickstart | transfer) command=("$@" --resume) ;;
+  *) echo "${1:-nothing}: expected a command of simclr that resumes, such as pretrain" >&2; exit 1 ;;
+esac
+if [[ " $* " = *" --overwrite "* ]]; then echo "--overwrite: a pod resumes; delete the run, or name a new --workdir" >&2; exit 1; fi
+if [[ " $* " = *" --resume "* ]]; then command=("$@"); fi
+pod() { bash "$(dirname "$0")/tpu_pod.sh" ${dry:+--dry-run} "$@"; }
 note() { echo "$(date '+%F %T') $*"; }
-if [ "${#dry[@]}" -gt 0 ]; then
-  for step in create status setup "run ${command[*]@Q}" run_status delete; do eval "pod $step"; done
-  exit
+if [ -n "$dry" ]; then
+  pod create; pod status; pod setup; pod run "${command[@]}"; pod run_status; pod delete; exit
 fi
+bash "$0" --dry-run "$@" > /dev/null # what is missing or wrong is said before a pod is billed
 trap 'note "this script ends; the pod does not: start it again, or bash launch/tpu_pod.sh delete"; exit 130' INT TERM
-asked="" started="" errors="$(mktemp)"
-while :; do
-  state="$(pod status 2> "$errors")" || case "$(< "$errors")" in
-    *NOT_FOUND*) state=NONE ;;
-    *) state="$(< "$errors")" ;; # such as no network here
-  esac
+errors="$(mktemp)"
+ask() { # how the request is, in `state`, which may also be an error such as no network here
+  state="$(pod status 2> "$errors")" || { state="$(< "$errors")"; if [[ "$state" = *NOT_FOUND* ]]; then state=NONE; fi; }
+}
+asked="" made="" started="" report="" tries=0 code=""
+while [ -z "$code" ]; do
+  ask
   case "$state" in
     NONE)
       note "asking for a pod"
-      if pod create; then asked=1; elif [ -z "$asked" ]; then exit 1; fi ;; # a failure of the first request is the user's mistake
+      if pod create; then asked=1 made=1; elif [ -z "$asked" ]; then exit 1; fi ;; # a first failure is the user's mistake
     SUSPENDED)
       note "the pod was preempted: asking for another"
-      started=""
-      pod delete || true ;;
+      asked=1 started="" tries=0; pod delete || true ;;
     FAILED) note "the request failed: gcloud compute tpus queued-resources describe $NAME --zone=$ZONE says why"; exit 1 ;;
     ACTIVE)
-      report="$(pod run_status)" || report=unknown
+      asked=1 report="$(pod run_status)" || report=unknown
       note "$report"
       case "${started:-new} ${report##*$'\n'}" in
-        *\ running) started=1 ;;
-        "1 ended "*) code="${report##* }"; break ;;
+        *\ running) # the workers wait for one that was rebooted, which has lost the run
+          started=1 tries=0
+          pod revive "${command[@]}" > /dev/null 2> "$errors" || note "a worker does not answer: $(tail -n 1 "$errors")" ;;
+        "1 ended "*) code="${report##* }" ;;
         1\ unknown) ;; # no network here, or the pod is just being preempted
-        *) if pod setup && pod run "${command[@]}"; then started=1; fi ;;
+        *) if pod setup && pod run "${command[@]}"; then started=1; elif [ $((tries += 1)) -ge 5 ]; then code=1; fi ;;
       esac ;;
     *) note "$state" ;;
   esac
+  if [ "$code:$made:$report" = 1::unknown ]; then note "a pod that may have a run does not answer: IT IS STILL BILLED"; exit 1; fi
+  if [ -z "$code" ]; then sleep "${POLL:-60}"; fi
+done
+until pod delete || true; ask; [ "$state" = NONE ]; do
+  note "THE POD IS STILL BILLED, and is deleted again for an hour, or bash launch/tpu_pod.sh delete: $state"
+  if [ $((tries += 1)) -ge 60 ]; then exit $((code ? code : 1)); fi
   sleep "${POLL:-60}"
 done
-pod delete || note "the pod is still there: bash launch/tpu_pod.sh delete"
 exit "$code"

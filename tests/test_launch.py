@@ -1,11 +1,13 @@
 """The launch scripts, without a cloud: what they would run, byte for byte, and what a linter says of them."""
 
+import argparse
 import io
 import os
 import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -93,7 +95,20 @@ def test_dry_run(name):
       POD | {"SPOT": "1", "RESERVED": "1"},
       "SPOT, RESERVED, FLEX_START: give one",
     ),
+    ("tpu_pod.sh", ("--dry-run", "create"), POD | {"SPOT": "0"}, "SPOT=0: expected 1"),
+    ("tpu_pod.sh", ("--dry-run", "create"), POD | {"RESERVED": "false"}, "RESERVED=false: expected 1"),
+    ("tpu_pod.sh", ("--dry-run", "run"), POD, "command of simclr"),
     ("tpu_train.sh", ("--dry-run", "--config=smoke"), POD, "--config=smoke: expected a command of simclr"),
+    ("tpu_train.sh", ("--dry-run", "time", "--config=smoke"), POD, "time: expected a command of simclr that resumes"),
+    ("tpu_train.sh", ("--dry-run", "pretrain", "--overwrite"), POD, "--overwrite: a pod resumes"),
+    ("tpu_train.sh", ("pretrain",), POD, "REPOSITORY: git address of the code"),
+    ("tpu_train.sh", ("pretrain",), POD | {"NAME": "My_Run", "REPOSITORY": "x"}, "NAME=My_Run: expected"),
+    (
+      "tpu_train.sh",
+      ("pretrain",),
+      {"NAME": "a", "ZONE": "b", "REPOSITORY": "x"},
+      "TYPE: accelerator type such as v4-256",
+    ),
     ("restart.sh", ("begin",), {}, "begin: expected start, status, log or stop"),
     ("setup.sh", (), {"ACCELERATOR": "gpu"}, "ACCELERATOR=gpu: expected cpu, cuda12, cuda13 or tpu"),
     ("gke.sh", ("--dry-run",), GKE | {"IMAGE": 'a"b'}, "IMAGE: no quotes"),
@@ -104,8 +119,12 @@ def test_dry_run(name):
     ("gke.sh", ("--dry-run",), GKE | {"WORKDIR": "gs://b/${HOSTS}"}, "WORKDIR: no quotes, backslashes"),
     ("gke.sh", ("--dry-run",), GKE | {"NAME": "a\nb"}, "NAME: no quotes, backslashes"),
     ("gke.sh", ("--dry-run",), {k: v for k, v in GKE.items() if k != "HOSTS"}, "HOSTS: is not set"),
+    ("gke.sh", ("--dry-run", "--overwrite"), GKE, "--overwrite: a JobSet resumes"),
     ("slurm.sbatch", (), {"DRY_RUN": "1", "WORKDIR": "/x"}, "CONFIG: recipe"),
+    ("slurm.sbatch", ("--overwrite",), CASES["slurm"][2], "--overwrite: a job resumes"),
     ("multiprocess.sh", ("--dry-run",), {}, "number of processes"),
+    ("multiprocess.sh", ("--dry-run", "0", "pretrain"), {}, "0: expected the number of processes"),
+    ("multiprocess.sh", ("--dry-run", "pretrain"), {}, "pretrain: expected the number of processes"),
   ],
 )
 def test_mistakes(script, arguments, environment, says):
@@ -307,22 +326,104 @@ def test_a_run_is_started_again_after_a_preemption_and_after_no_error(codes, sta
   assert len((tmp_path / "started").read_text().split()) == starts
 
 
-def pod_life(tmp_path, answers, *arguments):
+@pytest.mark.parametrize(
+  "command, again",
+  [
+    (
+      ("pretrain", "--overwrite", "--workdir=/x--overwrite"),
+      ("pretrain", "--resume", "--workdir=/x--overwrite", "--resume"),
+    ),
+    (("finetune", "--workdir=/a b"), ("finetune", "--workdir=/a b", "--resume")),
+    (("time", "--config=smoke"), ("time", "--config=smoke")),
+  ],
+)
+def test_a_run_that_is_started_again_resumes_what_it_saved(command, again, tmp_path):
+  """With --overwrite every preemption would delete the checkpoint that was just saved."""
+  (tmp_path / "codes").write_text("42\n137\n0\n")
+  worker(tmp_path, "printf '%s|' \"$@\" >> got\necho >> got\ncode=$(head -n 1 codes)\nsed -i 1d codes\nexit $code\n")
+  environment = {**os.environ, "PAUSE": "0"}
+  subprocess.run(["bash", "launch/restart.sh", "keep", *command], cwd=tmp_path, env=environment, check=True)
+  assert [tuple(line.split("|")[:-1]) for line in (tmp_path / "got").read_text().splitlines()] == [
+    command,
+    again,
+    again,
+  ]
+
+
+@pytest.mark.parametrize("script", ["restart.sh", "tpu_train.sh"])
+def test_the_scripts_know_which_commands_resume(script):
+  (commands,) = re.findall(r"^ *(distill(?: \| \w+)+)\)", (ROOT / "launch" / script).read_text(), re.M)
+  (programs,) = (a.choices for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
+  resume = {name for name, parser in programs.items() if "--resume" in parser._option_string_actions}
+  assert set(commands.split(" | ")) == resume
+
+
+def test_a_worker_that_was_rebooted_gets_its_run_back_and_one_that_was_stopped_does_not(tmp_path):
+  """A machine that is shut down sends SIGTERM to all processes, restart.sh among them."""
+  worker(tmp_path, "trap 'exit 42' TERM\necho x >> started\nwhile :; do sleep 0.02; done\n")
+
+  def restart(*arguments):
+    done = subprocess.run(
+      ["bash", "launch/restart.sh", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+  def wait_until(condition):
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+      time.sleep(0.01)
+    assert condition()
+
+  def starts():
+    return len((tmp_path / "started").read_text().split()) if (tmp_path / "started").exists() else 0
+
+  try:
+    restart("revive", "pretrain")  # a worker that is new has lost the run, too
+    wait_until(lambda: starts() == 1)
+    assert restart("revive", "pretrain") == "" and restart("status") == "running\n"
+    os.kill(int((tmp_path / "run.pid").read_text()), signal.SIGTERM)
+    wait_until(lambda: restart("status") == "none\n")
+    restart("revive", "pretrain")
+    wait_until(lambda: starts() == 2)
+    restart("stop")
+    wait_until(lambda: restart("status") == "ended 42\n")
+    restart("revive", "pretrain")
+    assert restart("status") == "ended 42\n" and starts() == 2
+    restart("start", "pretrain")
+    wait_until(lambda: starts() == 3)
+  finally:
+    restart("stop")
+
+
+def test_the_answer_how_a_run_is_has_a_line_of_its_own(tmp_path):
+  worker(tmp_path, "")
+  (tmp_path / "run.log").write_text("step 7 of 9, killed in the mid")
+  (tmp_path / "run.exit").write_text("137\n")
+  done = subprocess.run(
+    ["bash", "launch/restart.sh", "status"], cwd=tmp_path, capture_output=True, text=True, check=True
+  )
+  assert done.stdout.splitlines() == ["step 7 of 9, killed in the mid", "ended 137"]
+
+
+def pod_life(tmp_path, answers, *arguments, fails=()):
   """tpu_train.sh against a gcloud that gives these answers to `describe` and to the question how the run is; the exit code,
-  and the steps that it asked gcloud for."""
+  and the steps that it asked gcloud for.  `fails`: a step's name for each time that it fails, at first."""
   gcloud = tmp_path / "gcloud"
+  (tmp_path / "fails").write_text("".join(f"{step}\n" for step in fails))
   (tmp_path / "answers").write_text("".join(f"{answer}\n" for answer in answers))
   gcloud.write_text(
     f"""#!/bin/bash
 cd {tmp_path}
 answer() {{ text=$(head -n 1 answers); sed -i 1d answers; }}
+step() {{ echo "$*" >> steps; if grep -qx "$1" fails; then sed -i "0,/^$1$/{{//d}}" fails; exit 1; fi; }}
 case "$*" in
-  *" describe "*) answer; case $text in NOT_FOUND*|offline*) echo "ERROR: $text" >&2; exit 1;; *) echo "$text";; esac ;;
+  *" describe "*) answer; case ${{text:=NOT_FOUND}} in NOT_FOUND*|offline*) echo "ERROR: $text" >&2; exit 1;; *) echo "$text";; esac ;;
   *"restart.sh status") answer; echo "step 7 of 9"; [ "$text" != offline ] && echo "$text" ;;
-  *" create "*) echo create >> steps ;;
-  *" delete "*) echo delete >> steps ;;
-  *setup.sh) echo setup >> steps ;;
-  *"restart.sh start"*) echo "run ${{@: -1}}" >> steps ;;
+  *" create "*) step create ;;
+  *" delete "*) step delete ;;
+  *setup.sh) step setup ;;
+  *"restart.sh start"*) step run "${{@: -1}}" ;;
+  *"restart.sh revive"*) echo "${{@: -2:1}} ${{@: -1}}" >> revived ;;
 esac
 """
   )
@@ -359,6 +460,60 @@ def test_a_run_that_ends_with_an_error_gives_the_pod_back(tmp_path):
 def test_a_request_that_fails_is_not_made_again(tmp_path):
   done, steps = pod_life(tmp_path, ["NOT_FOUND: no such resource", "FAILED"], "pretrain")
   assert done.returncode == 1 and steps == ["create"] and "the request failed" in done.stdout
+
+
+def test_a_worker_that_was_rebooted_is_asked_to_start_its_part_again(tmp_path):
+  """The first worker only says that it is running, while it waits for the others."""
+  answers = ["ACTIVE", "none", "ACTIVE", "running", "ACTIVE", "running", "ACTIVE", "ended 0"]
+  done, steps = pod_life(tmp_path, answers, "pretrain", "--workdir=gs://bucket/a b")
+  assert done.returncode == 0 and steps == ["setup", "run", "delete"]
+  command = "--worker=all --command=cd simclr_jax && bash launch/restart.sh revive pretrain --workdir=gs://bucket/a\\ b --resume"
+  assert (tmp_path / "revived").read_text().splitlines() == [command] * 2
+
+
+def test_the_first_worker_rebooted_is_no_end(tmp_path):
+  answers = ["ACTIVE", "running", "ACTIVE", "offline", "ACTIVE", "none", "ACTIVE", "running", "ACTIVE", "ended 0"]
+  done, steps = pod_life(tmp_path, answers, "pretrain")
+  assert done.returncode == 0 and steps == ["setup", "run", "delete"]
+
+
+def test_a_pod_on_which_nothing_can_be_installed_is_given_back(tmp_path):
+  answers = ["NOT_FOUND: no such resource", *["ACTIVE", "none"] * 5]
+  done, steps = pod_life(tmp_path, answers, "pretrain", fails=["setup"] * 5)
+  assert done.returncode == 1 and steps == ["create", *["setup"] * 5, "delete"]
+
+
+def test_a_pod_that_installs_at_the_fifth_try_is_kept(tmp_path):
+  answers = ["NOT_FOUND: no such resource", *["ACTIVE", "none"] * 5, "ACTIVE", "running", "ACTIVE", "ended 0"]
+  done, steps = pod_life(tmp_path, answers, "pretrain", fails=["setup"] * 4)
+  assert done.returncode == 0 and steps == ["create", *["setup"] * 5, "run", "delete"]
+
+
+def test_a_pod_that_was_there_and_does_not_answer_may_have_a_run_and_is_kept(tmp_path):
+  done, steps = pod_life(tmp_path, ["ACTIVE", "offline"] * 5, "pretrain", fails=["setup"] * 5)
+  assert done.returncode == 1 and steps == ["setup"] * 5 and "IT IS STILL BILLED" in done.stdout
+
+
+@pytest.mark.parametrize("code, ends", [("0", 0), ("1", 1)])
+def test_a_pod_is_deleted_until_it_is_gone(code, ends, tmp_path):
+  answers = ["ACTIVE", "running", "ACTIVE", f"ended {code}", "offline: no network here", "ACTIVE", "DELETING"]
+  done, steps = pod_life(tmp_path, answers, "pretrain", fails=["delete"] * 2)
+  assert done.returncode == ends and steps == ["delete"] * 4
+
+
+def test_a_pod_that_cannot_be_deleted_is_named_and_is_no_success(tmp_path):
+  answers = ["ACTIVE", "running", "ACTIVE", "ended 0", *["ACTIVE"] * 60]
+  done, steps = pod_life(tmp_path, answers, "pretrain", fails=["delete"] * 60)
+  assert done.returncode == 1 and len(steps) == 60 and "THE POD IS STILL BILLED" in done.stdout.splitlines()[-1]
+
+
+def test_a_pod_that_was_there_is_asked_for_until_there_is_another(tmp_path):
+  """Its first request was no mistake, whoever made it: now there is only no capacity."""
+  answers = ["ACTIVE", "running", "SUSPENDED", *["NOT_FOUND: no such resource"] * 3, "ACTIVE", "none"]
+  done, steps = pod_life(
+    tmp_path, [*answers, "ACTIVE", "running", "ACTIVE", "ended 0"], "pretrain", fails=["create"] * 2
+  )
+  assert done.returncode == 0 and steps == ["delete", "create", "create", "create", "setup", "run", "delete"]
 
 
 # ---- setup.sh, with interpreters that only write down what they are asked -----------------------------------------------
@@ -465,6 +620,47 @@ def test_an_installation_that_broke_off_is_made_again(checkout):
   assert "done" in checkout()[1]
 
 
+@pytest.mark.parametrize(
+  "made, machine, stops",
+  [
+    (None, {}, "cpu"),
+    (dict(driver="580.65"), dict(driver="550.54"), "cuda12"),  # an older node, whose driver does not run CUDA 13
+    (dict(driver="550.54"), dict(driver="580.65"), ""),
+    (dict(driver="550.54"), {}, ""),
+    ({}, dict(driver="550.54"), "cuda12"),
+  ],
+)
+def test_a_job_uses_the_environment_and_never_makes_it(made, machine, stops, checkout):
+  """Other jobs run in it."""
+  if made is not None:
+    checkout(**made)
+    (checkout.folder / ".venv/old").touch()
+  asked, said = checkout(**machine, KEEP_VENV="1", code=1 if stops else 0)
+  assert asked == [] and (checkout.folder / ".venv/old").exists() == (made is not None)
+  assert said == (f".venv is missing, old, or not for {stops}: ACCELERATOR={stops} bash launch/setup.sh, while no job runs\n" if stops else "done\n")  # fmt: skip
+  assert "\nKEEP_VENV=1 . launch/setup.sh\n" in (ROOT / "launch/slurm.sbatch").read_text()
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="flock is not installed")
+def test_two_scripts_make_one_environment(checkout):
+  folder = checkout.folder
+  for tool in ("flock", "sleep"):
+    (folder / "bin" / tool).symlink_to(shutil.which(tool))
+  (folder / "bin/python3").write_text(PYTHON.replace("mkdir -p .venv/bin;", "sleep 0.5; mkdir -p .venv/bin;", 1))
+  both = [
+    subprocess.Popen(
+      ["bash", "-c", "set -euo pipefail; . launch/setup.sh; echo done"],
+      cwd=folder,
+      env={"PATH": str(folder / "bin"), "LOG": str(folder / "log"), "ACCELERATOR": "cpu"},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for _ in range(2)
+  ]
+  said = sorted(one.communicate(timeout=60)[0] for one in both)
+  assert said == ["done\n", "setting up .venv for cpu (a few minutes, once)\ndone\n"]
+
+
 def test_a_machine_with_an_old_python_gets_a_new_one_without_root(checkout):
   """As images of Cloud TPU with Ubuntu 22.04, whose python3 is 3.10: github.com/pytorch/xla/pull/5294."""
   asked, said = checkout(TOO_OLD="1", device="v4")
@@ -492,6 +688,8 @@ FACTS = [  # page (all read on 2026-11-28), what it says, the file and the text 
   ("https://github.com/kubernetes-sigs/jobset/releases", "its controller is one file to apply", "docs/pods.md", "jobset/releases/download/"),
   ("https://docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus", "v4: ct4p-hightpu-4t, tpu-v4-podslice",
    "docs/pods.md", "--machine-type=ct4p-hightpu-4t"),
+  ("https://docs.cloud.google.com/kubernetes-engine/docs/concepts/tpus", "from GKE 1.28 on no privileged mode or capabilities",
+   "launch/gke_jobset.yaml", "No securityContext: from GKE 1.28 on"),
 ]  # fmt: skip
 
 
@@ -664,8 +862,21 @@ def test_every_command_that_is_written_down_can_be_given(page):
       config.load(flags.config, overrides)
 
 
+SCRIPTS = [*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_an_array_may_be_empty_in_the_bash_of_a_mac(script):
+  """Before bash 4.4, "${a[@]}" of an empty array is an unset variable, which `set -u` refuses; 3.2 has no ${a@Q} either."""
+  text = script.read_text()
+  for name in re.findall(r"\b(\w+)=\((?:\)|\$\{\w+:\+)", text):  # arrays that begin empty, or may
+    guarded = f'${{{name}[@]+"${{{name}[@]}}"}}'
+    assert f"{name}[@]" not in text.replace(guarded, "").replace(f"${{#{name}[@]}}", "")
+  assert not re.search(r"\$\{[^}]*@[A-Z]\}", text)
+
+
 def test_scripts_are_clean():
-  scripts = [*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
+  scripts = SCRIPTS
   done = subprocess.run(
     ["shellcheck", "--exclude=SC1091", *map(str, scripts)], cwd=ROOT, capture_output=True, text=True
   )
