@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from unittest import mock
 
 from etils.epath import backend, gpath
@@ -11,7 +12,8 @@ from simclr_jax.runtime import files, lock
 
 
 class Buckets(local.LocalFileSystem):
-  """Folders need not be made, and are gone with their last file; an object has a generation and cannot grow."""
+  """Folders need not be made, and are gone with their last file; an object has a generation and cannot grow.  Renaming
+  a folder copies its files and deletes them."""
 
   root: str  # of a subclass
 
@@ -26,7 +28,10 @@ class Buckets(local.LocalFileSystem):
 
   def mv(self, path1, path2, **options):
     self._make_parent(path2)
-    super().mv(path1, path2, **options)
+    if not os.path.isdir(self._strip_protocol(path1)):
+      return super().mv(path1, path2, **options)
+    shutil.copytree(*map(self._strip_protocol, (path1, path2)), copy_function=shutil.copyfile, dirs_exist_ok=True)
+    shutil.rmtree(self._strip_protocol(path1))
 
   def _make_parent(self, path):
     os.makedirs(os.path.dirname(self._strip_protocol(path)), exist_ok=True)
@@ -43,6 +48,10 @@ class Buckets(local.LocalFileSystem):
 
   def isdir(self, path):
     return self.exists(path) and super().isdir(path)
+
+  def ls(self, path, detail=False, **options):
+    found = super().ls(path, detail=detail, **options)
+    return [one for one in found if self.exists(one["name"] if detail else one)]
 
   def glob(self, path, **options):
     return [found.replace(self.root, "") for found in super().glob(path, **options)]

@@ -1,9 +1,13 @@
 """Files are written whole or not at all, on a disk and in a bucket."""
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
+import json
 import os
 import pathlib
+import shutil
 
 import bucket
 import numpy as np
@@ -165,6 +169,91 @@ def test_an_export(place):
   files.write_text(path / "weights", "1 2 4")
   with pytest.raises(checkpoint.Damaged, match="weights is damaged"):
     folder.read_card(place)
+
+
+def save_export(place, number):
+  """An export as Orbax writes it: the names of some files are others each time."""
+
+  def fill(to):
+    (to / f"{number}").mkdir()
+    for name in ("a", f"{number}/{number}", f"z{number}"):
+      files.write_text(to / name, f"{name} {number}")
+    needed = {"architecture": {}, "preprocessing": {"size": 8}, "pretraining": {}, "feature_dimension": 4}
+    folder.write_card(to, {"number": number, **needed})
+
+  return folder.save_export(place, fill, overwrite=True)
+
+
+class Killed(BaseException):
+  """Ends this process."""
+
+
+@contextlib.contextmanager
+def killed_after(survives):
+  """Within it this process ends after so many changes to files; gives a list that is then filled."""
+  done, ended = itertools.count(), []
+
+  def counted(what):
+    def call(*args, **options):
+      if ended or next(done) == survives:
+        ended.append(what)  # and whatever would clean up does not
+        raise Killed
+      return what(*args, **options)
+
+    return call
+
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ("rename", "replace", "unlink", "remove", "rmdir"):
+      patch.setattr(os, name, counted(getattr(os, name)))
+    patch.setattr(shutil, "copyfile", counted(shutil.copyfile))
+    with contextlib.suppress(Killed):
+      yield ended
+
+
+def test_an_export_whose_replacement_is_killed_is_replaced_by_the_next(place):
+  path, number = files.absolute(place) / "encoder", 1
+  save_export(path, number)
+  for survives in itertools.count():
+    with killed_after(survives) as ended:
+      save_export(path, number + 1)
+    if not ended:
+      break
+    if not files.is_remote(path) and path.exists():  # the old one or the new one
+      assert folder.read_card(path)["number"] in (number, number + 1)
+    number += 2
+    save_export(path, number)
+    assert folder.read_card(path)["number"] == number
+    assert [entry.name for entry in path.parent.iterdir()] == ["encoder"]
+  assert survives > 8
+
+
+@pytest.mark.parametrize("lost", [["card.json"], ["manifest.json"], ["card.json", "manifest.json"]])
+def test_an_export_that_has_lost_a_list_of_its_files_is_replaced_and_nothing_else_is(place, lost):
+  path = save_export(files.absolute(place) / "encoder", 1)
+  for name in lost:
+    (path / name).unlink()
+  if len(lost) == 2:  # as any folder
+    with pytest.raises(ValueError, match="delete it yourself"):
+      save_export(path, 2)
+    return
+  files.write_text(path / "thesis.tex", "")
+  with pytest.raises(ValueError, match="encoder/thesis.tex is not part of the export there"):
+    save_export(path, 2)
+  (path / "thesis.tex").unlink()
+  assert folder.read_card(save_export(path, 2))["number"] == 2
+
+
+@pytest.mark.parametrize("name, content", [
+  ("card.json", {}), ("card.json", {"files": ["card.json"]}), ("manifest.json", {"a": ""}),
+  ("manifest.json", {"files": {}, "step": 1, "run": "x"}),  # of a checkpoint
+])  # fmt: skip
+def test_a_folder_that_is_no_export_is_not_replaced(place, name, content):
+  path = files.absolute(place)
+  path.mkdir(parents=True)
+  files.write_text(path / name, json.dumps(content))
+  with pytest.raises(ValueError, match="delete it yourself"):
+    save_export(path, 1)
+  assert files.read_text(path / name) == json.dumps(content)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 Layout: <folder>/{card.json, manifest.json}, the files of its format, and what opens it without this package.
 """
 
+import contextlib
 import json
 import os
 
@@ -22,19 +23,37 @@ def check_vacant(path, *, overwrite: bool) -> epath.Path:
   """The absolute path of an export to be written.
 
   Raises:
-    ValueError: the folder is not empty and `overwrite` is not set, or what it holds is not an export.
+    ValueError: the folder is not empty and `overwrite` is not set, or what it holds is neither an export nor the rest of one.
   """
   path = files.absolute(path)
   if path.exists() and not path.is_dir():
     raise UserError(f"{path} is a file: name a folder")
+  if not files.is_remote(path) and os.path.islink(path):
+    raise UserError(f"{path} is a symbolic link to {os.path.realpath(path)}: name that folder, or delete the link")
   if path.exists() and any(path.iterdir()):
     if not overwrite:
       raise UserError(f"{path} is not empty: add --overwrite or name another folder")
-    if not (path / "card.json").exists():
-      raise UserError(f"{path} has no card.json, so it is not an export: delete it yourself")
-    if foreign := checkpoint.not_in_manifest(path):
+    named = _named(path) | _named(_temporary(path))
+    if "card.json" not in named:
+      raise UserError(f"{path} has no card.json of an export, so it is not one: delete it yourself")
+    if foreign := [name for name in checkpoint.not_in_manifest(path) if name not in named]:
       raise UserError(f"{path}/{foreign[0]} is not part of the export there: move it elsewhere, or name another folder")
   return path
+
+
+def _temporary(path) -> epath.Path:
+  return path.parent / f".{path.name}.tmp"
+
+
+def _named(path) -> set[str]:
+  """The files that the card and the manifest of an export name, of which one is enough; empty for another folder."""
+  named = set()
+  with contextlib.suppress(UserError, OSError):
+    named.update(_read_json(path / "manifest.json"))
+  with contextlib.suppress(UserError, OSError):
+    if isinstance(digests := _read_json(path / "card.json").get("files"), dict):
+      named.update(digests, ["card.json"])
+  return named
 
 
 def save_export(path, fill, *, overwrite: bool = False) -> epath.Path:
@@ -45,26 +64,58 @@ def save_export(path, fill, *, overwrite: bool = False) -> epath.Path:
     OSError: the disk is full.
   """
   path = check_vacant(path, overwrite=overwrite)
-  temporary = path.parent / f".{path.name}.tmp"
+  temporary = _temporary(path)
   try:
-    if temporary.exists():
-      temporary.rmtree()
+    if path.exists() and not (path / "manifest.json").exists():  # while its temporary folder still says whose it is
+      _delete(path)
+    for left_behind in (temporary, _aside(path)):
+      if left_behind.exists():
+        left_behind.rmtree()
     temporary.mkdir(parents=True)
   except OSError as error:
     raise UserError(f"{path} cannot be written ({error.strerror or error}): name another folder") from None
   try:
     fill(temporary)
     checkpoint.seal(temporary)
-    if path.exists():
-      path.rmtree()
-    temporary.rename(path)
   except Exception as error:
     full = files.disk_is_full(error, temporary)
     temporary.rmtree(missing_ok=True)
     if full:
       raise OSError(f"could not write {path}: the disk is full; free space or name another folder") from None
     raise
+  _replace(path, temporary)
   return path
+
+
+def _replace(path, temporary):
+  """Gives the temporary folder its final name, which an older export may have.
+
+  A process may be killed at any point of this.  On a disk `path` is then one of the two, or there is none.  In a bucket, where
+  renaming a folder copies its files, it may be part of one, which `check_vacant` recognizes by what it or the temporary folder
+  names.
+  """
+  if files.is_remote(path):
+    if path.exists():
+      _delete(path)
+    temporary.rename(path)
+    return
+  aside = _aside(path)
+  if path.exists():
+    path.rename(aside)
+  temporary.rename(path)
+  aside.rmtree(missing_ok=True)
+
+
+def _aside(path) -> epath.Path:
+  return path.parent / f".{path.name}.old.tmp"
+
+
+def _delete(path):
+  """Deletes an export, and last of all the files that name the others."""
+  for entry in path.iterdir():
+    if entry.name not in ("card.json", "manifest.json"):
+      entry.rmtree() if entry.is_dir() else entry.unlink()
+  path.rmtree()
 
 
 def write_card(path, card: dict):
