@@ -20,7 +20,6 @@ from simclr_jax.exporting import Encoder, image_check, load_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain as program
 from simclr_jax.programs import same
-from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import files, lock
 from simclr_jax.runtime.errors import UserError
 
@@ -79,23 +78,29 @@ def pretrain(
   Raises:
     ValueError: a mistake in the arguments, on one line.
   """
+  are_arrays = not (images is None or isinstance(images, str))
+  if labels is not None and not are_arrays:
+    raise UserError(f"labels beside images={images!r}: a data set has its own; give labels with an array of images")
+  if images is None and not resume:
+    raise UserError("images=None: give images, or resume=True to resume the run in workdir")
+  folder, given = files.absolute(workdir), {}
+  saved = f"npz:{folder.with_name(f'{folder.name}.npz')}"
   if images is None:
-    if not resume:
-      raise UserError("images=None: give images, or resume=True to resume the run in workdir")
     recipe, config = config_lib.of_run(workdir)
-    program.run(config_lib.replace(config, changes), str(workdir), resume=True, recipe=recipe)
-    return load_encoder(workdir)
-  folder = files.absolute(workdir)
-  train = images if isinstance(images, str) else f"npz:{folder.with_name(f'{folder.name}.npz')}"
-  config = config_lib.replace(config_lib.load(recipe), {"data.train": train, "data.test": "", **changes})
-  arrays = None if isinstance(images, str) else _arrays(images, labels)
-  if not (resume or overwrite):
-    workdir_lib.claim(workdir, resume=False, overwrite=False, specs=(train,))
-  elif folder.exists():
-    lock.take(folder)
-  if arrays:
-    _keep(arrays, train, same_only=resume and config.data.changed == "refuse")
-  program.run(config, str(workdir), resume=resume, overwrite=overwrite, recipe=recipe)
+    config = config_lib.replace(config, changes)
+  else:
+    train = images if isinstance(images, str) else saved
+    config = config_lib.replace(config_lib.load(recipe), {"data.train": train, "data.test": "", **changes})
+    if config.data.train != train:
+      raise UserError(f"data.train={config.data.train} beside images: give one of them")
+  if are_arrays:
+    arrays, same_only = _arrays(images, labels), resume and config.data.changed == "refuse"
+    _is_kept(arrays, saved, same_only=same_only)
+    given = {"source": _source(arrays, saved), "keep": lambda: _keep(arrays, saved, same_only=same_only)}
+  try:
+    program.run(config, str(workdir), resume=resume, overwrite=overwrite, recipe=recipe, **given)
+  finally:
+    lock.release(workdir)  # the process may live on, as in a notebook
   return load_encoder(folder / "encoder")
 
 
@@ -115,32 +120,40 @@ def _arrays(images, labels) -> dict[str, np.ndarray]:
   return {"images": images, "labels": numbers, "class_names": np.asarray(names, np.str_)}
 
 
-def _keep(arrays: dict[str, np.ndarray], spec: str, *, same_only: bool):
-  """Saves the arrays in the file of `spec`, npz:FILE, unless they are in it already.
+def _source(arrays: dict[str, np.ndarray], title: str) -> data.ArraySource:
+  names = arrays["class_names"].tolist() if "labels" in arrays else ()
+  return data.ArraySource(arrays["images"], arrays.get("labels"), class_names=names, title=title)
+
+
+def _is_kept(arrays: dict[str, np.ndarray], spec: str, *, same_only: bool) -> bool:
+  """Whether the arrays are in the file of `spec`, npz:FILE, already.
 
   Raises:
     UserError: it holds others, and `same_only`; or it was not written here.
   """
   file = files.absolute(spec.removeprefix("npz:"))
-  if file.exists():
-    names = arrays["class_names"].tolist() if "labels" in arrays else ()
-    now = data.ArraySource(arrays["images"], arrays.get("labels"), class_names=names).fingerprint()
-    try:
-      what = same.difference(data.open_source(spec).fingerprint(), now)
-      with files.local(file) as local, np.load(local, allow_pickle=False) as kept:
-        is_ours = MARK in kept
-    except UserError as error:
-      what, is_ours = str(error), False
-    if not what:
-      return
-    if not is_ours:
-      raise UserError(
-        f"{file} would be replaced, and is not the copy of a run's images: name another --workdir ({what})"
-      )
-    if same_only:
-      same.refuse_changed("images", what)
+  if not file.exists():
+    return False
+  try:
+    what = same.difference(data.open_source(spec).fingerprint(), _source(arrays, spec).fingerprint())
+    with files.local(file) as local, np.load(local, allow_pickle=False) as kept:
+      is_ours = MARK in kept
+  except UserError as error:
+    what, is_ours = str(error), False
+  if what and not is_ours:
+    raise UserError(f"{file} would be replaced, and is not the copy of a run's images: name another --workdir ({what})")
+  if what and same_only:
+    same.refuse_changed("images", what)
+  return not what
+
+
+def _keep(arrays: dict[str, np.ndarray], spec: str, *, same_only: bool):
+  """Saves the arrays in the file of `spec`, npz:FILE, unless they are in it; raises as `_is_kept`."""
+  if _is_kept(arrays, spec, same_only=same_only):
+    return
   buffer = io.BytesIO()
   np.savez(buffer, allow_pickle=False, **arrays, **{MARK: np.zeros(0)})
+  file = files.absolute(spec.removeprefix("npz:"))
   file.parent.mkdir(parents=True, exist_ok=True)
   files.write_bytes(file, buffer.getvalue())
 
@@ -152,12 +165,16 @@ def embed(encoder: Encoder | str, images: np.ndarray, *, batch_size: int = 256) 
   Args:
     encoder: what `pretrain` or `load_encoder` returned, or the folder of an export or of a finished run.
     images: uint8, or floating point in [0, 1]: [n, h, w, 3], or a list of [h, w, 3] of different sizes.
-    batch_size: number of images to encode at once.
+    batch_size: largest number of images to encode at once.
   Raises:
     ValueError: the folder is not an export, or the images are of another type, range or shape.
   """
   encoder = load_encoder(encoder) if isinstance(encoder, str | os.PathLike) else Encoder(*encoder)
   crop = embed_lib.crop_of(config_lib.from_dict(encoder.card["pretraining"]))
+  if batch_size < 1:
+    raise UserError(f"batch_size={batch_size}: expected a whole number of at least 1")
+  # Of the next power of two: calls with a few images more or less use one compiled program.
+  batch_size = min(batch_size, 1 << max(len(images) - 1, 0).bit_length())
   parts = []
   for start in range(0, len(images), batch_size):
     images_now = [np.asarray(image) for image in images[start : start + batch_size]]
@@ -186,6 +203,18 @@ def probe(h: np.ndarray, labels: np.ndarray, test_h: np.ndarray, test_labels: np
   for name, features, y in (("h", h, labels), ("test_h", test_h, test_labels)):
     if len(features) != len(y):
       raise UserError(f"{name} has {len(features)} rows for {len(y)} labels: expected one label per row")
+    if np.ndim(features) != 2:
+      raise UserError(f"{name} is {list(np.shape(features))}: expected [n, d], a row for each image")
+  if np.shape(h)[1] != np.shape(test_h)[1]:
+    raise UserError(
+      f"h has {np.shape(h)[1]} columns and test_h {np.shape(test_h)[1]}: expected features of one encoder"
+    )
+  kinds = [list(np.shape(y)) for y in (labels, test_labels)]
+  if kinds[0][1:] != kinds[1][1:]:
+    raise UserError(
+      f"labels are {kinds[0]} and test_labels {kinds[1]}: expected both as numbers or texts, or both as one-hot rows of "
+      "the same classes"
+    )
   both = np.concatenate([np.asarray(labels), np.asarray(test_labels)])  # numbered together
   y, names = data.make_labels(both, count=len(both))
   classifier = linear.logistic_regression(h, y[: len(labels)], num_classes=len(names))

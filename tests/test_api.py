@@ -7,6 +7,7 @@ import tiny
 
 import simclr_jax
 from simclr_jax import api, augment, data
+from simclr_jax.programs import pretrain as program
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -90,6 +91,52 @@ def test_a_mistake_deletes_and_writes_nothing(tmp_path):
   assert not (tmp_path / "run.npz").exists()
 
 
+@pytest.mark.parametrize("wrong, message", [
+  ({"microbatches": 3}, "^microbatches=3: batch_size=16"),
+  ({"start": "/nonexistent"}, "/nonexistent"),
+  ({"labels": [0, 1, 2, 3]}, "photos"),  # nothing else is wrong: the folder is no run
+])  # fmt: skip
+@pytest.mark.parametrize("flag", ["overwrite", "resume"])
+def test_nothing_is_written_or_locked_before_all_checks(tmp_path, wrong, message, flag):
+  before, after = (np.full((4, 8, 8, 3), i, np.uint8) for i in (1, 2))
+  workdir = tmp_path / ("photos" if "labels" in wrong else "run")
+  workdir.mkdir()
+  (workdir / "holiday.jpg").write_text("")
+  if "labels" not in wrong:
+    api._keep(api._arrays(before, None), f"npz:{workdir}.npz", same_only=True)
+  kept = {path.name: path.stat().st_mtime_ns for path in (*tmp_path.iterdir(), *workdir.iterdir())}
+  changes = {"data.changed": "accept"}  # so that other images do not end it
+  with pytest.raises(ValueError, match=message):
+    simclr_jax.pretrain(after, str(workdir), recipe="smoke", **{**SMALL, **changes, flag: True, **wrong})
+  assert {path.name: path.stat().st_mtime_ns for path in (*tmp_path.iterdir(), *workdir.iterdir())} == kept
+
+
+def test_a_run_that_fails_leaves_no_lock_and_its_images(tmp_path, monkeypatch):
+  images, workdir = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), np.uint8), tmp_path / "run"
+  (tmp_path / "run").mkdir()
+
+  def fail(*args, **options):
+    assert (workdir / "LOCK").exists()
+    raise RuntimeError("the accelerator is gone")
+
+  monkeypatch.setattr(program.loop, "run", fail)
+  with pytest.raises(RuntimeError, match="gone"):
+    simclr_jax.pretrain(images, str(workdir), recipe="smoke", **SMALL)
+  assert not (workdir / "LOCK").exists() and (workdir / "config.json").exists()
+  np.testing.assert_array_equal(data.open_source(f"npz:{workdir}.npz").read(3), images[3])
+
+
+def test_what_would_be_ignored_is_refused(tmp_path):
+  images = np.zeros((4, 8, 8, 3), np.uint8)
+  with pytest.raises(ValueError, match="^labels beside images='fashion:train': a data set has its own"):
+    simclr_jax.pretrain("fashion:train", str(tmp_path / "a"), labels=[0, 1])
+  with pytest.raises(ValueError, match="^labels beside images=None"):
+    simclr_jax.pretrain(None, str(tmp_path / "a"), labels=[0, 1], resume=True)
+  with pytest.raises(ValueError, match="^data.train=fashion:train beside images: give one of them"):
+    simclr_jax.pretrain(images, str(tmp_path / "a"), **{"data.train": "fashion:train"})
+  assert not list(tmp_path.iterdir())
+
+
 def test_arrays_that_were_saved_here_may_be_replaced(tmp_path):
   first, second = (api._arrays(np.full((4, 8, 8, 3), i, np.uint8), [0, 1, 0, 1]) for i in (1, 2))
   spec = f"npz:{tmp_path / 'run.npz'}"
@@ -136,6 +183,39 @@ def test_mistakes_speak_of_arguments(tmp_path):
     simclr_jax.embed("encoder", images, batchsize=4)
   with pytest.raises(TypeError, match=r"probe\(\) has no argument k: it takes h, labels, test_h, test_labels"):
     simclr_jax.probe(images, [0], images, [0], k=1)
+
+
+@pytest.mark.parametrize("change, message", [
+  ({"h": np.zeros(6)}, r"^h is \[6\]: expected \[n, d\]"),
+  ({"test_h": np.zeros((3, 2, 2))}, r"^test_h is \[3, 2, 2\]: expected"),
+  ({"test_h": np.zeros((3, 5))}, "^h has 4 columns and test_h 5: expected features of one encoder"),
+  ({"labels": np.eye(3)[[0, 1, 2, 0, 1, 2]]}, r"^labels are \[6, 3\] and test_labels \[3\]: expected both as"),
+  ({"labels": np.eye(3)[[0, 1, 2, 0, 1, 2]], "test_labels": np.eye(4)[:3]}, r"^labels are \[6, 3\] and test_labels \[3, 4\]"),
+])  # fmt: skip
+def test_features_and_labels_that_do_not_fit_are_one_line(change, message):
+  right = {"h": np.zeros((6, 4)), "labels": [0, 1, 2] * 2, "test_h": np.zeros((3, 4)), "test_labels": [0, 1, 2]}
+  with pytest.raises(ValueError, match=message) as raised:
+    simclr_jax.probe(**right | change)
+  assert "\n" not in str(raised.value)
+
+
+def test_embed_encodes_at_most_as_many_images_at_once_as_there_are(tmp_path):
+  encoder, seen = simclr_jax.load_encoder(tiny.export(tmp_path / "encoder")), []
+
+  def apply(images):
+    seen.append(len(images))
+    return np.asarray(images).reshape(len(images), -1)[:, :4]
+
+  images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+  found = {}
+  for size, calls in ((10**9, [8]), (256, [8]), (5, [5]), (2, [2, 2, 2]), (1, [1] * 5)):
+    seen.clear()
+    found[size] = simclr_jax.embed(encoder._replace(apply=apply), images, batch_size=size)
+    assert seen == calls and found[size].shape == (5, 4)
+    np.testing.assert_array_equal(found[size], found[10**9])
+  for size in (0, -1):
+    with pytest.raises(ValueError, match=f"^batch_size={size}: expected a whole number of at least 1"):
+      simclr_jax.embed(encoder, images, batch_size=size)
 
 
 def test_probe_takes_labels_of_any_kind():

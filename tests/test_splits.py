@@ -58,6 +58,29 @@ def test_a_set_is_not_scored_against_itself(tmp_path, spelled):
     splits.check_labeled(chosen, train, test)
 
 
+@pytest.mark.parametrize("a, b, are_one", [
+  ("tfds:cifar10", "tfds:cifar10:train", True),
+  ("tfds:cifar10:", "tfds:cifar10", True),
+  ("tfds:cifar10", "tfds:cifar10:test", False),
+  ("npz:{}/a.npz:train", "npz:./a.npz:train", True),
+  ("npz:~/a.npz:train", "npz:{}/link:train", True),
+  ("npz:~/a.npz", "npz:a.npz", True),
+  ("npz:{}/a.npz:train", "npz:./a.npz:test", False),
+  ("npz:{}/a.npz", "npz:./a.npz:test", False),
+  ("tfrecord:~/train-*", "tfrecord:{}/train-*", True),
+  ("folder:{}/x/", "folder:x", True),
+  ("folder:{}/x", "files:x", False),
+  ("tfrecord:gs://mine/x/", "tfrecord:gs://mine/x", True),
+  ("fashion:train", "fashion:test", False),
+])  # fmt: skip
+def test_one_set_is_spelled_in_many_ways(tmp_path, monkeypatch, a, b, are_one):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "a.npz").write_text("")
+  (tmp_path / "link").symlink_to("a.npz")
+  assert splits.are_one(a.format(tmp_path), b.format(tmp_path)) is are_one
+
+
 def test_two_splits_of_a_file_are_two_sets(tmp_path):
   spec = tiny.npz(tmp_path / "tiny.npz")
   train, test = splits.open_data(section(spec, **{"data.test": f"{spec}:test"}))

@@ -190,9 +190,14 @@ def abstract_step(config, mesh, source):
   return loop.abstract_step(make_task(config, source, mesh=mesh), mesh, view_pipeline(config).spec(config.batch_size))
 
 
-def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recipe: str = "") -> dict:
+def run(
+  config, workdir, *, resume: bool = False, overwrite: bool = False, recipe: str = "", source=None, keep=None
+) -> dict:
   """Pretrains with `config` (see configs/) and writes to `workdir`; `recipe` is the name of the config's file, if any.
 
+  Args:
+    source: the training images, where config.data.train does not hold them yet; `keep()`, which is called after all checks,
+      saves them there.
   Returns:
     dict(state, scores, workdir, page): the trained state, the rows of the final table, the folder, and the arguments of
     `report.write_report` that made its page.
@@ -207,7 +212,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
     config, start = open_start(config)
   if resume and checkpoint.folder(workdir).exists():
     config = same.same_config(config, workdir)
-  train_source, test_source = splits.open_data(config.data)
+  train_source, test_source = splits.open_data(config.data, source)
   evaluation = scores.PretrainEvaluation(config, train_source, test_source, mesh)
   every = config_lib.every(config.evaluate, len(train_source), config.batch_size)
   name = f"unreadable_{jax.process_index()}.txt" if jax.process_count() > 1 else "unreadable.txt"
@@ -225,6 +230,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False, recip
     abstract = jax.eval_shape(task.init, jax.random.key(0))  # impossible sizes fail before the workdir is touched
   starts = (config.start,) if config.start else ()
   workdir = same.claim(config, workdir, train_source, test_source, resume=resume, overwrite=overwrite, starts=starts)
+  if keep:
+    keep()
   pairs = _first_views(task, pipeline)
   changes = config_lib.difference(config_lib.load(recipe), config) if recipe else None
   if not jax.process_index():

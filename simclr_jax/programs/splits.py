@@ -5,13 +5,16 @@ import os
 import numpy as np
 
 from simclr_jax import data
+from simclr_jax.programs import workdir
+from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 SEED = 0  # of the held-out images; not the run's seed, so that runs are scored alike
 
 
-def open_data(section):
-  """(training images, images to score) that the section `data` of a config names.
+def open_data(section, train=None):
+  """(training images, images to score) that the section `data` of a config names; `train` are those of section.train, where
+  they are open already.
 
   Without `data.test`, the fraction `data.held_out` of every class is held out of labeled training images, the same ones
   for every run.  If there is nothing to score, the training images are returned twice, for what needs no labels:
@@ -20,7 +23,7 @@ def open_data(section):
   Raises:
     UserError: there are test classes that training does not know.
   """
-  train = _open(section.train, section)
+  train = _open(section.train, section) if train is None else train
   if section.test and are_one(section.train, section.test):
     return train, train
   if section.test:
@@ -86,8 +89,12 @@ def are_one(a: str, b: str) -> bool:
   return _place(a) == _place(b)
 
 
-def _place(spec: str) -> str:
-  """The spec with the path in it, if there is one, spelled in one way."""
-  kind, colon, rest = spec.partition(":")
-  path = os.path.expanduser(rest)
-  return f"{kind}{colon}{os.path.realpath(path) if os.path.exists(path) else rest}"
+def _place(spec: str) -> tuple[str, str, str]:
+  """(kind, name or path, split) of a spec, spelled in one way."""
+  kind, _, rest = spec.partition(":")
+  if kind == "tfds":
+    name, _, split = rest.partition(":")
+    return kind, name, split or "train"
+  path, split = data.split_npz(rest) if kind == "npz" else (rest, "")
+  is_here = kind in workdir.ON_DISK and not files.is_remote(path)
+  return kind, os.path.realpath(os.path.expanduser(path)) if is_here else path.rstrip("/"), split
