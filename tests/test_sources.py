@@ -1,6 +1,8 @@
 """Data sets by name: arrays, folders, and what they say when something is missing."""
 
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tiny
 from images import gradient, numbered, save
 
 from simclr_jax import data
+from simclr_jax.data import shards
 from simclr_jax.data.sets import textures
 from simclr_jax.programs import scores
 from simclr_jax.runtime import mesh as mesh_lib
@@ -61,6 +64,8 @@ def test_npz(tmp_path):
     data.open_source(f"npz:{file}:test")
   with pytest.raises(ValueError, match="there is no file .*absent.npz"):
     data.open_source(f"npz:{tmp_path}/absent.npz:train")
+  np.savez(tmp_path / "bytes.npz", x=numbered(2), y=[1, 0], class_names=np.asarray([b"cat", "café".encode()]))
+  assert data.open_source(f"npz:{tmp_path}/bytes.npz").class_names == ("cat", "café")
   (tmp_path / "text.npz").write_text("not a zip file")
   np.savez(tmp_path / "pickled.npz", x=np.array([{"a": 1}], object))
   for name in ("text", "pickled"):
@@ -87,6 +92,52 @@ def test_folder_with_labels(tmp_path):
   names = [os.path.relpath(source.name(i), tmp_path) for i in range(len(source))]
   assert names == ["ant/9.WEBP", "cat/1.jpg", "cat/2.png", "cat/deep/er/3.bmp"]
   np.testing.assert_array_equal(source.read(2), gradient())
+
+
+def test_links_between_folders_put_no_image_into_two_classes(tmp_path):
+  for name in ("a/1.png", "b/deep/2.png", "b/3.png", ".kept/4.png"):
+    save(tmp_path / name, gradient())
+  save(tmp_path.parent / f"{tmp_path.name}-outside" / "5.png", gradient())
+  for name, target in (
+    ("a/up", ".."), ("a/b", "../b"), ("a/deep", "../b/deep"), ("b/deep/above", "../.."), ("b/a", "../a"),
+    ("a/kept", "../.kept"), ("a/outside", f"../../{tmp_path.name}-outside"), ("b/outside", f"../../{tmp_path.name}-outside"),
+    ("b/self", "self"), ("b/self.png", "self.png"),
+  ):  # fmt: skip
+    (tmp_path / name).symlink_to(target)
+  source = data.open_source(f"folder:{tmp_path}")
+  names = [os.path.relpath(source.name(i), tmp_path) for i in range(len(source))]
+  assert names == ["a/1.png", "a/kept/4.png", "a/outside/5.png", "b/3.png", "b/deep/2.png"]
+  assert source.labels.tolist() == [0, 0, 0, 1, 1] and source.skipped == ["b/self", "b/self.png"]
+  everything = data.open_source(f"files:{tmp_path}")
+  assert len({os.path.realpath(everything.name(i)) for i in range(len(everything))}) == len(everything) == 5
+
+
+def test_a_part_of_a_set_that_was_moved_is_the_same(tmp_path, monkeypatch):
+  """As the whole set is; of images in memory, npz:FILE, the name of the file is a part of their names."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  for i in range(6):
+    save(tmp_path / f"one/images/{i % 2}/{i}.png", np.full((4, 4, 3), i, np.uint8))
+  for k in range(2):
+    rows = [((tmp_path / f"one/images/{i % 2}/{i}.png").read_bytes(), i % 2, f"{i}") for i in range(k, 6, 2)]
+    (tmp_path / "one/records").mkdir(exist_ok=True)
+    shards.write_tfrecord(str(tmp_path / f"one/records/{k}.tfrecord"), rows)
+
+  def prints(root):
+    found = []
+    for spec in (f"folder:{root}/images", f"files:{root}/images", f"tfrecord:{root}/records"):
+      source = data.open_source(spec)
+      found += [
+        source.fingerprint(),
+        data.Subset(source, 3, 0).fingerprint(),
+        data.Selection(source, [1, 4]).fingerprint(),
+      ]
+      found += [data.Selection(source, [1, 5]).fingerprint(), data.Joined([source, source]).fingerprint()]
+    return found
+
+  before = prints(tmp_path / "one")
+  shutil.copytree(tmp_path / "one", tmp_path / "other/place")
+  assert prints(tmp_path / "other/place") == before
+  assert len({json.dumps(one) for one in before}) == len(before)
 
 
 def test_folder_without_labels(tmp_path):

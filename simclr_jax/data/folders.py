@@ -1,5 +1,6 @@
 """Image files in folders, labeled by subfolder or not at all."""
 
+import collections
 import os
 
 from simclr_jax.data.decode import IMAGE_SUFFIXES, MAX_BYTES, BadImage, is_junk, sniff
@@ -37,7 +38,7 @@ class FilesSource(Source):
 
   def _find(self, path) -> list[str]:
     """The paths from the root of the image files."""
-    return self._below("")
+    return self._below([""])[0]
 
   @property
   def labels(self):
@@ -51,6 +52,9 @@ class FilesSource(Source):
 
   def name(self, i):
     return files_lib.printable(self._path(i))
+
+  def name_in_set(self, i):
+    return self._files[i]
 
   def _listing(self):
     yield from self._files
@@ -70,20 +74,27 @@ class FilesSource(Source):
     except OSError as error:
       raise BadImage(error.strerror or str(error)) from error
 
-  def _below(self, folder: str) -> list[str]:
-    """Sorted paths, from the root, of the image files at any depth below a folder of it."""
-    files, pending = [], [folder]
-    seen = {os.path.realpath(os.path.join(self._root, folder))}
-    while pending:
-      here = pending.pop()
+  def _below(self, folders: list[str]) -> list[list[str]]:
+    """For each of some folders of the root, the sorted paths from the root of the image files at any depth below it.
+
+    A folder below them that links lead to is listed once: where it is, or through a link if it is in none of them.
+    """
+    files, pending, links = [[] for _ in folders], collections.deque(enumerate(folders)), collections.deque()
+    given, seen = set(folders), {self._target(folder) for folder in ("", *folders)}
+    while pending or links:
+      number, here = (pending or links).popleft()
+      if here not in given:
+        if (target := self._target(here)) in seen:
+          continue
+        seen.add(target)
       found, below = self._scan(here)
-      files += found
+      files[number] += found
       for sub in below:
-        target = os.path.realpath(os.path.join(self._root, sub))
-        if target not in seen:  # a link may point at one of its parents
-          seen.add(target)
-          pending.append(sub)
-    return sorted(files)
+        (links if os.path.islink(os.path.join(self._root, sub)) else pending).append((number, sub))
+    return [sorted(found) for found in files]
+
+  def _target(self, folder: str) -> str:
+    return os.path.realpath(os.path.join(self._root, folder))
 
   def _scan(self, folder: str) -> tuple[list[str], list[str]]:
     """Sorted paths, from the root, of the image files and of the folders directly inside a folder of it."""
@@ -95,10 +106,13 @@ class FilesSource(Source):
           name = os.path.join(folder, entry.name)
           if is_junk("", entry.name):
             continue
-          if entry.is_dir():
-            folders.append(name)
-          elif entry.is_file() or entry.is_symlink():  # a link to nothing is named when it is read
-            (files if _is_image(entry) else self.skipped).append(name)
+          try:
+            if entry.is_dir():
+              folders.append(name)
+            elif entry.is_file() or entry.is_symlink():  # a link to nothing is named when it is read
+              (files if _is_image(entry) else self.skipped).append(name)
+          except OSError:  # a link to itself
+            self.skipped.append(name)
     except OSError as error:
       reason = f"cannot be listed ({error.strerror}); check that it may be read"
       raise UserError(f"{self.kind}:{files_lib.printable(path)}: {reason}") from error
@@ -128,8 +142,7 @@ class FolderSource(FilesSource):
   def _find(self, path):
     loose, folders = self._scan("")
     files, labels = [], []
-    for label, folder in enumerate(folders):
-      below = self._below(folder)
+    for label, below in enumerate(self._below(folders)):
       files += below
       labels += [label] * len(below)
     if files and loose:

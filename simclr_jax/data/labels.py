@@ -23,7 +23,7 @@ def make_labels(
   Args:
     values: integers of any width, booleans, or strings (str or bytes), [n] or [n, 1]; or one-hot rows [n, c] of
       zeros and ones.  -1, an empty string, None and a row of zeros mean that an image has no label.
-    class_names: names of the classes, if known: number i, or the string class_names[i], is class i.
+    class_names: names of the classes (str or bytes), if known: number i, or the string class_names[i], is class i.
     count: number of images, where it is known.
     what: the beginning of a message, such as "npz:set.npz: labels".
 
@@ -33,7 +33,7 @@ def make_labels(
   Raises:
     UserError: another shape, type or number of labels, numbers below -1, or a label that class_names does not have.
   """
-  names, array = tuple(map(str, class_names)), _as_array(values)
+  names, array = tuple(str(_decoded(name)) for name in class_names), _as_array(values)
   kind = f"{what} are {array.dtype} {list(array.shape)}"
   if array.ndim == 2 and array.shape[1] == 1:
     array = array[:, 0]
@@ -77,13 +77,17 @@ def _numbers(count: int) -> tuple[str, ...]:
   return tuple(map(str, range(count)))
 
 
+def _decoded(item):
+  """Bytes as a text, anything else as it is."""
+  return printable(item.decode("utf-8", "surrogateescape")) if isinstance(item, bytes) else item
+
+
 def _texts(array, kind, expected) -> list[str]:
   """Texts and integers [n] as texts, empty where there is no label, as for -1."""
   texts = []
   for item in array.tolist():
-    if isinstance(item, bytes):
-      item = printable(item.decode("utf-8", "surrogateescape"))
-    elif isinstance(item, int | np.integer) and not isinstance(item, bool):
+    item = _decoded(item)
+    if isinstance(item, int | np.integer) and not isinstance(item, bool):
       item = str(item)
     elif item is not None and not isinstance(item, str):
       raise UserError(f"{kind} with {type(item).__name__} among them; {expected}")

@@ -80,6 +80,10 @@ class Source:
     """What to call image i in a message: its file, or set:index."""
     raise NotImplementedError
 
+  def name_in_set(self, i: int) -> str:
+    """The same without the folder of the set, which may be moved."""
+    return self.name(i)
+
   def item(self, i: int) -> tuple[bytes | np.ndarray, int]:
     """(image i as it is stored: the bytes of a file, or uint8 [h, w, 3]; its label or -1); raises BadImage."""
     raise NotImplementedError
@@ -128,7 +132,7 @@ class Source:
     }
 
   def _listing(self) -> Iterable:
-    return map(self.name, range(len(self)))
+    return map(self.name_in_set, range(len(self)))
 
   def _label_listing(self) -> Iterable:
     return () if self.labels is None else (self.labels,)
@@ -243,6 +247,9 @@ class Subset(_Part):
   def name(self, i):
     return self._source.name(int(self._chosen[i]))
 
+  def name_in_set(self, i):
+    return self._source.name_in_set(int(self._chosen[i]))
+
   @property
   def bits(self):
     return self._source.bits
@@ -329,6 +336,10 @@ class Joined(_Part):
   def name(self, i):
     source, j = self._locate(i)
     return source.name(j)
+
+  def name_in_set(self, i):
+    source, j = self._locate(i)
+    return source.name_in_set(j)
 
   def item(self, i):
     source, j = self._locate(i)
