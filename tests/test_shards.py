@@ -3,6 +3,8 @@
 import io
 import shutil
 import tarfile
+import threading
+import time
 
 import bucket
 import numpy as np
@@ -188,6 +190,90 @@ def test_damaged_shards_are_refused_at_the_start(tmp_path):
     with pytest.raises(ValueError, match=name) as raised:
       len(data.open_source(f"{kind}:{folder}"))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "webdataset"])
+def test_empty_shards_and_what_macos_leaves_beside_others(kind, tmp_path):
+  folder = sharded(kind, tmp_path)
+  ending = "tar" if kind == "webdataset" else kind
+  (folder / f"part-a.{ending}").write_bytes(b"")
+  (folder / f"._part-0.{ending}").write_bytes(b"\0\5\x16\7 not a shard")
+  for spec in (f"{kind}:{folder}", f"{kind}:{folder}/*part-*.{ending}"):
+    assert data.open_source(spec).labels.tolist() == [i % 4 for i in range(N)]
+
+
+@pytest.mark.parametrize("content", ["", '{"0": "cat", "1": "dog"}', "[0, 1]", '"cat"'])
+def test_names_of_classes_are_a_list_of_texts(content, tmp_path):
+  folder = sharded("tfrecord", tmp_path)
+  (folder / "classes.json").write_text(content)
+  with pytest.raises(
+    ValueError, match="classes.json: expected a list of the names of the classes in JSON; correct it"
+  ) as raised:
+    len(data.open_source(f"tfrecord:{folder}").class_names)
+  assert "\n" not in str(raised.value)
+
+
+class Slow:
+  """Requests to the fake bucket that take 20 ms each; after `left` of them the connection is gone."""
+
+  def __init__(self, patch):
+    self.count, self.left, self.now, self.most, self._lock = 0, 10**9, 0, 0, threading.Lock()
+    for name in ("info", "read_part"):
+      patch.setattr(bucket.Buckets, name, self._slow(getattr(bucket.Buckets, name)))
+
+  def _slow(self, what):
+    def call(*args, **options):
+      with self._lock:
+        self.count, self.now, self.most = self.count + 1, self.now + 1, max(self.most, self.now + 1)
+      try:
+        if self.count > self.left:
+          raise OSError("the connection is gone")
+        time.sleep(0.02)
+        return what(*args, **options)
+      finally:
+        with self._lock:
+          self.now -= 1
+
+    return call
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "webdataset"])
+def test_many_shards_in_a_bucket_are_scanned_together(kind, tmp_path, monkeypatch):
+  """A scan and a reading of labels that fail half way go on there."""
+  monkeypatch.setattr(records, "THREADS", 8)
+  place, images = tmp_path / "buckets/mine/set", [encoded(np.full((8, 8, 3), i, np.uint8), "PNG") for i in range(50)]
+  place.mkdir(parents=True)
+  for k in range(64):
+    if kind == "tfrecord":
+      shards.write_tfrecord(str(place / f"{k:03}.tfrecord"), [(image, i % 4, f"{i}") for i, image in enumerate(images)])
+      continue
+    with tarfile.open(place / f"{k:03}.tar", "w") as tar:
+      for i, image in enumerate(images):
+        for ending, content in (("png", image), ("cls", b"%d" % (i % 4))):
+          member = tarfile.TarInfo(f"{i:03}.{ending}")
+          member.size = len(content)
+          tar.addfile(member, io.BytesIO(content))
+  with bucket.buckets(tmp_path / "buckets"):
+    slow = Slow(monkeypatch)
+    source = data.open_source(f"{kind}:gs://mine/set")
+    labels = source.labels
+    needed, slow.count = slow.count, 0
+    assert len(source) == 3200 and labels.tolist() == [i % 4 for i in range(50)] * 64
+    assert source.item(3199) == (images[49], 1)
+    assert needed < 7 * 64 and slow.most >= 8  # a few a shard, and not one a record
+    shutil.rmtree(tmp_path / "cache")
+    tries, slow.left = 0, 64 + 100  # the versions of the shards, and then a part of what is needed
+    while True:
+      tries, slow.count = tries + 1, 0
+      try:
+        again = data.open_source(f"{kind}:gs://mine/set")
+        assert again.labels.tolist() == labels.tolist()
+        break
+      except ValueError as error:
+        assert "the connection is gone" in str(error) and tries < 9
+    slow.left = 10**9
+    assert tries > 1 and again.fingerprint() == source.fingerprint()
+    assert len(list((tmp_path / "cache/simclr_jax").iterdir())) == 1
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "webdataset"])

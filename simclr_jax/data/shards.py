@@ -23,13 +23,16 @@ from simclr_jax.data.records import (
   cache_file,
   load_cache,
   open_shard,
+  parse_example,
   plain_label,
   read_labels,
   read_range,
   read_record,
+  read_tfrecord_labels,
   refuse_gzip,
   save_cache,
-  scan_tfrecords,
+  scan,
+  scan_tfrecord,
   versions,
 )
 from simclr_jax.data.sources import Source, say_once, skipped_text
@@ -50,9 +53,9 @@ def find(kind: str, rest: str, suffixes: Sequence[str]) -> list[str]:
   path = files.expanded(rest)
   if path.is_dir():
     ending = re.compile("(" + "|".join(re.escape(suffix) for suffix in suffixes) + r")(-\d+-of-\d+)?$")
-    found = [p for p in path.iterdir() if ending.search(p.name)]
+    found = [p for p in path.iterdir() if ending.search(p.name) and not is_junk("", p.name)]
   else:
-    found = [path] if path.is_file() else list(path.parent.glob(path.name))
+    found = [path] if path.is_file() else [p for p in path.parent.glob(path.name) if not is_junk("", p.name)]
   if not found:
     raise UserError(
       f"{kind}:{rest}: no shards there; give a folder with *{suffixes[0]}* files, or a pattern such as"
@@ -62,16 +65,19 @@ def find(kind: str, rest: str, suffixes: Sequence[str]) -> list[str]:
 
 
 class ShardSource(Source):
-  """What the four have in common.  `_facts` are cached arrays with one entry per record, and what was `skipped`."""
+  """What the four have in common.  `_facts` are cached arrays with one entry per record, and what was `skipped`.
 
-  def __init__(self, kind: str, rest: str, suffixes: Sequence[str], scan: Callable[[Sequence[str]], dict]):
+  `of_shard` is that of `records.scan`.
+  """
+
+  def __init__(self, kind: str, rest: str, suffixes: Sequence[str], of_shard: Callable[[str], dict]):
     self._spec, self._shards = f"{kind}:{rest}", find(kind, rest, suffixes)
     self._lock, self._made = threading.Lock(), None
     self._seen = versions(self._spec, self._shards)
     self._cache = cache_file(self._shards, self._seen)
     self._facts = load_cache(self._cache)
     if self._facts is None:
-      self._facts = scan(self._shards)
+      self._facts = scan(self._shards, of_shard, self._cache)
       save_cache(self._cache, self._facts)
     self.skipped = self._facts.get("skipped", np.asarray([], np.str_)).tolist()
     said = skipped_text(self.skipped)
@@ -87,6 +93,9 @@ class ShardSource(Source):
 
   def name(self, i):
     return files.printable(f"{self._shards[self._facts['shard'][i]]}:{i}")
+
+  def name_in_set(self, i):
+    return self.name(i).removeprefix(f"{files.printable(os.path.dirname(self._shards[0]))}/")
 
   def _classes(self):
     """(int32 [N] or None, names of the classes), from the cache; else the whole set is read once."""
@@ -105,10 +114,18 @@ class ShardSource(Source):
   def _known_names(self) -> Sequence[str]:
     """The names of the classes, where the set says them."""
     listed = files.absolute(self._shards[0]).parent / CLASSES
-    return json.loads(files.read_text(listed)) if listed.exists() else ()
+    if not listed.exists():
+      return ()
+    try:
+      names = json.loads(files.read_text(listed))
+    except ValueError:
+      names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+      raise UserError(f"{listed}: expected a list of the names of the classes in JSON; correct it, or delete it")
+    return names
 
   def _read_labels(self) -> np.ndarray:
-    return read_labels(self._spec, len(self), lambda i: self._record(i)[1])
+    return read_labels(self._spec, range(len(self)), lambda i: self._record(i)[1])
 
   @property
   def labels(self):
@@ -133,13 +150,10 @@ class _Examples(ShardSource):
   """Records that are serialized tf.train.Example messages: bytes under one of IMAGE_KEYS, a label of LABEL_KEYS."""
 
   def _record(self, i):
-    import tensorflow as tf
+    return self._parsed(self._bytes(i), i)
 
-    record = self._bytes(i)
-    try:
-      features = tf.train.Example.FromString(record).features.feature
-    except Exception as error:  # google.protobuf.message.DecodeError, a class of a package we do not depend on
-      raise BadImage("broken record") from error
+  def _parsed(self, record, i):
+    features = parse_example(record)
     found = next((key for key in IMAGE_KEYS if key in features and features[key].bytes_list.value), None)
     if found is None:
       raise BadImage(
@@ -157,7 +171,7 @@ class TFRecordSource(_Examples):
   """TFRecord files, uncompressed."""
 
   def __init__(self, rest):
-    super().__init__("tfrecord", rest, (".tfrecord", ".tfrecords"), scan_tfrecords)
+    super().__init__("tfrecord", rest, (".tfrecord", ".tfrecords"), scan_tfrecord)
 
   def _bytes(self, i):
     return read_record(*self._where(i))
@@ -166,6 +180,10 @@ class TFRecordSource(_Examples):
     shard, offset, length = (int(self._facts[key][i]) for key in ("shard", "offset", "length"))
     return self._shards[shard], offset, length, self._seen[shard]
 
+  def _read_labels(self):
+    where = self._shards, self._seen, self._facts, self._cache
+    return read_tfrecord_labels(self._spec, *where, lambda record, i: self._parsed(record, i)[1])
+
 
 class ArrayRecordSource(_Examples):
   """array_record files; they know their own positions."""
@@ -173,21 +191,15 @@ class ArrayRecordSource(_Examples):
   def __init__(self, rest):
     from array_record.python import array_record_module
 
-    def scan(shards):
-      counts = []
-      for path in shards:
-        reader = array_record_module.ArrayRecordReader(path)
-        if not reader.ok():
-          raise UserError(f"array_record:{rest}: {path} is not an array_record file, or damaged")
-        counts.append(reader.num_records())
-        reader.close()
-      starts = [np.arange(count) for count in counts]
-      return {
-        "shard": np.repeat(np.arange(len(shards), dtype=np.int32), counts),
-        "place": np.concatenate(starts).astype(np.int64),
-      }
+    def of_shard(path):
+      reader = array_record_module.ArrayRecordReader(path)
+      if not reader.ok():
+        raise UserError(f"array_record:{rest}: {path} is not an array_record file, or damaged")
+      count = reader.num_records()
+      reader.close()
+      return {"place": np.arange(count, dtype=np.int64)}
 
-    super().__init__("array_record", rest, (".array_record",), scan)
+    super().__init__("array_record", rest, (".array_record",), of_shard)
     self._open = array_record_module.ArrayRecordReader
     self._local = threading.local()
 
@@ -214,7 +226,7 @@ class WebDatasetSource(ShardSource):
   """
 
   def __init__(self, rest):
-    super().__init__("webdataset", rest, (".tar",), functools.partial(_scan_tars, f"webdataset:{rest}"))
+    super().__init__("webdataset", rest, (".tar",), functools.partial(_scan_tar, f"webdataset:{rest}"))
 
   def name(self, i):
     return files.printable(f"{self._shards[self._facts['shard'][i]]}:{self._facts['name'][i]}")
@@ -224,12 +236,11 @@ class WebDatasetSource(ShardSource):
     return read_range(self._shards[shard], offset, length, self._seen[shard]), self._facts["label"][i]
 
 
-def _scan_tars(spec, shards):
-  rows, skipped = [], []
-  for shard, path in enumerate(shards):
-    labels, images, others = {}, [], {}
-    try:
-      with open_shard(path) as file:
+def _scan_tar(spec, path):
+  labels, images, others = {}, [], {}
+  try:
+    with open_shard(path) as file:
+      if file.seek(0, os.SEEK_END):  # else it is empty, which tarfile takes for damage
         refuse_gzip(path, file)
         with tarfile.open(fileobj=file, mode="r:") as tar:
           for member in tar:
@@ -249,27 +260,25 @@ def _scan_tars(spec, shards):
           file.seek(tar.offset)
           if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError(f"damaged at byte {tar.offset}")
-    except (tarfile.TarError, ValueError) as error:
-      raise UserError(f"{spec}: {path} is not a plain tar file, or damaged ({error}); make it again") from error
-    except OSError as error:
-      raise UserError(f"{spec}: {path} cannot be read ({one_line(error)}); try again when it is readable") from error
-    whole = {}  # key -> its image: of 0001.jpg and 0001.mask.png the first, whatever their order
-    for image in sorted(images, key=lambda image: image[-1]):
-      if (other := whole.setdefault(image[0], image)) is image:
-        continue
-      if other[-1] == image[-1]:
-        raise UserError(
-          f"{spec}: {path} has several images of one sample, {other[1]} and {image[1]}: make shards with one of them"
-        )
-      skipped.append(image[1])
-    skipped += [name for key, name in others.items() if key not in whole]
-    rows += [
-      (shard, name, offset, size, labels.get(key, "")) for key, name, offset, size, _ in images if whole[key][1] == name
-    ]
-  columns = list(zip(*rows, strict=True)) or [()] * 5
-  kinds = (np.int32, np.str_, np.int64, np.int64, np.str_)
-  names = ("shard", "name", "offset", "length", "label")
-  facts = {name: np.asarray(column, kind) for name, column, kind in zip(names, columns, kinds, strict=True)}
+  except (tarfile.TarError, ValueError) as error:
+    raise UserError(f"{spec}: {path} is not a plain tar file, or damaged ({error}); make it again") from error
+  except OSError as error:
+    raise UserError(f"{spec}: {path} cannot be read ({one_line(error)}); try again when it is readable") from error
+  whole = {}  # key -> its image: of 0001.jpg and 0001.mask.png the first, whatever their order
+  skipped = []
+  for image in sorted(images, key=lambda image: image[-1]):
+    if (other := whole.setdefault(image[0], image)) is image:
+      continue
+    if other[-1] == image[-1]:
+      raise UserError(
+        f"{spec}: {path} has several images of one sample, {other[1]} and {image[1]}: make shards with one of them"
+      )
+    skipped.append(image[1])
+  skipped += [name for key, name in others.items() if key not in whole]
+  rows = [(name, offset, size, labels.get(key, "")) for key, name, offset, size, _ in images if whole[key][1] == name]
+  columns = list(zip(*rows, strict=True)) or [()] * 4
+  kinds = {"name": np.str_, "offset": np.int64, "length": np.int64, "label": np.str_}
+  facts = {name: np.asarray(column, kind) for (name, kind), column in zip(kinds.items(), columns, strict=True)}
   return {**facts, "skipped": np.asarray(skipped, np.str_)}
 
 
@@ -288,23 +297,19 @@ class ParquetSource(ShardSource):
       raise UserError(f"parquet:{rest}: needs pyarrow; pip install pyarrow") from error
     self._parquet, spec = parquet, f"parquet:{rest}"
 
-    def scan(shards):
-      shard, group, place = [], [], []
-      for number, path in enumerate(shards):
-        try:
-          file = parquet.ParquetFile(path)
-        except Exception as error:  # pyarrow.ArrowInvalid, OSError
-          raise UserError(f"{spec}: {path} is not a Parquet file, or damaged; make it again") from error
-        for k in range(file.num_row_groups):
-          rows = file.metadata.row_group(k).num_rows
-          shard += [number] * rows
-          group += [k] * rows
-          place += range(rows)
-      return {
-        "shard": np.asarray(shard, np.int32), "group": np.asarray(group, np.int32), "place": np.asarray(place, np.int64)
-      }  # fmt: skip
+    def of_shard(path):
+      group, place = [], []
+      try:
+        file = parquet.ParquetFile(path)
+      except Exception as error:  # pyarrow.ArrowInvalid, OSError
+        raise UserError(f"{spec}: {path} is not a Parquet file, or damaged; make it again") from error
+      for k in range(file.num_row_groups):
+        rows = file.metadata.row_group(k).num_rows
+        group += [k] * rows
+        place += range(rows)
+      return {"group": np.asarray(group, np.int32), "place": np.asarray(place, np.int64)}
 
-    super().__init__("parquet", rest, (".parquet",), scan)
+    super().__init__("parquet", rest, (".parquet",), of_shard)
     names = parquet.ParquetFile(self._shards[0]).schema_arrow.names
     self._image = next((key for key in IMAGE_KEYS if key in names), None)
     if self._image is None:
@@ -333,7 +338,7 @@ class ParquetSource(ShardSource):
         columns += self._parquet.read_table(path, columns=[self._label_column])[self._label_column].to_pylist()
       except Exception as error:  # pyarrow.ArrowException and OSError
         raise UserError(f"{self._spec}: {path}: the labels cannot be read ({one_line(error)}); try again") from error
-    return read_labels(self._spec, len(self), lambda i: plain_label(columns[i], self.name(i)))
+    return read_labels(self._spec, range(len(self)), lambda i: plain_label(columns[i], self.name(i)))
 
   def _record(self, i):
     shard, group, place = (int(self._facts[key][i]) for key in ("shard", "group", "place"))

@@ -12,8 +12,9 @@ from simclr_jax.data.labels import make_labels
 from simclr_jax.data.records import (
   cache_file,
   load_cache,
-  read_labels,
+  parse_example,
   read_record,
+  read_tfrecord_labels,
   save_cache,
   scan_tfrecords,
   versions,
@@ -58,6 +59,10 @@ class TfdsSource(Source):
         f"{spec}: no split {split or 'train'!r} in {builder.data_dir}; it has {', '.join(info.splits)}, and slices"
         " such as train[:10%]"
       ) from error
+    if not sum(
+      instruction.examples_in_shard if instruction.take < 0 else instruction.take for instruction in instructions
+    ):
+      raise UserError(f"{spec}: the split is empty; choose a larger slice of {', '.join(info.splits)}")
     self._title = f"tfds:{name}:{split or 'train'}"
     self._shards = [os.fspath(instruction.filename) for instruction in instructions]
     # Offsets and lengths of whole shards are what is cached; a slice of the split is a view of them.
@@ -65,7 +70,7 @@ class TfdsSource(Source):
     self._cache = cache_file(self._shards, self._seen)
     offsets = load_cache(self._cache)
     if offsets is None:
-      offsets = scan_tfrecords(self._shards)
+      offsets = scan_tfrecords(self._shards, self._cache)
       save_cache(self._cache, offsets)
     self._offsets = offsets
     kept = []
@@ -77,9 +82,7 @@ class TfdsSource(Source):
           f" {instruction.examples_in_shard}; copy or prepare it again"
         )
       kept.append(rows[instruction.skip :][: instruction.take if instruction.take >= 0 else None])
-    self._rows = np.concatenate(kept) if kept else np.zeros(0, np.int64)
-    if not len(self._rows):
-      raise UserError(f"{spec}: the split is empty; choose a larger slice of {', '.join(info.splits)}")
+    self._rows = np.concatenate(kept)
     self.class_names = self._names if self._has_labels() else ()
 
   def __len__(self):
@@ -121,8 +124,14 @@ class TfdsSource(Source):
     if not self._label_key:
       return None
     if "labels" not in self._offsets:
-      count = len(self._offsets["shard"])
-      self._offsets["labels"] = read_labels(self._title, count, lambda row: self._label(self._features(row)))
+      self._offsets["labels"] = read_tfrecord_labels(
+        self._title,
+        self._shards,
+        self._seen,
+        self._offsets,
+        self._cache,
+        lambda record, _: self._label(parse_example(record)),
+      )
       save_cache(self._cache, self._offsets)
     labels, _ = make_labels(self._offsets["labels"][self._rows], self._names, what=f"{self._title}: labels")
     return labels if (labels >= 0).any() else None
@@ -157,13 +166,7 @@ class TfdsSource(Source):
 
   def _features(self, row):
     """The tf.train.Example at `row`, as a mapping from names to features."""
-    import tensorflow as tf
-
-    record = self._bytes(row)
-    try:
-      return tf.train.Example.FromString(record).features.feature
-    except Exception as error:  # google.protobuf.message.DecodeError, a class of a package we do not depend on
-      raise BadImage("broken record") from error
+    return parse_example(self._bytes(row))
 
   def _bytes(self, row):
     shard, offset, length = (int(self._offsets[key][row]) for key in ("shard", "offset", "length"))
