@@ -78,6 +78,15 @@ def test_resume_takes_an_empty_folder_an_absent_one_and_a_run_of_an_earlier_vers
   assert MARKS < names(old)
 
 
+def test_overwrite_deletes_what_a_killed_export_left(tmp_path):
+  of_programs.claim(tmp_path / "run", resume=False, overwrite=False)
+  for name in (".encoder.tmp", ".encoder.old.tmp", ".encoder_torch.tmp", ".export.old.tmp"):
+    (tmp_path / "run" / name).mkdir()
+    (tmp_path / "run" / name / "card.json").write_text("{}")
+  of_programs.claim(tmp_path / "run", resume=False, overwrite=True)
+  assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["LOCK", "RUN", "RUN.sha256"]
+
+
 def test_overwrite_through_a_link_empties_the_folder_and_spares_what_a_link_in_it_leads_to(tmp_path):
   run, link, elsewhere = tmp_path / "run", tmp_path / "link", tmp_path / "elsewhere"
   claim(run)

@@ -12,6 +12,7 @@ WRITES = (  # beside checkpoint.WRITES: patterns of names at the top of a workdi
   "run.json", "data.json*", "scores.json*", "views.png", "neighbors.png", "report.html", "encoder", "encoder_torch", "export", "map", "probe",
   "unreadable*.txt", "quickstart.json*", "features.npz", "features.npz.parts", "features.npz.unreadable.txt",
   "downstream.*", "seed[0-9]*", "transfer", "transfer.*", "runs.html",
+  ".encoder*.tmp", ".export*.tmp",  # where a process was killed while it replaced one
 )  # fmt: skip
 ON_DISK = ("npz", "folder", "files", "tfrecord", "array_record", "webdataset", "parquet")  # data sets KIND:PATH
 
