@@ -4,7 +4,8 @@ Command:   simclr pretrain --config=configs/tsimcne.py --workdir=runs/tsimcne   
            simclr map --workdir=runs/tsimcne --method=tsimcne
 Hardware:  one GPU, not run yet; for cpu, 72 minutes on one of two CPU cores beside other work
 Expected:  kNN accuracy in two dimensions 89 % in the paper, with a ResNet-18 after 1,000 + 50 + 450 epochs; for cpu 32.4 on
-           CIFAR-10 (JPEG), where t-SNE of h has 40.1 and PCA 28.1 (seed 0)
+           CIFAR-10 (JPEG), where t-SNE of h has 40.1 and PCA 28.1 (seed 0).  This was measured when the steps of the output
+           layer were several times too long in the second stage, and not again since
 Source:    arXiv 2210.09879, section 3 and Appendix: the stages, batch, SGD and its rates.  The paper's head has a hidden
            layer of 1,024 units instead of 512, and no BatchNorm on its output.  cpu is the recipe cifar10_cpu with AdamW
 Data:      a prepared TFDS cifar10 in --config.data.data_dir, or arrays:

@@ -153,51 +153,40 @@ def rule(config, schedule):
   return OPTIMIZERS[c.name](schedule, momentum=c.momentum, weight_decay=c.weight_decay)
 
 
-def late(tx, parts, steps: int):
-  """`tx`, which begins with some parts of a network after `steps` updates: until then they and its moments of them stay.
+def staged(tx, trains):
+  """`tx`, which trains some parts of a network only at times: while a part waits, it and its moments stay.
 
-  Without gradients Adam would count on, and its first step would be several times too long; LARS would gather the weights'
-  decay.  The learning rate is that of all updates.
+  Without gradients Adam would count on, and its next steps would be several times too long; LARS would gather the decay
+  of the weights.  The learning rate is that of all updates.
 
   Args:
-    parts: top-level names of the parameters.
+    trains: {part: int32 number of updates done -> bool}, where parts are top-level names of the parameters; those that are
+      not named are always trained.
   """
 
   def label(params):
-    return {name: name if name in parts else "" for name in params}
+    return {name: name if name in trains else "" for name in params}
 
-  def begin(params):
-    return jnp.zeros((), jnp.int32), tx.init(params)
+  def at_times(now):
+    def begin(params):
+      # Of the type that is counted on below, so that transformations of this kind may contain each other.
+      return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), tx.init(params)
 
-  def update(updates, state, params=None):
-    count, before = state
-    updates, after = tx.update(updates, before, params)
-    begun = count >= steps
+    def update(updates, state, params=None):
+      clock, before = state
+      updates, after = tx.update(updates, before, params)
+      moves = now(clock.count)
 
-    def kept(old, new):
-      return new if isinstance(new, optax.ScaleByScheduleState) else jnp.where(begun, new, old)
+      def kept(old, new):
+        return new if isinstance(new, optax.ScaleByScheduleState) else jnp.where(moves, new, old)
 
-    after = jax.tree.map(kept, before, after, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
-    return jax.tree.map(lambda u: jnp.where(begun, u, 0), updates), (count + 1, after)
+      after = jax.tree.map(kept, before, after, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
+      clock = optax.ScaleByScheduleState(clock.count + 1)
+      return jax.tree.map(lambda u: jnp.where(moves, u, 0), updates), (clock, after)
 
-  waiting = optax.GradientTransformation(begin, update)
-  return optax.partition({"": tx, **dict.fromkeys(parts, waiting)}, label)
+    return optax.GradientTransformation(begin, update)
 
-
-def held(trains):
-  """An optax transformation that zeroes the updates of those parts of a network that are currently not trained.
-
-  Args:
-    trains: int32 number of updates done -> {part: bool}, where parts are top-level names of the parameters; parts that
-      are not named are trained.
-  """
-
-  def update(updates, state, params=None):
-    now = trains(state.count)
-    hold = lambda name, tree: jax.tree.map(lambda u: jnp.where(now.get(name, True), u, 0), tree)  # noqa: E731
-    return {name: hold(name, tree) for name, tree in updates.items()}, optax.ScaleByScheduleState(state.count + 1)
-
-  return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
+  return optax.partition({"": tx, **{part: at_times(now) for part, now in trains.items()}}, label)
 
 
 def classifier_l2(params, weight_decay):

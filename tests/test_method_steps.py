@@ -221,6 +221,26 @@ def test_the_schedule_of_tsimcne_starts_again_in_each_stage():
   assert schedule(49) < 0.01 * schedule(2) and schedule(59) < 0.03 * schedule(50) and schedule(99) < 0.01 * schedule(60)
   with pytest.raises(ValueError, match="expected at least one step in each stage"):
     methods.create(tiny.config(method="tsimcne", train_steps=4), None, tiny.source(IMAGES))
+  with pytest.raises(ValueError, match="config.rollback.spike=6.0: .*the loss jumps where a stage begins"):
+    methods.create(tiny.config(method="tsimcne", train_steps=100, **{"rollback.spike": 6.0}), None, tiny.source(IMAGES))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_the_output_layer_of_tsimcne_begins_at_the_rate_of_its_stage(name):
+  """After a first stage in which its gradients are zero, Adam's first step of every weight is as long as the rate."""
+  changes = {"tsimcne.stages": (40.0, 5.0, 5.0), "optimizer.warmup_epochs": 0.0, "optimizer.name": name}
+  config = tiny.config(method="tsimcne", train_steps=50, **changes)
+  method = methods.create(config, None, tiny.source(IMAGES))
+  tx, schedule = method.optimizer(config, IMAGES)
+  params = {part: {"kernel": jnp.zeros((2, 2))} for part in ("encoder", "projector", "predictor")}
+  zeros, ones = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.ones_like, params)
+  state = tx.init(params)
+  for _ in range(method.ends[0]):
+    _, state = tx.update({**ones, "predictor": zeros["predictor"]}, state, params)
+  updates, _ = tx.update({**zeros, "predictor": ones["predictor"]}, state, params)
+  assert method.ends[0] == 40 and schedule(40) > 0
+  np.testing.assert_allclose(updates["predictor"]["kernel"], -schedule(40), rtol=1e-5)
+  np.testing.assert_array_equal(updates["encoder"]["kernel"], 0)
 
 
 @pytest.mark.parametrize("name, entry, rows", [("moco", "queue", 64), ("instdisc", "bank", 2048)])

@@ -151,7 +151,7 @@ def test_a_part_that_begins_late_begins_as_if_it_were_new(name):
       steps.append(updates)
     return steps
 
-  late = run(optimizer.late(rule(0), {"encoder"}, 8), grads, params)
+  late = run(optimizer.staged(rule(0), {"encoder": lambda updates: updates >= 8}), grads, params)
   for step in late[:8]:
     np.testing.assert_array_equal(step["encoder"]["kernel"], 0)
   new = run(rule(8), grads[8:], {"encoder": params["encoder"]})
@@ -159,3 +159,27 @@ def test_a_part_that_begins_late_begins_as_if_it_were_new(name):
   for part, steps, others in (("encoder", late[8:], new), ("projector", late, at_once)):
     for step, other in zip(steps, others, strict=True):
       np.testing.assert_array_equal(step[part]["kernel"], other[part]["kernel"])
+
+
+@pytest.mark.parametrize("name", list(optimizer.OPTIMIZERS))
+def test_a_part_that_pauses_goes_on_as_if_there_had_been_no_pause(name):
+  """Whatever the gradients of the pause are, also where one such transformation contains another."""
+  rng = np.random.default_rng(0)
+  params = {"encoder": {"kernel": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)}}
+  grads = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params) for _ in range(9)]
+  rule = optimizer.OPTIMIZERS[name](0.1, momentum=0.9, weight_decay=0.01)
+
+  def run(tx, grads):
+    state, steps = tx.init(params), []
+    for g in grads:
+      updates, state = tx.update(g, state, params)
+      steps.append(np.asarray(updates["encoder"]["kernel"]))
+    return steps
+
+  def pause(tx, begin, end):
+    return optimizer.staged(tx, {"encoder": lambda updates: (updates < begin) | (updates >= end)})
+
+  for tx in (pause(rule, 4, 7), pause(pause(rule, 5, 7), 4, 6)):
+    steps = run(tx, grads)
+    np.testing.assert_array_equal(steps[4:7], 0)
+    np.testing.assert_array_equal(steps[:4] + steps[7:], run(rule, grads[:4] + grads[7:]))

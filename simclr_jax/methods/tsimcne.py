@@ -13,7 +13,6 @@ import itertools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from simclr_jax import contrast, optimizer
 
@@ -71,20 +70,25 @@ class TSimCNE:
       now = [rate(step - begin) for rate, begin in zip(rates, begins, strict=True)]
       return jnp.select([step < end for end in self.ends], now[:2], now[2])
 
-    return optax.chain(optimizer.rule(config, schedule), optimizer.held(self.trains)), schedule
-
-  def trains(self, step):
-    """The parts that a stage trains: all but the output layer in the first, neither encoder nor head in the second."""
-    stage = self.stage(step)
-    return {"predictor": stage > 0, "encoder": stage != 1, "projector": stage != 1}
+    # All but the output layer in the first stage, neither encoder nor head in the second.
+    trains = {
+      "predictor": lambda step: self.stage(step) > 0,
+      **dict.fromkeys(("encoder", "projector"), lambda step: self.stage(step) != 1),
+    }
+    return optimizer.staged(optimizer.rule(config, schedule), trains), schedule
 
 
 def create(config, mesh, source=None) -> TSimCNE:
   """The method of `config.tsimcne`, for a run on the images of `source`.
 
   Raises:
-    ValueError: the run is too short for three stages.
+    ValueError: the run is too short for three stages, or takes a jump of the loss for divergence.
   """
+  if config.rollback.spike:
+    raise ValueError(
+      f"config.rollback.spike={config.rollback.spike}: with config.method='tsimcne' the loss jumps where a stage begins; "
+      "set it to 0"
+    )
   total, stages = optimizer.train_steps(config, len(source)), config.tsimcne.stages
   ends = tuple(int(total * part / sum(stages)) for part in itertools.accumulate(stages[:2]))
   if not 0 < ends[0] < ends[1] < total:

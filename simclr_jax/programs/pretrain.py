@@ -107,7 +107,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
   tx, schedule = getattr(method, "optimizer", optimizer.create)(config, len(source))
   if config.head_epochs:
     alone = int(config.head_epochs * len(source) // config.batch_size)
-    tx = optimizer.late(tx, {"encoder"}, alone)
+    tx = optimizer.staged(tx, {"encoder": lambda updates: updates >= alone})
   pipeline = view_pipeline(config)
   if config.microbatches == 1:
     augmented, network = train_step.whole(model, pipeline.device)
