@@ -13,6 +13,7 @@ from simclr_jax import __main__ as cli
 from simclr_jax import data
 from simclr_jax.data import shards
 from simclr_jax.programs import data as dataset
+from simclr_jax.programs import embed
 
 
 @pytest.fixture(autouse=True)
@@ -152,3 +153,43 @@ def test_folder_in_memory(folder):
   images, extent, numbers = data.in_memory(data.open_source(f"folder:{folder}"), max_bad_fraction=0.1)
   assert images.shape == (25, 64, 64, 3) and extent.max(0).tolist() == [64, 60]
   assert numbers.tolist() == [0, 2, 2, *range(3, 25)]  # 1 is unreadable, and has the label of the image in its place
+
+
+@pytest.mark.parametrize(
+  "argv",
+  [
+    ["data", "prepare", "SET", "--output=OUT", "--short_side=-5"],
+    ["data", "prepare", "SET", "--output=OUT", "--images_per_shard=-5"],
+    ["data", "prepare", "SET", "--output=OUT", "--images_per_shard=0"],
+    ["data", "benchmark", "SET", "--size=0"],
+    ["data", "benchmark", "SET", "--resize=foo"],
+    ["data", "inspect", "SET", "--limit=-3", "--output=OUT"],
+    ["map", "--features=SET", "--images=0", "--output=OUT"],
+    ["embed", "--encoder=x", "--data=SET", "--output=OUT", "--images_per_part=0"],
+    ["plan", "--config=smoke", "--topology=v4:2x2x1", "--batch_size=0"],
+  ],
+)
+def test_impossible_counts_are_refused_before_anything_is_written(argv, tmp_path, capsys):
+  words = [word.replace("OUT", str(tmp_path / "out")).replace("SET", f"folder:{tmp_path}") for word in argv]
+  with pytest.raises(SystemExit):
+    cli.main(words)
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert "expected a whole number of at least" in error or "invalid choice: 'foo'" in error
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_does_not_become_a_part_of_the_set(folder, tmp_path):
+  before = sorted(folder.rglob("*"))
+  spec = f"folder:{folder}"
+  (tmp_path / "link").symlink_to(folder)
+  for call in (
+    lambda: dataset.prepare(spec, folder / "shards"),
+    lambda: dataset.prepare(spec, tmp_path / "link/shards"),
+    lambda: dataset.inspect(spec, output=str(folder / "sheet.png")),
+    lambda: embed.run(tmp_path, spec, folder / "features.npz"),
+  ):
+    with pytest.raises(
+      ValueError, match="--output=.* is in the data set .*, of which it would become a part: name another"
+    ):
+      call()
+  assert sorted(folder.rglob("*")) == before

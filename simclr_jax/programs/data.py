@@ -34,6 +34,12 @@ def _progress(done, total, began, what):
   print(f"{what} {done:,} of {total:,}, {duration(left)} left", flush=True)
 
 
+def _check_outside(output, spec):
+  from simclr_jax.programs import workdir  # which imports Orbax
+
+  workdir.check_outside("--output", files.expanded(output), spec)
+
+
 # ---- inspect ---------------------------------------------------------------------------------------------------
 
 
@@ -47,6 +53,8 @@ def inspect(spec: str, *, data_dir: str | None = None, limit: int = 0, output: s
     dict(images, classes {name: count}, formats {name: count}, sizes [m, 2], bytes (mean), bad {name: reason}, skipped
     (names of files), bits (see data.Source; 8 where no image has 16), unlabeled (their number)).
   """
+  if output:
+    _check_outside(output, spec)
   source = data.open_source(spec, data_dir=data_dir)
   chosen = np.arange(len(source))
   if 0 < limit < len(source):
@@ -175,6 +183,7 @@ def prepare(
     and (there := sorted(path.name for path in folder.iterdir() if path.name[0] != "."))
   ):
     raise UserError(f"--output={output} holds {there[0]} and no prepared shards: name an empty or a new folder")
+  _check_outside(output, spec)
   folder.mkdir(parents=True, exist_ok=True)
   count = -(-len(source) // images_per_shard)
   settings = {

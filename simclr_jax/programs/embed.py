@@ -21,6 +21,7 @@ from simclr_jax import data, exporting
 from simclr_jax.evaluation import embed, features
 from simclr_jax.model import make_encoder
 from simclr_jax.programs import trained
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import files, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -43,6 +44,7 @@ def run(
   """
   output = files.absolute(output)
   features.check_output(output)
+  workdir_lib.check_outside("--output", output, spec)
   if images_per_part < 1:
     raise UserError(f"--images_per_part={images_per_part}: expected at least 1")
   if output.exists() and not overwrite:

@@ -2,6 +2,8 @@
 
 import argparse
 
+from simclr_jax.programs.config import RESIZES
+
 ENCODER = "a run, or a folder written by simclr export, simclr import or a finished run"
 
 
@@ -71,9 +73,16 @@ def plan(parser):
   parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe, such as configs/v1.py:1x")
   add = parser.add_argument
   add("--topology", required=True, action="append", help="a TPU pod, such as v4:4x4x8 or v5e:16x16; may be repeated")
-  add("--batch_size", type=int, action="append", default=[], metavar="N", help="replaces the recipe's; may be repeated")
-  add("--num_examples", type=int, default=0, help="number of images, if the data set is not available here")
-  add("--num_classes", type=int, default=0, help="number of classes, if the data set is not available here")
+  add(
+    "--batch_size",
+    type=_at_least(1),
+    action="append",
+    default=[],
+    metavar="N",
+    help="replaces the recipe's; may be repeated",
+  )
+  add("--num_examples", type=_at_least(0), default=0, help="number of images, if the data set is not available here")
+  add("--num_classes", type=_at_least(0), default=0, help="number of classes, if the data set is not available here")
   add("--json", action="store_true", help="print JSON")
   add("--picture", default="", metavar="SVG", help="draw where the time of the step goes")
   parser.epilog = "--config.KEY=VALUE changes one value of the recipe, e.g. --config.batch_size=8192"
@@ -126,7 +135,7 @@ def embed(parser):
   add("--data", required=True, metavar="DATA", help="a data set such as folder:/my/images")
   add("--output", required=True, metavar="FILE", help="ends in .npz, .parquet or .safetensors")
   add("--data_dir", metavar="DIR", help="where prepared TensorFlow Datasets are")
-  add("--images_per_part", type=int, default=2048, help="save after this many images (default: 2048)")
+  add("--images_per_part", type=_at_least(1), default=2048, help="save after this many images (default: 2048)")
   add("--overwrite", action="store_true", help="replace FILE")
   _several(parser)
 
@@ -147,9 +156,22 @@ def map_of_images(parser):
   )  # fmt: skip
   add("--step", type=int, help="checkpoint of the run to use (default: the newest)")
   add("--output", metavar="DIR", help="folder to write to (default: map, in DIR or next to FILE)")
-  add("--images", type=int, default=10_000, help="largest number of images, drawn with --seed (default: 10000)")
+  add(
+    "--images", type=_at_least(2), default=10_000, help="largest number of images, drawn with --seed (default: 10000)"
+  )
   add("--seed", type=_seed, default=0)
   add("--data_dir", metavar="DIR", help="where prepared TensorFlow Datasets are, for --features")
+
+
+def _at_least(least: int):
+  """The type of an argument that is a number of things."""
+
+  def number(text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+      raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
+    return int(text)
+
+  return number
 
 
 def _seed(text: str) -> int:
@@ -191,15 +213,19 @@ def data(parser):
     one.add_argument("spec", metavar="DATA", help="a data set such as folder:/my/images")
     one.add_argument("--data_dir", metavar="DIR", help="where prepared TensorFlow Datasets are")
     if action == "inspect":
-      one.add_argument("--limit", type=int, default=0, help="number of images to read, drawn at random (default: all)")
+      one.add_argument(
+        "--limit", type=_at_least(0), default=0, help="number of images to read, drawn at random (default: all)"
+      )
       one.add_argument("--output", metavar="PNG", help="a contact sheet of 64 images")
     elif action == "prepare":
       one.add_argument("--output", required=True, metavar="DIR", help="folder of the shards")
-      one.add_argument("--images_per_shard", type=int, default=1000)
-      one.add_argument("--short_side", type=int, default=0, help="re-encode larger images at this shorter side")
+      one.add_argument("--images_per_shard", type=_at_least(1), default=1000)
+      one.add_argument(
+        "--short_side", type=_at_least(0), default=0, help="re-encode larger images at this shorter side"
+      )
     else:
-      one.add_argument("--size", type=int, default=224, help="side of the views, in pixels")
-      one.add_argument("--resize", default="bicubic", help="bicubic or bilinear")
+      one.add_argument("--size", type=_at_least(1), default=224, help="side of the views, in pixels")
+      one.add_argument("--resize", default="bicubic", choices=RESIZES, help="interpolation of crops (default: bicubic)")
 
 
 def _again(parser):

@@ -13,6 +13,7 @@ from PIL import Image
 from simclr_jax import data, report
 from simclr_jax.evaluation import clusters, embed, features
 from simclr_jax.programs import trained
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
@@ -185,14 +186,16 @@ def run(
     title, folder = f"Map of {spec}", opened.results("map")
   else:
     made = features.load(table)
-    source = data.open_source(made.data, data_dir=data_dir)
+    spec = made.data
+    source = data.open_source(spec, data_dir=data_dir)
     _check_same_images(table, made, source)
     rows = np.sort(data.permutation(seed, 0, len(made.h))[:images])
     xy, h, labels, index, class_names = None, made.h[rows], made.label[rows], made.index[rows], source.class_names
-    title, folder = f"Map of {made.data}", epath.Path(table).parent / "map"
+    title, folder = f"Map of {spec}", epath.Path(table).parent / "map"
   if len(h) < 2:
     raise UserError(f"{len(h)} image: a map needs at least two")
   folder = files.absolute(output) if output else folder
+  workdir_lib.check_outside("--output", folder, spec)
   names = [source.name(int(i)) for i in index]
   pictures = thumbnails(source, index)
   shown = chart(h, pictures, names, labels if class_names else None, class_names, seed=seed, xy=xy)

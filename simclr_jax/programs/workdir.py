@@ -5,11 +5,12 @@ import os
 from etils import epath
 
 from simclr_jax import data
-from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime.errors import UserError
 
 WRITES = (  # beside checkpoint.WRITES: patterns of names at the top of a workdir
-  "run.json", "data.json*", "scores.json*", "views.png", "neighbors.png", "report.html", "encoder", "encoder_torch", "export", "map", "probe",
+  "run.json", "data.json*", "scores.json*", "teacher.json*", "views.png", "neighbors.png", "report.html", "encoder",
+  "encoder_torch", "export", "map", "probe",
   "unreadable*.txt", "quickstart.json*", "features.npz", "features.npz.parts", "features.npz.unreadable.txt",
   "downstream.*", "seed[0-9]*", "transfer", "transfer.*", "runs.html",
   ".encoder*.tmp", ".export*.tmp",  # where a process was killed while it replaced one
@@ -34,6 +35,15 @@ def claim(workdir, *, resume: bool, overwrite: bool, specs=(), starts=(), writes
   return checkpoint.claim_workdir(
     str(workdir), resume=resume, overwrite=overwrite, writes=(*WRITES, *writes), data=of_data
   )
+
+
+def check_outside(flag: str, output, spec: str):
+  """Raises UserError where a program would write its output, which `flag` names, into the data set that it reads, of which
+  it would become an image or a class."""
+  for path in paths(spec):
+    where, what = (os.fspath(p).rstrip("/") if files.is_remote(p) else os.path.realpath(p) for p in (output, path))
+    if f"{where}/".startswith(f"{what}/"):
+      raise UserError(f"{flag}={output} is in the data set {path}, of which it would become a part: name another place")
 
 
 def paths(spec: str) -> list[str]:
