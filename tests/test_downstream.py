@@ -44,6 +44,27 @@ def test_changed_values_are_checked():
   assert config.distill_share in config.shares
 
 
+def test_what_would_end_it_after_pretraining_ends_it_before(tmp_path):
+  with pytest.raises(ValueError, match=r"config.distill_share=0.5: expected one of config.shares=\("):
+    config_lib.load("downstream", ["--config.distill_share=0.5"])
+  spec, recipe = tiny.npz(tmp_path / "tiny.npz"), tmp_path / "recipe.py"
+  text = "from simclr_jax.programs import config\n\n\ndef get_config():\n  found = config.read_recipe('smoke')\n"
+  for changes in ({"train": spec, "test": "", "held_out": 0.0}, {"train": f"files:{tmp_path}", "test": ""}):
+    recipe.write_text(
+      text + f"  found['data'] = {changes}\n  import ml_collections\n  return ml_collections.ConfigDict(found)\n"
+    )
+    with pytest.raises(ValueError, match="scores need labels in both|no image") as raised:
+      downstream.run(downstream.changed("downstream", {"pretrain": str(recipe)}), tmp_path / "run")
+    assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
+
+
+def test_pretraining_is_as_long_as_the_config_says():
+  config = downstream.changed("downstream", {"pretrain": "textures", "pretrain_epochs": 7.0})
+  assert config_lib.load("textures").train_steps
+  found = downstream.pretraining(config, 3)
+  assert (found.train_steps, found.train_epochs, found.optimizer.warmup_epochs, found.seed) == (0, 7.0, 0.7, 3)
+
+
 def test_table_and_figure(tmp_path):
   results = [
     {("fine-tuned", 0.01): 0.5, ("student", 0.1): 0.625},

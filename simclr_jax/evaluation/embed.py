@@ -174,5 +174,6 @@ def embed(fn, variables, eval_set: EvalSet, mesh):
 
 
 def bank(source, config):
-  """The training images that evaluation uses: all, or `config.evaluate.train_examples` of them."""
-  return data.Subset(source, config.evaluate.train_examples, config.seed) if config.evaluate.train_examples else source
+  """The training images that evaluation uses: all, or `config.evaluate.train_examples` of those that have a label."""
+  count = config.evaluate.train_examples
+  return data.Subset(data.labeled(source), count, config.seed) if count else source

@@ -29,12 +29,17 @@ def changed(recipe: str, changes: dict):
   return config_lib.replace(config_lib.load(recipe), changes)
 
 
+def pretraining(config, seed: int):
+  """The config of pretraining with a seed: as long as `config` says, whatever the recipe counts its length in."""
+  epochs = config.pretrain_epochs
+  length = {"train_epochs": epochs, "train_steps": 0, "optimizer.warmup_epochs": min(1.0, epochs / 10)}
+  return changed(config.pretrain, {"seed": seed, **length})
+
+
 def one_seed(config, seed: int, folder) -> dict:
   """{(what, fraction of labels): accuracy} of one seed; fraction 1 where all labels or none are meant."""
   recipe = config_lib.load(config.pretrain)
-  epochs = {"train_epochs": config.pretrain_epochs, "optimizer.warmup_epochs": min(1.0, config.pretrain_epochs / 10)}
-  pretraining = changed(config.pretrain, {"seed": seed, **epochs})
-  scores = part(pretrain.run, pretraining, folder / "pretrain")
+  scores = part(pretrain.run, pretraining(config, seed), folder / "pretrain")
   names = {"raw pixels": "raw pixels", "untrained encoder": "an untrained h", "SimCLR h": "h"}
   out = {(f"linear on {name}", 1.0): scores[key]["linear"] for key, name in names.items()}
   shared = {
@@ -91,7 +96,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     ValueError: a mistake in the config or the data, on one line.
   """
   recipe = config_lib.load(config.pretrain)
-  train, test = splits.open_data(recipe.data)
+  train, test = splits.check_labeled(recipe.data, *splits.open_data(recipe.data))
   fingerprints = same.check_data(workdir, resume, "refuse", {"data.train": train, "data.test": test})
   workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite)
   if resume and (workdir / "config.json").exists():
