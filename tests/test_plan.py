@@ -12,11 +12,12 @@ import xml.etree.ElementTree
 
 import jax
 import pytest
+import tiny
 
 from simclr_jax import __main__ as cli
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import data as data_program
-from simclr_jax.programs import plan, recipes
+from simclr_jax.programs import finetune, plan, recipes, splits
 from simclr_jax.runtime import aot
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -298,3 +299,24 @@ def test_a_real_program_for_a_pod_that_is_not_here():
   for recipe in ("finetune:small", "distill:small"):
     (row,) = json.loads(simclr_plan(f"--config={recipe}", "--topology=v5e:2x2", "--json"))
     assert row["changes"].keys() <= {"encoder.arrangement"} and row["steps"] == 300
+
+
+def test_the_images_are_those_that_are_trained_on(tmp_path):
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  held_out = tiny.config(**{"data.train": spec, "data.test": ""})
+  tenth = len(splits.open_data(held_out.data)[1])
+  assert tenth > 0 and plan.size_of(held_out) == (96 - tenth, 10)
+  assert plan.size_of(tiny.config(**{"data.train": spec, "data.test": "npz:/not/here.npz"})) == (96, 10)
+  some = {"data.train": spec, "data.test": f"{spec}:test", "labels.fraction": 0.5}
+  few = config_lib.replace(config_lib.load("finetune:small"), some)
+  assert plan.size_of(few) == (len(finetune.choose(tiny.source(), few.labels)), 10)
+  known = {"data.train": "tfds:imagenet2012:train", "data.test": "tfds:imagenet2012:validation", "labels.fraction": 0.1}
+  known["data.data_dir"] = str(tmp_path)
+  assert plan.size_of(config_lib.replace(few, known)) == (128_117, 1000)
+
+
+def test_a_form_of_nt_xent_is_named_where_it_is_the_loss():
+  mesh = mesh_lib.make_mesh()
+  assert "nt_xent" in plan.settings(tiny.config(), mesh)
+  for method in ("byol", "memory"):
+    assert "nt_xent" not in plan.settings(tiny.config(method=method), mesh)

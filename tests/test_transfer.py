@@ -155,7 +155,7 @@ def fine_tuned(tmp_path, monkeypatch, result, **changes):
   spec = tiny.npz(tmp_path / "tiny.npz")
   c = config("x", {"tiny": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")}, **changes)
   train, held_out, test = transfer.splits(c.rows["tiny"], None)
-  started = types.SimpleNamespace(encoder=tiny.config().encoder)
+  started = types.SimpleNamespace(encoder=tiny.config().encoder, path="x")
   frozen = types.SimpleNamespace(start=started, resize="bicubic_tf1")
   found = transfer.fine_tune(c, frozen, started, train, held_out, test, "top_1", tmp_path / "run", mesh=None)
   return found, configs
@@ -174,6 +174,15 @@ def test_a_point_of_the_grid_that_diverges_is_the_worst(tmp_path, monkeypatch):
 def test_fine_tuning_sees_the_pixels_that_linear_evaluation_sees(tmp_path, monkeypatch):
   _, configs = fine_tuned(tmp_path, monkeypatch, lambda c: 0)
   assert {c.augment.resize for c in configs} == {"bicubic_tf1"}
+
+
+def test_the_configs_of_fine_tuning_name_its_data_and_its_start(tmp_path, monkeypatch):
+  changes = {"finetune.recipe": "finetune:v1_1pct"}
+  _, configs = fine_tuned(tmp_path, monkeypatch, lambda c: 0, **changes)
+  spec = f"npz:{tmp_path / 'tiny.npz'}"
+  assert {(c.data.train, c.data.test, c.labels.fraction, c.start) for c in configs} == {
+    (spec, f"{spec}:test", 1.0, "x")
+  }
 
 
 def test_a_set_is_not_scored_against_itself(tmp_path):

@@ -3,6 +3,7 @@
 The real train step of the recipe is compiled for the pod (runtime/aot.py), and the program is analyzed.
 """
 
+import dataclasses
 import json
 import math
 
@@ -11,7 +12,7 @@ from clu.parameter_overview import count_parameters
 
 from simclr_jax import contrast, data, optimizer, report
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import distill, finetune, pretrain
+from simclr_jax.programs import distill, finetune, pretrain, splits
 from simclr_jax.runtime import aot, files, progress
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -37,18 +38,22 @@ PER_CORE = {"host": 221, "device": 484, "device_crop": 690}
 
 
 def size_of(config) -> tuple[int, int]:
-  """(images, classes) of the training set: of the one at hand, or of a known one.
+  """(number of images that are trained on, classes) of the training set: of the one at hand, or of a known one.
 
   Raises:
-    ValueError: neither.
+    ValueError: neither, or the labels that training needs are not there.
   """
+  fine_tunes = config_lib.program(config) == "finetune"
   try:
-    source = data.open_source(config.data.train, data_dir=config.data.data_dir or None)
-    return len(source), source.num_classes
+    # data.test, which may not be at hand, is not opened: with it, nothing is held out.
+    held_out = 0.0 if config.data.test else config.data.held_out
+    source, _ = splits.open_data(dataclasses.replace(config.data, test="", held_out=held_out))
   except ValueError as error:
     if config.data.train in KNOWN:
-      return KNOWN[config.data.train]
+      images, classes = KNOWN[config.data.train]
+      return round(images * config.labels.fraction) if fine_tunes else images, classes
     raise UserError(f"{error}; or give --num_examples and --num_classes") from None
+  return len(finetune.choose(source, config.labels)) if fine_tunes else len(source), source.num_classes
 
 
 def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
@@ -98,7 +103,7 @@ def settings(config, mesh) -> dict:
     "zero1": flat.get("zero1", False),
     "microbatches": flat.get("microbatches", 1),
   }
-  if config_lib.program(config) == "pretrain" and config.loss.name == "nt_xent":
+  if config_lib.program(config) == "pretrain" and (config.method, config.loss.name) == ("simclr", "nt_xent"):
     chosen["nt_xent"] = contrast.choose(config.batch_size, mesh.size, mesh.devices.flat[0].platform)
   return chosen
 

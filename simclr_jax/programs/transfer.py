@@ -47,11 +47,13 @@ HELD_OUT_SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Labeled images: a source; `targets` are its labels [n], or [n, classes] of 1, 0 and -1 where images have several."""
+  """Labeled images: a source, which `spec` names; `targets` are its labels [n], or [n, classes] of 1, 0 and -1 where images
+  have several."""
 
   source: data.Source
   targets: np.ndarray
   num_classes: int
+  spec: str
 
 
 def open_split(spec: str, data_dir=None) -> Split:
@@ -59,18 +61,18 @@ def open_split(spec: str, data_dir=None) -> Split:
   source = data.open_source(spec, data_dir=data_dir)
   several = source.several_labels()
   if several is not None:
-    return Split(source, several, several.shape[1])
+    return Split(source, several, several.shape[1], spec)
   if source.labels is None:
     raise UserError(f"{spec}: has no labels, so nothing can be scored on it: leave it out of config.rows")
   source = data.labeled(source)
-  return Split(source, source.labels, source.num_classes)
+  return Split(source, source.labels, source.num_classes, spec)
 
 
 def align(train: Split, other: Split, spec: str) -> Split:
   """The other split with its classes numbered as in the training split."""
   if train.targets.ndim == 1 == other.targets.ndim:
     source = data.align(train.source, other.source, what=spec)
-    return Split(source, source.labels, source.num_classes)
+    return Split(source, source.labels, source.num_classes, spec)
   if train.targets.shape[1:] != other.targets.shape[1:]:
     raise UserError(
       f"{spec} has {other.num_classes} classes, the training images {train.num_classes}: name two splits of a set"
@@ -130,9 +132,8 @@ def splits(row, data_dir):
     held_out = linear.held_out_parts(train.targets, 1, np.random.default_rng(HELD_OUT_SEED))[0]
     return train, held_out, test
   more = align(train, open_split(row.validation, data_dir), row.validation)
-  joined = Split(
-    data.Joined([train.source, more.source]), np.concatenate([train.targets, more.targets]), train.num_classes
-  )
+  both = data.Joined([train.source, more.source])
+  joined = Split(both, np.concatenate([train.targets, more.targets]), train.num_classes, row.train)
   return joined, np.arange(len(joined.source)) >= len(train.source), test
 
 
@@ -172,7 +173,14 @@ def fine_tune(
   def trained(source, tested, lr, decay, name):
     optimizer = dict(name="sgd", base_lr=lr, lr_scaling="none", weight_decay=decay / lr)
     changes = {
-      **{"encoder": encoder.start.encoder, "projector": {"kind": "none"}, "tap": 0, "start": ""},
+      **{
+        "encoder": encoder.start.encoder,
+        "projector": {"kind": "none"},
+        "tap": 0,
+        "start": start.path if start else "",
+      },
+      **{"data.train": train.spec, "data.test": test.spec, "data.data_dir": config.data_dir},
+      **{"labels.fraction": 1.0, "labels.list": ""},
       **{"batch_size": g.batch_size, "train_steps": tuned.train_steps, "train_epochs": 0.0, "seed": config.seed},
       **{
         "optimizer": optimizer,
