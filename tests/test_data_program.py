@@ -12,8 +12,9 @@ from PIL import Image
 from simclr_jax import __main__ as cli
 from simclr_jax import data
 from simclr_jax.data import shards
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import data as dataset
-from simclr_jax.programs import embed
+from simclr_jax.programs import embed, flags
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +177,10 @@ def test_impossible_counts_are_refused_before_anything_is_written(argv, tmp_path
   error = capsys.readouterr().err.splitlines()[-1]
   assert "expected a whole number of at least" in error or "invalid choice: 'foo'" in error
   assert not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_takes_every_interpolation():
+  assert flags.RESIZES == config_lib.RESIZES
 
 
 def test_what_is_written_does_not_become_a_part_of_the_set(folder, tmp_path):

@@ -2,8 +2,8 @@
 
 import argparse
 
-from simclr_jax.programs.config import RESIZES
-
+# Those of config.py, which takes as long to import as all else here.
+RESIZES = ("bicubic", "bicubic_tf1", "bilinear", "bicubic_antialias")
 ENCODER = "a run, or a folder written by simclr export, simclr import or a finished run"
 
 
