@@ -571,3 +571,9 @@ def test_tensorflow_is_quiet_whoever_imports_it(tmp_path, fails):
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
   assert ("chatter" in done.stderr) == fails and (done.returncode != 0) == fails
   assert fails or done.stdout == "[] GPU\n"
+
+
+def test_an_option_of_the_oracle_is_refused_elsewhere():
+  assert config_lib.load("smoke", ["--config.method=oracle", "--config.removed_negatives=0.2"]).removed_negatives == 0.2
+  with pytest.raises(UserError, match="config.removed_negatives is only for config.method=oracle"):
+    config_lib.load("smoke", ["--config.removed_negatives=0.2"])

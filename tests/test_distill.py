@@ -131,3 +131,16 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path):
       else contextlib.nullcontext()
     ):
       distill.check_classes(config, source)
+
+
+def test_a_run_resumes_with_the_teacher_that_it_began_with(teacher, tmp_path):
+  """Another one is refused before the folder is touched."""
+  folder, _ = teacher
+  c, workdir = config(folder, tiny.npz(tmp_path / "tiny.npz")), tmp_path / "run"
+  (workdir / "checkpoints").mkdir(parents=True)
+  (workdir / "COMPLETE").touch()
+  other = jax.tree.map(lambda x: x + 1, distill.Teacher(folder).variables)
+  same.check_result(workdir / "teacher.json", {"teacher": exporting.checksum(other)}, "it")
+  with pytest.raises(ValueError, match=f"the run in {workdir} was made with another teacher: use another --workdir"):
+    distill.run(c, workdir, resume=True)
+  assert (workdir / "COMPLETE").exists()

@@ -12,7 +12,7 @@ from simclr_jax import __main__ as cli
 from simclr_jax import data, exporting, methods, model, optimizer
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, pretrain, trained
-from simclr_jax.runtime import loop
+from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 
 
@@ -229,3 +229,45 @@ def test_mistakes_are_one_line_and_touch_nothing(start, tmp_path, capsys):
   (tmp_path / "tuned/config.json").write_text(config_lib.to_json(config(**changes)))
   assert cli.main(["knn", f"--workdir={tmp_path / 'tuned'}"]) == 1
   assert "is a run of simclr finetune: its encoder is in" in capsys.readouterr().err
+
+
+def test_the_start_says_what_the_network_is_and_the_recipe_how_it_computes(start, tmp_path):
+  given = config(start=start[0], **{"encoder.dtype": "bfloat16", "encoder.arrangement": "packed"})
+  resolved, _ = finetune.resolve(given)
+  assert (resolved.encoder.width, resolved.encoder.dtype, resolved.encoder.arrangement) == (
+    0.0625,
+    "bfloat16",
+    "packed",
+  )
+  (tmp_path / "checkpoints").mkdir()
+  checkpoint.write_config(tmp_path, config_lib.to_json(resolved))
+  gone = config_lib.replace(given, {"start": str(tmp_path / "gone")})
+  assert finetune.resolve(given, tmp_path) == (resolved, None)  # a run that has begun does not open it again
+  assert finetune.resolve(gone, tmp_path)[0].encoder == resolved.encoder
+  task = finetune.make_task(resolved, None, tiny.source(), mesh=mesh_lib.make_mesh())
+  state = begin(task, mesh_lib.make_mesh())  # no checkpoint could be loaded
+  assert all(np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(s.params["encoder"]) for s in (state, start[1])), strict=True))  # fmt: skip
+
+
+def test_names_of_held_out_images_are_told_from_unknown_ones(tmp_path):
+  source = data.ArraySource(np.zeros((8, 4, 4), np.uint8), np.arange(8) % 2, title="set")
+  train, test = data.Selection(source, range(6)), data.Selection(source, [6, 7])
+  (tmp_path / "list.txt").write_text("set:1\nset:6\n")
+  labels = config_lib.Labels(list=str(tmp_path / "list.txt"))
+  with pytest.raises(
+    ValueError, match="1 of 2 names are held out of data.train to be scored, such as set:6; remove them"
+  ):
+    finetune.choose(train, labels, test)
+  with pytest.raises(ValueError, match="1 of 2 names are not in data.train, such as set:6"):
+    finetune.choose(train, labels)
+
+
+def test_an_unknown_operator_of_the_views_touches_nothing(tmp_path):
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  c = config(
+    **{"data.train": spec, "data.test": f"{spec}:test", "encoder.width": 0.0625, "augment.color_strength": 0.5}
+  )
+  c = config_lib.replace(c, {"augment.extra": (("sobell", 0.1),), "labels.fraction": 1.0})
+  with pytest.raises(ValueError, match="sobell.*sobel") as raised:
+    finetune.run(c, tmp_path / "run")
+  assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()

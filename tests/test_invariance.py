@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import tiny
 
 from simclr_jax.evaluation import invariance, linear
+from simclr_jax.programs import transforms
 
 SIDE = 12
 
@@ -110,3 +112,8 @@ def test_regression_agrees_with_scipy_and_a_hopeless_one_scores_nothing():
   assert abs(linear.regression_score(x[:200], noise[:200], x[200:], noise[200:])) < 0.05
   circle = np.stack([np.cos(x[:, 0]), np.sin(x[:, 0])], 1)
   assert linear.regression_score(circle, circle, circle, circle) > 0.999
+
+
+def test_an_export_has_no_steps(tmp_path):
+  with pytest.raises(ValueError, match="--step=3: .* holds one encoder"):
+    transforms.run(tiny.export(tmp_path / "encoder"), step=3)

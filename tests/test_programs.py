@@ -20,10 +20,11 @@ import tiny
 import simclr_jax
 from simclr_jax import __main__ as cli
 from simclr_jax import exporting, model
+from simclr_jax.evaluation import embed
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import export, knn, pretrain, probe, runs, trained, transforms
 from simclr_jax.programs import map as map_lib
-from simclr_jax.runtime import loop
+from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 
@@ -401,6 +402,51 @@ def test_resuming_takes_everything_from_the_folder(finished, tmp_path, capfd, mo
   assert f"--workdir={workdir} is a run of simclr pretrain" in capfd.readouterr().err
   assert cli.main(["pretrain", "--resume", f"--workdir={tmp_path / 'none'}"]) == 1
   assert "no run here" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["open({touched!r}, 'w')\n", "open({touched!r}, 'w')\nraise OSError\n", "def (\n"])
+def test_resuming_does_not_run_the_recipe_that_the_folder_names(recipe, tmp_path, capfd, monkeypatch):
+  """The folder may come from elsewhere; and a recipe that was edited since, or is gone, keeps nobody from resuming."""
+  workdir, file, touched = tmp_path / "run", tmp_path / "recipe.py", tmp_path / "touched"
+  workdir.mkdir()
+  file.write_text(recipe.format(touched=str(touched)))
+  config = tiny.config()
+  checkpoint.write_config(workdir, config_lib.to_json(config))
+  called = []
+  monkeypatch.setattr(pretrain, "run", lambda config, workdir, **options: called.append((config, options)))
+  for about, said in (({"changes": [["batch_size", 8, 16]]}, "changed     batch_size=16\n"), ({}, "")):
+    (workdir / "run.json").write_text(json.dumps({"recipe": str(file), **about}))
+    assert pretrain.changes_of(str(file), config, workdir, True) == about.get("changes")
+    assert cli.main(["pretrain", "--resume", f"--workdir={workdir}"]) == 0
+    assert capfd.readouterr().out.endswith(f"recipe      {file}\n{said}")
+  assert not touched.exists()
+  assert [options["recipe"] for _, options in called] == [str(file)] * 2
+  file.unlink()
+  assert cli.main(["pretrain", "--resume", f"--workdir={workdir}"]) == 0
+  assert called[-1] == (config, {"resume": True, "overwrite": False, "recipe": ""})
+
+
+def test_the_page_says_how_long_the_run_was():
+  assert pretrain.length(tiny.config(train_epochs=16.0, train_steps=0)) == "16 epochs"
+  assert pretrain.length(tiny.config(train_epochs=16.0, train_steps=5000)) == "5,000 steps"
+
+
+def test_transforms_are_predicted_from_the_images_of_all_processes(monkeypatch):
+  """Each of two processes has half of the rows of a batch."""
+  mesh, config = mesh_lib.make_mesh(), tiny.config(**{"evaluate.batch_size": 8})
+  alone = transforms._images(tiny.source(16), 16, config, mesh)
+  halves = []
+  for i in range(2):
+    with monkeypatch.context() as patch:
+      patch.setattr(jax, "process_index", lambda i=i: i)
+      patch.setattr(jax, "process_count", lambda: 2)
+      halves.append(list(embed.eval_set(tiny.source(16), config, mesh).batches()))
+  rows = {key: iter([np.concatenate(pair) for pair in zip(*([b[key] for b in half] for half in halves), strict=True)]) for key in ("image", "mask")}  # fmt: skip
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, "process_index", lambda: 0)
+    patch.setattr(jax, "process_count", lambda: 2)
+    patch.setattr(transforms.processes, "gather_rows", lambda x: next(rows["image" if x.ndim == 4 else "mask"]))
+    np.testing.assert_array_equal(transforms._images(tiny.source(16), 16, config, mesh), alone)
 
 
 def test_sigterm_saves_and_exits_42(tmp_path):

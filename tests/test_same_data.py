@@ -9,7 +9,10 @@ import tiny
 from images import save
 
 from simclr_jax import data
-from simclr_jax.programs import distill, finetune, pretrain, same
+from simclr_jax.evaluation import embed
+from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import distill, finetune, pretrain, same, splits, trained, transforms
+from simclr_jax.runtime import checkpoint
 
 
 def picture(i):
@@ -146,3 +149,81 @@ def test_every_program_that_trains_checks():
     assert "same.claim(config, workdir, " in inspect.getsource(program.run)
   text = inspect.getsource(same.claim)
   assert text.index("check_data(") < text.index("workdir_lib.claim(") < text.index("keep_data(")
+
+
+def test_what_is_accepted_is_said_and_accepted_once(folder, tmp_path, capsys):
+  spec = f"folder:{folder}"
+  config = tiny.config(**{"data.train": spec, "data.test": spec, "data.changed": "accept"})
+  for change in (lambda folder: None, delete):
+    change(folder)
+    source = data.open_source(spec)
+    kept, workdir = same.claim(config, tmp_path / "run", source, source, resume=True, overwrite=False)
+    checkpoint.write_config(workdir, config_lib.to_json(kept))
+    (workdir / "checkpoints").mkdir(exist_ok=True)
+  assert "accepted    data.train is not what the run began with: 11 images instead of 12" in capsys.readouterr().out
+  add(folder)
+  resumed = config_lib.from_json(checkpoint.read_config(workdir))
+  with pytest.raises(ValueError, match="12 images instead of 11|other names"):
+    same.claim(resumed, workdir, data.open_source(spec), source, resume=True, overwrite=False)
+
+
+def test_an_encoder_is_not_scored_on_images_that_it_was_trained_on(folder, tmp_path):
+  """The held-out tenth of a folder is chosen by position, which a file that comes or goes shifts."""
+  run, other = tmp_path / "run", f"folder:{shutil.copytree(folder, tmp_path / 'other')}"
+  changes = {"data.train": f"folder:{folder}", "data.test": "", "batch_size": 8}
+  config = tiny.config(**changes)
+  train, test = splits.open_data(config.data)
+  encoder = tiny.export(run / "encoder", **changes)
+  same.keep_data(run, same.check_data(run, False, "refuse", {"data.train": train, "data.test": test}))
+  names = lambda source: [source.name(i) for i in range(len(source))]  # noqa: E731
+  assert names(trained.TrainedRun(encoder).test_source) == names(test)
+  with pytest.raises(
+    ValueError, match="data.held_out=0.5: the training of .* held out 0.1, so it saw .*config.data.test="
+  ):
+    trained.TrainedRun(encoder, overrides=["--config.data.held_out=0.5"])
+  tested = tiny.config(**{**changes, "data.test": other})
+  with pytest.raises(ValueError, match="data.held_out=0.1: the training of .* held out 0, so it saw"):
+    trained.open_data(config, run, tested)
+  add(folder)
+  for score in (
+    lambda: trained.TrainedRun(encoder),
+    lambda: trained.TrainedRun(encoder, overrides=["--config.data.held_out=0.01"]),
+    lambda: transforms.run(encoder),
+    lambda: trained.open_data(config, run, config),
+  ):
+    with pytest.raises(ValueError, match="data.train is not what .*run began with, so other images are held out now") as raised:  # fmt: skip
+      score()
+    assert "\n" not in str(raised.value) and "--config.data.test=" in str(raised.value)
+  for override in (f"--config.data.test={other}", f"--config.data.train={other}", "--config.data.held_out=0.0"):
+    assert trained.TrainedRun(encoder, overrides=[override])
+
+
+def test_the_groups_of_batch_norm_are_those_that_the_run_began_with(tmp_path, monkeypatch):
+  """On eight devices the config keeps eight; a run of an earlier version, which kept none, resumes."""
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  config = tiny.config(**{"data.train": spec, "data.test": f"{spec}:test", "norm_scope": "device"})
+  kept = []
+
+  def claim(config, *_, **__):
+    kept.append(config)
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(same, "claim", claim)
+    with pytest.raises(KeyboardInterrupt):
+      pretrain.run(config, tmp_path / "run")
+  assert kept[0].norm_devices == 8
+  now = config_lib.replace(config, {"norm_devices": 4})
+  (tmp_path / "run").mkdir()
+  checkpoint.write_config(tmp_path / "run", config_lib.to_json(kept[0]))
+  with pytest.raises(ValueError, match="config.norm_devices is 8 in the run and 4 now"):
+    same.same_config(now, tmp_path / "run")
+  checkpoint.write_config(tmp_path / "run", config_lib.to_json(config))
+  assert same.same_config(now, tmp_path / "run") == now
+
+
+def test_a_bank_of_some_images_is_drawn_from_those_with_a_label():
+  source = tiny.source(40)
+  some = data.ArraySource(source.images, np.where(np.arange(40) % 4, -1, source.labels), class_names=source.class_names)
+  bank = embed.bank(some, tiny.config(**{"evaluate.train_examples": 6}))
+  assert len(bank) == 6 and (bank.labels >= 0).all()

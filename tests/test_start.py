@@ -1,5 +1,6 @@
 """Pretraining from given weights: what is taken over, what is held, what is refused, and that resuming is exact."""
 
+import contextlib
 import shutil
 import time
 
@@ -10,7 +11,8 @@ import tiny
 
 from simclr_jax import load_encoder
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import export, finetune, pretrain, quickstart, trained
+from simclr_jax.programs import export, finetune, pretrain, quickstart, same, trained
+from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -73,8 +75,10 @@ def test_a_head_is_kept_in_safetensors_too(first, tmp_path):
 def test_the_architecture_is_that_of_the_start_but_not_how_it_computes(first):
   run, config = first
   changes = {"start": str(run / "encoder"), "encoder.width": 1.0, "encoder.depth": 50, "encoder.dtype": "bfloat16"}
+  changes |= {"encoder.arrangement": "packed"}
   config, _ = pretrain.open_start(config_lib.replace(config, changes))
   assert (config.encoder.depth, config.encoder.width, config.encoder.dtype) == (18, 0.0625, "bfloat16")
+  assert config.encoder.arrangement == "packed"
 
 
 @pytest.mark.slow
@@ -102,17 +106,49 @@ def test_mistakes(first, changes, words):
     pretrain.run(config_lib.replace(first[1], changes), "unused")
 
 
-@pytest.mark.slow
-def test_a_run_from_an_export_resumes_and_does_not_replace_its_start(first, tmp_path):
-  run, config = first
-  config = config_lib.replace(
-    config, {"start": str(run / "encoder"), "checkpoint.every_steps": 2, "checkpoint.keep": 3}
+def test_a_head_that_is_trained_alone_for_the_whole_run_is_refused():
+  for epochs, fits in ((0.5, True), (2 / 3, False), (9.0, False)):  # 3, 4 and 54 of 4 steps
+    config = tiny.config(start="x", head_epochs=epochs)
+    with (
+      contextlib.nullcontext() if fits else pytest.raises(UserError, match="the run has 4, so the encoder would never")
+    ):
+      pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh())
+
+
+@pytest.mark.parametrize("keep_head", [False, True])
+def test_a_begun_run_does_not_need_its_start(tmp_path, keep_head):
+  """Its config names the networks; only where no checkpoint can be loaded, the start is opened after all."""
+  export_of = tiny.export(tmp_path / "start")
+  given = tiny.config(
+    start=str(export_of), **{"encoder.width": 1.0, "encoder.dtype": "bfloat16", "projector.out_dim": 8}
   )
+  (tmp_path / "run/checkpoints").mkdir(parents=True)
+  begun, _ = pretrain.open_start(given)
+  checkpoint.write_config(tmp_path / "run", config_lib.to_json(begun))
+  shutil.rmtree(export_of)
+  for config in (given, begun):
+    found = trained.as_begun(config, tmp_path / "run", ("encoder",))
+    assert found == begun and found.encoder.width == 0.0625 and found.encoder.dtype == "bfloat16"
+  other = trained.as_begun(config_lib.replace(begun, {"encoder.dtype": "float32"}), tmp_path / "run", ("encoder",))
+  with pytest.raises(UserError, match="encoder.dtype is 'bfloat16' in the run and 'float32' now"):
+    same.same_config(other, tmp_path / "run")
+  task = pretrain.make_task(begun, tiny.source(), mesh=mesh_lib.make_mesh())
+  with pytest.raises(UserError, match="no run here"):
+    task.warm_start(None)
+
+
+@pytest.mark.slow
+def test_a_run_from_an_export_resumes_without_its_start_and_does_not_replace_it(first, tmp_path):
+  run, config = first
+  start = shutil.copytree(run / "encoder", tmp_path / "start")
+  config = config_lib.replace(config, {"start": str(start), "checkpoint.every_steps": 2, "checkpoint.keep": 3})
   straight = pretrain.run(config, tmp_path / "straight")["state"]
   pretrain.run(config, tmp_path / "resumed")
   for folder in (tmp_path / "resumed/checkpoints").glob("4*"):
     shutil.rmtree(folder)
   (tmp_path / "resumed/COMPLETE").unlink()
+  assert not equal(load_encoder(start)[1]["params"], straight.params["encoder"])
+  shutil.rmtree(start)
   assert equal(pretrain.run(config, tmp_path / "resumed", resume=True)["state"].params, straight.params)
   assert not equal(load_encoder(run / "encoder")[1]["params"], straight.params["encoder"])
   with pytest.raises(UserError):

@@ -40,9 +40,9 @@ def source(count=96, labeled=True):
   return data.ArraySource(images, labels, class_names=full.class_names if labeled else (), title="tiny")
 
 
-def export(path):
+def export(path, **changes):
   """The export of an encoder with random weights, made without compiling anything; returns the folder."""
-  c, rng = config(), np.random.default_rng(0)
+  c, rng = config(**changes), np.random.default_rng(0)
   shapes = jax.eval_shape(resnet(**c.encoder).init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
 
   def draw(path, leaf):

@@ -41,6 +41,7 @@ from simclr_jax.runtime.config import (
 from simclr_jax.runtime.errors import UserError
 
 __all__ = [
+  "about_run",
   "build",
   "check_same",
   "describe",
@@ -487,6 +488,8 @@ class Pretrain(Training):
       )
     if self.norm_scope == "global" and self.norm_devices:
       raise UserError(f"norm_devices={self.norm_devices} is only for config.norm_scope=device")
+    if self.removed_negatives != 1 and self.method != "oracle":
+      raise UserError(f"method={self.method!r}: config.removed_negatives is only for config.method=oracle")
     if self.memory and self.method == "simclr":
       object.__setattr__(self, "method", "memory")
     for name, kind in SECTIONS.items():
@@ -558,6 +561,10 @@ class Downstream(Section):
     REQUIRED, "fraction of the labels that the teacher was trained with, one of shares", above=0, at_most=1
   )
   transfer: str = key(REQUIRED, "recipe of transfer")
+
+  def check(self):
+    if self.distill_share not in self.shares:
+      raise UserError(f"distill_share={self.distill_share}: expected one of config.shares={self.shares}")
 
 
 @frozen
@@ -656,19 +663,27 @@ def load(recipe: str, overrides=()):
 
 def of_run(workdir, overrides=()):
   """(the name of the recipe, the config) of the run in a folder, with overrides applied; the name is empty if the run
-  does not state it or the recipe no longer exists.
+  does not state it or the recipe no longer exists.  The recipe is not run: the folder may come from elsewhere.
 
   Raises:
     UserError: there is no run or its config is damaged; otherwise as for `load`.
   """
-  from simclr_jax.runtime import files
-
   config = override(from_json(read_config(workdir)), overrides)
-  about = files.absolute(workdir) / "run.json"
-  recipe = json.loads(files.read_text(about)).get("recipe", "") if about.exists() else ""
+  recipe = about_run(workdir).get("recipe", "")
   with contextlib.suppress(UserError):
     return find_recipe(recipe) and recipe, config
   return "", config
+
+
+def about_run(workdir) -> dict:
+  """run.json of a run, in which pretrain.run says what it is made of; {} if there is none, or something else."""
+  from simclr_jax.runtime import files
+
+  file = files.absolute(workdir) / "run.json"
+  with contextlib.suppress(OSError, ValueError):
+    found = json.loads(files.read_text(file))
+    return found if isinstance(found, dict) else {}
+  return {}
 
 
 def from_dict(values: dict):

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from simclr_jax import data
+from simclr_jax import data, exporting
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import finetune, same, splits, trained
-from simclr_jax.runtime import loop
+from simclr_jax.runtime import files, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -144,7 +144,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   """
   mesh = mesh_lib.make_mesh()
   mesh_lib.check_divisible(config.batch_size, mesh)
-  config, start = finetune.resolve(config)
+  config, start = finetune.resolve(config, same.begun(workdir, resume))
   teacher = Teacher(config.teacher)
   source, test = splits.check_labeled(config.data, *splits.open_data(config.data))
   if teacher.num_classes != source.num_classes:
@@ -153,10 +153,15 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       f"{source.num_classes}: name the data it was fine-tuned on"
     )
   check_classes(config, source)
-  chosen = finetune.choose(source, config.labels) if config.alpha < 1 else np.zeros(0, int)
-  finetune.check_shapes(finetune.make_task(config, start, source, mesh=mesh))
+  held_out = None if config.data.test else test
+  chosen = finetune.choose(source, config.labels, held_out) if config.alpha < 1 else np.zeros(0, int)
+  finetune.check(config, finetune.make_task(config, start, source, mesh=mesh))
   starts = (config.start, config.teacher)
-  workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite, starts=starts)
+  made_by = {"teacher": exporting.checksum(teacher.variables)}
+  if same.begun(workdir, resume):  # before the folder is touched
+    same.check_result(files.absolute(workdir) / "teacher.json", made_by, f"the run in {workdir}")
+  config, workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite, starts=starts)
+  same.check_result(workdir / "teacher.json", made_by, f"the run in {workdir}")
   cache = _logits(config, teacher, source, mesh) if config.cache else None
   make = functools.partial(make_task, teacher=teacher, chosen=chosen, cache=cache)
   student_loss = functools.partial(loss, temperature=config.temperature, alpha=config.alpha)

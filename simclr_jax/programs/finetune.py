@@ -33,13 +33,19 @@ from simclr_jax.runtime.errors import UserError
 ADVICE = "lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
 
 
-def resolve(config):
+def resolve(config, begun=None):
   """(config, Start or None): where `start` names networks, `encoder` and `projector` become theirs.
+
+  Args:
+    begun: the workdir of the run if it is resumed, which then names the networks; the start is not opened.
 
   Raises:
     ValueError: no such start, or no projection head for the tap.
   """
-  start = trained.open_start(config.start) if config.start else None
+  start = trained.open_start(config.start) if config.start and not begun else None
+  if begun:
+    keys = ("encoder", "projector", *(() if config.augment.resize else ("augment.resize",)))
+    config = trained.as_begun(config, begun, keys)
   if start:
     resize = config.augment.resize or start.resize  # pixels as the weights know them
     networks = {"encoder": start.encoder, "projector": start.projector}
@@ -139,10 +145,13 @@ def view(config):
   return functools.partial(augment.one_view, **{key: options[key] for key in CROP if key in options})
 
 
-def choose(source, labels) -> np.ndarray:
+def choose(source, labels, test=None) -> np.ndarray:
   """Sorted indices of the images whose labels may be used: a file of names, or a class-balanced share.
 
   The file has one name per line: a file name, or enough of its path to be unique, such as class/name.
+
+  Args:
+    test: the images to score, if they are held out of the set that `source` is of, for a message that says so.
 
   Raises:
     ValueError: the source has no labels, or a name in the list matches no image or several.
@@ -155,12 +164,8 @@ def choose(source, labels) -> np.ndarray:
     raise UserError(f"labels.list={labels.list}: no such file; give one with one image name per line")
   wanted = [line.strip("\r") for line in files.read_text(labels.list).split("\n")]
   wanted = list(dict.fromkeys(name for name in wanted if name.strip()))
-  places = {}
-  for i in range(len(source)):
-    places.setdefault(_last(source.name(i)), []).append(i)
   chosen, missing = [], []
-  for name in wanted:
-    found = [i for i in places.get(_last(name), ()) if re.search("(^|[/:])" + re.escape(name) + "$", source.name(i))]
+  for name, found in _named(source, wanted).items():
     if len(found) > 1:
       raise UserError(
         f"labels.list={labels.list}: {name} is {source.name(found[0])} and {source.name(found[1])}; write which one, as"
@@ -168,12 +173,30 @@ def choose(source, labels) -> np.ndarray:
       )
     chosen += found
     missing += [] if found else [name]
+  held_out = [name for name, found in _named(test, missing).items() if found] if test and missing else []
+  if held_out:
+    raise UserError(
+      f"labels.list={labels.list}: {len(held_out)} of {len(wanted)} names are held out of data.train to be scored, such as "
+      f"{held_out[0]}; remove them, or name other images to score with --config.data.test=..."
+    )
   if missing or not wanted:
     raise UserError(
       f"labels.list={labels.list}: {len(missing)} of {len(wanted)} names are not in data.train"
       + (f", such as {missing[0]}" if missing else "; write one per line")
     )
   return np.unique(chosen)
+
+
+def _named(source, names) -> dict[str, list[int]]:
+  """{name: the images of a source that it may mean}."""
+  places = {}
+  for i in range(len(source)):
+    places.setdefault(_last(source.name(i)), []).append(i)
+
+  def means(name, i):
+    return re.search("(^|[/:])" + re.escape(name) + "$", source.name(i))
+
+  return {name: [i for i in places.get(_last(name), ()) if means(name, i)] for name in names}
 
 
 def _last(name: str) -> str:
@@ -202,9 +225,10 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
 
   def warm_start(state):
     """The trained encoder and head in place of the random ones; the classifier is always new."""
-    for name in ("encoder", "projector") if start else ():
+    found = start or resolve(config)[1]
+    for name in ("encoder", "projector") if found else ():
       if name in state.params:
-        put = jax.device_put(jax.tree.map(jnp.array, start.variables[name]), mesh_lib.replicated(mesh))
+        put = jax.device_put(jax.tree.map(jnp.array, found.variables[name]), mesh_lib.replicated(mesh))
         state.params[name] = put["params"]
         if name in state.batch_stats:
           state.batch_stats[name] = put["batch_stats"]
@@ -245,8 +269,9 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
 
 
 @errors.of_the_user()
-def check_shapes(task: loop.Task):
-  """Raises UserError for impossible sizes of views and networks, before the workdir is touched."""
+def check(config, task: loop.Task):
+  """Raises UserError for impossible views and sizes of networks, before the workdir is touched."""
+  view(config)(np.zeros((8, 8, 3), np.uint8), (0, 0))
   jax.eval_shape(task.init, jax.random.key(0))
 
 
@@ -358,14 +383,14 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   """
   mesh = mesh_lib.make_mesh()
   mesh_lib.check_divisible(config.batch_size, mesh)
-  config, start = resolve(config)
+  config, start = resolve(config, same.begun(workdir, resume))
   source, test = splits.check_labeled(config.data, *splits.open_data(config.data))
-  chosen = choose(source, config.labels)
+  chosen = choose(source, config.labels, None if config.data.test else test)
   source = data.Selection(source, chosen) if len(chosen) < len(source) else source
   task = make_task(config, start, source, mesh=mesh)
-  check_shapes(task)
+  check(config, task)
   starts = (config.start,)
-  workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite, starts=starts)
+  config, workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite, starts=starts)
   result = train(config, start, source, test, workdir, mesh=mesh)
   s = result["scores"]
   if not jax.process_index():

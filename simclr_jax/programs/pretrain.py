@@ -2,6 +2,7 @@
 and with an untrained encoder (scores.py), exports f and writes a report page.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -100,13 +101,19 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
 
   Args:
     bad_file: gets the names of unreadable images.
-    start: the networks that `open_start` found.
+    start: the networks that `open_start` found; without them, a run that needs config.start opens it when it begins.
   """
   method = methods.create(config, mesh, source)
   model = model_lib.create(config, source.num_classes, getattr(method, "predictor", None))
   tx, schedule = getattr(method, "optimizer", optimizer.create)(config, len(source))
   if config.head_epochs:
     alone = int(config.head_epochs * len(source) // config.batch_size)
+    total = optimizer.train_steps(config, len(source))
+    if alone >= total:
+      raise UserError(
+        f"config.head_epochs={config.head_epochs:g} is {alone} steps and the run has {total}, so the encoder would never "
+        "be trained: lower it or train longer"
+      )
     tx = optimizer.staged(tx, {"encoder": lambda updates: updates >= alone})
   pipeline = view_pipeline(config)
   if config.microbatches == 1:
@@ -133,14 +140,15 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
 
   def warm_start(state):
     """The trained networks in place of the random ones, and what the method makes of them, such as a moving average."""
-    if start is None:
+    if not config.start:
       return state
+    found = start or open_start(config)[1]
     params, batch_stats = dict(state.params), dict(state.batch_stats)
     for name in ("encoder", "projector") if config.keep_head else ("encoder",):
-      checkpoint.compare(start.variables[name], model_lib.part(state, name), config.start)
-      params[name] = _as(state.params[name], start.variables[name]["params"])
+      checkpoint.compare(found.variables[name], model_lib.part(state, name), config.start)
+      params[name] = _as(state.params[name], found.variables[name]["params"])
       if name in batch_stats:
-        batch_stats[name] = _as(batch_stats[name], start.variables[name]["batch_stats"])
+        batch_stats[name] = _as(batch_stats[name], found.variables[name]["batch_stats"])
     variables = {"params": params, "batch_stats": batch_stats}
     images = jnp.zeros((1, 2, config.augment.size, config.augment.size, 3))
     outputs = jax.eval_shape(functools.partial(model.apply, train=False), variables, images)
@@ -190,6 +198,17 @@ def abstract_step(config, mesh, source):
   return loop.abstract_step(make_task(config, source, mesh=mesh), mesh, view_pipeline(config).spec(config.batch_size))
 
 
+def changes_of(recipe: str, config, workdir, resume: bool):
+  """[(key, value in the recipe, value in the config)] where they differ; None if there is no recipe.
+
+  Of a resumed run they are those that its folder names, or None.  The folder may come from elsewhere, and the recipe may
+  have changed since: it is not run.
+  """
+  if resume and (about := config_lib.about_run(workdir)):
+    return about.get("changes")
+  return config_lib.difference(config_lib.load(recipe), config) if recipe else None
+
+
 def run(
   config, workdir, *, resume: bool = False, overwrite: bool = False, recipe: str = "", source=None, keep=None
 ) -> dict:
@@ -208,9 +227,13 @@ def run(
   began = time.monotonic()
   mesh = mesh_lib.make_mesh()
   check_batch(config, mesh)
+  if config.norm_scope == "device":  # kept, so that the groups of a resumed run are the same
+    config = config_lib.replace(config, {"norm_devices": norm_devices(config, mesh)})
+  begun = same.begun(workdir, resume)
   with errors.of_the_user():
-    config, start = open_start(config)
-  if resume and checkpoint.folder(workdir).exists():
+    keys = ("encoder", *(("projector",) if config.keep_head else ()))
+    config, start = (trained.as_begun(config, workdir, keys), None) if begun else open_start(config)
+  if begun:
     config = same.same_config(config, workdir)
   train_source, test_source = splits.open_data(config.data, source)
   evaluation = scores.PretrainEvaluation(config, train_source, test_source, mesh)
@@ -229,11 +252,12 @@ def run(
     pipeline.check()
     abstract = jax.eval_shape(task.init, jax.random.key(0))  # impossible sizes fail before the workdir is touched
   starts = (config.start,) if config.start else ()
-  workdir = same.claim(config, workdir, train_source, test_source, resume=resume, overwrite=overwrite, starts=starts)
+  again = {"resume": resume, "overwrite": overwrite}
+  config, workdir = same.claim(config, workdir, train_source, test_source, **again, starts=starts)
   if keep:
     keep()
   pairs = _first_views(task, pipeline)
-  changes = config_lib.difference(config_lib.load(recipe), config) if recipe else None
+  changes = changes_of(recipe, config, workdir, resume)
   if not jax.process_index():
     _write_about(workdir, config, task, mesh, recipe, changes)
     report.view_pairs_png(workdir / "views.png", pairs)
@@ -323,6 +347,11 @@ def _ranges(config, mesh) -> str:
   return f"BatchNorm ranges over {config.batch_size // norm_devices(config, mesh)} images, negatives range {every}"
 
 
+def length(config) -> str:
+  """How long a config trains, in words."""
+  return f"{config.train_steps:,} steps" if config.train_steps else f"{config.train_epochs:g} epochs"
+
+
 def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
   files = {
     str(workdir / "encoder"): "the encoder f, ready to load; the head is not in it",
@@ -340,7 +369,7 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
   facts = (workdir / "encoder", config.augment.size, config.encoder.name)
   snippet = exporting.snippet(*facts)
   best = {row["representation"]: row for row in result["scores"]}
-  summary = f"{config.data.train}, {config.train_epochs or config.train_steps} {'epochs' if config.train_epochs else 'steps'} at batch {config.batch_size}."
+  summary = f"{config.data.train}, {length(config)} at batch {config.batch_size}."
   if best:
     h, raw = best["SimCLR h"], best["raw pixels"]
     summary += f" kNN on h {100 * h['knn']:.1f} % (raw pixels {100 * raw['knn']:.1f} %), linear {100 * h['linear']:.1f} % ({100 * raw['linear']:.1f} %)."
@@ -377,10 +406,13 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
 
 
 def main(flags, overrides) -> int:
-  changes = config_lib.difference(config_lib.load(flags.recipe), flags.config) if flags.recipe else ()
+  changes = changes_of(flags.recipe, flags.config, flags.workdir, flags.resume)
   if flags.recipe and not jax.process_index():
-    made_for = recipes.header(config_lib.find_recipe(flags.recipe).partition(":")[0]).get("Hardware", "").split()
+    made_for = []
+    with contextlib.suppress(SyntaxError, ValueError):  # of a recipe that has been edited since the run began
+      made_for = recipes.header(config_lib.find_recipe(flags.recipe).partition(":")[0]).get("Hardware", "").split()
     print(f"recipe      {flags.recipe}" + f", made for {' '.join(made_for)}" * bool(made_for))
-    print(f"changed     {', '.join(f'{key}={now}' for key, _, now in changes) or 'nothing in the recipe'}")
+    if changes is not None:
+      print(f"changed     {', '.join(f'{key}={now}' for key, _, now in changes) or 'nothing in the recipe'}")
   run(flags.config, flags.workdir, resume=flags.resume, overwrite=flags.overwrite, recipe=flags.recipe)
   return 0

@@ -15,16 +15,26 @@ from simclr_jax.runtime.errors import UserError
 FILE = "data.json"  # in the workdir: the fingerprints of its data
 
 
+def begun(workdir, resume: bool):
+  """`workdir` if a run that is resumed has begun in it; None otherwise."""
+  return workdir if resume and checkpoint.folder(workdir).exists() else None
+
+
 def same_config(config, workdir):
   """The config of the run in `workdir`; raises UserError if `config` is another, whatever its data.changed."""
   kept = config_lib.from_json(checkpoint.read_config(workdir))
   kept = config_lib.replace(kept, {"data.changed": config.data.changed})
+  values = config_lib.flatten(kept)
+  if values.get("norm_scope") == "device" and not values["norm_devices"]:  # an earlier version did not keep it
+    kept = config_lib.replace(kept, {"norm_devices": getattr(config, "norm_devices", 0)})
   config_lib.check_same(kept, config)
   return kept
 
 
 def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwrite: bool, starts=()):
-  """The absolute workdir of a run that trains on `train` and scores `test`, made if needed.
+  """(config to keep, the absolute workdir, made if needed) of a run that trains on `train` and scores `test`.
+
+  The config that is kept has data.changed=refuse: what was accepted once are these changes, and no later ones.
 
   Args:
     starts: folders that the run starts from, which it may not replace.
@@ -33,13 +43,13 @@ def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwri
     UserError: the folder belongs to another run or to no run, or holds the data; or a run is resumed with another config or
       data.
   """
-  if resume and checkpoint.folder(workdir).exists():
+  if begun(workdir, resume):
     same_config(config, workdir)
   fingerprints = check_data(workdir, resume, config.data.changed, {"data.train": train, "data.test": test})
   specs = (config.data.train, config.data.test)
   path = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs, starts=starts)
   keep_data(path, fingerprints)
-  return path
+  return config_lib.replace(config, {"data.changed": "refuse"}), path
 
 
 def difference(before: dict, now: dict) -> str:
@@ -107,7 +117,24 @@ def check_data(workdir, resume: bool, changed: str, sources: dict[str, Source]) 
     what = difference(kept[name], fingerprint) if name in kept else ""
     if what and changed == "refuse":
       refuse_changed(name, what)
+    if what and not jax.process_index():
+      print(f"accepted    {name} is not what the run began with: {what}", flush=True)
   return now
+
+
+def check_held_out(workdir, test: Source):
+  """Compares the images that are held out of the data of the run in `workdir` now with those that it held out.
+
+  Raises:
+    UserError: they are others, so that the run trained on some of them.
+  """
+  file = files.absolute(workdir) / FILE
+  kept = json.loads(files.read_sealed(file)).get("data.test") if file.exists() else None
+  if kept and (what := difference(kept, test.fingerprint())):
+    raise UserError(
+      f"data.train is not what {workdir} began with, so other images are held out now ({what}), and it trained on some "
+      "of them: restore the data, or name images to score with --config.data.test=..."
+    )
 
 
 def classes_of(workdir) -> list[str]:

@@ -13,7 +13,7 @@ from simclr_jax.evaluation import embed
 from simclr_jax.methods import tsimcne
 from simclr_jax.model import make_encoder
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import splits
+from simclr_jax.programs import same, splits
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime import mesh as mesh_lib
@@ -23,12 +23,13 @@ from simclr_jax.runtime.errors import UserError
 @dataclasses.dataclass(frozen=True)
 class Start:
   """Trained networks: their sections of a config, and variables {"params", "batch_stats"} (numpy) by name: "encoder", and
-  where they are known "projector" and "classifier"; `config` is that of their training."""
+  where they are known "projector" and "classifier"; `config` is that of their training, `path` their folder."""
 
   encoder: config_lib.Encoder
   projector: config_lib.Projector
   variables: dict
   config: config_lib.Section
+  path: str = ""
 
   @property
   def resize(self) -> str:
@@ -41,10 +42,26 @@ class Start:
     return self.config.tap if isinstance(self.config, config_lib.Finetune) else 0
 
 
-def precision(config, start: Start) -> dict:
+def precision(config, start) -> dict:
   """How `config` says that the architecture of a start computes, which is no property of the weights: values by their keys."""
-  same = start.encoder.name == config.encoder.name
-  return {f"encoder.{key}": config.encoder[key] for key in ("dtype", "remat")} if same else {}
+  if start.encoder.name != config.encoder.name:
+    return {}
+  return {f"encoder.{key}": config.encoder[key] for key in ("dtype", "remat", "arrangement")}
+
+
+def as_begun(config, workdir, keys):
+  """`config` with the networks of the run in `workdir`, which has a config.start that need not be there any more.
+
+  Args:
+    keys: what the run took from its start.
+  """
+  if not config.start:
+    return config
+  kept = config_lib.from_json(checkpoint.read_config(workdir))
+  if config_lib.program(kept) != config_lib.program(config):
+    return config
+  taken = config_lib.replace(config, {key: functools.reduce(getattr, key.split("."), kept) for key in keys})
+  return config_lib.replace(taken, precision(config, kept))
 
 
 def open_start(path, step: int | None = None) -> Start:
@@ -55,6 +72,8 @@ def open_start(path, step: int | None = None) -> Start:
   """
   path = epath.Path(path)
   if (path / "card.json").exists():
+    if step is not None:
+      raise _one_encoder(path, step)
     _, encoder, card = exporting.load_encoder(path)
     if ":" in card["architecture"]["name"]:  # a folder may come from elsewhere: nothing that it names is imported
       raise UserError(f"{path} holds a custom encoder,  {card['architecture']['name']}: give the run instead")
@@ -63,14 +82,20 @@ def open_start(path, step: int | None = None) -> Start:
     if card.get("format") == "safetensors":
       heads = {"projector": exporting.read_safetensors(path).get("projector")}
     variables = {"encoder": encoder, **{name: tree for name, tree in heads.items() if tree}}
-    return Start(config_lib.build(config_lib.Encoder, card["architecture"]), config.projector, variables, config)
+    return Start(
+      config_lib.build(config_lib.Encoder, card["architecture"]), config.projector, variables, config, str(path)
+    )
   config = config_lib.from_json(checkpoint.read_config(path))
   _, state = checkpoint.read_run_state(path, step)
   variables = {
     name: {"params": params, "batch_stats": state["batch_stats"].get(name, {})}
     for name, params in state["params"].items()
   }
-  return Start(config.encoder, config.projector, variables, config)
+  return Start(config.encoder, config.projector, variables, config, str(path))
+
+
+def _one_encoder(path, step) -> UserError:
+  return UserError(f"--step={step}: {path} holds one encoder; a run of pretraining has several")
 
 
 def exported(path):
@@ -99,6 +124,35 @@ def _for_evaluation(config, overrides):
   return config_lib.build(config_lib.Pretrain, config_lib.merge(values, changes, config_lib.Pretrain))
 
 
+def open_data(config, workdir, training):
+  """`splits.open_data` for `config`, by which the encoder of a run or an export in `workdir` is scored.
+
+  Args:
+    training: the config of its training.
+
+  Raises:
+    UserError: as there; or the encoder has seen images to score, because its training held out fewer, or others of data
+      that has changed since.
+  """
+  section, own = config.data, getattr(training, "data", None)
+  train, test = splits.open_data(section)
+  if test is train or section.test or own is None or not splits.are_one(section.train, own.train):
+    return train, test
+  held_out = 0.0 if own.test else own.held_out
+  if section.held_out > held_out:
+    raise UserError(
+      f"data.held_out={section.held_out:g}: the training of {workdir} held out {held_out:g}, so it saw some of the images "
+      "to score; name others with --config.data.test=..."
+    )
+  path = epath.Path(workdir)
+  run = path.parent if path.name == "encoder" and (path / "card.json").exists() else path
+  if section.held_out < held_out:  # these are among those
+    same.check_held_out(run, splits.open_data(dataclasses.replace(section, held_out=held_out))[1])
+  else:
+    same.check_held_out(run, test)
+  return train, test
+
+
 class TrainedRun:
   """A pretraining run, finished or interrupted, or an exported encoder, opened for evaluation: its config, encoder and data.
 
@@ -112,12 +166,14 @@ class TrainedRun:
     self._exported = exported(workdir)
     if self._exported:
       if step is not None:
-        raise UserError(f"--step={step}: {self._exported} holds one encoder; a run of pretraining has several")
+        raise _one_encoder(self._exported, step)
       _, self.variables, card = exporting.load_encoder(self._exported)
       self.step = card.get("step", 0)
-      self.config = _for_evaluation(config_lib.from_dict(card["pretraining"]), overrides)
+      training = config_lib.from_dict(card["pretraining"])
+      self.config = _for_evaluation(training, overrides)
     else:
-      self.config = config_lib.override(config_lib.from_json(checkpoint.read_config(workdir)), overrides)
+      training = config_lib.from_json(checkpoint.read_config(workdir))
+      self.config = config_lib.override(training, overrides)
       made_by = config_lib.program(self.config)
       if made_by != "pretrain":
         raise UserError(
@@ -131,7 +187,7 @@ class TrainedRun:
       )
       self.step, self.variables = checkpoint.read_run_export(workdir, "encoder", like, step)
     self.encoder = make_encoder(self.config.encoder.name, **self.config.encoder)
-    self.train_source, self.test_source = splits.open_data(self.config.data)
+    self.train_source, self.test_source = open_data(self.config, self.workdir, training)
     self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
 
   def results(self, name: str):

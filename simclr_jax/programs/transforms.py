@@ -14,9 +14,9 @@ from simclr_jax.data.sources import spread
 from simclr_jax.evaluation import embed, invariance
 from simclr_jax.model import make_encoder
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import splits, trained
+from simclr_jax.programs import trained
 from simclr_jax.projector import Projector
-from simclr_jax.runtime import files
+from simclr_jax.runtime import files, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -48,7 +48,7 @@ def run(workdir, *, step: int | None = None, overrides=(), json_file: str = "") 
   if not isinstance(start.config, config_lib.Pretrain | config_lib.Finetune):
     raise UserError(f"--workdir={workdir}: its card names no data; give a run, or the export of one")
   config = config_lib.override(start.config, overrides)
-  train, test = splits.open_data(config.data)
+  train, test = trained.open_data(config, workdir, start.config)
   if test is train:  # nothing is held out of images without labels: halves of them
     if len(train) < 4:
       raise UserError(f"data.train={config.data.train}: {len(train)} images; expected at least 4")
@@ -57,6 +57,8 @@ def run(workdir, *, step: int | None = None, overrides=(), json_file: str = "") 
   mesh = mesh_lib.make_mesh()
   train, test = (_images(source, count, config, mesh) for source, count in ((train, TRAIN), (test, TEST)))
   scores = invariance.predictions(_encode(start), train, test, seed=config.seed)
+  if jax.process_index():
+    return scores
   print(table(scores))
   print(f"\npredicted by a linear classifier or regression on {len(train):,} images, scored on {len(test):,} others")
   if json_file:
@@ -80,8 +82,11 @@ def table(scores) -> str:
 def _images(source, count, config, mesh):
   """At most `count` readable images from all over a source, float32, as evaluation sees them."""
   few = data.Selection(source, spread(len(source), count))
-  batches = embed.eval_set(few, config, mesh).batches()
-  return np.concatenate([batch["image"][batch["mask"]] for batch in batches])
+  parts = [
+    [processes.gather_rows(batch[key]) for key in ("image", "mask")]
+    for batch in embed.eval_set(few, config, mesh).batches()
+  ]
+  return np.concatenate([images[mask] for images, mask in parts])
 
 
 def _encode(start: trained.Start):
