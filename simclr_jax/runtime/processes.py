@@ -16,8 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
-# The key-value store of the coordination service has no public name; this is the only module that touches it.
+# The key-value store of the coordination service has no public name, nor do the clusters that JAX finds; this is the only
+# module that touches them.
+from jax._src import clusters as _clusters
 from jax._src import distributed as _distributed
+from jax._src import xla_bridge as _xla_bridge
 from jax.experimental import multihost_utils
 
 from simclr_jax.runtime import files, mesh, watchdog
@@ -28,8 +31,15 @@ JOIN = (
 )
 JOIN_HERE = 60.0  # the same where all of them are on this machine
 
+
 _client: Any = None  # of the coordination service, in a run with several processes
 _calls = itertools.count()  # names what the processes agree on: they all call the same functions in the same order
+
+
+class NotJoined(UserError):
+  """The other processes cannot be joined now: started again, they may find each other."""
+
+  exit_code = watchdog.EXIT_LOST
 
 
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None):
@@ -40,6 +50,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
 
   Raises:
     ValueError: only some of the three arguments are given, or they contradict each other.
+    NotJoined: JAX cannot join the others, for instance because another program has the port of process 0.
   """
   initialize = functools.partial(
     jax.distributed.initialize,
@@ -56,18 +67,25 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     # The service answers anybody who can reach it: on one machine it listens to that machine only.
     here = host in ("localhost", "127.0.0.1")
     bind = f"{host}:{port}" if here else None
-    with _limited(JOIN_HERE if here else JOIN, f"process {process_id} of {num_processes}", f" at {coordinator}"):
-      initialize(coordinator, num_processes, process_id, coordinator_bind_address=bind)
+    try:
+      with _limited(JOIN_HERE if here else JOIN, f"process {process_id} of {num_processes}", f" at {coordinator}"):
+        initialize(coordinator, num_processes, process_id, coordinator_bind_address=bind)
+    except RuntimeError as error:
+      raise NotJoined(f"--coordinator={coordinator} cannot be joined: {error}") from None
   else:
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [flag for flag, value in given.items() if value is None]
     if len(missing) < 3:
       raise UserError(f"{', '.join(missing)} missing: give all of --coordinator --num_processes --process_id, or none")
+    if _xla_bridge.backends_are_initialized():  # this process runs alone, in a notebook for instance
+      return
     try:
       with _limited(JOIN, "this process", ""):
         initialize()
-    except RuntimeError:  # this process has used its devices already: it runs alone, in a notebook for instance
-      return
+    except RuntimeError as error:
+      if _cluster_is_this_process():  # two commands in one job want the same port, and need none
+        return
+      raise NotJoined(f"a cluster was found but cannot be joined: {error}") from None
     except ValueError as error:
       if "coordinator_address should be defined" in str(error):  # no cluster was found
         return
@@ -77,6 +95,13 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
   if jax.process_count() > 1:
     _client = _distributed.global_state.client
     watchdog.start(_client, jax.process_index(), jax.process_count())
+
+
+def _cluster_is_this_process() -> bool:
+  """Whether the cluster that JAX finds has one process."""
+  kinds = _clusters.ClusterEnv._cluster_types
+  found = next((kind for kind in kinds if not kind.opt_in_only_method and kind.is_env_present()), None)
+  return found is not None and found.get_process_count() == 1
 
 
 @contextlib.contextmanager
