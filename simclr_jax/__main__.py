@@ -313,15 +313,16 @@ def _outcome(command, flags, overrides, heard: bool) -> int:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "Out of memory" in message:
       of_user, message = True, _out_of_memory(error)
     if code == 1 and (not of_user or os.environ.get("SIMCLR_TRACEBACK")):
-      if type(error).__name__ == "JaxRuntimeError" and "simclr_jax.runtime.watchdog" in sys.modules:
-        sys.modules["simclr_jax.runtime.watchdog"].await_verdict()
+      of_program = ("INVALID_ARGUMENT", "UNIMPLEMENTED")  # found by every process when it compiles
+      if type(error).__name__ == "JaxRuntimeError" and not message.startswith(of_program):
+        code = sys.modules["simclr_jax.runtime.watchdog"].await_verdict() if _has_watchdog() else code
       import traceback
 
       traceback.print_exc()
       message = "" if of_user else f"this should not happen; please report it with the lines above ({_versions()})"
   if message:
     print(f"simclr: {message}", file=sys.stderr)
-  if "simclr_jax.runtime.watchdog" in sys.modules:
+  if _has_watchdog():
     sys.modules["simclr_jax.runtime.watchdog"].leave(code, message)
   if at_once:
     sys.modules["simclr_jax.runtime.lock"].release_all()
@@ -344,6 +345,11 @@ def _run(command, flags, overrides) -> int:
         raise UserError(f"--workdir={flags.workdir} is a run of simclr {flags.config.program}")
   command.prepare(flags)
   return importlib.import_module(f"simclr_jax.programs.{command.module}").main(flags, overrides)
+
+
+def _has_watchdog() -> bool:
+  """Whether the command has imported it, and JAX."""
+  return "simclr_jax.runtime.watchdog" in sys.modules
 
 
 def _out_of_memory(error) -> str:

@@ -24,7 +24,7 @@ from simclr_jax.runtime.errors import UserError
 # epath asks for the first when it opens its first path, tensorstore for the others with its first request.
 for _name, _value in {
   "EPATH_USE_TF": "false",  # TensorFlow's file system has no conditional writes, and takes seconds to import
-  "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "60",  # or a request that is never answered is waited for forever
+  "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "10",  # as gcs.SILENCE; or a request that is never answered is waited for forever
   "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }.items():
   os.environ.setdefault(_name, _value)

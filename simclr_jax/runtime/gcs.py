@@ -8,9 +8,11 @@ import logging
 import aiohttp
 from gcsfs import core
 
-SILENCE = (
-  60.0  # seconds without a byte of an answer, after which a request is sent again; 5 minutes, and not again, in gcsfs
-)
+from simclr_jax.runtime import watchdog
+
+# Seconds without a byte of an answer, after which a request is sent again; 5 minutes, and not again, in gcsfs.  With the
+# pauses between six tries, 36 s at most, it is shorter than what the watchdog lets a phase take.
+SILENCE = 10.0
 
 
 class FileSystem(core.GCSFileSystem):
@@ -22,6 +24,7 @@ class FileSystem(core.GCSFileSystem):
   """
 
   def __init__(self, **options):
+    watchdog.use_bucket()
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
     super().__init__(**{"use_listings_cache": False, "requests_timeout": timeout, **options})
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what is raised, too

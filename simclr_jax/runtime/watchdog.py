@@ -10,13 +10,17 @@ import collections
 import contextlib
 import faulthandler
 import itertools
+import math
 import os
 import socket
 import sys
 import threading
 import time
 
+from simclr_jax.runtime.errors import UserError
+
 EXIT_LOST = 142  # another process is gone, or this one hung: schedulers that restart on 128 and above restart this
+RECUR = (1, 2)  # exit codes of errors that would come again after a restart: the other processes end with them too
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 20.0  # seconds without one, after which a process counts as gone
 STEP = ("data", "step", "between")  # phases of one training step
@@ -25,8 +29,10 @@ FIRST = 3600.0  # seconds these may take, and a phase of which nothing is known 
 EARLY, ENOUGH = 40.0, 20  # seconds a phase of a step may take until ENOUGH were seen
 LEAST, MOST = 20.0, 60.0  # seconds between which lies the limit of a phase of a step after that
 TIMES = 5  # as long as the longest may one take
+OF_A_BUCKET = 60.0  # seconds that any phase may take in a process that uses a bucket, whose client asks six times
 
 _guard = None
+_least = 0.0  # seconds that any phase may take
 
 
 class Limits:
@@ -34,10 +40,15 @@ class Limits:
 
   A step may take five times the longest, within LEAST and MOST, but always twice the longest.  The very first step, in which
   a pipeline fills its buffers, is not counted once ENOUGH were seen.  Other phases may take five times the longest, and at
-  least LEAST.  SIMCLR_HANG_SECONDS replaces the learned limit for steps.
+  least LEAST.  In a process that uses a bucket, each may take OF_A_BUCKET: while one process waits for an answer, the others
+  wait for it in their step.  SIMCLR_HANG_SECONDS replaces the learned limit for steps.
+
+  Raises:
+    UserError: SIMCLR_HANG_SECONDS is not a number of seconds.
   """
 
   def __init__(self):
+    self._given = _given()
     self._first, self._longest, self._count = {}, {}, collections.Counter()
 
   def note(self, phase: str, seconds: float):
@@ -52,9 +63,9 @@ class Limits:
 
   def of(self, phase: str) -> float:
     """Seconds after which a phase counts as hung."""
-    given = os.environ.get("SIMCLR_HANG_SECONDS")
-    if phase in STEP and given:
-      return float(given)
+    return self._given if phase in STEP and self._given else max(self._learned(phase), _least)
+
+  def _learned(self, phase: str) -> float:
     if not self._count[phase]:
       return FIRST
     first, longest = self._first[phase], self._longest.get(phase, 0.0)
@@ -65,9 +76,25 @@ class Limits:
     return max(min(max(TIMES * longest, LEAST), MOST), 2 * longest)
 
 
+def _given() -> float:
+  """SIMCLR_HANG_SECONDS; 0.0 if it is not set."""
+  text = os.environ.get("SIMCLR_HANG_SECONDS", "")
+  try:
+    if not text or 0 < float(text) < math.inf:
+      return float(text or 0)
+  except ValueError:
+    pass
+  raise UserError(f"SIMCLR_HANG_SECONDS={text}: expected a number of seconds, such as 600")
+
+
 def start(client, index: int, count: int):
-  """Starts the guard of process `index` of `count`; `client` is that of JAX's coordination service."""
+  """Starts the guard of process `index` of `count`; `client` is that of JAX's coordination service.
+
+  Raises:
+    UserError: SIMCLR_HANG_SECONDS is not a number of seconds.
+  """
   global _guard
+  _given()
   _guard = _Guard(client, index, count)
 
 
@@ -90,10 +117,23 @@ def training():
       _guard.limits = None
 
 
-def await_verdict():
-  """After an operation between processes has failed: waits until the guard knows who is gone, and ends this process."""
-  if _guard:
-    time.sleep(SILENCE + 3 * BEAT)
+def use_bucket():
+  """Every phase of this process may take OF_A_BUCKET from now on."""
+  global _least
+  _least = OF_A_BUCKET
+
+
+def await_verdict() -> int:
+  """After an operation between processes has failed: waits until the guard knows who is gone, and ends this process.
+
+  Returns:
+    the exit code of this process where nobody is gone: that of a lost process where there are others, because a device or
+    the network has failed.
+  """
+  if not _guard:
+    return 1
+  time.sleep(SILENCE + 3 * BEAT)
+  return EXIT_LOST
 
 
 def leave(code: int, message: str = ""):
@@ -124,7 +164,7 @@ class _Guard(threading.Thread):
     self.limits: Limits | None = None  # while training: how long a phase may take
     # process -> (its last word, when that was new here); one may be gone before its first
     self._heard = dict.fromkeys(range(count), ("", self._since))
-    self._gone, self._left = {}, {}  # process -> why
+    self._gone, self._left = {}, {}  # process -> its exit code and why
     self._answered = self._since  # when the service last did
     threading.Thread(target=self._exchange, daemon=True, name="signs of life").start()
     self.start()
@@ -141,7 +181,7 @@ class _Guard(threading.Thread):
 
   def stop(self, why: str, code: int):
     """Says why, and ends the process without waiting for anybody."""
-    self._set("gone", why)
+    self._set("gone", f"{code}|{why}")
     self._exit(code)
 
   def _exit(self, code):
@@ -182,12 +222,14 @@ class _Guard(threading.Thread):
       if now - awake > 3 * BEAT:  # this process was stopped itself, and has neither worked nor listened meanwhile
         paused, self._since = now, self._since + now - awake
       awake = now
-      gone = {p: why for p, why in self._gone.items() if p != self._index}
+      gone = {p: word for p, word in self._gone.items() if p != self._index}
       for process, (_, since) in self._heard.items():
         if process not in gone and process not in self._left and self._answered - since > SILENCE:
-          gone[process] = f"no sign of life for {self._answered - since:.0f} s"
+          gone[process] = f"{EXIT_LOST}|no sign of life for {self._answered - since:.0f} s"
       if gone:
-        self._end(self._named(*min(gone.items())))
+        process, word = min(gone.items())
+        code, _, why = word.partition("|")
+        self._end(self._named(process, why), int(code) if int(code) in RECUR else EXIT_LOST)
       silent = now - max(self._answered, paused)
       if self._index and silent > SILENCE:
         self._say(self._named(0, f"no answer from it for {silent:.0f} s"))
@@ -216,6 +258,6 @@ class _Guard(threading.Thread):
   def _say(self, why):
     print(f"simclr: {why}; the last checkpoint is complete; resume with --resume", file=sys.stderr)
 
-  def _end(self, why):
+  def _end(self, why, code=EXIT_LOST):
     self._say(why)
-    self.stop(why, EXIT_LOST)
+    self.stop(why, code)
