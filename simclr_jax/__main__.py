@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from simclr_jax import __version__
 from simclr_jax.programs import flags as flags_of
+from simclr_jax.runtime import errors
 from simclr_jax.runtime.errors import UserError
 
 
@@ -271,6 +272,7 @@ def main(argv=None) -> int:
   if overrides and not command.overrides:
     top.error(f"{overrides[0]}: simclr {flags.command} takes no config values")
   trains = command.prepare is for_training
+  errors.to_resume = "resume with --resume" if "resume" in flags else "run the same command again"
 
   def announce(error):
     if trains:
@@ -311,7 +313,7 @@ def _outcome(command, flags, overrides, heard: bool) -> int:
       of_user = True
       message = "this needs TensorFlow, which is not installed: pip install tensorflow tensorflow-datasets; arrays and exports work without it"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "Out of memory" in message:
-      of_user, message = True, _out_of_memory(error)
+      of_user, message = True, _out_of_memory(error, getattr(flags, "config", None))
     if code == 1 and (not of_user or os.environ.get("SIMCLR_TRACEBACK")):
       of_program = ("INVALID_ARGUMENT", "UNIMPLEMENTED")  # found by every process when it compiles
       if type(error).__name__ == "JaxRuntimeError" and not message.startswith(of_program):
@@ -352,13 +354,17 @@ def _has_watchdog() -> bool:
   return "simclr_jax.runtime.watchdog" in sys.modules
 
 
-def _out_of_memory(error) -> str:
-  """One line for what XLA says on many, and Python on none."""
+def _out_of_memory(error, config) -> str:
+  """One line for what XLA says on many, and Python on none; it names keys that this config has."""
   first = next(iter(str(error).splitlines()), "").strip().rstrip(".")
   reason = f" ({first[:200]})" if first else ""
+  cures = ["more --config.microbatches"] if hasattr(config, "microbatches") else []
+  cures += ["--config.encoder.remat=block"] if hasattr(config, "encoder") else []
+  if not cures:
+    return f"out of memory{reason}: lower batch_size, or evaluate.batch_size where images are only scored"
   return (
-    f"out of memory{reason}: lower batch_size, or with the same batch_size use more --config.microbatches or "
-    "--config.encoder.remat=block; `simclr plan` and docs/scaling.md say what they save"
+    f"out of memory{reason}: lower batch_size, or with the same batch_size use {' or '.join(cures)}; `simclr plan` and "
+    "docs/scaling.md say what they save"
   )
 
 

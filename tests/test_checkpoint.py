@@ -16,7 +16,7 @@ import tiny
 
 from simclr_jax import model
 from simclr_jax.programs import pretrain
-from simclr_jax.runtime import checkpoint, loop
+from simclr_jax.runtime import checkpoint, errors, loop
 from simclr_jax.runtime import mesh as mesh_lib
 
 
@@ -206,6 +206,29 @@ def test_a_failure_in_the_background_is_known_at_once(tmp_path, monkeypatch):
   for what in (saved.check, saved.wait, lambda: saved.save(2, small(2), {}, "{}")):
     with pytest.raises(checkpoint.NotSaved, match="could not save step 1: no such bucket; no checkpoint exists yet"):
       what()
+
+
+@pytest.mark.parametrize(
+  "error, now",
+  [
+    (ValueError('UNAVAILABLE: Error writing "gs://mine/run/d/1": HTTP response code: 503'), True),
+    (ValueError("RESOURCE_EXHAUSTED: HTTP response code: 429"), True),
+    (errors.Unavailable("b/mine/o: injected, 503"), True),
+    (ValueError("PERMISSION_DENIED: HTTP response code: 403"), False),
+    (OSError("b/mine/o: Forbidden: https://..."), False),
+    (FileNotFoundError("b/mine/o"), False),
+  ],
+)
+@pytest.mark.parametrize("where", ["gs://mine/run", "disk"])
+def test_a_step_that_a_bucket_did_not_take_may_be_saved_by_a_restart(tmp_path, monkeypatch, error, now, where):
+  saved = checkpoint.Checkpoints(tmp_path)
+  monkeypatch.setattr(saved, "_folder", where if "://" in where else saved._folder)
+  found = saved._not_saved(4, error)
+  now = now and "://" in where
+  assert isinstance(found, checkpoint.NotSaved) and isinstance(found, checkpoint.NotSavedNow) == now
+  assert getattr(found, "exit_code", 1) == (142 if now else 1) and ("the disk is full" in str(found)) == (
+    "RESOURCE_EXHAUSTED" in str(error) and where == "disk"
+  )
 
 
 def test_a_full_disk_is_found_before_orbax_finds_it(tmp_path, monkeypatch):

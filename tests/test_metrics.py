@@ -7,10 +7,11 @@ import subprocess
 import sys
 import types
 
+import bucket
 import pytest
 from PIL import Image
 
-from simclr_jax.runtime import metrics
+from simclr_jax.runtime import errors, files, metrics
 from simclr_jax.runtime.progress import Progress
 
 CHILD = """
@@ -53,6 +54,35 @@ def test_damaged_rows_are_left_out_and_repaired_when_a_run_resumes(tmp_path):
   writer.close()
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert rows == [*good, {"step": 4, "loss": 1.0}]
+
+
+def test_rows_that_a_bucket_did_not_take_are_written_with_the_next(tmp_path, monkeypatch, capsys):
+  with bucket.buckets(tmp_path):
+    writer = metrics.Writer("gs://mine/run")
+    writer.scalars(1, {"loss": 3.0})
+    write = files.write_bytes
+
+    def away(path, content):
+      raise errors.Unavailable("b/mine/o: injected, 503")
+
+    monkeypatch.setattr(files, "write_bytes", away)
+    for step in (2, 3):
+      writer.scalars(step, {"loss": 1.0})
+    assert capsys.readouterr().out.count("metrics are not written yet: b/mine/o: injected, 503\n") == 2
+    with pytest.raises(errors.Unavailable):  # a run that goes back needs to know what is there
+      writer.rewind(2)
+    monkeypatch.setattr(files, "write_bytes", write)
+    writer.scalars(4, {"loss": 0.5})
+    assert [row["step"] for row in metrics.read("gs://mine/run")] == [1, 2, 3, 4]
+    monkeypatch.setattr(files, "write_bytes", away)
+    writer.scalars(5, {"loss": 0.5})
+    monkeypatch.setattr(files, "write_bytes", write)
+    writer.close()
+    assert [row["step"] for row in metrics.read("gs://mine/run")] == [1, 2, 3, 4, 5]
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+  board = EventAccumulator(str(tmp_path / "mine/run")).Reload()
+  assert [event.step for event in board.Tensors("loss")] == [1, 2, 3, 4, 5]
 
 
 def test_tensorboard_shows_no_step_twice(tmp_path, monkeypatch):

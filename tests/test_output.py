@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import jax
 import pytest
 
 from simclr_jax import __main__ as cli
+from simclr_jax.programs import config as config_lib
 from simclr_jax.report import pages
-from simclr_jax.runtime import checkpoint, cpu, files, output
+from simclr_jax.runtime import checkpoint, cpu, errors, files, output, signals
 
 CHILD = """
 import os, sys
@@ -78,6 +80,55 @@ def test_a_full_disk_is_one_line_and_waits_for_no_thread_of_orbax(monkeypatch, c
   assert ended == ([1] if isinstance(error, checkpoint.NotSaved) else [])
 
 
+@pytest.mark.parametrize("kind", [errors.Unavailable, checkpoint.NotSavedNow])
+def test_a_bucket_that_is_away_ends_a_run_with_the_code_that_is_started_again(monkeypatch, capsys, kind):
+  ended = []
+  monkeypatch.setattr(cli.os, "_exit", ended.append)
+  monkeypatch.setattr(cli, "_run", lambda *_: (_ for _ in ()).throw(kind("b/mine/o: injected, 503")))
+  assert cli.main(["recipes"]) == 142
+  assert capsys.readouterr().err == "simclr: b/mine/o: injected, 503\n"
+  assert ended == ([142] if kind is checkpoint.NotSavedNow else [])
+
+
+@pytest.mark.parametrize(
+  "words, said",
+  [
+    (["recipes"], "run the same command again"),
+    (["claims"], "run the same command again"),
+    (["pretrain", "--config=smoke", "--workdir=x"], "resume with --resume"),
+  ],
+)
+def test_a_command_without_the_flag_is_not_resumed_with_it(monkeypatch, capsys, words, said):
+  def stopped(*_):
+    signals._stop(signal.SIGTERM, None)
+
+  before = {number: signal.getsignal(number) for number in signals.STOPPING}
+  monkeypatch.setattr(cli, "_run", stopped)
+  monkeypatch.setattr(cli, "COMMANDS", {k: v._replace(prepare=cli.for_training) for k, v in cli.COMMANDS.items()})
+  try:
+    assert cli.main(words) == 42
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+  assert capsys.readouterr().err == f"simclr: SIGTERM: stopped; what was saved is complete; {said}\n"
+
+
+@pytest.mark.parametrize(
+  "recipe, offered",
+  [
+    ("smoke", {"microbatches", "encoder.remat"}),
+    ("finetune:small", {"encoder.remat"}),
+    ("distill:small", {"encoder.remat"}),
+    ("transfer", set()),
+  ],
+)
+def test_out_of_memory_recommends_keys_that_the_program_has(recipe, offered):
+  config = config_lib.load(recipe)
+  said = cli._out_of_memory(MemoryError(), config)
+  assert set(re.findall(r"--config\.([\w.]+)", said)) == offered
+  assert all(hasattr(config, key.partition(".")[0]) for key in offered)
+
+
 @pytest.mark.parametrize(
   "error, said",
   [
@@ -129,8 +180,11 @@ code = 0
 try:
   with signals.heard():
     signals.during_steps = sys.argv[1] == "steps"
+    if sys.argv[1] == "stalled":  # a sign of life is being written
+      signals.lock._held["/nowhere/LOCK"] = "{}"
+      signals.lock._guard.acquire()
     print("ready", flush=True)
-    if sys.argv[1] == "compiling":  # the main thread is in a function of C
+    if sys.argv[1] in ("compiling", "stalled"):  # the main thread is in a function of C
       import hashlib
       hashlib.pbkdf2_hmac("sha256", b"", b"", 30_000_000)
     time.sleep(60)
@@ -155,7 +209,7 @@ def signaled(phase, *numbers, before=""):
     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals,
   )  # fmt: skip
   assert process.stdout and process.stderr and process.stdout.readline() == "ready\n"
-  time.sleep(0.3 if phase == "compiling" else 0.0)  # until it is in there
+  time.sleep(0.3 if phase in ("compiling", "stalled") else 0.0)  # until it is in there
   said = []
   for number in numbers:
     os.kill(process.pid, number)
@@ -179,6 +233,11 @@ def test_a_signal_is_answered_while_the_program_compiles_and_a_second_one_ends_i
   assert process.stderr.read() == ""
   process, said = signaled("steps", signal.SIGTERM, signal.SIGTERM)
   assert process.wait(timeout=5) == 42 and "SIGTERM: stopping after this step; a second" in said[0]
+
+
+def test_a_second_signal_does_not_wait_for_a_disk_or_bucket_that_does_not_answer():
+  process, said = signaled("stalled", signal.SIGTERM, signal.SIGTERM)
+  assert process.wait(timeout=20) == 42 and "stopped at once" in said[1]
 
 
 def test_a_run_under_nohup_outlives_its_terminal():

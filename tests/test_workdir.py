@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -233,6 +234,60 @@ def test_a_second_run_is_told_who_has_the_workdir_and_a_killed_one_is_taken_over
   last = holder(tmp_path, 0)  # which gives it back when it ends
   last.wait()
   assert not (tmp_path / "LOCK").exists()
+
+
+def test_the_lock_of_process_0_is_waited_for_where_it_shows_late(tmp_path, monkeypatch):
+  here, there = tmp_path / "here", tmp_path / "there"
+  claim(here)
+  text = lock.text_of(here)
+  there.mkdir()
+  (there / "LOCK").write_text(json.dumps(lock._me() | {"process": 1, "beat": 0}))  # of an earlier run
+  monkeypatch.setattr(lock, "SHARED", 0.1)
+  with pytest.raises(ValueError, match=f"--workdir={there}: .* does not see there what {socket.gethostname()} has"):
+    lock.check_shared(there, text)
+  monkeypatch.setattr(lock, "SHARED", 60.0)
+  threading.Timer(0.3, lambda: (there / "LOCK").write_text(json.dumps(json.loads(text) | {"beat": 3}))).start()
+  lock.check_shared(there, text)
+
+
+def test_one_thread_shows_signs_of_life_however_often_a_lock_is_taken(tmp_path):
+  for _ in range(5):
+    lock.take(tmp_path)
+    lock.release(tmp_path)
+  assert sum(thread.name == "locks of workdirs" for thread in threading.enumerate()) == 1
+
+
+def kill_after_deletions(monkeypatch, run, count):
+  """Of what a run has written, not of marks that each claim takes away."""
+  kind, left = type(files.absolute(run)), iter(range(count))
+
+  def dying(delete):
+    def method(self, *args, **options):
+      if self.parent.name == run.name and self.name not in ("LOCK", "COMPLETE") and next(left, None) is None:
+        raise KeyboardInterrupt
+      return delete(self, *args, **options)
+
+    return method
+
+  for name in ("unlink", "rmtree"):
+    monkeypatch.setattr(kind, name, dying(getattr(kind, name)))
+
+
+def test_overwrite_that_is_killed_can_be_repeated(tmp_path, monkeypatch):
+  """After each of its deletions."""
+  written = ("config.json", "checkpoints/4/state", "metrics.jsonl", "scores.json", "encoder/card.json")
+  for count in range(len(written) + 2):  # RUN and its seal
+    run = tmp_path / f"{count}"
+    claim(run)
+    for name in written:
+      (run / name).parent.mkdir(parents=True, exist_ok=True)
+      (run / name).write_text("{}")
+    with monkeypatch.context() as patch:
+      kill_after_deletions(patch, run, count)
+      with pytest.raises(KeyboardInterrupt):
+        of_programs.claim(run, resume=False, overwrite=True)
+    of_programs.claim(run, resume=False, overwrite=True)
+    assert names(run) == MARKS
 
 
 def test_a_process_id_that_was_given_again_is_not_the_owner(tmp_path):

@@ -1,5 +1,6 @@
 """A resumed run continues with the config and the data that it began with."""
 
+import hashlib
 import json
 
 import jax
@@ -47,6 +48,7 @@ def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwri
     same_config(config, workdir)
   fingerprints = check_data(workdir, resume, config.data.changed, {"data.train": train, "data.test": test})
   specs = (config.data.train, config.data.test)
+  agree(fingerprints)
   path = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs, starts=starts)
   keep_data(path, fingerprints)
   return config_lib.replace(config, {"data.changed": "refuse"}), path
@@ -135,6 +137,22 @@ def check_held_out(workdir, test: Source):
       f"data.train is not what {workdir} began with, so other images are held out now ({what}), and it trained on some "
       "of them: restore the data, or name images to score with --config.data.test=..."
     )
+
+
+def agree(fingerprints: dict[str, dict]):
+  """Checks that every process of a run reads the same data; one that scores fewer images would leave the others waiting.
+
+  Args:
+    fingerprints: of the sources by their keys, such as data.test.
+
+  Raises:
+    UserError: in every process.
+  """
+  facts = {}
+  for name, found in fingerprints.items():
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+    facts[name] = f"{found['images']:,} images, fingerprint {digest}"
+  processes.agree(facts)
 
 
 def classes_of(workdir) -> list[str]:

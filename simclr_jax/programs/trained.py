@@ -15,7 +15,7 @@ from simclr_jax.model import make_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import same, splits
 from simclr_jax.projector import Projector
-from simclr_jax.runtime import checkpoint, files
+from simclr_jax.runtime import checkpoint, files, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -85,7 +85,7 @@ def open_start(path, step: int | None = None) -> Start:
     return Start(
       config_lib.build(config_lib.Encoder, card["architecture"]), config.projector, variables, config, str(path)
     )
-  config = config_lib.from_json(checkpoint.read_config(path))
+  config = config_lib.from_json(checkpoint.read_config(path, flag=""))
   _, state = checkpoint.read_run_state(path, step)
   variables = {
     name: {"params": params, "batch_stats": state["batch_stats"].get(name, {})}
@@ -188,6 +188,8 @@ class TrainedRun:
       self.step, self.variables = checkpoint.read_run_export(workdir, "encoder", like, step)
     self.encoder = make_encoder(self.config.encoder.name, **self.config.encoder)
     self.train_source, self.test_source = open_data(self.config, self.workdir, training)
+    if processes.is_multiprocess():
+      same.agree({"data.train": self.train_source.fingerprint(), "data.test": self.test_source.fingerprint()})
     self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
 
   def results(self, name: str):

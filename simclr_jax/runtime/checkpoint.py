@@ -14,6 +14,7 @@ import fnmatch
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import uuid
@@ -25,9 +26,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from simclr_jax.runtime import files, lock, processes
+from simclr_jax.runtime import errors, files, lock, processes
 from simclr_jax.runtime.config import read_config as read_config  # part of what this module offers
-from simclr_jax.runtime.errors import UserError
+from simclr_jax.runtime.errors import Unavailable, UserError
 
 
 def folder(workdir) -> epath.Path:
@@ -52,11 +53,14 @@ def claim_workdir(workdir, *, resume: bool, overwrite: bool, writes=(), data=())
 
   Raises:
     ValueError: the folder is not empty and neither resume nor overwrite was requested, or both were; or its content
-      is not a run or was not written by one; or another run is using it; or it cannot be written.
+      is not a run or was not written by one; or another run is using it; or it cannot be written; or the processes of this
+      run do not share it.
   """
   if resume and overwrite:
     raise UserError("--resume and --overwrite contradict each other: give one of them")
-  processes.run_on_primary(lambda: _claim(workdir, resume, overwrite, (*WRITES, *writes), data))
+  owner = processes.run_on_primary(lambda: _claim(workdir, resume, overwrite, (*WRITES, *writes), data))
+  if processes.process_index():
+    lock.check_shared(workdir, owner)
   return files.absolute(workdir)
 
 
@@ -98,6 +102,9 @@ def _claim(workdir, resume, overwrite, writes, data):
     if not (path / "RUN").exists():
       files.write_sealed(path / "RUN", f"{_id_in_checkpoints(path) or uuid.uuid4().hex}\n")
     run_id(path)  # or it is damaged
+    return lock.text_of(path)
+  except Unavailable:
+    raise
   except OSError as error:
     raise UserError(f"--workdir={workdir} cannot be written ({error.strerror or error}): name another folder") from None
 
@@ -119,7 +126,10 @@ def _is_run(names, foreign) -> bool:
 
 
 def _empty_workdir(path, names):
-  for entry in (path / name for name in names if name != lock.NAME):
+  """Deletes what a run has written, and last what marks the folder as that of a run: killed meanwhile, it still is one."""
+  marks = ("RUN", "RUN.sha256")
+  names = sorted(set(names) - {lock.NAME}, key=lambda name: (name in marks, name))
+  for entry in (path / name for name in names):
     if entry.is_dir() and not files.is_remote(entry) and os.path.islink(entry):
       raise UserError(
         f"{entry} is a symbolic link to {os.path.realpath(entry)}: delete what you do not need, and the link"
@@ -150,6 +160,10 @@ class NotSaved(OSError):
   """A checkpoint could not be written.  Orbax's threads may be stuck then, so end the process without waiting."""
 
   exit_at_once = True
+
+
+class NotSavedNow(NotSaved, Unavailable):
+  """It is a bucket that could not be written, for another reason than permissions or a wrong name."""
 
 
 class Damaged(UserError):
@@ -321,8 +335,12 @@ class Checkpoints:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # or each array that failed prints a traceback of its own
     last = self._newest
     survivor = f"step {last} in {self._folder} is complete" if last is not None else "no checkpoint exists yet"
-    reason = "the disk is full" if files.disk_is_full(error, self._folder) else " ".join(str(error).split())[:200]
-    return NotSaved(f"could not save step {step}: {reason}; {survivor}; free space and run again with --resume")
+    remote, text = files.is_remote(self._folder), " ".join(str(error).split())
+    reason = "the disk is full" if not remote and files.disk_is_full(error, self._folder) else text[:200]
+    lasting = re.search(r"Forbidden|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|\b40[134]\b", text)
+    kind = NotSavedNow if remote and not lasting and not isinstance(error, FileNotFoundError) else NotSaved
+    cure = "" if remote else "free space and "
+    return kind(f"could not save step {step}: {reason}; {survivor}; {cure}{errors.to_resume}")
 
   def wait(self):
     """Waits until the step that is being written is sealed.

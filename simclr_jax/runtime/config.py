@@ -387,8 +387,11 @@ def read_recipe(name: str) -> dict:
   return config.to_dict()
 
 
-def read_config(workdir) -> str:
+def read_config(workdir, flag: str = "--workdir=") -> str:
   """config.json of a run.
+
+  Args:
+    flag: what the message puts before the folder; empty where it is another flag, or a key, that names it.
 
   Raises:
     ValueError: there is no run in this folder, or the file is damaged.
@@ -399,7 +402,7 @@ def read_config(workdir) -> str:
   try:
     text = files.read_sealed(folder / "config.json")
   except FileNotFoundError:
-    raise UserError(f"--workdir={workdir}: no run here (config.json is missing); `simclr pretrain` makes one") from None
+    raise UserError(f"{flag}{workdir}: no run here (config.json is missing); `simclr pretrain` makes one") from None
   except UserError as error:
     raise UserError(f"{error} (a copy is in {folder / 'checkpoints'}/STEP/config/metadata)") from None
   try:

@@ -3,6 +3,8 @@
 import contextlib
 import re
 
+to_resume = "resume with --resume"  # how messages end; the command sets it to what its own flags allow
+
 
 class UserError(ValueError):
   """A mistake in a flag, a config or the data: one line with the value, what was expected and what to do.
@@ -12,6 +14,12 @@ class UserError(ValueError):
 
   def __init__(self, message):
     super().__init__(re.sub(r"\s*\n\s*", " ", str(message).strip()))
+
+
+class Unavailable(OSError):
+  """A bucket did not answer or was overloaded, also after several tries: started again, the run may succeed."""
+
+  exit_code = 142  # as watchdog.EXIT_LOST: the launch scripts restart on it
 
 
 @contextlib.contextmanager

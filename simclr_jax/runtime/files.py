@@ -19,7 +19,7 @@ import unicodedata
 import fsspec
 from etils import epath
 
-from simclr_jax.runtime.errors import UserError
+from simclr_jax.runtime.errors import Unavailable, UserError
 
 # epath asks for the first when it opens its first path, tensorstore for the others with its first request.
 for _name, _value in {
@@ -80,9 +80,11 @@ def _escape(c: str) -> str:
 
 
 def check_bucket(path):
-  """Raises UserError if the bucket itself may not be inspected, which Orbax does, but only when a run resumes."""
+  """Raises UserError if the bucket itself may not be inspected, and Unavailable if it does not answer, which Orbax does, but only when a run resumes."""
   try:
     _bucket().look_at_bucket(os.fspath(path))
+  except Unavailable:
+    raise
   except OSError as error:
     raise UserError(f"{path}: the bucket cannot be inspected ({error}); Orbax needs storage.buckets.get") from None
 

@@ -6,9 +6,10 @@
 import logging
 
 import aiohttp
-from gcsfs import core
+from gcsfs import core, retry
 
 from simclr_jax.runtime import watchdog
+from simclr_jax.runtime.errors import Unavailable
 
 # Seconds without a byte of an answer, after which a request is sent again; 5 minutes, and not again, in gcsfs.  With the
 # pauses between six tries, 36 s at most, it is shorter than what the watchdog lets a phase take.
@@ -20,7 +21,7 @@ class FileSystem(core.GCSFileSystem):
 
   Listings are not cached, because other processes also write.  A request that is not answered is sent again, as gcsfs does
   after 429, 5xx and lost connections: six times in all, with growing pauses.  A final failure is an OSError of one line,
-  whatever type the libraries below use for it.
+  whatever type the libraries below use for it: Unavailable where gcsfs would send the request again.
   """
 
   def __init__(self, **options):
@@ -36,7 +37,8 @@ class FileSystem(core.GCSFileSystem):
       raise
     except Exception as error:  # HttpError, aiohttp.ClientError, GoogleAuthError, ValueError, ...
       where = path.format(*args).partition("?")[0]
-      raise OSError(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from error
+      kind = Unavailable if retry.is_retriable(error) else OSError
+      raise kind(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
   def look_at_bucket(self, path: str):
     """Raises OSError if there is no such bucket, or it may not be inspected."""

@@ -15,9 +15,11 @@ NAME = "LOCK"
 BEAT = 10.0  # seconds between two signs of life
 PATIENCE = 10.0  # seconds in which a lock that is taken for moments must come free
 SILENCE = 60.0  # seconds without one, after which an owner on another machine counts as dead
+SHARED = 90.0  # seconds until a new lock is seen on other machines: NFS keeps what it knew of a folder for up to 60
 
 _held = {}  # path of a lock of this process -> the text it was taken with
 _lost = {}  # path of a lock that was taken over -> who has it
+_renewing = False  # whether the thread that shows signs of life has been started
 _guard = threading.Lock()
 
 
@@ -34,11 +36,13 @@ def take(workdir):
   with _guard:
     if str(path) in _held:
       return
+  global _renewing
   text = json.dumps(_me() | {"beat": 0})
   while not files.create_text(path, text):
     _wait_for_the_end(path)
   with _guard:
-    if not _held:
+    if not _renewing:
+      _renewing = True
       atexit.register(release_all)
       threading.Thread(target=_renew, daemon=True, name="locks of workdirs").start()
     _held[str(path)] = text
@@ -82,6 +86,24 @@ def check(workdir):
     raise UserError(
       f"--workdir={workdir}: this run was silent for over {SILENCE:.0f} s and {owner} has taken over; nothing was saved"
     )
+
+
+def text_of(workdir) -> str:
+  """What this process has written into the lock that it has taken."""
+  with _guard:
+    return _held[str(_of(workdir))]
+
+
+def check_shared(workdir, text: str):
+  """Raises UserError unless the lock of a workdir, which process 0 has taken with this text, is seen by this process too."""
+  path, end = _of(workdir), time.monotonic() + SHARED
+  while not _is_same_owner(_read(path), text):
+    if time.monotonic() > end:
+      raise UserError(
+        f"--workdir={workdir}: {socket.gethostname()} does not see there what {json.loads(text)['host']} has written: name "
+        "a folder or bucket that all hosts of the run share"
+      )
+    time.sleep(0.5)
 
 
 def _of(workdir):

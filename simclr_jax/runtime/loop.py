@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax.runtime import aot, checkpoint, cpu, files, lock, processes, replicas, signals, watchdog
+from simclr_jax.runtime import aot, checkpoint, cpu, errors, files, lock, processes, replicas, signals, watchdog
 from simclr_jax.runtime import config as config_lib
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -464,7 +464,7 @@ class Loop:
     self.close()
     name = signal.Signals(self.signals.received).name
     raise Interrupted(
-      f"{name}: stopped after step {self.step} and saved it; resume with --resume",
+      f"{name}: stopped after step {self.step} and saved it; {errors.to_resume}",
       signals.exit_code(self.signals.received),
     )
 

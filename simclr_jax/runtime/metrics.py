@@ -15,7 +15,7 @@ import jax
 from PIL import Image
 
 from simclr_jax.runtime import files
-from simclr_jax.runtime.errors import UserError
+from simclr_jax.runtime.errors import Unavailable, UserError
 
 
 class Writer:
@@ -33,6 +33,7 @@ class Writer:
     self._path = files.absolute(workdir) / "metrics.jsonl"
     self._board = None
     self._wandb = None
+    self._unwritten = ""  # rows that could not be added to metrics.jsonl yet
     self.seconds_before = 0.0  # that the rows before this start had taken
     if not jax.process_index():
       self._board = _Board(workdir)
@@ -43,9 +44,13 @@ class Writer:
   def rewind(self, step: int):
     """Drops the rows past a step: they belong to updates that are about to be made again."""
     if self._board:
+      if self._unwritten:
+        files.append_text(self._path, self._unwritten)
+      self._unwritten = ""
       rows = [row for row in read(self._path.parent) if row["step"] <= step] if step else []
       files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
       self._board.start_after(step)
+      self._board.upload()
 
   def scalars(self, step: int, row: dict):
     """One row of numbers and lines of text; a number that is not finite is written as null."""
@@ -53,14 +58,26 @@ class Writer:
       return
     text = {k: v for k, v in row.items() if isinstance(v, str)}
     clean = {k: (float(v) if math.isfinite(v) else None) for k, v in row.items() if k not in text}
-    files.append_text(self._path, json.dumps({"step": step, **clean, **text}) + "\n")
+    self._unwritten += json.dumps({"step": step, **clean, **text}) + "\n"
     known = {k: v for k, v in clean.items() if v is not None}
     self._board.add(step, *({"tag": k, "simple_value": v} for k, v in known.items()))
+    self._write(self._board)
     if self._wandb:
       self._wandb.log(known, step=step)
 
+  def _write(self, board):
+    """Writes what is left to write; where a bucket is away for the moment, that waits for the next row."""
+    try:
+      if self._unwritten:
+        files.append_text(self._path, self._unwritten)
+      self._unwritten = ""
+      board.upload()
+    except Unavailable as error:
+      print(f"metrics are not written yet: {error}", flush=True)
+
   def close(self):
     if self._board:
+      self._write(self._board)
       self._board.close()
     if self._wandb:
       self._wandb.finish()
@@ -90,6 +107,9 @@ class _Board:
     event = data_compat.migrate_event(event_pb2.Event(wall_time=time.time(), **event))  # pyright: ignore
     self._records.write(event.SerializeToString())
     self._records.flush()
+
+  def upload(self):
+    """Writes all records so far to a bucket; on a disk they are in their file already."""
     if isinstance(self._file, io.BytesIO):
       files.write_bytes(self._path, self._file.getvalue())
 
@@ -138,6 +158,7 @@ def show(workdir, step: int, pictures: dict):
     content = files.absolute(path).read_bytes()
     width, height = Image.open(io.BytesIO(content)).size
     board.add(step, {"tag": name, "image": {"width": width, "height": height, "encoded_image_string": content}})
+  board.upload()
   board.close()
 
 

@@ -24,7 +24,7 @@ from jax._src import xla_bridge as _xla_bridge
 from jax.experimental import multihost_utils
 
 from simclr_jax.runtime import files, mesh, watchdog
-from simclr_jax.runtime.errors import UserError
+from simclr_jax.runtime.errors import Unavailable, UserError
 
 JOIN = (
   300.0  # seconds until every process has to be there: nodes of a pod pull images and read Python at their own pace
@@ -191,16 +191,22 @@ def run_on_primary(what):
     try:
       answer = {"result": what()}
     except (ValueError, OSError) as error:
-      _client.key_value_set(
-        key, json.dumps({"kind": "OSError" if isinstance(error, OSError) else "UserError", "error": str(error)})
-      )
+      _client.key_value_set(key, json.dumps({"kind": _kind(error), "error": str(error)}))
       raise
     _client.key_value_set(key, json.dumps(answer))
     return answer["result"]
   answer = json.loads(_client.blocking_key_value_get(key, _timeout_ms()))
   if "error" in answer:
-    raise (OSError if answer["kind"] == "OSError" else UserError)(answer["error"])
+    raise _KINDS[answer["kind"]](answer["error"])
   return answer["result"]
+
+
+# What an error of process 0 becomes in the others, which should end with the same exit code.
+_KINDS = {"Unavailable": Unavailable, "OSError": OSError, "UserError": UserError}
+
+
+def _kind(error) -> str:
+  return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "UserError")
 
 
 def barrier(name: str):

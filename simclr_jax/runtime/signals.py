@@ -10,9 +10,10 @@ import signal
 import sys
 import threading
 
-from simclr_jax.runtime import lock
+from simclr_jax.runtime import errors, lock
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PATIENCE = 2.0  # seconds that a second signal waits for a disk or bucket to give back the locks
 during_steps = False  # whether the loop turns a signal into a stop after the step, see loop.py
 
 
@@ -60,7 +61,7 @@ def heard():
 def _stop(number, frame):
   signal.signal(number, lambda *_: None)  # a second one is for the listener
   name = signal.Signals(number).name
-  raise Stopped(f"{name}: stopped; what was saved is complete; resume with --resume")
+  raise Stopped(f"{name}: stopped; what was saved is complete; {errors.to_resume}")
 
 
 def _listen(read, heard):
@@ -72,9 +73,10 @@ def _listen(read, heard):
         continue
       name = signal.Signals(number).name
       if heard:
-        _say(f"{name}: stopped at once; what was saved before is complete; resume with --resume")
-        with contextlib.suppress(Exception):
-          lock.release_all()
+        _say(f"{name}: stopped at once; what was saved before is complete; {errors.to_resume}")
+        release = threading.Thread(target=lock.release_all, daemon=True)
+        release.start()
+        release.join(PATIENCE)
         os._exit(exit_code(number))
       heard.append(number)
       when = "after this step" if during_steps else "as soon as possible"

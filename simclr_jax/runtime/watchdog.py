@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 
+from simclr_jax.runtime import errors
 from simclr_jax.runtime.errors import UserError
 
 EXIT_LOST = 142  # another process is gone, or this one hung: schedulers that restart on 128 and above restart this
@@ -256,7 +257,7 @@ class _Guard(threading.Thread):
     return f"process {process} of {self._count}{f' (on {host})' if host else ''} is gone: {why}"
 
   def _say(self, why):
-    print(f"simclr: {why}; the last checkpoint is complete; resume with --resume", file=sys.stderr)
+    print(f"simclr: {why}; the last checkpoint is complete; {errors.to_resume}", file=sys.stderr)
 
   def _end(self, why, code=EXIT_LOST):
     self._say(why)
