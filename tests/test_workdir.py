@@ -13,6 +13,7 @@ import bucket
 import numpy as np
 import pytest
 
+from simclr_jax.programs import trained
 from simclr_jax.programs import workdir as of_programs
 from simclr_jax.runtime import checkpoint, files, lock, loop
 
@@ -193,6 +194,11 @@ def test_overwrite_spares_the_run_that_the_new_one_starts_from(tmp_path):
       of_programs.claim(run, resume=False, overwrite=True, starts=("", str(start)))
   of_programs.claim(run / "tuned", resume=False, overwrite=True, starts=(str(run),))
   assert (run / "encoder").exists()
+
+
+def test_a_start_that_is_no_run_is_not_called_the_workdir(tmp_path):
+  with pytest.raises(ValueError, match=f"^{tmp_path}: no run here"):
+    trained.open_start(tmp_path)
 
 
 HOLDER = """
