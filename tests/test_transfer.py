@@ -10,7 +10,7 @@ import scipy.stats
 import tiny
 from test_distill import teacher  # noqa: F401  an exported encoder
 
-from simclr_jax import exporting
+from simclr_jax import data, exporting
 from simclr_jax.evaluation import linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, transfer
@@ -183,6 +183,34 @@ def test_the_configs_of_fine_tuning_name_its_data_and_its_start(tmp_path, monkey
   assert {(c.data.train, c.data.test, c.labels.fraction, c.start) for c in configs} == {
     (spec, f"{spec}:test", 1.0, "x")
   }
+
+
+def test_images_with_several_labels_are_scored_by_the_linear_classifier_only(tmp_path, monkeypatch, capsys):
+  """The row keeps its linear score, and the rows after it get both."""
+  several = tiny.npz(tmp_path / "several.npz")
+
+  def several_labels(source):
+    return np.eye(10, dtype=np.int8)[source.labels] if source.name(0).startswith(several) else None
+
+  start = types.SimpleNamespace(variables={"encoder": {}})
+  monkeypatch.setattr(transfer.trained, "open_start", lambda _: start)
+  monkeypatch.setattr(transfer, "FrozenEncoder", lambda *_, **__: types.SimpleNamespace(start=start))
+  monkeypatch.setattr(data.ArraySource, "several_labels", several_labels)
+  monkeypatch.setattr(transfer, "linear_evaluation", lambda *_, **__: (0.5, np.zeros((32, 10)), 1e-3))
+  monkeypatch.setattr(transfer, "fine_tune", lambda *_, **__: (0.75, np.zeros((32, 10)), {"base_lr": 0.1}))
+  sets = {
+    "voc2007": dict(train=several, validation="", test=f"{several}:test", metric="mean_average_precision"),
+    "z": dict(train=(spec := tiny.npz(tmp_path / "tiny.npz")), validation="", test=f"{spec}:test", metric="top_1"),
+  }
+  c = config("x", sets, methods=("linear", "finetune"))
+  result = transfer.run(c, tmp_path / "run")
+  linear_only = {"linear SimCLR": 0.5, "linear random": 0.5}
+  assert [row["name"] for row in result["rows"]] == ["voc2007", "z"]
+  assert result["rows"][0]["scores"] == linear_only
+  assert result["rows"][1]["scores"] == linear_only | {"finetune SimCLR": 0.75, "finetune random": 0.75}
+  out = capsys.readouterr().out
+  assert "voc2007: images have several labels, so fine-tuning is left out\n" in out and "z: images have" not in out
+  assert (tmp_path / "run/COMPLETE").exists() and "voc2007" in (tmp_path / "run/report.html").read_text()
 
 
 def test_a_set_is_not_scored_against_itself(tmp_path):

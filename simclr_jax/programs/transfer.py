@@ -197,10 +197,6 @@ def fine_tune(
       raise UserError(f"{len(tested) - len(logits)} of {len(tested)} images are unreadable: remove or repair them")
     return logits, labels
 
-  if train.targets.ndim > 1:
-    raise UserError(
-      "fine-tuning on images with several labels is not supported: leave 'finetune' out of config.methods"
-    )
   fit, held = (data.Selection(train.source, np.flatnonzero(part)) for part in (~held_out, held_out))
   grid = list(itertools.product(tuned.base_lrs, tuned.weight_decays))
   best, kept = grid[0], -1.0
@@ -242,7 +238,8 @@ def table(rows: list[dict]) -> str:
 def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:
   """The program `simclr transfer`: scores an encoder on every set of `config.rows`; prints and saves the table.
 
-  Finished rows of an interrupted run are kept under --resume.
+  Finished rows of an interrupted run are kept under --resume.  A set whose images have several labels gets no fine-tuned
+  score.
 
   Returns:
     dict(rows, workdir): rows are dicts of name, metric, scores {method and encoder: share}, p, chosen.
@@ -278,7 +275,11 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     if any(kept["name"] == name for kept in rows):
       continue
     logits, out = {}, {"name": name, "metric": row.metric, "scores": {}, "p": {}, "chosen": {}}
-    for method, (label, encoder) in itertools.product(config.methods, encoders.items()):
+    methods = config.methods
+    if train.targets.ndim > 1 and "finetune" in methods:  # whose loss has one label per image
+      print(f"{name}: images have several labels, so fine-tuning is left out", flush=True)
+      methods = [method for method in methods if method != "finetune"]
+    for method, (label, encoder) in itertools.product(methods, encoders.items()):
       key = f"{method} {label}"
       if method == "linear":
         result = linear_evaluation(encoder, train, held_out, test, row.metric, mesh=mesh)
