@@ -13,7 +13,7 @@ from test_finetune import filled
 from simclr_jax import augment, data, exporting, model
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, same
-from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.views import Batch
 
@@ -101,6 +101,32 @@ def test_an_unreadable_test_image_is_left_out_of_the_teachers_score(tmp_path):
   c = config("x", "unused", **{"data.max_bad_fraction": 0.1})
   found = distill.accuracy(c, always, data.open_source(f"folder:{tmp_path}"), mesh_lib.make_mesh(jax.devices()[:1]))
   assert found == pytest.approx(np.mean(np.delete(source.labels, 5) == one))
+
+
+@pytest.mark.parametrize("program", [finetune, distill])
+def test_unreadable_training_images_are_listed_in_the_run(program, tmp_path, monkeypatch):
+  source = tiny.source(40)
+  for i in range(40):
+    images.save(tmp_path / f"set/{source.labels[i]}/{i:02}.png", source.read(i))
+  (bad := tmp_path / f"set/{source.labels[5]}/05.png").write_bytes(b"")
+  teacher = types.SimpleNamespace(num_classes=len(set(source.labels)), variables={}, apply=None)
+  monkeypatch.setattr(distill, "Teacher", lambda _: teacher)
+  drawn = []
+
+  def run(task, *_, **__):
+    batches = task.stream(0)
+    drawn.append([next(batches) for _ in range(3)])  # an epoch and more
+    raise loop.Diverged("far enough")
+
+  monkeypatch.setattr(loop, "run", run)
+  changes = {"data.train": f"folder:{tmp_path}/set", "data.test": "", "data.max_bad_fraction": 0.1, "augment.size": 16}
+  changes |= {"batch_size": 16, "train_steps": 3, "evaluate.batch_size": 32, "labels.fraction": 1.0} | (
+    {"teacher": "x"} if program is distill else {}
+  )
+  c = config_lib.replace(config_lib.load(f"{program.__name__.rpartition('.')[2]}:small"), changes)
+  with pytest.raises(loop.Diverged):
+    program.run(c, tmp_path / "run")
+  assert drawn and (tmp_path / "run/unreadable.txt").read_text() == f"{bad}\tempty file\n"
 
 
 @pytest.mark.slow

@@ -73,7 +73,9 @@ class AbstractTeacher:
     self.apply = functools.partial(network.apply, train=False)
 
 
-def make_task(config, start, source, *, mesh, loss, teacher, evaluators=None, chosen=(), cache=None) -> loop.Task:
+def make_task(
+  config, start, source, *, mesh, loss, teacher, evaluators=None, bad_file=None, chosen=(), cache=None
+) -> loop.Task:
   """The fine-tuning task with a teacher in it.
 
   Args:
@@ -81,7 +83,7 @@ def make_task(config, start, source, *, mesh, loss, teacher, evaluators=None, ch
     chosen: indices of the images whose labels count.
     cache: the teacher's logits [N, classes] of all images, if config.cache.
   """
-  task = finetune.make_task(config, start, source, mesh=mesh, loss=loss, evaluators=evaluators)
+  task = finetune.make_task(config, start, source, mesh=mesh, loss=loss, evaluators=evaluators, bad_file=bad_file)
   labeled = np.zeros(len(source), bool)
   labeled[np.asarray(chosen, int)] = config.alpha < 1
 

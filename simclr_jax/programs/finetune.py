@@ -24,6 +24,7 @@ from simclr_jax.evaluation.rows import check_finite
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import same, splits, trained
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import checkpoint, errors, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -205,8 +206,8 @@ def _last(name: str) -> str:
 
 
 @errors.of_the_user()
-def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=None) -> loop.Task:
-  """A resolved config and the labeled images as the loop wants them."""
+def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=None, bad_file=None) -> loop.Task:
+  """A resolved config and the labeled images as the loop wants them; `bad_file` gets the names of unreadable images."""
   if config.batch_size > len(source):
     left = f" that labels.fraction={config.labels.fraction:g} leaves" if config.labels.fraction < 1 else ""
     most = len(source) // mesh.size * mesh.size
@@ -255,6 +256,7 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         max_bad_fraction=config.data.max_bad_fraction,
+        bad_file=bad_file,
       )
     ),
     evaluators=evaluators or {},
@@ -317,7 +319,15 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
   """
   every = config_lib.every(config.evaluate, len(source), config.batch_size)
   evaluation = ClassifierEvaluation(config, source.num_classes, test_source, mesh)
-  task = make(config, start, source, mesh=mesh, loss=loss, evaluators={"test": loop.Evaluator(evaluation.run, every)})
+  task = make(
+    config,
+    start,
+    source,
+    mesh=mesh,
+    loss=loss,
+    evaluators={"test": loop.Evaluator(evaluation.run, every)},
+    bad_file=workdir_lib.unreadable(workdir),
+  )
   checkpoint.write_config(workdir, config_lib.to_json(config))
   state, clock = loop.run(
     dataclasses.replace(task, data=same.for_other_processes(source)),

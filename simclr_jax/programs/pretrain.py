@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clu.parameter_overview import count_parameters
-from etils import epath
 
 from simclr_jax import data, exporting, methods, optimizer, report, train_step, views
 from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import recipes, same, scores, splits, trained
+from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, errors, files, loop, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -238,13 +238,12 @@ def run(
   train_source, test_source = splits.open_data(config.data, source)
   evaluation = scores.PretrainEvaluation(config, train_source, test_source, mesh)
   every = config_lib.every(config.evaluate, len(train_source), config.batch_size)
-  name = f"unreadable_{jax.process_index()}.txt" if jax.process_count() > 1 else "unreadable.txt"
   task = make_task(
     config,
     train_source,
     mesh=mesh,
     evaluators={"knn": loop.Evaluator(evaluation.quick, every)},
-    bad_file=str(epath.Path(workdir) / name),
+    bad_file=workdir_lib.unreadable(workdir),
     start=start,
   )
   pipeline = view_pipeline(config)

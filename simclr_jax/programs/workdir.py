@@ -5,7 +5,7 @@ import os
 from etils import epath
 
 from simclr_jax import data
-from simclr_jax.runtime import checkpoint, files
+from simclr_jax.runtime import checkpoint, files, processes
 from simclr_jax.runtime.errors import UserError
 
 WRITES = (  # beside checkpoint.WRITES: patterns of names at the top of a workdir
@@ -44,6 +44,12 @@ def check_outside(flag: str, output, spec: str):
     where, what = (os.fspath(p).rstrip("/") if files.is_remote(p) else os.path.realpath(p) for p in (output, path))
     if f"{where}/".startswith(f"{what}/"):
       raise UserError(f"{flag}={output} is in the data set {path}, of which it would become a part: name another place")
+
+
+def unreadable(workdir) -> str:
+  """The file of a run that lists the unreadable training images that this process met."""
+  name = f"unreadable_{processes.process_index()}.txt" if processes.is_multiprocess() else "unreadable.txt"
+  return str(epath.Path(workdir) / name)
 
 
 def paths(spec: str) -> list[str]:
