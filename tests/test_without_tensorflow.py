@@ -82,6 +82,19 @@ assert not {"clu", "tensorboard"} & set(sys.modules)
   )
 
 
+def test_every_program_is_imported():
+  """Those that need TensorFlow for a part of what they do import it there, and `simclr plan` needs none of it."""
+  python(
+    """
+import importlib, pkgutil, simclr_jax.programs
+names = [module.name for module in pkgutil.iter_modules(simclr_jax.programs.__path__)]
+assert {"pretrain", "probe", "finetune", "transfer", "plan", "timing"} <= set(names)
+for name in names:
+  importlib.import_module(f"simclr_jax.programs.{name}")
+"""
+  )
+
+
 def test_embed(tmp_path):
   """From a notebook, with images of one size and of several, and as a program."""
   python(
@@ -122,7 +135,7 @@ def test_arrays_and_exports_where_it_is_not_installed(tmp_path):
     Image.fromarray(np.full((9, 9, 3), i, np.uint8)).save(tmp_path / f"photos/{i}.jpg")
   out = python(
     """
-import contextlib, io, numpy as np, simclr_jax
+import contextlib, io, numpy as np, simclr_jax, tiny
 from simclr_jax.__main__ import main
 encoder, folder = sys.argv[1:]
 images = np.zeros((5, 28, 28, 3), np.uint8)
@@ -130,9 +143,13 @@ h = simclr_jax.embed(encoder, images)
 assert simclr_jax.probe(np.eye(4)[[0, 1] * 9], [0, 1] * 9, np.eye(4)[:2], [0, 1])["accuracy"] == 1
 assert main(["export", f"--encoder={encoder}", f"--output={folder}/out", "--format=safetensors"]) == 0
 assert (simclr_jax.embed(f"{folder}/out", images) == h).all()
+spec = tiny.npz(f"{folder}/tiny.npz")
+of = [f"--workdir={encoder}", f"--config.data.train={spec}", f"--config.data.test={spec}:test"]
+assert main(["probe", *of]) == 0
 for words in (
   ["export", f"--encoder={encoder}", f"--output={folder}/saved", "--format=savedmodel"],
   ["embed", f"--encoder={encoder}", f"--data=folder:{folder}/photos", f"--output={folder}/h.npz"],
+  ["probe", *of, "--config.probe.method=sgd"],
 ):
   with contextlib.redirect_stderr(io.StringIO()) as said:
     assert main(words) == 1
@@ -142,9 +159,10 @@ for words in (
     tmp_path,
     without=ABSENT,
   )
-  saved, embedded = (line for line in out.splitlines() if line.startswith("simclr: "))
+  saved, embedded, probed = (line for line in out.splitlines() if line.startswith("simclr: "))
   assert saved == "simclr: --format=savedmodel needs TensorFlow: pip install tensorflow, or choose onnx"
   assert embedded.startswith("simclr: this needs TensorFlow, which is not installed: pip install tensorflow")
+  assert probed == embedded
 
 
 @pytest.mark.slow

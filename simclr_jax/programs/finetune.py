@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simclr_jax import augment, augment_extra, data, exporting, optimizer, report, views
+from simclr_jax import data, exporting, optimizer, report, views
 from simclr_jax import model as model_lib
 from simclr_jax.evaluation import embed
 from simclr_jax.evaluation.rows import check_finite
@@ -135,15 +135,15 @@ def train_step(state: TrainState, batch, *, model, tx, schedule, tune_after: int
   ), metrics
 
 
-CROP = inspect.signature(augment.one_view).parameters.keys() - {"image", "seed"}
-
-
 def view(config):
   """(image, seed) -> a training view: crop and flip, or a whole view of pretraining where colors are given."""
+  from simclr_jax import augment, augment_extra  # TensorFlow, which planning and timing do without
+
   options = config_lib.options(config.augment)
   if config.augment.color_strength is not None:  # the supervised baselines of arXiv 2002.05709, Table B.3
     return lambda image, seed: augment_extra.two_views(image, seed, **options)[0]
-  return functools.partial(augment.one_view, **{key: options[key] for key in CROP if key in options})
+  crop = inspect.signature(augment.one_view).parameters.keys() - {"image", "seed"}
+  return functools.partial(augment.one_view, **{key: options[key] for key in crop if key in options})
 
 
 def choose(source, labels, test=None) -> np.ndarray:

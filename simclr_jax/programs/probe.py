@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from simclr_jax import augment, data, exporting, optimizer, views
+from simclr_jax import data, exporting, optimizer, views
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import same, splits, trained, transforms
@@ -59,6 +59,8 @@ def train_step(state: ProbeState, batch, frozen, *, encoder, classifier, tx, sch
 def make_task(opened: trained.TrainedRun, source) -> loop.Task:
   """SGD-Nesterov, momentum 0.9, base_lr * batch / 256 with cosine decay and no warm-up, crop+flip (App. B.6),
   with the interpolation of pretraining, and without flips where it had none."""
+  from simclr_jax import augment  # TensorFlow, which the other protocols do without
+
   c = opened.config
   if c.probe.batch_size > len(source):
     raise UserError(f"probe.batch_size={c.probe.batch_size} exceeds the {len(source)} training images: lower it")
