@@ -5,7 +5,7 @@ Command:   simclr pretrain --config=configs/methods.py:byol --workdir=runs/byol
            oracle, which use labels; the first four and byol also exist with -imagenet, as in :byol-imagenet)
 Hardware:  one GPU for CIFAR-10; the ImageNet rows need as much as configs/v1.py:1x.  These recipes have not been run yet
 Expected:  CIFAR-10: not measured yet; InstDisc's paper has kNN 80.4 with 4,096 negatives and 80.8 with the softmax over
-           all images.  alignment: "COLLAPSED" within 200 steps.
+           all images.  alignment: "COLLAPSED" at the first evaluation, after 977 steps.
            Linear evaluation top-1 on ImageNet, ResNet-50: moco 71.1 after 800 epochs (67.5 after 200), moco_v3 74.6
            after 1,000 (68.9 after 100, 72.8 after 300), byol 74.3 after 1,000; instdisc 54.0, kNN 46.5; supcon 78.7,
            with AutoAugment and with labels

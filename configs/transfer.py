@@ -8,7 +8,8 @@ Hardware:  linear: one accelerator for ResNet-50; fine-tuning takes 56 runs of 2
 Expected:  the printed table shows the paper's numbers next to ours.  small: the table in docs/downstream.md
 Source:    arXiv 2002.05709, App. B.8: 45 penalties, 7 learning rates x 8 weight decays, twice the steps and a grid of
            their own for random weights, splits and metrics; Table 8
-Data:      prepared TFDS sets in --config.data_dir; Birdsnap and FGVC Aircraft are not in TFDS: give folders
+Data:      prepared TFDS sets in --config.data_dir; Birdsnap and FGVC Aircraft are not in TFDS: give folders with
+           --config.rows.birdsnap.train and .test, --config.rows.aircraft.train, .validation and .test
 """
 
 import ml_collections

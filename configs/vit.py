@@ -7,7 +7,8 @@ Expected:  textures: kNN 48.5, linear 58.5 (untrained 10.5, 40.6), seed 0.  The 
            ViT-S/16 at batch 1,024 and 300 epochs reaches 69.0 % linear accuracy in MoCo v3, Table 4
 Source:    arXiv 2104.02057, sections 4 and 5: AdamW, long warm-up, weight decay 0.1, fixed sines, fixed patch projection;
            the head is SimCLR's
-Data:      a prepared TFDS cifar10 or imagenet2012 in --config.data.data_dir
+Data:      a prepared TFDS cifar10 or imagenet2012 in --config.data.data_dir, or arrays:
+           --config.data.train=npz:FILE:train --config.data.test=npz:FILE:test
 """
 
 import ml_collections

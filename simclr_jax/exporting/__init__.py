@@ -1,6 +1,7 @@
 """Exports of the encoder: a folder with f's variables, and a card that says how to use them.
 
-This package itself reads Orbax (`load_encoder`) and fine-tunes from it; the other formats are for other libraries.
+This package itself reads Orbax and safetensors (`load_encoder`) and starts from them; the other formats are for other
+libraries.
 Every folder that `simclr export` writes is self-contained.  load.py opens it with the libraries of the format and without
 this package, and verify.py runs load.py on 16 images whose h is stored next to it: the exporter does this before it gives
 the folder its final name, and anyone can repeat it.

@@ -86,7 +86,8 @@ class Data(Section):
   )  # fmt: skip
   data_dir: str = key("", "where prepared TensorFlow Datasets are; empty: their own default")
   max_bad_fraction: float = key(
-    0.001, "fraction of unreadable images above which the run stops", at_least=0, at_most=1
+    0.001, "fraction of unreadable images above which the run stops; above 0, one such image is always allowed",
+    at_least=0, at_most=1,
   )  # fmt: skip
   changed: str = key(
     "refuse", "what resuming does if the data has changed since the run began", choices=("refuse", "accept")
@@ -313,7 +314,10 @@ class Optimizer(Section):
   )  # fmt: skip
   warmup_epochs: float = key(0.0, "epochs of linear warm-up; then the rate decays to 0 along a cosine", at_least=0)
   momentum: float = key(0.9, "momentum, or b1 of Adam", at_least=0, below=1)
-  weight_decay: float = key(0.0, "weight decay; not applied to BatchNorm, nor, with LARS, to biases", at_least=0)
+  weight_decay: float = key(
+    0.0, "weight decay; not applied to BatchNorm, nor, with LARS and AdamW, to biases, nor, with AdamW, to the classifier",
+    at_least=0,
+  )  # fmt: skip
 
 
 @frozen
@@ -445,8 +449,8 @@ class Pretrain(Training):
     1.0, "method=oracle: fraction of the negatives of the same class that are left out", at_least=0, at_most=1
   )
   start: str = key(
-    "", "a run, or a folder written by simclr export or import: training starts from its encoder, whose architecture replaces "
-    "the recipe's; empty: random weights",
+    "", "a run, or a folder written by simclr import, or by simclr export as orbax or safetensors: training starts from its "
+    "encoder, whose architecture replaces the recipe's; empty: random weights",
   )  # fmt: skip
   keep_head: bool = key(False, "with start: also start from its projection head")
   head_epochs: float = key(0.0, "with start: number of epochs at the beginning that train only the head", at_least=0)
@@ -504,7 +508,9 @@ class Finetune(Training):
   """`simclr finetune`."""
 
   program: str = key("finetune", "program that the recipe is for", choices=("finetune",))
-  start: str = key("", "a run, or a folder written by simclr export or import; empty: from scratch")
+  start: str = key(
+    "", "a run, or a folder written by simclr import, or by simclr export as orbax or safetensors; empty: from scratch"
+  )  # fmt: skip
   tap: int = key(0, "layer of the projection head to classify from; 0: h itself", at_least=0)
   tune_after: int = key(
     -1, "last frozen group of blocks; 0: only the stem; -1: nothing is frozen", at_least=-1, at_most=4
@@ -529,7 +535,7 @@ class Distill(Finetune):
 
   program: str = key("distill", "program that the recipe is for", choices=("distill",))
   teacher: str = key(
-    REQUIRED, "a run of simclr finetune, or its exported folder", needed="the folder of a run of simclr finetune"
+    REQUIRED, "a run of simclr finetune, or its folder encoder", needed="the folder of a run of simclr finetune"
   )
   temperature: float = key(1.0, "temperature of teacher and student", above=0)
   alpha: float = key(
@@ -608,12 +614,14 @@ class Transfer(Section):
   program: str = key("transfer", "program that the recipe is for", choices=("transfer",))
   seed: int = key(0, "seed of training", at_least=0, at_most=LAST_SEED)
   start: str = key(
-    REQUIRED, "a run, or a folder written by simclr export or import", needed="the folder of a run or an encoder"
-  )
+    REQUIRED, "a run, or a folder written by simclr import, or by simclr export as orbax or safetensors",
+    needed="the folder of a run or an encoder",
+  )  # fmt: skip
   supervised: str = key("", "the same kind of folder, with an encoder trained with labels; empty: left out")
   methods: tuple[str, ...] = key(
-    ("linear", "finetune"), "how encoders are scored", choices=("linear", "finetune"), needed="linear, finetune or both"
-  )
+    ("linear", "finetune"), "how encoders are scored; images with several labels are scored by linear only",
+    choices=("linear", "finetune"), needed="linear, finetune or both",
+  )  # fmt: skip
   rows: dict[str, TransferRow]
   data_dir: str = key("", "where prepared TensorFlow Datasets are; empty: their own default")
   samples: int = key(100_000, "samples of the permutation test", at_least=1)

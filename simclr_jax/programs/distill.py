@@ -52,7 +52,9 @@ class Teacher:
   def __init__(self, path: str):
     opened = trained.open_start(path)
     if "classifier" not in opened.variables:
-      raise UserError(f"config.teacher={path}: holds no classifier; name a run of simclr finetune, or what it exported")
+      raise UserError(
+        f"config.teacher={path}: holds no classifier; name a run of simclr finetune, or its folder encoder"
+      )
     self.num_classes = opened.variables["classifier"]["params"]["bias"].shape[0]
     names = ("encoder", "classifier") + ("projector",) * bool(opened.tap)
     self.variables = {

@@ -4,7 +4,7 @@ import argparse
 
 # Those of config.py, which takes as long to import as all else here.
 RESIZES = ("bicubic", "bicubic_tf1", "bilinear", "bicubic_antialias")
-ENCODER = "a run, or a folder written by simclr export, simclr import or a finished run"
+ENCODER = "a run, or a folder written by simclr import, or by simclr export as orbax or safetensors"
 
 
 def training(parser):
