@@ -25,7 +25,7 @@ MAY = {
   "optimizer": set(), "accumulate": set(), "diagnostics": set(),
   "augment_extra": {"augment"}, "encoder_tpu": {"encoder"},
   "evaluation": SCIENCE | {"evaluation", "data", "runtime"},
-  "data": {"data", "runtime.files", "runtime.errors"},
+  "data": {"data", "runtime.files", "runtime.errors", "runtime.watchdog"},  # none of which needs JAX
   "report": {"report", "runtime.files", "runtime.errors"},
   "runtime": {"runtime"},
   "exporting": SCIENCE | {"exporting", "runtime"},
