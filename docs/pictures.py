@@ -111,7 +111,7 @@ def main() -> int:
     simclr("quickstart", str(photos(runs)), f"--workdir={quickstart}", "--resume")
   for picture in args.pictures:
     if picture == "report":
-      screenshot(photographs / "report.html", "report", 880, 1750)
+      screenshot(photographs / "report.html", "report", 880, 1775)
     elif picture == "map":
       simclr("map", f"--workdir={smoke}")
       shutil.copy(smoke / "map/map.png", DOCS / "map.png")
