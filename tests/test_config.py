@@ -31,7 +31,7 @@ from simclr_jax import (
 )
 from simclr_jax.evaluation import linear
 from simclr_jax.methods import simclr
-from simclr_jax.programs import completion, pretrain, resolved
+from simclr_jax.programs import completion, flags, pretrain, resolved
 from simclr_jax.programs import config as config_lib
 from simclr_jax.runtime import loop
 from simclr_jax.runtime.errors import UserError
@@ -577,3 +577,7 @@ def test_an_option_of_the_oracle_is_refused_elsewhere():
   assert config_lib.load("smoke", ["--config.method=oracle", "--config.removed_negatives=0.2"]).removed_negatives == 0.2
   with pytest.raises(UserError, match="config.removed_negatives is only for config.method=oracle"):
     config_lib.load("smoke", ["--config.removed_negatives=0.2"])
+
+
+def test_the_flags_name_the_interpolations_that_there_are():
+  assert flags.RESIZES == augment.RESIZES

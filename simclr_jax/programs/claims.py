@@ -195,9 +195,8 @@ def judge(claim, data: str, scores, seeds, confidence: float = 0.95) -> Finding:
     whole = {name: row for name, row in seeded.items() if not any("diverged" in cell for cell in row)}
     if not whole:
       return Finding(claim, data, None, "diverged", {})
-    if any(
-      not np.isfinite(cell.get(score, np.nan)) for row in whole.values() for cell in row
-    ):  # such as what needs colors, of gray images
+    found = [cell.get(score, np.nan) for row in whole.values() for cell in row]
+    if not np.isfinite(found).all():  # such as what needs colors, of gray images
       return Finding(claim, data, None, "not measured", {})
     chosen = max(whole, key=lambda name: np.mean([cell.get("validation", 0.0) for cell in whole[name]]))
     found = factor * np.array([cell[score] for cell in whole[chosen]])

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import re
 
+from simclr_jax.programs.flags import RESIZES
 from simclr_jax.runtime.config import (
   REQUIRED,
   Section,
@@ -67,7 +68,6 @@ __all__ = [
 ]
 
 
-RESIZES = ("bicubic", "bicubic_tf1", "bilinear", "bicubic_antialias")
 LAST_SEED = 2**32 - 1  # JAX draws the same weights from a seed of 2**32 as from 0
 
 # ---- sections, which programs share ----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import argparse
 
-# Those of config.py, which takes as long to import as all else here.
+# augment.RESIZES, whose module imports TensorFlow.
 RESIZES = ("bicubic", "bicubic_tf1", "bilinear", "bicubic_antialias")
 ENCODER = "a run, or a folder written by simclr import, or by simclr export as orbax or safetensors"
 

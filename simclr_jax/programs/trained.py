@@ -146,10 +146,11 @@ def open_data(config, workdir, training):
     )
   path = epath.Path(workdir)
   run = path.parent if path.name == "encoder" and (path / "card.json").exists() else path
-  if section.held_out < held_out:  # these are among those
-    same.check_held_out(run, splits.open_data(dataclasses.replace(section, held_out=held_out))[1])
+  if section.held_out < held_out:  # these are among those that training held out
+    _, test_of_training = splits.open_data(dataclasses.replace(section, held_out=held_out))
   else:
-    same.check_held_out(run, test)
+    test_of_training = test
+  same.check_held_out(run, test_of_training)
   return train, test
 
 

@@ -41,8 +41,7 @@ def check_outside(flag: str, output, spec: str):
   """Raises UserError where a program would write its output, which `flag` names, into the data set that it reads, of which
   it would become an image or a class."""
   for path in paths(spec):
-    where, what = (os.fspath(p).rstrip("/") if files.is_remote(p) else os.path.realpath(p) for p in (output, path))
-    if f"{where}/".startswith(f"{what}/"):
+    if files.is_within(output, path):
       raise UserError(f"{flag}={output} is in the data set {path}, of which it would become a part: name another place")
 
 

@@ -112,10 +112,7 @@ def _claim(workdir, resume, overwrite, writes, data):
 def _check_apart(workdir, data):
   """Raises UserError where the run would write into its data, or delete it."""
   for given in data:
-    where, what = (os.path.realpath(p) for p in (workdir, given))
-    if files.is_remote(workdir) or files.is_remote(given):
-      where, what = (os.fspath(p).rstrip("/") for p in (workdir, given))
-    if where == what or where.startswith(f"{what}/") or what.startswith(f"{where}/"):
+    if files.is_within(workdir, given) or files.is_within(given, workdir):
       raise UserError(f"--workdir={workdir}: the data is in {given}; a run and its data must not contain each other")
 
 

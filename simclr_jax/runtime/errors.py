@@ -3,6 +3,9 @@
 import contextlib
 import re
 
+EXIT_LOST = (
+  142  # another process or a bucket is lost, or this process hung: the launch scripts restart on 128 and above
+)
 to_resume = "resume with --resume"  # how messages end; the command sets it to what its own flags allow
 
 
@@ -19,7 +22,7 @@ class UserError(ValueError):
 class Unavailable(OSError):
   """A bucket did not answer or was overloaded, also after several tries: started again, the run may succeed."""
 
-  exit_code = 142  # as watchdog.EXIT_LOST: the launch scripts restart on it
+  exit_code = EXIT_LOST
 
 
 @contextlib.contextmanager

@@ -79,8 +79,19 @@ def _escape(c: str) -> str:
   return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
 
 
+def is_within(path, folder) -> bool:
+  """Whether a path is a folder or inside it, wherever links lead."""
+  where, what = (os.fspath(p).rstrip("/") if is_remote(p) else os.path.realpath(p) for p in (path, folder))
+  return f"{where}/".startswith(f"{what}/")
+
+
 def check_bucket(path):
-  """Raises UserError if the bucket itself may not be inspected, and Unavailable if it does not answer, which Orbax does, but only when a run resumes."""
+  """Inspects the bucket itself, as Orbax does, but only when a run resumes.
+
+  Raises:
+    UserError: it may not be inspected.
+    Unavailable: it does not answer.
+  """
   try:
     _bucket().look_at_bucket(os.fspath(path))
   except Unavailable:

@@ -18,9 +18,8 @@ import threading
 import time
 
 from simclr_jax.runtime import errors
-from simclr_jax.runtime.errors import UserError
+from simclr_jax.runtime.errors import EXIT_LOST, UserError
 
-EXIT_LOST = 142  # another process is gone, or this one hung: schedulers that restart on 128 and above restart this
 RECUR = (1, 2)  # exit codes of errors that would come again after a restart: the other processes end with them too
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 20.0  # seconds without one, after which a process counts as gone
