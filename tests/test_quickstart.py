@@ -159,6 +159,8 @@ def test_folder_to_page_and_again(tmp_path, monkeypatch, capsys):
   check(found, planted, tmp_path / "run")
   with pytest.raises(ValueError, match="--resume"):
     quickstart.run(tmp_path / "photos", tmp_path / "run")
+  with pytest.raises(UserError, match="--minutes=3: the run in .* was planned for 1; leave it out to resume"):
+    quickstart.run(None, tmp_path / "run", minutes=3, resume=True)
   again = quickstart.run(None, tmp_path / "run", resume=True)
   assert config_lib.difference(found["config"], again["config"]) == []
   np.testing.assert_array_equal(found["chart"]["views"]["PCA"], again["chart"]["views"]["PCA"])

@@ -38,10 +38,13 @@ def test_a_tenth_of_every_class_is_held_out(tmp_path):
 
 def test_without_labels_or_a_fraction_there_is_nothing_to_score(tmp_path):
   plain, labeled = save(tmp_path / "plain.npz", 20), save(tmp_path / "labeled.npz", 20, np.arange(20) % 2)
-  for spec, changes in ((plain, {}), (labeled, {"data.held_out": 0.0})):
+  for spec, changes, words in (
+    (plain, {}, "has no labels, and scores need them"),
+    (labeled, {"data.held_out": 0.0}, "data.held_out=0: no images are left to score"),
+  ):
     train, test = splits.open_data(section(spec, **changes))
     assert test is train and len(train) == 20
-    with pytest.raises(UserError, match="scores need labels in both"):
+    with pytest.raises(UserError, match=words):
       splits.check_labeled(section(spec, **changes), train, test)
 
 

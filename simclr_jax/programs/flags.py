@@ -64,7 +64,7 @@ def quickstart(parser):
     help="folder with image files at any depth; no labels needed; may be left out with --resume",
   )
   parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of the run")
-  parser.add_argument("--minutes", type=float, default=6.0, help="approximate time for everything (default: 6)")
+  parser.add_argument("--minutes", type=float, help="approximate time for everything (default: 6)")
   parser.add_argument("--start", default="", metavar="DIR", help=f"{ENCODER}, to start from (default: random weights)")
   _again(parser)
 

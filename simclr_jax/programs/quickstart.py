@@ -31,6 +31,7 @@ FEWEST = 16  # images: with fewer there is nothing to tell apart
 LOOKED_AT = 200  # images whose sizes are read
 REST = 60.0  # seconds that compiling, evaluating, the map and the page take on two CPU cores
 MOST_EPOCHS = 400  # more adds little on a small folder
+MINUTES = 6.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,21 +214,27 @@ def classes(root: str, names) -> tuple[np.ndarray | None, list[str]]:
 
 
 def run(
-  folder: str | None, workdir, *, minutes: float = 6.0, start: str = "", resume: bool = False, overwrite: bool = False
+  folder: str | None,
+  workdir,
+  *,
+  minutes: float | None = None,
+  start: str = "",
+  resume: bool = False,
+  overwrite: bool = False,
 ) -> dict:
   """The program `simclr quickstart`.
 
   The images are all image files at any depth below `folder`, by default the folder of the resumed run.  `minutes` is the
-  approximate time for everything; `start` is a run or an exported encoder to start from.
+  approximate time for everything, by default MINUTES; `start` is a run or an exported encoder to start from.
 
   Returns:
     dict(config, why, chart, found, unreadable): what was chosen and what was found, see map.chart and map.anomalies.
 
   Raises:
-    ValueError: no folder, too few images, too few minutes, or the folder of another run.
+    ValueError: no folder, too few images, too few minutes, or a resumed run was begun with another folder, start or minutes.
   """
   began = time.monotonic()
-  if not minutes > 0:
+  if minutes is not None and not minutes > 0:
     raise UserError(f"--minutes={minutes}: expected a number above 0")
   kept = files.absolute(workdir) / "quickstart.json"
   if not folder:
@@ -253,14 +260,20 @@ def run(
     if kept["folder"] != root:
       raise UserError(f"--workdir={workdir} is a quickstart of {kept['folder']}: name another folder for {root}")
     config, why = config_lib.from_json(checkpoint.read_config(workdir)), kept["why"]
+    planned = kept.get("minutes", minutes)  # not stated before 0.2
+    if minutes not in (None, planned):
+      raise UserError(
+        f"--minutes={minutes:g}: the run in {workdir} was planned for {planned:g}; leave it out to resume"
+      )
     if start and start != config.start:
       raise UserError(f"--start={start}: the run in {workdir} started from {config.start or 'random weights'}")
   else:
-    config, why = choose(source, spec, mesh, minutes, began, start)
+    planned = MINUTES if minutes is None else minutes
+    config, why = choose(source, spec, mesh, planned, began, start)
   for what, value, reason in why:
     print(f"{what:12}{value} ({reason})")
   checkpoint.write_config(workdir, config_lib.to_json(config))
-  files.write_sealed(plan, json.dumps({"folder": root, "why": why}))
+  files.write_sealed(plan, json.dumps({"folder": root, "minutes": planned, "why": why}))
   # A folder that grows meanwhile is looked at as it is now.
   config = config_lib.replace(config, {"data.changed": "accept"})
   trained = pretrain.run(config, workdir, resume=True, recipe=RECIPE)

@@ -48,10 +48,15 @@ def check_labeled(section, train, test):
       f"data.test={section.test} is data.train: a set that is scored against itself looks better than it is; name "
       "another with --config.data.test=..."
     )
-  if test is train or not train.num_classes:
+  if not train.num_classes:
     raise UserError(
-      f"data.train={section.train}, data.test={section.test or 'none'}: scores need labels in both; name labeled sets "
-      "with --config.data.train=... --config.data.test=..., or hold images out with --config.data.held_out=0.1"
+      f"data.train={section.train} has no labels, and scores need them; name labeled sets with --config.data.train=... "
+      "--config.data.test=..."
+    )
+  if test is train:
+    raise UserError(
+      f"data.train={section.train}, data.held_out={section.held_out:g}: no images are left to score; name others with "
+      "--config.data.test=..., or hold out more of every class with --config.data.held_out=0.1"
     )
   return train, test
 
