@@ -46,7 +46,7 @@ def train(workdir: pathlib.Path, **changes) -> dict:
     flat = {key.replace("__", "."): value for key, value in changes.items()}
     config = config_lib.replace(config_lib.load("cifar10_cpu"), {"evaluate.every_epochs": 0.0, **flat})
     pretrain.run(config, workdir, resume=workdir.exists())
-  return json.loads((workdir / "scores.json").read_text())["scores"].get("SimCLR h", {})
+  return json.loads((workdir / "scores.json").read_text())["scores"].get("h", {})
 
 
 def table(results: dict) -> str:

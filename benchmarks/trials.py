@@ -174,7 +174,7 @@ def run_trial(recipe: str, name: str, data: str, folder: str) -> dict:
     workdir = f"{folder}/{i}"
     pretrain.run(config, workdir, resume=pathlib.Path(workdir).exists())
     start = {"start": workdir, "keep_head": True}
-  scores = json.loads(pathlib.Path(workdir, "scores.json").read_text())["scores"]["SimCLR h"]
+  scores = json.loads(pathlib.Path(workdir, "scores.json").read_text())["scores"]["h"]
   return {"knn": scores["knn"], "linear": scores["linear"], "cpu_seconds": round(time.process_time() - began)}
 
 

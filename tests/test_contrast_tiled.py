@@ -239,6 +239,8 @@ def test_choice():
     for n in (512, 4096)
   ]
   assert ["ppermute" in t for t in text] == [False, True]
+  given = jax.make_jaxpr(lambda z: contrast.nt_xent_auto(z, 0.1, mesh=make_mesh(8), tile=32))(jnp.zeros((512, 2, 8)))
+  assert "ppermute" in str(given)  # a tile that somebody asks for is used
 
 
 def test_compiled_program_is_small_and_sends_only_neighbor_to_neighbor():

@@ -40,6 +40,12 @@ def test_inspect(folder, tmp_path, capsys):
   assert dataset.inspect(f"folder:{folder}", limit=5)["images"] == 25
 
 
+def test_systems_without_affinity_are_inspected_too(folder, monkeypatch, capsys):
+  monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+  assert cli.main(["data", "inspect", f"folder:{folder}"]) == 0
+  assert "25 images" in capsys.readouterr().out
+
+
 def test_prepare_leaves_other_folders_alone_and_says_that_the_disk_is_full(folder, tmp_path, monkeypatch):
   before = sorted(folder.rglob("*"))
   with pytest.raises(ValueError, match="--output=.* holds a and no prepared shards: name an empty or a new folder"):

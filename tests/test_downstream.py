@@ -123,7 +123,7 @@ def test_the_program(tmp_path, capsys):
   result = downstream.run(config, tmp_path / "run")
   names = {name for name, _ in result["results"][0]}
   assert {"linear on h", "fine-tuned", "from scratch", "student", "student from scratch"} <= names
-  assert {"transfer to again, linear SimCLR", "transfer to again, linear supervised"} <= names
+  assert {"transfer to again, linear pretrained", "transfer to again, linear supervised"} <= names
   assert "fine-tuned" in capsys.readouterr().out and (tmp_path / "run/downstream.svg").exists()
   kept = (tmp_path / "run/seed0/student/scores.json").stat().st_mtime_ns
   assert downstream.run(config, tmp_path / "run", resume=True)["results"] == result["results"]

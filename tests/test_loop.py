@@ -76,6 +76,22 @@ def test_a_resumed_run_knows_the_losses_that_a_leap_is_measured_against(tmp_path
     assert losses(where) == losses(tmp_path / "straight")
 
 
+def test_a_signal_during_traced_steps_ends_the_trace(tmp_path, monkeypatch):
+  calls, begun = [], task(30)
+  monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+
+  def stream(first):
+    for number, batch in enumerate(begun.stream(first), first):
+      if number == 12:
+        os.kill(os.getpid(), signal.SIGTERM)
+      yield batch
+
+  with pytest.raises(loop.Interrupted):
+    run(tmp_path / "run", dataclasses.replace(begun, stream=stream), profile_steps=8)
+  assert calls == ["start", "stop"]
+
+
 @pytest.mark.parametrize("at", [3, 4])
 def test_a_signal_while_a_step_is_saved_is_not_forgotten(tmp_path, at):
   """Also where it is the last one, after which a program goes on with its report."""

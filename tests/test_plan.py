@@ -91,7 +91,7 @@ def planned(monkeypatch, recipe, sizes, **changes):
   """(the row of the plan of a recipe on 128 chips, the compiler of what it asked for)."""
   compiler = Compiler(sizes, [])
   monkeypatch.setattr(plan, "measure", compiler)
-  monkeypatch.setattr(plan, "_momentum", lambda *_: 2 * GIB)
+  monkeypatch.setattr(plan, "_optimizer_bytes", lambda *_: 2 * GIB)
   monkeypatch.setattr(aot, "topology", lambda name: (aot.CHIPS["v4"], [None] * 128))
   return plan.plan(
     config_lib.replace(config_lib.load(recipe), changes), "v4:4x4x8", 1_281_167, 1000, note=lambda _: None
@@ -140,6 +140,14 @@ def test_a_vision_transformer_has_one_arrangement_and_recomputes_blocks(monkeypa
   row, compiler = planned(monkeypatch, "vit:s16", sizes)
   assert row["changes"] == changes and len(compiler.asked) == asked
   assert not any("packed" in name or "group" in name or "," in name for name in row["tried"])
+
+
+def test_the_state_of_adam_is_twice_that_of_momentum():
+  lars, adam = (
+    plan._optimizer_bytes(config_lib.replace(config_lib.load("smoke"), {"optimizer.name": name}), 10)
+    for name in ("lars", "adamw")
+  )
+  assert 0 <= adam - 2 * lars < 100  # and a count of steps
 
 
 def test_microbatches_are_split_over_the_devices_too(monkeypatch):

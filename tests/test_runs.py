@@ -23,7 +23,7 @@ def make(folder, *, steps=4, complete=True, **changes):
   ]
   (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   if complete:
-    scores = {"SimCLR h": {"knn": 0.8, "linear": 0.861}}
+    scores = {"h": {"knn": 0.8, "linear": 0.861}}
     (folder / "scores.json").write_text(json.dumps({"step": 4, "scores": scores}))
     (folder / "report.html").write_text("a page")
     (folder / "COMPLETE").write_text("step 4\n")

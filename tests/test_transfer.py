@@ -79,14 +79,14 @@ def test_linear_rows(tmp_path, teacher, capsys):  # noqa: F811
   saved = json.loads((tmp_path / "run/transfer.json").read_text())
   assert {row["name"] for row in saved} == {"split", "held_out"} and saved == result["rows"]
   row = next(row for row in saved if row["name"] == "held_out")
-  assert set(row["scores"]) == {"linear SimCLR", "linear random"} and 0 < row["p"]["linear random"] <= 1
+  assert set(row["scores"]) == {"linear pretrained", "linear random"} and 0 < row["p"]["linear random"] <= 1
   # The score is that of a classifier with the penalty that was chosen, on the same features.
   encoder = transfer.FrozenEncoder(transfer.trained.open_start(teacher[0]), c, mesh_lib.make_mesh())
   h, y = encoder.features(tiny.source()), tiny.source().labels
   test = transfer.open_split(f"npz:{tmp_path / 'tiny.npz'}:test")
-  chosen = linear.logistic_regression(h, y, num_classes=10, l2s=(row["chosen"]["linear SimCLR"],))
+  chosen = linear.logistic_regression(h, y, num_classes=10, l2s=(row["chosen"]["linear pretrained"],))
   assert linear.accuracy(chosen, encoder.features(test.source), test.targets) == pytest.approx(
-    row["scores"]["linear SimCLR"], abs=0.011
+    row["scores"]["linear pretrained"], abs=0.011
   )
   text = transfer.table([{**row, "name": "cifar10"}])
   assert "95.3" in text and "90.6" in text
@@ -137,21 +137,23 @@ def test_fine_tuning_grid(tmp_path, teacher):  # noqa: F811
   }
   result = transfer.run(config(teacher[0], only, **changes), tmp_path / "run")
   (row,) = result["rows"]
-  assert set(row["scores"]) == {"finetune SimCLR", "finetune random"}
-  assert row["chosen"]["finetune SimCLR"]["base_lr"] in (0.03, 0.1)
-  assert (tmp_path / "run/tiny/SimCLR/final/checkpoints/2").exists()
+  assert set(row["scores"]) == {"finetune pretrained", "finetune random"}
+  assert row["chosen"]["finetune pretrained"]["base_lr"] in (0.03, 0.1)
+  assert (tmp_path / "run/tiny/pretrained/final/checkpoints/2").exists()
   assert (tmp_path / "run/tiny/random/final/checkpoints/3").exists()
   assert (tmp_path / "run/tiny/random/final/encoder/card.json").exists()
 
 
 def fine_tuned(tmp_path, monkeypatch, result, **changes):
-  """(what transfer.fine_tune returns, the configs that it trains with) where `result` is the state after training."""
+  """(what transfer.fine_tune returns, the configs that it trains with) where each prediction is `result` classes too high."""
   configs = []
-  monkeypatch.setattr(finetune, "train", lambda c, *_, **__: (configs.append(c), {"state": result(c)})[1])
-  evaluation = lambda c, classes, tested, mesh: types.SimpleNamespace(  # noqa: E731
-    logits=lambda state: (np.eye(10)[(np.asarray(tested.labels) + state) % 10], np.asarray(tested.labels))
-  )
-  monkeypatch.setattr(finetune, "ClassifierEvaluation", evaluation)
+
+  def train(c, start, source, tested, folder, **_):
+    configs.append(c)
+    labels = np.asarray(tested.labels)
+    return {"logits": np.eye(10)[(labels + result(c)) % 10], "labels": labels}
+
+  monkeypatch.setattr(finetune, "train", train)
   spec = tiny.npz(tmp_path / "tiny.npz")
   c = config("x", {"tiny": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")}, **changes)
   train, held_out, test = transfer.splits(c.rows["tiny"], None)
@@ -204,10 +206,10 @@ def test_images_with_several_labels_are_scored_by_the_linear_classifier_only(tmp
   }
   c = config("x", sets, methods=("linear", "finetune"))
   result = transfer.run(c, tmp_path / "run")
-  linear_only = {"linear SimCLR": 0.5, "linear random": 0.5}
+  linear_only = {"linear pretrained": 0.5, "linear random": 0.5}
   assert [row["name"] for row in result["rows"]] == ["voc2007", "z"]
   assert result["rows"][0]["scores"] == linear_only
-  assert result["rows"][1]["scores"] == linear_only | {"finetune SimCLR": 0.75, "finetune random": 0.75}
+  assert result["rows"][1]["scores"] == linear_only | {"finetune pretrained": 0.75, "finetune random": 0.75}
   out = capsys.readouterr().out
   assert "voc2007: images have several labels, so fine-tuning is left out\n" in out and "z: images have" not in out
   assert (tmp_path / "run/COMPLETE").exists() and "voc2007" in (tmp_path / "run/report.html").read_text()
@@ -229,7 +231,7 @@ def test_finished_rows_are_handed_out_for_the_same_encoder_and_images_only(tmp_p
   assert (tmp_path / "run/COMPLETE").exists()
   monkeypatch.setattr(transfer, "linear_evaluation", None)  # nothing is computed again
   assert transfer.run(c, tmp_path / "run", resume=True)["rows"][0]["scores"] == {
-    "linear SimCLR": 0.5,
+    "linear pretrained": 0.5,
     "linear random": 0.5,
   }
   with pytest.raises(ValueError, match="config.samples is 200 in the run and 300 now"):
@@ -242,5 +244,5 @@ def test_finished_rows_are_handed_out_for_the_same_encoder_and_images_only(tmp_p
   _, variables, card = exporting.load_encoder(encoder)
   variables = jax.tree.map(lambda x: 2 * x, variables)
   exporting.write(encoder, variables, config_lib.from_dict(card["pretraining"]), scores={}, step=0, overwrite=True)
-  with pytest.raises(ValueError, match="row tiny of .*run was made with another SimCLR encoder"):
+  with pytest.raises(ValueError, match="row tiny of .*run was made with another pretrained encoder"):
     transfer.run(c, tmp_path / "run", resume=True)

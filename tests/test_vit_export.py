@@ -113,7 +113,7 @@ def test_folders_for_torch_say_what_they_are(exported, tmp_path):
   theirs = json.loads((tmp_path / "huggingface/config.json").read_text())
   assert (theirs["model_type"], theirs["image_size"], theirs["layer_norm_eps"]) == ("vit", 16, 1e-6)
   readme = (tmp_path / "huggingface/README.md").read_text()
-  assert "# SimCLR encoder: ViT-Ti, patch 4\n" in readme
+  assert "# Image encoder: ViT-Ti, patch 4\n" in readme and "Training: simclr on npz:" in readme
   assert f"last_hidden_state{'[:, 1:].mean(1)' if pool == 'mean' else '[:, 0]'}\n" in readme
 
 

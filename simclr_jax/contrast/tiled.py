@@ -63,7 +63,9 @@ def nt_xent_tiled(z, temperature, *, mesh=None, tile=None, normalize=True, reduc
   y, metrics = prepare(z, temperature, normalize, reduction, precision)
   n = y.shape[0]
   if mesh is not None and AXIS not in mesh.shape:
-    raise ValueError(f"mesh has axes {mesh.axis_names}; expected one named {AXIS!r}: jax.make_mesh((8,), ('data',))")
+    raise ValueError(
+      f"mesh has axes {mesh.axis_names}; expected one named {AXIS!r}: jax.sharding.Mesh(jax.devices(), ('data',))"
+    )
   devices = 1 if mesh is None else mesh.shape[AXIS]
   if n % devices:
     raise ValueError(f"batch of {n} images on {devices} devices; expected a multiple of {devices}")
@@ -91,10 +93,11 @@ def nt_xent_tiled(z, temperature, *, mesh=None, tile=None, normalize=True, reduc
 
 
 def nt_xent_auto(z, temperature, *, mesh=None, tile=None, normalize=True, reduction="mean", precision="highest"):
-  """`nt_xent` or `nt_xent_tiled`, whichever `choose` picks. Arguments, results and errors are theirs."""
+  """`nt_xent` or `nt_xent_tiled`, whichever `choose` picks; a given `tile` asks for the latter. Arguments, results and
+  errors are theirs."""
   keywords = {"normalize": normalize, "reduction": reduction, "precision": precision}
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-  if choose(len(z), 1 if mesh is None else mesh.size, platform) == "dense":
+  if choose(len(z), 1 if mesh is None else mesh.size, platform, tile) == "dense":
     return nt_xent(z, temperature, **keywords)
   return nt_xent_tiled(z, temperature, mesh=mesh, tile=tile, **keywords)
 
@@ -107,11 +110,11 @@ DENSE_BYTES = {"cpu": 4 * 2**20}
 DENSE_BYTES_ACCELERATOR = 128 * 2**20
 
 
-def choose(n, num_devices, platform):
-  """ "dense" for n images on `num_devices` devices if a device's share of the matrix, 4 (2n)^2 bytes in all, is small; else
-  "tiled"."""
+def choose(n, num_devices, platform, tile=None):
+  """ "dense" for n images on `num_devices` devices if a device's part of the matrix, 4 (2n)^2 bytes in all, is small and no
+  tile is given; else "tiled"."""
   most = DENSE_BYTES.get(platform, DENSE_BYTES_ACCELERATOR)
-  return "tiled" if 4 * (2 * n) ** 2 / num_devices > most else "dense"
+  return "tiled" if tile is not None or 4 * (2 * n) ** 2 / num_devices > most else "dense"
 
 
 @dataclasses.dataclass(frozen=True)

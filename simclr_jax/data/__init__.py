@@ -28,7 +28,7 @@ from simclr_jax.data.sources import (
   skipped_text,
   split_npz,
 )
-from simclr_jax.data.stream import Stream, eval_batches, in_memory, train_stream
+from simclr_jax.data.stream import Stream, cores, eval_batches, in_memory, train_stream
 from simclr_jax.data.tfds import TfdsSource
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
@@ -36,7 +36,7 @@ from simclr_jax.runtime.errors import UserError
 __all__ = [
   "MAX_PIXELS", "AbstractSource", "ArrayRecordSource", "ArraySource", "BadImage", "FilesSource", "FolderSource", "Joined",
   "ParquetSource", "Selection", "Source", "Stream", "Subset", "TFRecordSource", "TfdsSource", "WebDatasetSource",
-  "align", "class_balanced", "decode", "draws", "eval_batches", "example_seeds", "first_readable", "in_memory", "jpeg_header", "labeled",
+  "align", "class_balanced", "cores", "decode", "draws", "eval_batches", "example_seeds", "first_readable", "in_memory", "jpeg_header", "labeled",
   "make_labels", "match_classes", "open_source", "permutation", "significant_bits", "skipped_text", "sniff", "split_npz",
   "train_stream",
 ]  # fmt: skip

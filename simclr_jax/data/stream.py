@@ -25,6 +25,7 @@ from etils import epath
 from simclr_jax.data.decode import BadImage, import_tensorflow, jpeg_header, sniff
 from simclr_jax.data.order import draws
 from simclr_jax.data.sources import Source, say_once
+from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 CHUNK = 16  # images that are read in one call of Python
@@ -43,7 +44,7 @@ class _Reader:
     self._allowed = max(1, int(max_bad_fraction * len(source))) if max_bad_fraction > 0 else 0
     self._share = max_bad_fraction
     self._file = epath.Path(bad_file) if bad_file else None
-    self._lines = self._file.read_text().splitlines() if self._file and self._file.exists() else []
+    self._lines = files.read_text(self._file).splitlines() if self._file and self._file.exists() else []
     self._lock = threading.Lock()
 
   def read(self, index: int):
@@ -107,7 +108,7 @@ class _Reader:
     line = f"{name}\t{reason}"
     if self._file and line not in self._lines:
       self._lines.append(line)
-      self._file.write_text("".join(f"{line}\n" for line in self._lines))
+      files.write_text(self._file, "".join(f"{line}\n" for line in self._lines))
     if count <= 20:
       # Once, though a training stream, evaluation and others meet it.
       say_once(f"unreadable image {name}: {reason}; the next image takes its place")
@@ -197,7 +198,7 @@ class Stream:
 
   def __init__(self, reader: _Reader, transform, canvas, draw, steps: range, workers: int | None):
     self._reader, self._draw, self._steps = reader, functools.lru_cache(maxsize=4)(draw), steps
-    workers = workers or _cores()
+    workers = workers or cores()
     self._from = lambda steps: iter(_dataset(reader, transform, canvas, self._draw, steps, workers))
     self._batches = []  # the iterator, if there is one
     # An interpreter that goes while TensorFlow's threads call it may hang.
@@ -239,7 +240,7 @@ def _reduced(image, side: int):
   return np.asarray(Image.fromarray(image).reduce(factor))
 
 
-def _cores() -> int:
+def cores() -> int:
   """The cores this process may use, which on a shared machine are fewer than the machine has."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -371,7 +372,7 @@ def in_memory(
     return source.gather(np.arange(count)), extents, np.arange(count)
   reader = _Reader(source, max_bad_fraction, bad_file)
   images, numbers = [], []
-  with concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
+  with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
     for image, _, number in pool.map(reader.read, range(len(source))):
       images.append(image)
       numbers.append(number)

@@ -83,10 +83,16 @@ def _license(card) -> list:
   return ["license: other", f"license_name: {re.sub('[^a-z0-9.]+', '-', name.lower()).strip('-')}"]
 
 
+def _method(training: dict) -> str:
+  """The method, or the program, that a card says made the weights."""
+  program = training.get("program", "pretrain")
+  return training.get("method", "simclr") if program in ("pretrain", "import") else program
+
+
 def _readme(export, network) -> str:
   """The model card, with the front matter that the Hugging Face hub reads."""
   card, usage = export.card, network.usage(export)
-  preprocessing = card["preprocessing"]
+  preprocessing, method = card["preprocessing"], _method(card["pretraining"])
   scores = [
     f"| {name} | {key} | {value:.4g} |"
     for name, row in card["scores"].items()
@@ -100,14 +106,14 @@ def _readme(export, network) -> str:
       *_license(card),
       "library_name: transformers",
       "pipeline_tag: image-feature-extraction",
-      f"tags: [simclr, self-supervised, {card['architecture']['name']}]",
+      f"tags: [{method}, {card['architecture']['name']}]",
       "---",
       "",
-      f"# SimCLR encoder: {network.title(export)}",
+      f"# Image encoder: {network.title(export)}",
       "",
       f"Maps images to features h of {card['feature_dimension']} dimensions. The projection head is "
       + ("in projector.safetensors." if export.projector else "not included."),
-      f"Trained on {card['data']} for {card['step']} steps. License of the weights: {card['license']}.",
+      f"Training: {method} on {card['data']}, {card['step']} steps. License of the weights: {card['license']}.",
       "card.json holds the recipe, the scores, the versions and the checksum.",
       "",
       "## Usage",

@@ -26,7 +26,7 @@ ESTIMATES = {
 
 
 def _threads():
-  return concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+  return concurrent.futures.ThreadPoolExecutor(data.cores())
 
 
 def _progress(done, total, began, what):
@@ -297,7 +297,7 @@ def benchmark(
       next(stream)
       count += batch
     rates[where] = count / (time.process_time() - start)
-  cores = len(os.sched_getaffinity(0))
+  cores = data.cores()
   print(f"{spec}, views of {size} pixels, {cores} cores here; images per second per core (an image means two views)")
   for stage, rate in rates.items():
     label = {"read": "reading alone"}.get(stage, f"augment.where={stage}")

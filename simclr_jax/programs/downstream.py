@@ -40,7 +40,7 @@ def one_seed(config, seed: int, folder) -> dict:
   """{(what, fraction of labels): accuracy} of one seed; fraction 1 where all labels or none are meant."""
   recipe = config_lib.load(config.pretrain)
   scores = part(pretrain.run, pretraining(config, seed), folder / "pretrain")
-  names = {"raw pixels": "raw pixels", "untrained encoder": "an untrained h", "SimCLR h": "h"}
+  names = {"raw pixels": "raw pixels", "untrained encoder": "an untrained h", "h": "h"}
   out = {(f"linear on {name}", 1.0): scores[key]["linear"] for key, name in names.items()}
   shared = {
     "seed": seed,

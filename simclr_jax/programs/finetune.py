@@ -315,7 +315,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
   """Trains, saves `scores.json` and exports encoder and heads; the folder must already be claimed.
 
   Returns:
-    dict(state, scores, workdir, config).
+    dict(state, scores, logits, labels, workdir, config); logits [n, classes] and labels [n] are of the test images.
   """
   every = config_lib.every(config.evaluate, len(source), config.batch_size)
   evaluation = ClassifierEvaluation(config, source.num_classes, test_source, mesh)
@@ -355,7 +355,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
     print(f"time {clock.text()}")
     _page(workdir, config, source, test_source, scores, (logits, labels), clock)
   checkpoint.mark_complete(workdir, step)
-  return {"state": state, "scores": scores, "workdir": workdir, "config": config}
+  return dict(state=state, scores=scores, logits=logits, labels=labels, workdir=workdir, config=config)
 
 
 def _page(workdir, config, source, test_source, scores, predictions, clock):

@@ -104,7 +104,7 @@ def settings(config, mesh) -> dict:
     "microbatches": flat.get("microbatches", 1),
   }
   if config_lib.program(config) == "pretrain" and (config.method, config.loss.name) == ("simclr", "nt_xent"):
-    chosen["nt_xent"] = contrast.choose(config.batch_size, mesh.size, mesh.devices.flat[0].platform)
+    chosen["nt_xent"] = contrast.choose(config.batch_size, mesh.size, mesh.devices.flat[0].platform, config.loss.tile)
   return chosen
 
 
@@ -167,7 +167,7 @@ def plan(config, topology: str, num_examples: int, num_classes: int, note=print)
   roomy = [has_room(changes) for changes in both]
   base = best["changes"] if best else both[-1]  # the packed one needs less memory
   for fallback in () if any(roomy) else fallbacks:
-    if fallback == {"zero1": True} and (best or needed - hbm > _momentum(config, num_classes)):
+    if fallback == {"zero1": True} and (best or needed - hbm > _optimizer_bytes(config, num_classes)):
       continue  # minutes of compiling for what cannot be enough
     if has_room({**base, **fallback}):
       break
@@ -190,11 +190,11 @@ def _possible(config, changes) -> bool:
   return True
 
 
-def _momentum(config, num_classes):
+def _optimizer_bytes(config, num_classes):
   """Bytes of the optimizer's state, which ZeRO-1 spreads."""
   source = data.AbstractSource(config.batch_size, num_classes)
   _, (state, _) = PROGRAMS[config_lib.program(config)].abstract_step(config, mesh_lib.make_mesh(), source)
-  return 4 * count_parameters(state.params)
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state))
 
 
 def changes_text(changes) -> str:

@@ -370,7 +370,7 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
   best = {row["representation"]: row for row in result["scores"]}
   summary = f"{config.data.train}, {length(config)} at batch {config.batch_size}."
   if best:
-    h, raw = best["SimCLR h"], best["raw pixels"]
+    h, raw = best["h"], best["raw pixels"]
     summary += f" kNN on h {100 * h['knn']:.1f} % (raw pixels {100 * raw['knn']:.1f} %), linear {100 * h['linear']:.1f} % ({100 * raw['linear']:.1f} %)."
   page = dict(
     title=f"{'SimCLR' if config.method in ('simclr', 'memory') else config.method} on {splits.title(config.data.train)}",

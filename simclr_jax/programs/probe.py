@@ -103,7 +103,7 @@ def make_task(opened: trained.TrainedRun, source) -> loop.Task:
     total_steps=optimizer.train_steps(rule, len(source)),
     batch_size=c.probe.batch_size,
     num_examples=len(source),
-    exports=lambda state: {"encoder": {"params": state.params}},
+    exports=lambda state: {},  # the encoder is that of the run
     check_batch=same.batch_check(source, c.probe.batch_size, c.seed),
   )
 

@@ -92,7 +92,7 @@ def open_run(path, name: str) -> RunSummary:
   for row in history:
     numbers.update({key: value for key, value in row.items() if value is not None})
   of_h = scores.get("scores", {})
-  numbers.update(of_h.get("SimCLR h", of_h))
+  numbers.update(of_h.get("h", of_h.get("SimCLR h", of_h)))  # the latter before 0.2
   return RunSummary(
     name=name,
     program=config.get("program", "pretrain"),

@@ -48,6 +48,7 @@ class PretrainEvaluation:
     bank = embed.bank(train_source, config)
     self.train, self.test = make(bank), make(test_source)
     native = min(data.first_readable(test_source).shape[:2])  # raw pixels compete at their own size where that is small
+    self._latest = None, ()
     self.raw = [
       make(part, size=native, crop=1.0) if native <= 64 else made
       for part, made in ((bank, self.train), (test_source, self.test))
@@ -55,7 +56,10 @@ class PretrainEvaluation:
 
   def embed(self, state):
     """({"h", "z"} of the training images, the same of the test images), numpy."""
-    return tuple(embed.embed(self._apply, _variables(state), part, self._mesh) for part in (self.train, self.test))
+    if self._latest[0] is not state:  # the last state is scored by the loop, and again for the table
+      parts = (self.train, self.test)
+      self._latest = state, tuple(embed.embed(self._apply, _variables(state), part, self._mesh) for part in parts)
+    return self._latest[1]
 
   def knn(self, train_x, test_x) -> float:
     c = self._config.evaluate
@@ -107,8 +111,8 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
     out["scores"] = [
       evaluation.scores("raw pixels", *(part.pixels() for part in evaluation.raw)),
       evaluation.scores("untrained encoder", before[0]["h"], before[1]["h"]),
-      evaluation.scores("SimCLR z", train["z"], test["z"]),
-      evaluation.scores("SimCLR h", train["h"], test["h"]),
+      evaluation.scores("z", train["z"], test["z"]),
+      evaluation.scores("h", train["h"], test["h"]),
       {"representation": "chance", "knn": chance, "linear": chance, "linear_10": chance},
     ]
     predicted = knn.predict(

@@ -170,7 +170,7 @@ def fine_tune(
   augment = dataclasses.replace(config.augment, resize=encoder.resize)
   tuned = g if start else config.from_scratch
 
-  def trained(source, tested, lr, decay, name):
+  def fit(source, tested, lr, decay, name):
     optimizer = dict(name="sgd", base_lr=lr, lr_scaling="none", weight_decay=decay / lr)
     changes = {
       **{
@@ -191,23 +191,23 @@ def fine_tune(
     }
     c = config_lib.replace(config_lib.load(g.recipe), changes)
     folder = checkpoint.claim_workdir(str(workdir / name), resume=True, overwrite=False)
-    state = finetune.train(c, start, source, tested, folder, mesh=mesh)["state"]
-    logits, labels = finetune.ClassifierEvaluation(c, train.num_classes, tested, mesh).logits(state)
+    result = finetune.train(c, start, source, tested, folder, mesh=mesh)
+    logits, labels = result["logits"], result["labels"]
     if len(logits) != len(tested):
       raise UserError(f"{len(tested) - len(logits)} of {len(tested)} images are unreadable: remove or repair them")
     return logits, labels
 
-  fit, held = (data.Selection(train.source, np.flatnonzero(part)) for part in (~held_out, held_out))
+  part, held = (data.Selection(train.source, np.flatnonzero(rows)) for rows in (~held_out, held_out))
   grid = list(itertools.product(tuned.base_lrs, tuned.weight_decays))
   best, kept = grid[0], -1.0
   for i, (lr, decay) in enumerate(grid) if len(grid) > 1 else ():
     try:
-      value = score(*trained(fit, held, lr, decay, f"grid{i}"))
+      value = score(*fit(part, held, lr, decay, f"grid{i}"))
     except loop.Diverged as error:
       print(f"base_lr={lr:g}, weight_decay={decay:g}: {error}", flush=True)
       continue
     best, kept = ((lr, decay), value) if value > kept else (best, kept)
-  logits, _ = trained(train.source, test.source, *best, "final")
+  logits, _ = fit(train.source, test.source, *best, "final")
   return score(logits, test.targets), logits, dict(base_lr=best[0], weight_decay=best[1])
 
 
@@ -251,7 +251,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   if "finetune" in config.methods:
     mesh_lib.check_divisible(config.finetune.batch_size, mesh, "finetune.batch_size")
   start = trained.open_start(config.start)
-  encoders = {"SimCLR": FrozenEncoder(start, config, mesh)}
+  encoders = {"pretrained": FrozenEncoder(start, config, mesh)}
   if config.supervised:
     encoders["supervised"] = FrozenEncoder(trained.open_start(config.supervised), config, mesh)
   encoders["random"] = FrozenEncoder(start, config, mesh, untrained=True)
@@ -288,8 +288,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
         folder = workdir / name / label
         result = fine_tune(config, encoder, begin, train, held_out, test, row.metric, folder, mesh=mesh)
       out["scores"][key], logits[key], out["chosen"][key] = result
-      if label != "SimCLR":
-        first = logits[f"{method} SimCLR"]
+      if label != "pretrained":
+        first = logits[f"{method} pretrained"]
         out["p"][key] = significance(first, logits[key], test.targets, row.metric, config.samples)
     rows.append(out)
     files.write_sealed(done, json.dumps(rows, indent=2))
@@ -310,7 +310,7 @@ def _page(workdir, config, rows):
       scores.setdefault(key, {"representation": key})[f"{row['name']}, {row['metric'].replace('_', ' ')}"] = value
       p, chosen = row["p"].get(key), row["chosen"][key]
       chosen = chosen if isinstance(chosen, dict) else {"l2": chosen}
-      why = () if p is None else (f"differs from SimCLR with p = {p:.2g} in a permutation test",)
+      why = () if p is None else (f"differs from the pretrained encoder with p = {p:.2g} in a permutation test",)
       choices.append((f"{row['name']}, {key}", ", ".join(f"{name} {x:.3g}" for name, x in chosen.items()), *why))
   report.write_report(
     workdir / "report.html",

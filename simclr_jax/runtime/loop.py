@@ -268,7 +268,6 @@ class Loop:
           self.interrupted()
       if self.signals.received:  # while the last step was being saved
         self.interrupted()
-    self.trace(False)
     self.close()
 
   def one_step(self) -> bool:
@@ -469,6 +468,7 @@ class Loop:
     )
 
   def close(self):
+    self.trace(False)
     self.writer.close()
     with self.clock.phase("save", "wait"):
       self.checkpoints.close()
