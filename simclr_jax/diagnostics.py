@@ -84,7 +84,7 @@ def verdict(numbers: dict) -> tuple[bool, str]:
   if std < 0.1 * even or rank_ < 2:
     return (
       True,
-      f"COLLAPSED: all images get nearly the same embedding ({facts}); lower the learning rate or raise the temperature",
+      f"COLLAPSED: all images get nearly the same embedding ({facts}); lower the learning rate, or raise the temperature of a contrastive loss",
     )
   if std < 0.5 * even or rank_ < max(5, d / 50) or dead > d / 2:
     return False, f"narrow: the embeddings use little of their space ({facts}); watch kNN, and collapse"

@@ -117,7 +117,7 @@ def learning_rate(config, num_examples: int):
   warmup = int(round(c.warmup_epochs * num_examples // config.batch_size))
   if warmup > total:
     raise ValueError(
-      f"optimizer.warmup_epochs={c.warmup_epochs} is {warmup} steps but the run has {total}: "
+      f"optimizer.warmup_epochs={c.warmup_epochs} is {warmup} steps, more than the {total} of the schedule: "
       "shorten the warm-up or train longer"
     )
 

@@ -101,6 +101,8 @@ def pipeline(
     raise ValueError(f"augment.canvas={canvas!r}: expected the side of the canvas in pixels")
   if not isinstance(views, int) or views < 2:
     raise ValueError(f"augment.views={views!r}: expected a number of views of at least 2")
+  if views > 2 and options.get("one_sided"):
+    raise ValueError(f"augment.views={views}: augment.one_sided is of two views; expected 2")
   if where == "host":
     spec = _spec(_views(views, options["size"], np.float32))
     return ViewPipeline(_host("two_views", views, options), _pixels, spec, canvas, False)

@@ -135,6 +135,7 @@ def test_every_recipe_is_complete_and_survives_json(path):
     ("--config.zero1=perhaps", "config.zero1=perhaps: expected True or False"),
     ("--config.augment.crop_area=(0.1, 0.5, 1)", "expected a tuple such as (0.08, 1.0) of (float, float)"),
     ("--config.augment.crop_area=(1.0, 0.1)", "expected the smaller value first"),
+    ("--config.augment.crop_area=(0.02, 0.08)", "crop_sampler=official draws no crop below a tenth of the image"),
     ("--config.augment.colour_strength=1", "did you mean config.augment.color_strength?"),
     ("--config.color_strength=1", "did you mean config.augment.color_strength?"),
     ("--config.encoder.remat=blocks", "config.encoder.remat='blocks': expected none, block or group"),
@@ -153,6 +154,19 @@ def test_every_recipe_is_complete_and_survives_json(path):
 def test_mistakes(override, message):
   with pytest.raises(UserError) as error:
     config_lib.load("smoke", [override])
+  assert message in one_line(error)
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    ({"loss.name": "nt_logistic_semi_hard", "loss.semi_hard": False}, "uses them; use nt_logistic"),
+    ({"encoder.sk_ratio": 0.5, "encoder.stem": "imagenet", "encoder.width": 1 / 64}, "expected >= 1/32"),
+  ],
+)
+def test_values_that_contradict_each_other(values, message):
+  with pytest.raises(UserError) as error:
+    config_lib.replace(config_lib.load("smoke"), values)
   assert message in one_line(error)
 
 

@@ -214,6 +214,7 @@ BAD_ARGUMENTS = {
   "expected at least 2": lambda z: contrast.decoupled(z[:1], 0.1),
   "labels have shape": lambda z: contrast.supervised(z, 0.1, labels=np.zeros(3, int)),
   "class_prior is 1": lambda z: contrast.debiased(z, 0.1, class_prior=1),
+  "normalize is False": lambda z: contrast.debiased(z, 0.1, normalize=False),
 }
 
 

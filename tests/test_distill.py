@@ -12,9 +12,10 @@ from test_finetune import filled
 
 from simclr_jax import augment, data, exporting, model
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import distill, finetune, same
+from simclr_jax.programs import distill, finetune, same, trained
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 from simclr_jax.views import Batch
 
 
@@ -109,7 +110,10 @@ def test_unreadable_training_images_are_listed_in_the_run(program, tmp_path, mon
   for i in range(40):
     images.save(tmp_path / f"set/{source.labels[i]}/{i:02}.png", source.read(i))
   (bad := tmp_path / f"set/{source.labels[5]}/05.png").write_bytes(b"")
-  teacher = types.SimpleNamespace(num_classes=len(set(source.labels)), variables={}, apply=None)
+  apply = lambda variables, images: images  # noqa: E731
+  teacher = types.SimpleNamespace(
+    num_classes=len(set(source.labels)), variables={}, apply=apply, resize="bicubic", config=tiny.config()
+  )
   monkeypatch.setattr(distill, "Teacher", lambda _: teacher)
   drawn = []
 
@@ -158,6 +162,43 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path):
     ):
       distill.check_classes(config, source)
 
+  (tmp_path / "encoder").mkdir()
+  (tmp_path / "encoder/card.json").write_text("{}")
+  config.teacher = str(tmp_path / "encoder")  # the same run's
+  with pytest.raises(ValueError, match="its class . is ., that of .*: name the data"):
+    distill.check_classes(config, source)
+
+
+@pytest.mark.parametrize("held_out, refused", [(0.3, True), (0.1, False), (0.05, False)])
+def test_images_that_the_teacher_has_seen_are_not_scored(held_out, refused, tmp_path, monkeypatch):
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  taught = config("x", spec, **{"data.test": "", "data.held_out": 0.1})
+  apply = lambda variables, images: images  # noqa: E731
+  known = types.SimpleNamespace(num_classes=10, variables={}, apply=apply, resize="bicubic_antialias", config=taught)
+  monkeypatch.setattr(distill, "Teacher", lambda _: known)
+  seen = []
+
+  def train(c, *_, **__):
+    seen.append(c)
+    raise loop.Diverged("far enough")
+
+  monkeypatch.setattr(finetune, "train", train)
+  c = config("x", spec, **{"data.test": "", "data.held_out": held_out})
+  words = "data.held_out=0.3: the training of x held out 0.1, so it saw some of the images"
+  with pytest.raises(ValueError, match=words) if refused else pytest.raises(loop.Diverged):
+    distill.run(c, tmp_path / "run")
+  assert refused == (not (tmp_path / "run").exists())
+  assert [c.augment.resize for c in seen] == ["bicubic_antialias"] * (not refused)  # as the teacher saw images
+
+
+def test_an_imported_classifier_is_no_teacher(monkeypatch):
+  """Nobody knows on which layer it was."""
+  made_by = config_lib.Import(source={}, encoder=tiny.config().encoder, augment=config_lib.ImportAugment(size=16))
+  start = trained.Start(made_by.encoder, made_by.projector, {"encoder": {}, "classifier": {}}, made_by)
+  monkeypatch.setattr(trained, "open_start", lambda _: start)
+  with pytest.raises(UserError, match="holds no classifier of simclr finetune"):
+    distill.Teacher("x")
+
 
 def test_a_run_resumes_with_the_teacher_that_it_began_with(teacher, tmp_path):
   """Another one is refused before the folder is touched."""
@@ -165,6 +206,7 @@ def test_a_run_resumes_with_the_teacher_that_it_began_with(teacher, tmp_path):
   c, workdir = config(folder, tiny.npz(tmp_path / "tiny.npz")), tmp_path / "run"
   (workdir / "checkpoints").mkdir(parents=True)
   (workdir / "COMPLETE").touch()
+  checkpoint.write_config(workdir, config_lib.to_json(c))
   other = jax.tree.map(lambda x: x + 1, distill.Teacher(folder).variables)
   same.check_result(workdir / "teacher.json", {"teacher": exporting.checksum(other)}, "it")
   with pytest.raises(ValueError, match=f"the run in {workdir} was made with another teacher: use another --workdir"):

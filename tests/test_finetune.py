@@ -222,6 +222,10 @@ def test_mistakes_are_one_line_and_touch_nothing(start, tmp_path, capsys):
     finetune.run(config(**{**changes, "batch_size": 64}), tmp_path / "other")
   with pytest.raises(ValueError, match="no run here"):
     finetune.run(config(**{**changes, "start": str(tmp_path)}), tmp_path / "other")
+  folder = tiny.export(tmp_path / "encoder", **{"data.train": spec, "data.test": "", "data.held_out": 0.1})
+  unseen = {"data.test": "", "data.held_out": 0.3, "start": str(folder), "labels.fraction": 1.0}
+  with pytest.raises(ValueError, match="data.held_out=0.3: the training of .* held out 0.1, so it saw some of the im"):
+    finetune.run(config(**{**changes, **unseen}), tmp_path / "other")
   assert not (tmp_path / "other").exists()
   assert cli.main(["pretrain", "--config=configs/finetune.py:small", f"--workdir={tmp_path / 'x'}"]) == 1
   assert "is a recipe for simclr finetune" in capsys.readouterr().err

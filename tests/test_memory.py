@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from simclr_jax import contrast, model, optimizer, train_step
+from simclr_jax import contrast, methods, model, optimizer, train_step
 from simclr_jax.methods import memory
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain
@@ -86,6 +86,11 @@ def test_a_step_averages_and_remembers():
 def test_impossible_values_are_named():
   with pytest.raises(ValueError, match="memory.decay=1.0"):
     config_lib.override(tiny.config(), ["--config.memory.size=24", "--config.memory.decay=1.0"])
+
+
+def test_chance_counts_what_is_remembered():
+  config = config_lib.override(tiny.config(), ["--config.memory.size=4096"])
+  assert methods.create(config, None).chance_loss == pytest.approx(np.log(2 * config.batch_size - 1 + 4096))
 
 
 def test_a_recipe_may_name_the_loss():

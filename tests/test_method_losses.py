@@ -242,6 +242,20 @@ def test_what_needs_the_number_of_images_asks_the_data():
   assert methods.create(tiny.config(method="byol", train_steps=7), None, source).total_steps == 7
 
 
+@pytest.mark.parametrize("method", ["moco", "byol", "autoencoder", "supervised", "supcon"])
+def test_values_that_a_methods_own_loss_does_not_read_are_refused(method):
+  source = data.AbstractSource(96, 10)
+  plain = {"loss.normalize": True, "loss.reduction": "mean"}
+  methods.create(tiny.config(method=method, **plain), None, source)
+  for key, value in {"loss.normalize": False, "loss.reduction": "official_sum"}.items():
+    config = tiny.config(method=method, **{key: value})
+    if (method, key) == ("supcon", "loss.normalize"):
+      methods.create(config, None, source)
+      continue
+    with pytest.raises(ValueError, match=f"config.{key}={value}: config.method='{method}' has its own loss"):
+      methods.create(config, None, source)
+
+
 def test_every_recipe_of_a_method_names_it_and_makes_it():
   from configs import methods as recipes
 

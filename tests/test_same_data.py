@@ -13,6 +13,7 @@ from simclr_jax.evaluation import embed
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain, same, splits, trained, transforms
 from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime.errors import UserError
 
 
 def picture(i):
@@ -165,6 +166,29 @@ def test_what_is_accepted_is_said_and_accepted_once(folder, tmp_path, capsys):
   resumed = config_lib.from_json(checkpoint.read_config(workdir))
   with pytest.raises(ValueError, match="12 images instead of 11|other names"):
     same.claim(resumed, workdir, data.open_source(spec), source, resume=True, overwrite=False)
+
+
+def test_a_resumed_run_does_not_score_images_that_it_trained_on(folder, tmp_path):
+  """Other images would be held out, also where the change is accepted; without labels there are none."""
+  spec = f"folder:{folder}"
+  config = tiny.config(**{"data.train": spec, "data.test": "", "data.changed": "accept", "batch_size": 8})
+
+  def claim(config):
+    train, test = splits.open_data(config.data)
+    kept, workdir = same.claim(config, tmp_path / "run", train, test, resume=True, overwrite=False)
+    checkpoint.write_config(workdir, config_lib.to_json(kept))
+    (workdir / "checkpoints").mkdir(exist_ok=True)
+
+  claim(config)
+  claim(config)
+  add(folder)
+  with pytest.raises(UserError, match="so other images are held out now .*restore the data, or begin a new run"):
+    claim(config)
+  shutil.rmtree(tmp_path / "run")
+  without = config_lib.replace(config, {"data.train": f"files:{folder}"})
+  claim(without)
+  delete(folder)
+  claim(without)
 
 
 def test_an_encoder_is_not_scored_on_images_that_it_was_trained_on(folder, tmp_path):

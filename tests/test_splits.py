@@ -94,6 +94,7 @@ def test_a_run_before_held_out_trained_on_everything():
   values = config_lib.to_dict(tiny.config(**{"data.test": ""}))
   del values["data"]["held_out"]
   assert config_lib.from_json(json.dumps(values)).data.held_out == 0
+  assert config_lib.from_saved(values).data.held_out == 0  # of a card
   values["data"]["test"] = "fashion:test"
   assert config_lib.from_json(json.dumps(values)).data.held_out == 0.1
 

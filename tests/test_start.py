@@ -115,6 +115,18 @@ def test_a_head_that_is_trained_alone_for_the_whole_run_is_refused():
       pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh())
 
 
+def test_there_is_a_head_to_train_alone():
+  for changes, fits in (
+    ({}, True),
+    ({"projector.kind": "none"}, False),
+    ({"projector.kind": "none", "method": "byol"}, True),
+  ):
+    config = tiny.config(start="x", head_epochs=0.5, **changes)
+    words = "head_epochs=0.5: with config.projector.kind=none there is no head to train"
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match=words):
+      pretrain.make_task(config, tiny.source(), mesh=mesh_lib.make_mesh())
+
+
 @pytest.mark.parametrize("keep_head", [False, True])
 def test_a_begun_run_does_not_need_its_start(tmp_path, keep_head):
   """Its config names the networks; only where no checkpoint can be loaded, the start is opened after all."""

@@ -16,6 +16,7 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, transfer
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -45,9 +46,9 @@ def test_the_papers_table():
 
 
 def rows(tmp_path, **extra):
-  spec = tiny.npz(tmp_path / "tiny.npz")
+  spec, other = tiny.npz(tmp_path / "tiny.npz"), tiny.npz(tmp_path / "other.npz")
   return {
-    "split": dict(train=spec, validation=spec, test=f"{spec}:test", metric="mean_per_class"),
+    "split": dict(train=spec, validation=other, test=f"{spec}:test", metric="mean_per_class"),
     "held_out": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1"),
     **extra,
   }
@@ -67,6 +68,22 @@ def test_splits(tmp_path):
   assert train.source.read_labeled(100)[1] == train.targets[100] and train.source.name(100).endswith(":4")
   train, held_out, _ = transfer.splits(c.rows["held_out"], None)
   assert len(train.source) == 96 and 5 <= held_out.sum() <= 20
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"validation": "{}:test"}, "validation=.*:test is the test set too: name other images, or none"),
+    ({"validation": "{}"}, "validation=.* is the training set too"),
+    ({"metric": "mean_average_precision"}, "images of .* have one label each; expected top_1 or mean_per_class"),
+  ],
+)
+def test_settings_are_not_chosen_on_what_is_scored_and_scores_fit_the_labels(changes, words, tmp_path):
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  row = dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")
+  row |= {key: value.format(spec) for key, value in changes.items()}
+  with pytest.raises(UserError, match=words):
+    transfer.splits(config("x", {"row": row}).rows["row"], None)
 
 
 @pytest.mark.slow

@@ -77,3 +77,5 @@ def test_who_compares_two_views_says_so(changes, message):
     methods.create(tiny.config(**{"augment.views": 3}, **changes), None, tiny.source())
   with pytest.raises(ValueError, match="augment.views=1: expected a"):
     functools.partial(views.pipeline, views=1, size=20)()
+  with pytest.raises(ValueError, match="augment.views=3: augment.one_sided is of two views; expected 2"):
+    functools.partial(views.pipeline, views=3, size=20, one_sided=True)()

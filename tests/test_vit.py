@@ -17,7 +17,7 @@ from scipy.special import erf
 
 from simclr_jax import exporting, load_encoder, methods, model, optimizer
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import distill, finetune, pretrain, trained
+from simclr_jax.programs import distill, finetune, pretrain, trained, transfer
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 from simclr_jax.vit import positions, vit
@@ -182,6 +182,18 @@ def test_a_view_that_is_no_multiple_of_the_patch_is_one_line(tmp_path):
   with pytest.raises(UserError, match="images of 12 x 12 pixels: expected multiples of the patch of 8"):
     pretrain.run(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_that_takes_no_images_of_a_size_is_one_line(tmp_path):
+  net, config = model.create(vit_config()), vit_config()
+  shapes = jax.eval_shape(net.encoder.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+  weights = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  folder = exporting.write(tmp_path / "encoder", weights, config, scores={}, step=0)
+  words = "images of 20 x 20 pixels: expected multiples of the patch of 8"
+  with pytest.raises(UserError, match=words):
+    trained.TrainedRun(folder, overrides=["--config.augment.size=20"])
+  with pytest.raises(UserError, match=words):
+    transfer.FrozenEncoder(trained.open_start(folder), config_lib.replace(config, {"augment.size": 20}), None)
 
 
 def test_exact_statistics_of_a_network_without_batch_norm():

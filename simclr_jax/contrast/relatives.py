@@ -83,6 +83,8 @@ def debiased(z, temperature, *, class_prior=0.1, normalize=True, precision="high
   """
   if not 0 <= class_prior < 1:
     raise ValueError(f"class_prior is {class_prior}; expected at least 0 and below 1, such as 0.1 for ten classes")
+  if not normalize:
+    raise ValueError("normalize is False; expected True: the lower limit e^(-1/tau) is that of unit vectors")
   y, metrics = prepare(z, temperature, normalize, "mean", precision, fewest=2)
   logits, positive, negatives = compare(y, precision)
   count = len(logits) - 2

@@ -74,6 +74,16 @@ METHODS = {
 }
 
 
+# The values of config.loss that methods with a loss of their own agree with, and what some of them read.
+PLAIN_LOSS = {
+  "name": ("nt_xent",),
+  "normalize": (None, True),
+  "reduction": (None, "mean"),
+  **dict.fromkeys(("tile", "margin", "class_prior", "semi_hard"), (None,)),
+}
+READ = {"supcon": ("normalize",), "oracle": ("normalize", "reduction")}
+
+
 def create(config, mesh, source=None) -> Method:
   """The method of a config.
 
@@ -86,8 +96,8 @@ def create(config, mesh, source=None) -> Method:
   if config.method not in METHODS:
     raise ValueError(f"config.method={config.method!r}: expected one of {', '.join(METHODS)}")
   own = config.method not in ("simclr", "memory")
-  for key, plain in {"name": "nt_xent", "tile": None, "margin": None, "class_prior": None, "semi_hard": None}.items():
-    if own and config.loss[key] != plain:
+  for key, plain in PLAIN_LOSS.items():
+    if own and config.loss[key] not in plain and key not in READ.get(config.method, ()):
       raise ValueError(
         f"config.loss.{key}={config.loss[key]}: config.method={config.method!r} has its own loss; leave it out"
       )

@@ -25,6 +25,7 @@ class Memory:
     size: number of projections in the bank.
     decay: average <- decay * average + (1 - decay) * weights; BatchNorm of the averaged network sees the batch.
     loss_options: what contrast.nt_xent takes.
+    chance_loss: with a full bank.
   """
 
   size: int
@@ -62,4 +63,4 @@ def create(config, mesh, source=None) -> Memory:
   if config.loss.name != "nt_xent":
     raise ValueError(f"config.loss.name={config.loss.name!r}: the memory bank is for nt_xent")
   options = simclr.check_options(config, contrast.nt_xent, ("z", "bank", "banked"))
-  return Memory(config.memory.size, config.memory.decay, options, simclr.chance_loss(config))
+  return Memory(config.memory.size, config.memory.decay, options, simclr.chance_loss(config, config.memory.size))

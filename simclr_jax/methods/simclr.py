@@ -71,8 +71,9 @@ def temperature(config) -> float:
   return config.loss.temperature
 
 
-def chance_loss(config) -> float | None:
-  """NT-Xent of uninformative embeddings: ln(2n - 1), twice that for the official sum; None for other losses."""
+def chance_loss(config, remembered: int = 0) -> float | None:
+  """NT-Xent of uninformative embeddings: ln(2n - 1 + the number of `remembered` negatives), twice that for the official sum;
+  None for other losses."""
   if config.loss.name != "nt_xent":
     return None
-  return contrast.REDUCTIONS[config.loss.reduction or "mean"] * math.log(2 * config.batch_size - 1)
+  return contrast.REDUCTIONS[config.loss.reduction or "mean"] * math.log(2 * config.batch_size - 1 + remembered)

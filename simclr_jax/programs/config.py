@@ -109,6 +109,10 @@ class Crop(Section):
   def check(self):
     if self.crop_area[0] > self.crop_area[1]:
       raise UserError(f"crop_area={self.crop_area}: expected the smaller value first, such as (0.08, 1.0)")
+    if self.crop_sampler == "official" and self.crop_area[1] < 0.1:  # then its views are whole images
+      raise UserError(
+        f"crop_area={self.crop_area}: crop_sampler=official draws no crop below a tenth of the image; use torchvision"
+      )
 
 
 @frozen
@@ -209,6 +213,8 @@ class Encoder(Section):
       raise UserError(f"remat={self.remat!r}: expected none, block or group, or four of them separated by commas")
     if self.name == "vit" and self.remat not in ("none", "block"):
       raise UserError(f"remat={self.remat!r}: encoder.name=vit takes none or block")
+    if self.sk_ratio and self.stem == "imagenet" and self.width < 1 / 32:
+      raise UserError(f"width={self.width:g}: with encoder.sk_ratio the stem has half the channels; expected >= 1/32")
 
 
 @frozen
@@ -241,6 +247,10 @@ class Loss(Section):
   class_prior: float | None = key(None, "debiased: probability that a negative has the same class", at_least=0, below=1)
   margin: float | None = key(None, "margin of the triplet losses", at_least=0)
   semi_hard: bool | None = key(None, "nt_logistic, margin_triplet: use semi-hard negatives only")
+
+  def check(self):
+    if self.name.endswith("_semi_hard") and self.semi_hard is False:
+      raise UserError(f"semi_hard=False: config.loss.name={self.name} uses them; use {self.name[: -len('_semi_hard')]}")
 
 
 @frozen
@@ -695,7 +705,7 @@ def about_run(workdir) -> dict:
 
 
 def from_dict(values: dict):
-  """The config that nested dicts describe: a recipe's, a run's, or what a card says about the training of its encoder.
+  """The config that nested dicts describe.
 
   Raises:
     UserError: as for `load`.
@@ -721,10 +731,18 @@ def from_json(text: str):
   Raises:
     UserError: as for `load`.
   """
-  values = json.loads(text)
+  return from_saved(json.loads(text))
+
+
+def from_saved(values: dict):
+  """The config that a run or the card of its encoder has kept.
+
+  Raises:
+    UserError: as for `load`.
+  """
   part = values.get("data", {})
   if part and not part.get("test") and "held_out" not in part:  # a run before 0.2, which trained on all images
-    values["data"] = {**part, "held_out": 0.0}
+    values = {**values, "data": {**part, "held_out": 0.0}}
   return from_dict(values)
 
 

@@ -14,8 +14,9 @@ from etils import epath
 
 from simclr_jax import data, exporting
 from simclr_jax.evaluation import embed, linear
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, same, splits, trained
-from simclr_jax.runtime import files, loop
+from simclr_jax.runtime import checkpoint, errors, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -43,18 +44,20 @@ def loss(logits, batch, *, temperature: float, alpha: float):
 
 
 class Teacher:
-  """A fine-tuned network: `apply(variables, images)` -> logits [n, classes]; variables are numpy.
+  """A fine-tuned network: `apply(variables, images)` -> logits [n, classes]; variables are numpy.  `config` is that of its
+  training, which resized images by `resize`.
 
   Raises:
-    ValueError: `path` holds no classifier.
+    ValueError: `path` holds no classifier, or one of which nobody knows what it was on.
   """
 
   def __init__(self, path: str):
     opened = trained.open_start(path)
-    if "classifier" not in opened.variables:
+    if "classifier" not in opened.variables or isinstance(opened.config, config_lib.Import):
       raise UserError(
-        f"config.teacher={path}: holds no classifier; name a run of simclr finetune, or its folder encoder"
+        f"config.teacher={path}: holds no classifier of simclr finetune; name a run of it, or its folder encoder"
       )
+    self.config, self.resize = opened.config, opened.resize
     self.num_classes = opened.variables["classifier"]["params"]["bias"].shape[0]
     names = ("encoder", "classifier") + ("projector",) * bool(opened.tap)
     self.variables = {
@@ -148,8 +151,12 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   """
   mesh = mesh_lib.make_mesh()
   mesh_lib.check_divisible(config.batch_size, mesh)
-  config, start = finetune.resolve(config, same.begun(workdir, resume))
+  begun = same.begun(workdir, resume)
+  config, start = finetune.resolve(config, begun)
   teacher = Teacher(config.teacher)
+  if not config.augment.resize:  # pixels as the teacher knows them
+    resize = config_lib.from_json(checkpoint.read_config(begun)).augment.resize if begun else teacher.resize
+    config = config_lib.replace(config, {"augment.resize": resize})
   source, test = splits.check_labeled(config.data, *splits.open_data(config.data))
   if teacher.num_classes != source.num_classes:
     raise UserError(
@@ -157,12 +164,17 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       f"{source.num_classes}: name the data it was fine-tuned on"
     )
   check_classes(config, source)
+  trained.check_unseen(config.data, test, config.teacher, teacher.config)
+  if start:
+    trained.check_unseen(config.data, test, config.start, start.config)
   held_out = None if config.data.test else test
   chosen = finetune.choose(source, config.labels, held_out) if config.alpha < 1 else np.zeros(0, int)
   finetune.check(config, finetune.make_task(config, start, source, mesh=mesh))
+  with errors.of_the_user():  # a teacher that takes no images of this size
+    jax.eval_shape(teacher.apply, teacher.variables, jnp.zeros((1, config.augment.size, config.augment.size, 3)))
   starts = (config.start, config.teacher)
   made_by = {"teacher": exporting.checksum(teacher.variables)}
-  if same.begun(workdir, resume):  # before the folder is touched
+  if begun:  # before the folder is touched
     same.check_result(files.absolute(workdir) / "teacher.json", made_by, f"the run in {workdir}")
   config, workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite, starts=starts)
   same.check_result(workdir / "teacher.json", made_by, f"the run in {workdir}")

@@ -48,6 +48,7 @@ def one_seed(config, seed: int, folder) -> dict:
     "data": recipe.data,
     "encoder": recipe.encoder,
     "augment.size": recipe.augment.size,
+    "augment.resize": recipe.augment.resize,
   }
   for share in config.shares:
     for name, start in (("fine-tuned", str(folder / "pretrain")), ("from scratch", "")):

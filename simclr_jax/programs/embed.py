@@ -22,7 +22,7 @@ from simclr_jax.evaluation import embed, features
 from simclr_jax.model import make_encoder
 from simclr_jax.programs import trained
 from simclr_jax.programs import workdir as workdir_lib
-from simclr_jax.runtime import files, processes
+from simclr_jax.runtime import errors, files, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 from simclr_jax.runtime.progress import duration
@@ -95,6 +95,7 @@ def _claim(folder, settings, overwrite):
 class _Work:
   """The encoder on this process's devices."""
 
+  @errors.of_the_user()
   def __init__(self, start: trained.Start, source, mesh):
     self._source, self._mesh, self._variables = source, mesh, start.variables["encoder"]
     self._crop = embed.crop_of(start.config)

@@ -14,7 +14,7 @@ from simclr_jax.exporting.folder import check_vacant
 from simclr_jax.model import make_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import trained
-from simclr_jax.runtime import checkpoint, files
+from simclr_jax.runtime import checkpoint, errors, files
 from simclr_jax.runtime.errors import UserError
 
 
@@ -111,6 +111,7 @@ def _checked(formats) -> list:
   return formats
 
 
+@errors.of_the_user()
 def _of_run(workdir, step, head):
   """(f's variables, g's where `head` asks for it and it exists, config, what the card says) of a run's checkpoint."""
   config = config_lib.from_json(checkpoint.read_config(workdir))
@@ -143,7 +144,7 @@ def _of_folder(path):
   _, variables, card = exporting.load_encoder(path)
   if "licence" in card:  # the spelling of cards before 0.2 # codespell:ignore
     card["license"] = card["licence"]  # codespell:ignore
-  config = config_lib.from_dict(card["pretraining"])
+  config = config_lib.from_saved(card["pretraining"])
   if card.get("format") == "safetensors":
     projector = exporting.read_safetensors(path).get("projector")
   else:

@@ -395,6 +395,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   mesh_lib.check_divisible(config.batch_size, mesh)
   config, start = resolve(config, same.begun(workdir, resume))
   source, test = splits.check_labeled(config.data, *splits.open_data(config.data))
+  if start:
+    trained.check_unseen(config.data, test, config.start, start.config)
   chosen = choose(source, config.labels, None if config.data.test else test)
   source = data.Selection(source, chosen) if len(chosen) < len(source) else source
   task = make_task(config, start, source, mesh=mesh)

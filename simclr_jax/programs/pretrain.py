@@ -107,6 +107,10 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
   model = model_lib.create(config, source.num_classes, getattr(method, "predictor", None))
   tx, schedule = getattr(method, "optimizer", optimizer.create)(config, len(source))
   if config.head_epochs:
+    if config.projector.kind == "none" and not hasattr(method, "predictor"):
+      raise UserError(
+        f"config.head_epochs={config.head_epochs:g}: with config.projector.kind=none there is no head to train; set it to 0"
+      )
     alone = int(config.head_epochs * len(source) // config.batch_size)
     total = optimizer.train_steps(config, len(source))
     if alone >= total:
@@ -236,7 +240,8 @@ def run(
   if begun:
     config = same.same_config(config, workdir)
   train_source, test_source = splits.open_data(config.data, source)
-  evaluation = scores.PretrainEvaluation(config, train_source, test_source, mesh)
+  with errors.of_the_user():
+    evaluation = scores.PretrainEvaluation(config, train_source, test_source, mesh)
   every = config_lib.every(config.evaluate, len(train_source), config.batch_size)
   task = make_task(
     config,

@@ -42,11 +42,13 @@ def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwri
 
   Raises:
     UserError: the folder belongs to another run or to no run, or holds the data; or a run is resumed with another config or
-      data.
+      data, or would hold out images that it has trained on.
   """
   if begun(workdir, resume):
     same_config(config, workdir)
   fingerprints = check_data(workdir, resume, config.data.changed, {"data.train": train, "data.test": test})
+  if begun(workdir, resume) and not config.data.test and test is not train:
+    check_held_out(workdir, test, "begin a new run")
   specs = (config.data.train, config.data.test)
   agree(fingerprints)
   path = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs, starts=starts)
@@ -124,7 +126,7 @@ def check_data(workdir, resume: bool, changed: str, sources: dict[str, Source]) 
   return now
 
 
-def check_held_out(workdir, test: Source):
+def check_held_out(workdir, test: Source, cure: str = "name images to score with --config.data.test=..."):
   """Compares the images that are held out of the data of the run in `workdir` now with those that it held out.
 
   Raises:
@@ -135,7 +137,7 @@ def check_held_out(workdir, test: Source):
   if kept and (what := difference(kept, test.fingerprint())):
     raise UserError(
       f"data.train is not what {workdir} began with, so other images are held out now ({what}), and it trained on some "
-      "of them: restore the data, or name images to score with --config.data.test=..."
+      f"of them: restore the data, or {cure}"
     )
 
 
@@ -155,9 +157,15 @@ def agree(fingerprints: dict[str, dict]):
   processes.agree(facts)
 
 
-def classes_of(workdir) -> list[str]:
-  """The classes that a run was trained with; empty where the folder does not say."""
-  file = files.absolute(workdir) / FILE
+def run_of(path):
+  """The folder of the run whose encoder is in `path`, which is that folder or its folder "encoder"."""
+  path = files.absolute(path)
+  return path.parent if path.name == "encoder" and (path / "card.json").exists() else path
+
+
+def classes_of(path) -> list[str]:
+  """The classes that a run, or the run whose encoder is in the folder, was trained with; empty where it does not say."""
+  file = run_of(path) / FILE
   return json.loads(files.read_sealed(file))["data.train"]["classes"] if file.exists() else []
 
 

@@ -15,7 +15,7 @@ from simclr_jax.model import make_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import same, splits
 from simclr_jax.projector import Projector
-from simclr_jax.runtime import checkpoint, files, processes
+from simclr_jax.runtime import checkpoint, errors, files, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -77,7 +77,7 @@ def open_start(path, step: int | None = None) -> Start:
     _, encoder, card = exporting.load_encoder(path)
     if ":" in card["architecture"]["name"]:  # a folder may come from elsewhere: nothing that it names is imported
       raise UserError(f"{path} holds a custom encoder,  {card['architecture']['name']}: give the run instead")
-    config = config_lib.from_dict(card["pretraining"])
+    config = config_lib.from_saved(card["pretraining"])
     heads = {name: checkpoint.read_tree(path / name) for name in ("projector", "classifier")}
     if card.get("format") == "safetensors":
       heads = {"projector": exporting.read_safetensors(path).get("projector")}
@@ -131,27 +131,38 @@ def open_data(config, workdir, training):
     training: the config of its training.
 
   Raises:
-    UserError: as there; or the encoder has seen images to score, because its training held out fewer, or others of data
-      that has changed since.
+    UserError: as there and for `check_unseen`.
   """
-  section, own = config.data, getattr(training, "data", None)
-  train, test = splits.open_data(section)
-  if test is train or section.test or own is None or not splits.are_one(section.train, own.train):
-    return train, test
+  train, test = splits.open_data(config.data)
+  if test is not train:
+    check_unseen(config.data, test, workdir, training)
+  return train, test
+
+
+def check_unseen(section, test, workdir, training):
+  """Checks that the encoder of a run or an export in `workdir` has not seen the images that are held out to score it.
+
+  Args:
+    section: the section `data` by which they are chosen; test: they.
+    training: the config of the encoder's training.
+
+  Raises:
+    UserError: it has, because its training held out fewer, or others of data that has changed since.
+  """
+  own = getattr(training, "data", None)
+  if section.test or own is None or not splits.are_one(section.train, own.train):
+    return
   held_out = 0.0 if own.test else own.held_out
   if section.held_out > held_out:
     raise UserError(
       f"data.held_out={section.held_out:g}: the training of {workdir} held out {held_out:g}, so it saw some of the images "
       "to score; name others with --config.data.test=..."
     )
-  path = epath.Path(workdir)
-  run = path.parent if path.name == "encoder" and (path / "card.json").exists() else path
   if section.held_out < held_out:  # these are among those that training held out
     _, test_of_training = splits.open_data(dataclasses.replace(section, held_out=held_out))
   else:
     test_of_training = test
-  same.check_held_out(run, test_of_training)
-  return train, test
+  same.check_held_out(same.run_of(workdir), test_of_training)
 
 
 class TrainedRun:
@@ -161,6 +172,7 @@ class TrainedRun:
     ValueError: neither is in the folder, no such checkpoint, or an override that does not fit.
   """
 
+  @errors.of_the_user()
   def __init__(self, workdir, *, step: int | None = None, overrides=()):
     self.workdir = epath.Path(workdir)
     self.mesh = mesh_lib.make_mesh()
@@ -170,7 +182,7 @@ class TrainedRun:
         raise _one_encoder(self._exported, step)
       _, self.variables, card = exporting.load_encoder(self._exported)
       self.step = card.get("step", 0)
-      training = config_lib.from_dict(card["pretraining"])
+      training = config_lib.from_saved(card["pretraining"])
       self.config = _for_evaluation(training, overrides)
     else:
       training = config_lib.from_json(checkpoint.read_config(workdir))
@@ -180,18 +192,20 @@ class TrainedRun:
         raise UserError(
           f"--workdir={workdir} is a run of simclr {made_by}: its encoder is in {self.workdir / 'encoder'} when it is done"
         )
-      size = self.config.augment.size
-      like = jax.eval_shape(
-        make_encoder(self.config.encoder.name, **self.config.encoder).init,
-        jax.random.key(0),
-        jnp.zeros((1, size, size, 3)),
-      )
+      like = jax.eval_shape(self._network().init, jax.random.key(0), self._image())
       self.step, self.variables = checkpoint.read_run_export(workdir, "encoder", like, step)
-    self.encoder = make_encoder(self.config.encoder.name, **self.config.encoder)
+    self.encoder = self._network()
+    jax.eval_shape(functools.partial(self.encoder.apply, train=False), self.variables, self._image())
     self.train_source, self.test_source = open_data(self.config, self.workdir, training)
     if processes.is_multiprocess():
       same.agree({"data.train": self.train_source.fingerprint(), "data.test": self.test_source.fingerprint()})
     self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
+
+  def _network(self):
+    return make_encoder(self.config.encoder.name, **self.config.encoder)
+
+  def _image(self):
+    return jnp.zeros((1, self.config.augment.size, self.config.augment.size, 3))
 
   def results(self, name: str):
     """Where a program writes its results: in the folder of a run, but next to the folder of an export, which is not changed."""
@@ -214,8 +228,10 @@ class TrainedRun:
         f"--method=tsimcne: {self.workdir} is a run of config.method={self.config.method}: expected one with"
         " config.method=tsimcne, such as from configs/tsimcne.py; or leave out --method"
       )
+    if self._exported:
+      raise UserError(f"--method=tsimcne: {self.workdir} holds the encoder alone: give the folder of the run")
     _, state = checkpoint.read_run_state(self.workdir, self.step)
-    of = lambda name: {"params": state["params"][name], "batch_stats": state["batch_stats"].get(name, {})}  # noqa: E731
+    of = lambda name: {part: state[part].get(name, {}) for part in ("params", "batch_stats")}  # noqa: E731
     z = Projector(**self.config.projector).apply(of("projector"), h)
     return np.asarray(tsimcne.Plane().apply(of("predictor"), z)[:, 0])
 

@@ -21,7 +21,7 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, same, trained
 from simclr_jax.programs import splits as splits_lib
 from simclr_jax.programs import workdir as workdir_lib
-from simclr_jax.runtime import checkpoint, files, loop
+from simclr_jax.runtime import checkpoint, errors, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -102,15 +102,17 @@ def permutation_test(a, b, *, weight=None, samples: int = 100_000, seed: int = 0
 class FrozenEncoder:
   """An encoder to transfer: `features(split)` -> h float32 [n, d], center-cropped as the row's config says."""
 
+  @errors.of_the_user()
   def __init__(self, start: trained.Start, config, mesh, *, untrained: bool = False):
     self.start, self._config, self._mesh = start, config, mesh
     self.resize = config.augment.resize or start.resize
     net = make_encoder(start.encoder.name, **start.encoder)
+    image = jnp.zeros((1, config.augment.size, config.augment.size, 3))
     if not untrained:
       self._variables = start.variables["encoder"]
+      jax.eval_shape(functools.partial(net.apply, train=False), self._variables, image)
     else:
-      size = config.augment.size
-      self._variables = jax.jit(net.init)(jax.random.key(config.seed), jnp.zeros((1, size, size, 3)))
+      self._variables = jax.jit(net.init)(jax.random.key(config.seed), image)
     self._apply = jax.jit(functools.partial(net.apply, train=False))
 
   def features(self, source):
@@ -126,7 +128,16 @@ def splits(row, data_dir):
   """(training images with the validation ones at the end, bool [n] of the latter, test images) of a row's config."""
   if splits_lib.are_one(row.train, row.test):
     raise UserError(f"{row.test} is the training set too: a set that is scored against itself looks better than it is")
+  for other, what in ((row.train, "training"), (row.test, "test")):
+    if row.validation and splits_lib.are_one(row.validation, other):
+      raise UserError(
+        f"validation={row.validation} is the {what} set too: name other images, or none to hold out a tenth"
+      )
   train = open_split(row.train, data_dir)
+  if (train.targets.ndim > 1) != (row.metric == "mean_average_precision"):
+    several = "several labels" if train.targets.ndim > 1 else "one label"
+    right = "mean_average_precision" if train.targets.ndim > 1 else "top_1 or mean_per_class"
+    raise UserError(f"metric={row.metric}: images of {row.train} have {several} each; expected {right}")
   test = align(train, open_split(row.test, data_dir), row.test)
   if not row.validation:
     held_out = linear.held_out_parts(train.targets, 1, np.random.default_rng(HELD_OUT_SEED))[0]
@@ -197,6 +208,11 @@ def fine_tune(
       raise UserError(f"{len(tested) - len(logits)} of {len(tested)} images are unreadable: remove or repair them")
     return logits, labels
 
+  if g.batch_size > (most := np.count_nonzero(~held_out)):
+    raise UserError(
+      f"finetune.batch_size={g.batch_size} exceeds the {most} training images of {train.spec}: lower it with "
+      "--config.finetune.batch_size=..."
+    )
   part, held = (data.Selection(train.source, np.flatnonzero(rows)) for rows in (~held_out, held_out))
   grid = list(itertools.product(tuned.base_lrs, tuned.weight_decays))
   best, kept = grid[0], -1.0

@@ -16,7 +16,7 @@ from simclr_jax.model import make_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import trained
 from simclr_jax.projector import Projector
-from simclr_jax.runtime import files, processes
+from simclr_jax.runtime import errors, files, processes
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -89,6 +89,7 @@ def _images(source, count, config, mesh):
   return np.concatenate([images[mask] for images, mask in parts])
 
 
+@errors.of_the_user()
 def _encode(start: trained.Start):
   """images [m, s, s, 3] -> {"h"} or {"h", "z"}, float32, BatchNorm in inference mode."""
   encoder, head = make_encoder(start.encoder.name, **start.encoder), Projector(**start.projector)
