@@ -3,7 +3,7 @@
 Command:   simclr pretrain --config=configs/ablations.py:temperature-0.05 --workdir=gs://BUCKET/temperature-0.05
            batch-B-EPOCHSep-linear or -sqrt (Table B.1), temperature-T, no_l2-T (Table 5), loss-NAME (Table 4),
            color-S and autoaugment (Table 1, without blur), no_flip, head-none, head-linear-D, head-nonlinear-D
-           (Figure 8), compose-FIRST-SECOND (Figure 5; names of augment.EXTRA, applied to one branch only)
+           (Figure 8), compose-FIRST-SECOND (Figure 5; names of augment_extra.EXTRA, applied to one branch only)
            small-ROW runs any of these rows in minutes on two CPU cores, as `simclr claims` does: ResNet-18 of an
            eighth of the width with the CIFAR stem, views of 16 pixels, AdamW; everything else is as in the row, except
            that batches are divided by 32, epochs by 16 and color strengths by 2 (App. B.9)

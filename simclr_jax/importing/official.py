@@ -56,7 +56,7 @@ def load(path, *, ema: bool = False):
     (encoder, projector, classifier, info): {"params", "batch_stats"} of float32 numpy arrays for `resnet(**info["encoder"])`,
     the same for `Projector(**info["projector"])` or None, {"params": {"kernel", "bias"}} or None; `info` holds further
     source, format ("TF1 bundle", "TF2 checkpoint", "SavedModel"), num_classes, step (or None), has_ema, the side of the
-    images (`size`), their central crop (`crop`) and the resize (`resize`, see augment.resize_bicubic) of its training.
+    images (`size`), their central crop (`crop`) and the resize (`resize`, see augment.resize_image) of its training.
 
   Raises:
     ValueError: no such checkpoint, or a variable unknown, missing, or of a wrong shape; one line that lists them.

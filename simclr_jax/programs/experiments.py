@@ -79,8 +79,8 @@ SETTINGS: dict[str, Setting] = {
     for i, a in enumerate(FIGURE_5) for b in FIGURE_5[i:]
     if not {a, b} <= set(FIGURE_5_QUICK)
   },
-  # The relatives: methods.py, at the size of a small queue and with moving averages for short training.  Their learning
-  # rates, where they are not the row's, and SupCon's temperature were chosen on held-out training images of CIFAR-10
+  # The other methods of configs/methods.py, with a small queue and with decays for short training.  Their learning rates,
+  # where they are not the row's, and SupCon's temperature were chosen on held-out training images of CIFAR-10
   # (benchmarks/trials.py).
   "moco": _changed(method="moco", moco__size=4096, moco__decay=0.99, optimizer__base_lr=6e-3, measures=("few",)),
   "moco_v3": _changed(method="moco_v3", moco_v3__decay=0.99, loss__temperature=0.2, measures=("few",)),

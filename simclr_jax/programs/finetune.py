@@ -63,7 +63,7 @@ def resolve(config, begun=None):
 
 
 def create(config, num_classes: int) -> model_lib.Classifier:
-  """The network of a resolved config, or of a trained.Start; `tpu` as in encoder.resnet."""
+  """The network of a resolved config, or of a trained.Start."""
   projector = Projector(**config.projector) if config.tap else None
   return model_lib.Classifier(
     encoder=model_lib.make_encoder(config.encoder.name, arrangement=config.encoder.arrangement, **config.encoder),

@@ -113,7 +113,7 @@ def _image(size):
 
 
 def run(workdir, *, step: int | None = None, overrides=()) -> float:
-  """The program `simclr probe`: prints and returns the test linear.accuracy of linear evaluation by `config.probe.method`."""
+  """The program `simclr probe`: prints and returns the test accuracy of linear evaluation by `config.probe.method`."""
   opened = trained.TrainedRun(workdir, step=step, overrides=overrides)
   c = opened.config
   source, test = splits.check_labeled(c.data, opened.train_source, opened.test_source)
