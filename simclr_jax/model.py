@@ -27,15 +27,15 @@ class TrainState:
 
 
 class Outputs(NamedTuple):
-  """The outputs of SimCLR for both views of n images, all float32."""
+  """The outputs of SimCLR for k views of each of n images, all float32; k is 2 unless augment.views says more."""
 
-  h: jax.Array  # [n, 2, d]
-  z: jax.Array  # [n, 2, out_dim]
-  logits: jax.Array | None  # [n, 2, num_classes] of the online classifier; None without labels
+  h: jax.Array  # [n, k, d]
+  z: jax.Array  # [n, k, out_dim]
+  logits: jax.Array | None  # [n, k, num_classes] of the online classifier; None without labels
 
 
 class SimCLR(nn.Module):
-  """views x [n, 2, height, width, 3] -> h, z and the online classifier's logits.
+  """views x [n, k, height, width, 3] -> h, z and the online classifier's logits.
 
   Attributes:
     encoder: f, maps [m, height, width, 3] to h [m, d].
@@ -56,16 +56,16 @@ class SimCLR(nn.Module):
       self.classifier = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01))
 
   def __call__(self, views, train: bool = False):
-    """views [n, 2, height, width, 3] -> Outputs.
+    """views [n, k, height, width, 3] -> Outputs.
 
-    The two views of an image stay neighbors all the way: folding [n, 2, ...] to [2n, ...] is a reshape, which
-    moves nothing between devices, whereas concatenating all first views with all second ones would move images.
+    The views of an image stay neighbors all the way: folding [n, k, ...] to [n k, ...] is a reshape, which moves nothing
+    between devices, whereas concatenating all first views with all second ones would move images.
     """
-    n, two = views.shape[:2]
-    h = self.encoder(views.reshape(n * two, *views.shape[2:]), train=train)
+    n, k = views.shape[:2]
+    h = self.encoder(views.reshape(n * k, *views.shape[2:]), train=train)
     z = self.projector(h, train=train)
-    logits = self.classifier(jax.lax.stop_gradient(h)).reshape(n, two, -1) if self.num_classes else None
-    return Outputs(h.reshape(n, two, -1), z.reshape(n, two, -1), logits)
+    logits = self.classifier(jax.lax.stop_gradient(h)).reshape(n, k, -1) if self.num_classes else None
+    return Outputs(h.reshape(n, k, -1), z.reshape(n, k, -1), logits)
 
 
 class Predicted(NamedTuple):
@@ -74,7 +74,7 @@ class Predicted(NamedTuple):
   h: jax.Array
   z: jax.Array
   logits: jax.Array | None
-  prediction: jax.Array  # float32 [n, 2, ...]
+  prediction: jax.Array  # float32 [n, k, ...]
 
 
 class WithPredictor(SimCLR):
@@ -89,12 +89,12 @@ class WithPredictor(SimCLR):
   predictor: nn.Module | None = None
 
   def __call__(self, views, train: bool = False):
-    """views [n, 2, height, width, 3] -> Predicted."""
+    """views [n, k, height, width, 3] -> Predicted."""
     outputs = super().__call__(views, train)
-    n, two = views.shape[:2]
-    z = outputs.z.reshape(n * two, -1)
-    prediction = self.predictor(z, views.reshape(n * two, *views.shape[2:]), train=train)
-    return Predicted(*outputs, prediction.reshape(n, two, *prediction.shape[1:]))
+    n, k = views.shape[:2]
+    z = outputs.z.reshape(n * k, -1)
+    prediction = self.predictor(z, views.reshape(n * k, *views.shape[2:]), train=train)
+    return Predicted(*outputs, prediction.reshape(n, k, *prediction.shape[1:]))
 
 
 class Classifier(nn.Module):

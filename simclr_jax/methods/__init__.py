@@ -45,7 +45,7 @@ class Method(Protocol):
     """The loss of the global batch, a pure function.
 
     Args:
-      outputs: model.Outputs of the trained network, h and z [n, 2, d].
+      outputs: model.Outputs of the trained network, h and z [n, k, d]; k is 2 unless the method takes more views.
       network: variables -> (model.Outputs, batch_stats) of the same views by another network, such as a moving average.
       batch: views.Batch: labels, numbers of the images, seeds.
 

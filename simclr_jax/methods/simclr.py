@@ -11,7 +11,7 @@ from simclr_jax import contrast
 
 @dataclasses.dataclass(frozen=True)
 class SimCLR:
-  """A methods.Method; `contrastive` is (z [n, 2, d]) -> (scalar, metrics)."""
+  """A methods.Method; `contrastive` is (z [n, k, d]) -> (scalar, metrics)."""
 
   contrastive: Callable
   chance_loss: float | None = None
@@ -33,7 +33,7 @@ def create(config, mesh, source=None) -> SimCLR:
 
 
 def loss_function(config, mesh):
-  """(z [n, 2, d]) -> (loss, metrics): the one of contrast.LOSSES that `config.loss.name` says.
+  """(z [n, k, d]) -> (loss, metrics): the one of contrast.LOSSES that `config.loss.name` says.
 
   Raises:
     ValueError: an option that the loss does not take, or a missing one that it needs.
