@@ -27,9 +27,10 @@ from simclr_jax.runtime import progress as progress_lib
 from simclr_jax.runtime.errors import UserError
 
 AGREE_EVERY = 100  # steps between two comparisons of what the devices hold; there is one before each checkpoint too
-TIMED_STEPS, WORTH_SAYING = 8, 60.0  # steps after which the time that is left is said once, where it is as many seconds
-State = Any  # a pytree dataclass with an int32 `step`
-Batch = Mapping[str, Any]
+TIMED_STEPS, WORTH_SAYING = 8, 60.0  # after 8 steps the time left is printed once, if it is more than 60 seconds
+# A flax.struct dataclass, which has `replace`, with an int32 `step` and an `opt_state`; with Task.split also a dict `extra`.
+State = Any
+Batch = Any  # a pytree of arrays, split over the devices along their first axis
 
 
 @dataclasses.dataclass(frozen=True)
