@@ -21,8 +21,9 @@ def _names(path):
   return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
 
 
-def is_batch_norm(path) -> bool:
-  """Decides from a parameter's path: True for a BatchNorm (or LayerNorm) scale or bias, and for what is never trained."""
+def exclude_from_l2(path) -> bool:
+  """True for what SGD and Adam do not decay: scales and biases of BatchNorm and LayerNorm, and a patch projection, which is
+  never trained."""
   *modules, leaf = _names(path)
   return leaf == "scale" or any("norm" in name.lower() or name == "patch_embed" for name in modules)
 
@@ -68,7 +69,7 @@ def sgd_nesterov(learning_rate, *, momentum=0.9, weight_decay=0.0):
   v <- momentum * v + lr * g;  w <- w - (lr * g + momentum * v).  Source: Keras SGD as the official model.py uses it.
   """
   return optax.chain(
-    optax.add_decayed_weights(weight_decay, mask=_mask(lambda path: not is_batch_norm(path))),
+    optax.add_decayed_weights(weight_decay, mask=_mask(lambda path: not exclude_from_l2(path))),
     optax.scale_by_learning_rate(learning_rate),
     optax.trace(decay=momentum, nesterov=True),
   )
@@ -76,7 +77,7 @@ def sgd_nesterov(learning_rate, *, momentum=0.9, weight_decay=0.0):
 
 def adam(learning_rate, *, momentum=0.9, weight_decay=0.0):
   """Adam with L2 in the gradient, as the official model.py adds it to the loss; `momentum` is b1."""
-  decay = optax.add_decayed_weights(weight_decay, mask=_mask(lambda path: not is_batch_norm(path)))
+  decay = optax.add_decayed_weights(weight_decay, mask=_mask(lambda path: not exclude_from_l2(path)))
   return optax.chain(decay, optax.adam(learning_rate, b1=momentum, eps=1e-7))  # eps: Keras's default
 
 
