@@ -246,8 +246,8 @@ def test_the_groups_of_batch_norm_are_those_that_the_run_began_with(tmp_path, mo
   assert same.same_config(now, tmp_path / "run") == now
 
 
-def test_a_bank_of_some_images_is_drawn_from_those_with_a_label():
+def test_some_training_images_are_drawn_from_those_with_a_label():
   source = tiny.source(40)
   some = data.ArraySource(source.images, np.where(np.arange(40) % 4, -1, source.labels), class_names=source.class_names)
-  bank = embed.bank(some, tiny.config(**{"evaluate.train_examples": 6}))
-  assert len(bank) == 6 and (bank.labels >= 0).all()
+  chosen = embed.train_examples(some, tiny.config(**{"evaluate.train_examples": 6}))
+  assert len(chosen) == 6 and (chosen.labels >= 0).all()

@@ -174,14 +174,13 @@ def test_a_heading_names_the_data_set(spec, title):
   assert splits.title(spec) == title
 
 
-def test_an_image_is_no_neighbor_of_itself_where_the_bank_is_a_part_of_the_images():
+def test_an_image_is_no_neighbor_of_itself_where_training_images_are_a_part_of_the_test_images():
   source = tiny.source(10)
-  bank = data.Selection(source, [1, 3, 5, 7])
-  parts = [types.SimpleNamespace(source=part, rows=lambda part=part: np.arange(len(part))) for part in (bank, source)]
+  train = data.Selection(source, [1, 3, 5, 7])
+  parts = [types.SimpleNamespace(source=part, rows=lambda part=part: np.arange(len(part))) for part in (train, source)]
   evaluation = types.SimpleNamespace(train=parts[0], test=parts[1])
-  found = scores._others(
-    evaluation, [3, 4], np.asarray([[1, 0, 2], [2, 1, 3]])
-  )  # image 3 is the bank's 1, 4 is not in it
+  # Image 3 is training image 1; image 4 is not a training image.
+  found = scores._others(evaluation, [3, 4], np.asarray([[1, 0, 2], [2, 1, 3]]))
   assert found.tolist() == [[0, 2], [2, 1]]
 
 

@@ -173,7 +173,7 @@ def embed(fn, variables, eval_set: EvalSet, mesh):
   return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
 
-def bank(source, config):
+def train_examples(source, config):
   """The training images that evaluation uses: all, or `config.evaluate.train_examples` of those that have a label."""
   count = config.evaluate.train_examples
   return data.Subset(data.labeled(source), count, config.seed) if count else source

@@ -8,7 +8,7 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
   """The program `simclr knn`: prints and returns the accuracy of the h of a run, or of an export, on its test images."""
   opened = trained.TrainedRun(workdir, step=step, overrides=overrides)
   train, test = splits.check_labeled(opened.config.data, opened.train_source, opened.test_source)
-  (bank, bank_labels), (queries, labels) = opened.h(embed.bank(train, opened.config)), opened.h(test)
+  (bank, bank_labels), (queries, labels) = opened.h(embed.train_examples(train, opened.config)), opened.h(test)
   c = opened.config.evaluate
   value = knn.accuracy(
     bank,

@@ -119,7 +119,7 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
   source, test = splits.check_labeled(c.data, opened.train_source, opened.test_source)
   test_h, test_y = opened.h(test)
   if c.probe.method != "sgd":
-    h, y = opened.h(embed.bank(source, c))
+    h, y = opened.h(embed.train_examples(source, c))
     l2s = linear.L2_GRID_45 if c.probe.method == "lbfgs_45" else linear.L2_GRID
     classifier = linear.logistic_regression(h, y, num_classes=source.num_classes, l2s=l2s, mesh=opened.mesh)
     how = f"L-BFGS, l2 {classifier['l2']:.0e} chosen on held-out training images"

@@ -42,16 +42,16 @@ class PretrainEvaluation:
   def __init__(self, config, train_source, test_source, mesh):
     model = model_lib.create(config, train_source.num_classes)
     self._apply, self._mesh, self._config = representations(model), mesh, config
-    self.is_bank = test_source is train_source  # then there is nothing to score
-    self.num_classes = 0 if self.is_bank else train_source.num_classes
+    self.nothing_held_out = test_source is train_source  # then there is nothing to score
+    self.num_classes = 0 if self.nothing_held_out else train_source.num_classes
     make = functools.partial(embed.eval_set, config=config, mesh=mesh, labeled=True)
-    bank = embed.bank(train_source, config)
-    self.train, self.test = make(bank), make(test_source)
+    train = embed.train_examples(train_source, config)
+    self.train, self.test = make(train), make(test_source)
     native = min(data.first_readable(test_source).shape[:2])  # raw pixels compete at their own size where that is small
     self._latest = None, ()
     self.raw = [
       make(part, size=native, crop=1.0) if native <= 64 else made
-      for part, made in ((bank, self.train), (test_source, self.test))
+      for part, made in ((train, self.train), (test_source, self.test))
     ]
 
   def embed(self, state):
@@ -128,7 +128,7 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
     out["class_names"] = list(evaluation.train.source.class_names)
   queries = np.random.default_rng(config.seed).permutation(len(test["h"]))[:8]
   _, nearest = knn.nearest(train["h"], test["h"][queries], k=8)
-  if evaluation.is_bank:
+  if evaluation.nothing_held_out:
     nearest = _others(evaluation, queries, nearest)
   neighbors = np.stack([evaluation.train.images(row) for row in nearest])
   same = None
@@ -148,7 +148,7 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
 
 
 def _others(evaluation, queries, nearest):
-  """[q, k - 1] of nearest [q, k] without the query itself, which is among the images of the bank or not."""
+  """[q, k - 1] of nearest [q, k] without the query itself, which may or may not be among the training images."""
 
   def name(part, row):
     return part.source.name(int(part.rows()[row]))
