@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.manifold import TSNE
 
 from simclr_jax import data
-from simclr_jax.evaluation import clusters, embed
+from simclr_jax.evaluation import embed, maps
 from simclr_jax.programs import trained
 
 
@@ -28,16 +28,16 @@ def main():
   chosen = np.sort(data.permutation(0, 0, len(run.test_source))[: args.images])
   part = embed.eval_set(data.Selection(run.test_source, chosen), run.config, run.mesh)
   h, labels = run.encode(part), part.labels()
-  near = clusters.neighbors(h)
-  maps = {
+  near = maps.neighbors(h)
+  planar = {
     "t-SimCNE": run.on_the_map(h),
-    "InfoNC-t-SNE of h": clusters.keep_neighbors(h, near, seed=0),
+    "InfoNC-t-SNE of h": maps.infonc_tsne(h, near, seed=0),
     "t-SNE of h": TSNE(random_state=0, init="pca").fit_transform(h),
-    "PCA of h": clusters.pca(h),
+    "PCA of h": maps.pca(h),
   }
-  rows = {"h itself": {"knn": clusters.accuracy_of_h(near, labels)}}
-  for name, xy in maps.items():
-    rows[name] = {"knn": clusters.accuracy(xy, labels), "silhouette": clusters.silhouette(xy, labels)}
+  rows = {"h itself": {"knn": maps.accuracy_of_h(near, labels)}}
+  for name, xy in planar.items():
+    rows[name] = {"knn": maps.accuracy(xy, labels), "silhouette": maps.silhouette(xy, labels)}
   args.output.write_text(json.dumps({"images": len(h), "maps": rows}, indent=1) + "\n")
   print("| map | kNN, % | silhouette |\n|---|---|---|")
   for name, row in rows.items():

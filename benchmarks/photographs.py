@@ -34,7 +34,7 @@ def representations(run: pathlib.Path):
 
   from simclr_jax import model
   from simclr_jax.evaluation import embed
-  from simclr_jax.evaluation.clusters import color_histogram
+  from simclr_jax.evaluation.maps import color_histogram
   from simclr_jax.programs import config as config_lib
   from simclr_jax.programs import pretrain, scores, splits
   from simclr_jax.runtime import checkpoint

@@ -15,8 +15,8 @@ import tiny
 from PIL import Image
 
 from simclr_jax import data, model, report
-from simclr_jax.evaluation import clusters
 from simclr_jax.evaluation import embed as embed_lib
+from simclr_jax.evaluation import maps
 from simclr_jax.methods import tsimcne
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import embed, pretrain, trained
@@ -38,34 +38,34 @@ def blobs(per_blob=60, dimensions=20):
   return (centers[labels] + rng.normal(size=(len(labels), dimensions))).astype(np.float32), labels
 
 
-def keep_neighbors(h, **options):
-  return clusters.keep_neighbors(h, clusters.neighbors(h), **options)
+def infonc_tsne(h, **options):
+  return maps.infonc_tsne(h, maps.neighbors(h), **options)
 
 
 def test_pca_is_the_projection_on_the_two_first_axes():
   h, _ = blobs()
-  xy = clusters.pca(h)
+  xy = maps.pca(h)
   x = h - h.mean(0)
   _, s, _ = np.linalg.svd(x, full_matrices=False)
   np.testing.assert_allclose(np.linalg.norm(xy, axis=0), s[:2], rtol=1e-4)
   np.testing.assert_allclose(xy[:, 0] @ xy[:, 1], 0, atol=1e-2)
-  assert clusters.pca(h[:, :1]).shape == (len(h), 2)  # one dimension
-  assert np.isfinite(clusters.pca(np.ones((5, 4), np.float32))).all()
+  assert maps.pca(h[:, :1]).shape == (len(h), 2)  # one dimension
+  assert np.isfinite(maps.pca(np.ones((5, 4), np.float32))).all()
 
 
 def test_the_map_keeps_neighbors_and_is_a_function_of_the_seed():
   h, labels = blobs()
-  xy = keep_neighbors(h, seed=3)
-  assert clusters.accuracy(xy, labels) > 0.98
-  assert clusters.trustworthiness(h, xy) > 0.85 > clusters.trustworthiness(h, rng.normal(size=xy.shape))
-  np.testing.assert_array_equal(xy, keep_neighbors(h, seed=3))
-  assert keep_neighbors(h[:3]).shape == (3, 2) and np.isfinite(keep_neighbors(h[:4])).all()
+  xy = infonc_tsne(h, seed=3)
+  assert maps.accuracy(xy, labels) > 0.98
+  assert maps.trustworthiness(h, xy) > 0.85 > maps.trustworthiness(h, rng.normal(size=xy.shape))
+  np.testing.assert_array_equal(xy, infonc_tsne(h, seed=3))
+  assert infonc_tsne(h[:3]).shape == (3, 2) and np.isfinite(infonc_tsne(h[:4])).all()
 
 
 def test_more_points_than_repel_at_a_step(monkeypatch):
-  monkeypatch.setattr(clusters, "SAMPLE", 64)
+  monkeypatch.setattr(maps, "SAMPLE", 64)
   h, labels = blobs()
-  assert clusters.accuracy(keep_neighbors(h), labels) > 0.95
+  assert maps.accuracy(infonc_tsne(h), labels) > 0.95
 
 
 def test_trustworthiness_is_that_of_scikit_learn():
@@ -73,15 +73,15 @@ def test_trustworthiness_is_that_of_scikit_learn():
   h, _ = blobs(per_blob=40)
   xy = rng.normal(size=(len(h), 2)) + h[:, :2]
   unit = h / np.linalg.norm(h, axis=1, keepdims=True)
-  assert clusters.trustworthiness(h, xy) == pytest.approx(manifold.trustworthiness(unit, xy, n_neighbors=15), abs=1e-6)
+  assert maps.trustworthiness(h, xy) == pytest.approx(manifold.trustworthiness(unit, xy, n_neighbors=15), abs=1e-6)
 
 
 def test_accuracy_leaves_a_point_out_of_its_own_vote():
   xy = np.array([[0, 0], [0, 1], [1, 0], [9, 9], [9, 8], [8, 9]], float)
-  assert clusters.accuracy(xy, np.array([0, 0, 0, 1, 1, 1]), k=2) == 1.0
-  assert clusters.accuracy(xy, np.array([0, 1, 1, 0, 1, 1]), k=2) < 0.7
+  assert maps.accuracy(xy, np.array([0, 0, 0, 1, 1, 1]), k=2) == 1.0
+  assert maps.accuracy(xy, np.array([0, 1, 1, 0, 1, 1]), k=2) < 0.7
   h = np.repeat(np.eye(2), 20, 0) + 0.01 * rng.normal(size=(40, 2))
-  assert clusters.accuracy_of_h(clusters.neighbors(h), np.repeat([0, 1], 20)) == 1
+  assert maps.accuracy_of_h(maps.neighbors(h), np.repeat([0, 1], 20)) == 1
 
 
 def test_a_vote_stands_beside_what_needs_no_network():
@@ -89,7 +89,7 @@ def test_a_vote_stands_beside_what_needs_no_network():
   labels = np.arange(40) % 2
   pictures = np.zeros((40, 16, 16, 3), np.uint8)
   pictures[..., 0], pictures[..., 2] = 200 * labels[:, None, None], 200 * (1 - labels[:, None, None])
-  assert clusters.baselines(pictures, labels) == {"raw pixels": 1.0, "color histograms": 1.0}
+  assert maps.baselines(pictures, labels) == {"raw pixels": 1.0, "color histograms": 1.0}
   note = map_lib.chart(rng.normal(size=(40, 8)), pictures, ["x"] * 40, labels, ["a", "b"])["note"]
   assert "% in h, 100.0 % in raw pixels of the thumbnails, 100.0 % in their color histograms;" in note
 
@@ -97,9 +97,9 @@ def test_a_vote_stands_beside_what_needs_no_network():
 def test_a_point_is_no_neighbor_of_itself_even_among_copies():
   h = rng.normal(size=(30, 8)).astype(np.float32)
   h[1:20] = h[0]  # more copies than neighbors
-  near = clusters.neighbors(h, k=5)
+  near = maps.neighbors(h, k=5)
   assert near.shape == (30, 5) and not (near == np.arange(30)[:, None]).any() and (near[:20] < 20).all()
-  assert clusters.neighbors(h[:3], k=5).shape == (3, 2)
+  assert maps.neighbors(h[:3], k=5).shape == (3, 2)
 
 
 def test_copies_are_found_and_no_others():
@@ -112,7 +112,7 @@ def test_copies_are_found_and_no_others():
   h[20] = h[5] + h[20]  # to a network that has learned little
   pictures[30] = pictures[9]  # the same pixels, which the network finds different
   h[31] = h[10]  # and the reverse
-  found = clusters.near_duplicates(h, pictures)
+  found = maps.near_duplicates(h, pictures)
   assert [(i, j) for i, j, _, _ in found] == [(3, 7), (5, 20)] and 0.5 < found[1][2] < 0.8
   assert found[0][2] == pytest.approx(1, abs=1e-5) and found[0][3] == pytest.approx(1, abs=1e-5)
 
@@ -120,10 +120,10 @@ def test_copies_are_found_and_no_others():
 def test_what_is_odd_in_a_channel_that_others_hardly_use_comes_first():
   h = (rng.gamma(2.0, size=(200, 10)) * np.array([10.0] * 5 + [0.1] * 5)).astype(np.float32)
   h[11, 7] += 30
-  found = clusters.outliers(h)
+  found = maps.outliers(h)
   assert found[0][0] == 11 and found[0][1] > 1.3 and len(found) == 200
   assert np.median([far for _, far in found]) == pytest.approx(1)
-  assert len(clusters.outliers(h[:2])) == 2
+  assert len(maps.outliers(h[:2])) == 2
 
 
 def test_colors_and_sheets(tmp_path):
@@ -296,10 +296,10 @@ def test_silhouette_by_a_loop_and_by_scikit_learn():
     own = [distance[j] for j in range(40) if labels[j] == labels[i] and j != i]
     others = [distance[labels == c].mean() for c in set(labels) - {labels[i]}]
     scores.append((min(others) - np.mean(own)) / max(min(others), np.mean(own)) if own else 0.0)
-  assert clusters.silhouette(xy, labels) == pytest.approx(np.mean(scores), abs=1e-9)
+  assert maps.silhouette(xy, labels) == pytest.approx(np.mean(scores), abs=1e-9)
   metrics = pytest.importorskip("sklearn.metrics")
-  assert clusters.silhouette(xy, labels) == pytest.approx(metrics.silhouette_score(xy, labels), abs=1e-9)
-  assert np.isnan(clusters.silhouette(xy, np.zeros(40, int)))
+  assert maps.silhouette(xy, labels) == pytest.approx(metrics.silhouette_score(xy, labels), abs=1e-9)
+  assert np.isnan(maps.silhouette(xy, np.zeros(40, int)))
 
 
 def test_the_map_of_features_has_no_network(table):

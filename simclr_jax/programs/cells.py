@@ -19,7 +19,7 @@ from simclr_jax import data, diagnostics, optimizer
 from simclr_jax import model as model_lib
 from simclr_jax.data.sources import spread
 from simclr_jax.evaluation import embed, invariance, knn, linear
-from simclr_jax.evaluation.clusters import color_histogram
+from simclr_jax.evaluation.maps import color_histogram
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain, scores, splits
 from simclr_jax.runtime import loop

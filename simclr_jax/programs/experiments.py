@@ -27,7 +27,7 @@ _AUTOENCODER = dict(method="autoencoder", projector__kind="none")
 _RATE_OF_128 = dict(
   optimizer__lr_scaling="none", optimizer__base_lr=8e-3
 )  # also where there are fewer images than that
-_TRAIN_ACCURACY = ("contrastive",)
+_CONTRASTIVE_ACCURACY = ("contrastive",)
 
 SETTINGS: dict[str, Setting] = {
   "pixels": Setting(kind=PIXELS, measures=("few",)),
@@ -42,16 +42,16 @@ SETTINGS: dict[str, Setting] = {
   "head_linear": Setting("head-linear-128"),
   "head_none": Setting("head-none"),
   "z_32": Setting("head-nonlinear-32"),
-  "no_l2": Setting("no_l2-10", measures=_TRAIN_ACCURACY),
-  "temperature_0.05": Setting("temperature-0.05", measures=_TRAIN_ACCURACY),
-  "temperature_1": Setting("temperature-1", measures=_TRAIN_ACCURACY),
+  "no_l2": Setting("no_l2-10", measures=_CONTRASTIVE_ACCURACY),
+  "temperature_0.05": Setting("temperature-0.05", measures=_CONTRASTIVE_ACCURACY),
+  "temperature_1": Setting("temperature-1", measures=_CONTRASTIVE_ACCURACY),
   "short": Setting(epochs=0.25),
   "small_batch": Setting("batch-512-100ep-linear"),
   "small_batch_short": Setting("batch-512-100ep-linear", epochs=0.25),
   "small_batch_short_sqrt": Setting("batch-512-100ep-sqrt", epochs=0.25),
-  "norm_per_device": _changed(norm_scope="device", norm_devices=16, measures=_TRAIN_ACCURACY),
+  "norm_per_device": _changed(norm_scope="device", norm_devices=16, measures=_CONTRASTIVE_ACCURACY),
   "oracle": _changed(method="oracle"),
-  "temperature_0.5": Setting("temperature-0.5", measures=_TRAIN_ACCURACY),
+  "temperature_0.5": Setting("temperature-0.5", measures=_CONTRASTIVE_ACCURACY),
   "debiased": _changed("temperature-0.5", loss__name="debiased", loss__reduction=None),
   "alignment": _changed(method="alignment", measures=("geometry", "course")),
   "weak_color": Setting("color-0.125"),
@@ -65,7 +65,7 @@ SETTINGS: dict[str, Setting] = {
     for b in FIGURE_5_QUICK[i:]
   },
   # The settings below belong to the full budget only.
-  "no_l2_100": Setting("no_l2-100", measures=_TRAIN_ACCURACY),
+  "no_l2_100": Setting("no_l2-100", measures=_CONTRASTIVE_ACCURACY),
   "z_2048": Setting("head-nonlinear-2048"),
   "oracle_half": _changed(method="oracle", removed_negatives=0.5),
   "long": Setting(epochs=2.0),

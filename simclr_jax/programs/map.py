@@ -1,4 +1,4 @@
-"""`simclr map`: a map of a set of images by h, with near-duplicates and outliers. The science is in clusters.py."""
+"""`simclr map`: a map of a set of images by h, with near-duplicates and outliers. The science is in evaluation/maps.py."""
 
 import concurrent.futures
 import csv
@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from simclr_jax import data, report
-from simclr_jax.evaluation import clusters, embed, features
+from simclr_jax.evaluation import embed, features, maps
 from simclr_jax.programs import trained
 from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import files
@@ -48,22 +48,22 @@ def chart(h, pictures, names, labels=None, class_names=(), *, seed: int = 0, xy=
     the arguments of `map_data` (report/map.py): dict(views {heading: [n, 2]}, note, and what was given); `note` says in
     a sentence how far the map can be trusted.
   """
-  near = clusters.neighbors(h)
-  first = {"InfoNC-t-SNE": clusters.keep_neighbors(h, near, seed=seed)} if xy is None else {"t-SimCNE": xy}
-  views = {**first, "PCA": clusters.pca(h)}
+  near = maps.neighbors(h)
+  first = {"InfoNC-t-SNE": maps.infonc_tsne(h, near, seed=seed)} if xy is None else {"t-SimCNE": xy}
+  views = {**first, "PCA": maps.pca(h)}
   known = labels is not None and len(class_names) and bool((labels >= 0).all())
   if known:
     map_xy, pca_xy = views.values()
-    a, b = (100 * clusters.accuracy(xy, labels) for xy in (map_xy, pca_xy))
-    pixels, colors = (100 * share for share in clusters.baselines(pictures, labels).values())
+    a, b = (100 * maps.accuracy(xy, labels) for xy in (map_xy, pca_xy))
+    pixels, colors = (100 * share for share in maps.baselines(pictures, labels).values())
     note = (
       f"{len(h):,} images. A vote of the {near.shape[1]} nearest neighbors names the right class for "
-      f"{100 * clusters.accuracy_of_h(near, labels):.1f} % in h, {pixels:.1f} % in raw pixels of the thumbnails, "
+      f"{100 * maps.accuracy_of_h(near, labels):.1f} % in h, {pixels:.1f} % in raw pixels of the thumbnails, "
       f"{colors:.1f} % in their color histograms; {a:.1f} % on the map and {b:.1f} % on PCA of h. Silhouette of the "
-      f"classes {clusters.silhouette(map_xy, labels):.2f}, on PCA {clusters.silhouette(pca_xy, labels):.2f}."
+      f"classes {maps.silhouette(map_xy, labels):.2f}, on PCA {maps.silhouette(pca_xy, labels):.2f}."
     )
   else:
-    a, b = (clusters.trustworthiness(h, xy, seed=seed) for xy in views.values())
+    a, b = (maps.trustworthiness(h, xy, seed=seed) for xy in views.values())
     note = (
       f"{len(h):,} images; trustworthiness {a:.3f}, of PCA {b:.3f} (1: neighbors on the map are neighbors in h; 0.5: "
       "by chance)."
@@ -73,7 +73,7 @@ def chart(h, pictures, names, labels=None, class_names=(), *, seed: int = 0, xy=
 
 def anomalies(h, pictures) -> dict:
   """dict(duplicates, outliers) of h [n, d] and pictures uint8 [n, s, s, 3]."""
-  return dict(duplicates=clusters.near_duplicates(h, pictures), outliers=clusters.outliers(h))
+  return dict(duplicates=maps.near_duplicates(h, pictures), outliers=maps.outliers(h))
 
 
 def findings(chart: dict, found: dict, *, most: int = 24) -> dict:
@@ -89,7 +89,7 @@ def findings(chart: dict, found: dict, *, most: int = 24) -> dict:
   count = len(found["duplicates"])
   text = (
     f"{count:,} pair{'' if count == 1 else 's'} in {len(groups):,} group{'' if len(groups) == 1 else 's'}, whose thumbnails "
-    f"correlate by at least {clusters.ALIKE_PIXELS} and whose h have a cosine of at least {clusters.ALIKE_H}"
+    f"correlate by at least {maps.ALIKE_PIXELS} and whose h have a cosine of at least {maps.ALIKE_H}"
     + (f"; the {most} groups with the most alike." if len(groups) > most else ".")
   )
   far = "Distance to the five nearest neighbors in h, relative to that of the median image."

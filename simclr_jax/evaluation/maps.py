@@ -40,8 +40,8 @@ def neighbors(h, *, k: int = NEIGHBORS) -> np.ndarray:
   return near[others].reshape(len(near), -1)
 
 
-def keep_neighbors(h, near, *, seed: int = 0, steps: int = 500) -> np.ndarray:
-  """float32 [n, 2] in which each row of h [n, d] stays close to its neighbors `near` [n, k].
+def infonc_tsne(h, near, *, seed: int = 0, steps: int = 500) -> np.ndarray:
+  """InfoNC-t-SNE: float32 [n, 2] in which each row of h [n, d] stays close to its neighbors `near` [n, k].
 
   It starts at PCA and is a function of (h, seed), with the same bits again on a CPU. 10,000 points take a quarter of a
   minute on two CPU cores, 2,000 take two seconds.
