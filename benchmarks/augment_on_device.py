@@ -121,7 +121,7 @@ def main():
       if args.only not in title:
         continue
       cost = cycles(fn, *(batch(spec) for spec in specs))
-      rows.append({"topology": name, "program": title, "cycles": cost, "share": cost / step})
+      rows.append({"topology": name, "program": title, "cycles": cost, "fraction": cost / step})
       print(f"  {title:56}{cost:>12,.0f}{cost / step:>8.2%}", flush=True)
   if args.json:
     print(json.dumps(rows))

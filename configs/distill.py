@@ -17,28 +17,30 @@ Data:      a prepared TFDS imagenet2012 in --config.data.data_dir; its labels ar
 
 import ml_collections
 
-TARGETS = [("", ""), ("self", "")] + [(targets, share) for targets in ("labels", "only") for share in ("1pct", "10pct")]
+TARGETS = [("", ""), ("self", "")] + [
+  (targets, labeled) for targets in ("labels", "only") for labeled in ("1pct", "10pct")
+]
 
 
 def get_config(arg="r50_1x_sk0"):
   small = arg == "small"
   network, _, how = ("r18_1x_sk0", "", "") if small else arg.partition("-")
   depth, width, sk = network.split("_")
-  targets, _, share = how.partition("_")
-  if (targets, share) not in TARGETS:
+  targets, _, labeled = how.partition("_")
+  if (targets, labeled) not in TARGETS:
     raise ValueError(f"after {network} expected {', '.join('_'.join(x).rstrip('_') for x in TARGETS[1:])}, not {how}")
-  subset = f"tfds:imagenet2012_subset/{share}:train"
+  subset = f"tfds:imagenet2012_subset/{labeled}:train"
   return ml_collections.ConfigDict(
     dict(
       program="distill",
       teacher="NAME_IT",
       temperature=0.1 if how == "self" else 1.0,
-      alpha=0.5 if share else 1.0,  # below 1: the rest of the loss is cross-entropy on the fraction of labels below
+      alpha=0.5 if labeled else 1.0,  # below 1: the rest of the loss is cross-entropy on the fraction of labels below
       data=dict(
         train="fashion:train" if small else subset if targets == "only" else "tfds:imagenet2012:train",
         test="fashion:test" if small else "tfds:imagenet2012:validation",
       ),
-      labels=dict(fraction={"1pct": 0.01, "10pct": 0.1}[share] if targets == "labels" else 1.0),
+      labels=dict(fraction={"1pct": 0.01, "10pct": 0.1}[labeled] if targets == "labels" else 1.0),
       batch_size=128 if small else 4096,
       train_epochs=0.0 if small else 400.0,
       train_steps=300 if small else 0,

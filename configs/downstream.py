@@ -21,9 +21,9 @@ def get_config():
       pretrain="smoke",
       pretrain_epochs=8.0,
       finetune="finetune:small",
-      shares=(0.01, 0.1),
+      fractions=(0.01, 0.1),
       distill="distill:small",
-      distill_share=0.1,  # fraction of the labels on which the teacher was fine-tuned
+      distill_fraction=0.1,  # fraction of the labels on which the teacher was fine-tuned
       transfer="transfer:small",
     )
   )

@@ -46,8 +46,8 @@ def get_config(arg="v2_10pct"):
   epochs = next((float(option.removesuffix("ep")) for option in options if option.endswith("ep")), epochs)
   color = dict(color_strength=1.0, blur="color_blur" in options) if {"color", "color_blur"} & set(options) else {}
   small = protocol == "small"
-  share = next((option for option in options if option in SETS), protocol.partition("_")[2])
-  train = f"tfds:{SETS.get(share, 'imagenet2012')}:train"
+  subset = next((option for option in options if option in SETS), protocol.partition("_")[2])
+  train = f"tfds:{SETS.get(subset, 'imagenet2012')}:train"
   return ml_collections.ConfigDict(
     dict(
       program="finetune",

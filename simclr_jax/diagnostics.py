@@ -46,7 +46,7 @@ def uniformity(h) -> float:
 
 
 def spectrum(h) -> jnp.ndarray:
-  """The eigenvalues of the covariance of h [n, d] as shares of their sum, largest first, [min(n, d)].
+  """The eigenvalues of the covariance of h [n, d] as fractions of their sum, largest first, [min(n, d)].
 
   Source: Jing et al., arXiv 2110.09348, Figure 2.
   """

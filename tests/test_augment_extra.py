@@ -137,8 +137,10 @@ def test_they_take_their_place_in_the_views():
   np.testing.assert_allclose(in_graph, eager, atol=1e-5)
   half = [augment_extra.two_views(IMAGE, (0, k), **options, extra=(("rotate", 0.5),)) for k in range(20)]
   without = [augment_extra.two_views(IMAGE, (0, k), **options) for k in range(20)]
-  share = np.mean([np.array_equal(a, b) for x, y in zip(half, without, strict=True) for a, b in zip(x, y, strict=True)])
-  assert 0.25 < share < 0.75
+  fraction = np.mean(
+    [np.array_equal(a, b) for x, y in zip(half, without, strict=True) for a, b in zip(x, y, strict=True)]
+  )
+  assert 0.25 < fraction < 0.75
   with pytest.raises(ValueError, match="extra='sobell': expected one of 'sobel'"):
     augment_extra.two_views(IMAGE, SEED, **options, extra=(("sobell", 0.5),))
   with pytest.raises(ValueError, match="extra sobel=2: expected a probability"):

@@ -41,12 +41,12 @@ def test_changed_values_are_checked():
   config = config_lib.load("downstream")
   for recipe in (config.pretrain, config.finetune, config.distill, config.transfer):
     config_lib.load(recipe)
-  assert config.distill_share in config.shares
+  assert config.distill_fraction in config.fractions
 
 
 def test_what_would_end_it_after_pretraining_ends_it_before(tmp_path):
-  with pytest.raises(ValueError, match=r"config.distill_share=0.5: expected one of config.shares=\("):
-    config_lib.load("downstream", ["--config.distill_share=0.5"])
+  with pytest.raises(ValueError, match=r"config.distill_fraction=0.5: expected one of config.fractions=\("):
+    config_lib.load("downstream", ["--config.distill_fraction=0.5"])
   spec, recipe = tiny.npz(tmp_path / "tiny.npz"), tmp_path / "recipe.py"
   text = "from simclr_jax.programs import config\n\n\ndef get_config():\n  found = config.read_recipe('smoke')\n"
   for changes, words in (
@@ -81,7 +81,7 @@ def test_table_and_figure(tmp_path):
   find = "{http://www.w3.org/2000/svg}"
   first, second = (line.get("points").split() for line in tree.iter(f"{find}polyline"))
   (x1, y1), (x10, y10), (x100, y100) = (map(float, point.split(",")) for point in (*first, *second))
-  assert x10 - x1 == pytest.approx(x100 - x10, abs=0.2)  # shares are on a logarithmic axis
+  assert x10 - x1 == pytest.approx(x100 - x10, abs=0.2)  # fractions are on a logarithmic axis
   assert (y1 - y10) / (y100 - y10) == pytest.approx((85 - 62.5) / (85 - 80), rel=0.02)
 
 
@@ -114,8 +114,8 @@ def test_the_program(tmp_path, capsys):
   values = {
     "seeds": "(0,)",
     "pretrain_epochs": 1.0,
-    "shares": "(0.5,)",
-    "distill_share": 0.5,
+    "fractions": "(0.5,)",
+    "distill_fraction": 0.5,
     "pretrain": recipes["smoke"],
   }
   values |= {name: path for name, path in recipes.items() if name != "smoke"}

@@ -398,7 +398,7 @@ def test_scores_on_the_page_and_in_the_terminal_agree(tmp_path):
   assert tied.count("50.0*") == 2
 
 
-def test_a_confusion_matrix_shows_shares_and_hides_counts_in_hints(tmp_path):
+def test_a_confusion_matrix_shows_fractions_and_hides_counts_in_hints(tmp_path):
   confusion = np.array([[8, 2, 0], [1, 999, 0], [0, 0, 0]])
   page = Page(write(tmp_path, confusion=confusion, class_names=["cat", "dog", "eel"]))
   cells = [(attrs.get("title"), attrs.get("class"), text) for attrs, text in page.all("td") if "title" in attrs]

@@ -133,7 +133,7 @@ def test_a_mask_is_no_image_of_its_sample(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tfrecord", "webdataset", "parquet"])
 def test_a_shard_that_disappears_during_a_run(kind, tmp_path, caplog):
-  """Its images are named, counted and replaced up to the share; beyond it the run stops with one line."""
+  """Its images are named, counted and replaced up to the allowed fraction; beyond it the run stops with one line."""
   folder = sharded(kind, tmp_path)
   source = data.open_source(f"{kind}:{folder}")
   assert source.labels is not None

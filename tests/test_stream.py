@@ -172,7 +172,7 @@ def test_unreadable_images_are_replaced_counted_and_named(damaged, caplog):
   assert again == named  # said once, however many streams meet them
 
 
-def test_the_run_stops_past_the_share(damaged):
+def test_the_run_stops_past_the_fraction(damaged):
   with pytest.raises(ValueError, match=r"[23] of 40 images are unreadable, more than the 1 allowed.*\.jpg") as raised:
     take(data.train_stream(damaged, crop_like, batch_size=20, seed=0, max_bad_fraction=0.001), 4)
   assert "\n" not in str(raised.value)

@@ -262,8 +262,10 @@ def flags(args):
     done = run_stage(args, "cifar_step", 60, env)
     rows[flag or "none"] = done.get("step_seconds", done.get("error"))
   base = rows["none"]
-  shares = {flag: value / base for flag, value in rows.items() if isinstance(value, float) and isinstance(base, float)}
-  return {"step_seconds": rows, "of_none": shares}
+  fractions = {
+    flag: value / base for flag, value in rows.items() if isinstance(value, float) and isinstance(base, float)
+  }
+  return {"step_seconds": rows, "of_none": fractions}
 
 
 def cifar_step(args):

@@ -40,9 +40,9 @@ class _Reader:
     self.source = source
     self.bad: dict[int, str] = {}
     self._error: Exception | None = None  # the first that ends the stream
-    # One damaged file should not stop a run over a small folder, unless the share is set to zero.
+    # One damaged file should not stop a run over a small folder, unless max_bad_fraction is zero.
     self._allowed = max(1, int(max_bad_fraction * len(source))) if max_bad_fraction > 0 else 0
-    self._share = max_bad_fraction
+    self._fraction = max_bad_fraction
     self._file = epath.Path(bad_file) if bad_file else None
     self._lines = files.read_text(self._file).splitlines() if self._file and self._file.exists() else []
     self._lock = threading.Lock()
@@ -117,7 +117,7 @@ class _Reader:
     if count == self._allowed + 1:
       self._error = UserError(
         f"{count} of {len(self.source)} images are unreadable, more than the {self._allowed} allowed by"
-        f" max_bad_fraction={self._share:g}; the last is {name} ({reason}): remove or repair them, or"
+        f" max_bad_fraction={self._fraction:g}; the last is {name} ({reason}): remove or repair them, or"
         " raise max_bad_fraction"
       )
 

@@ -272,11 +272,11 @@ def of_few_labels(x, y, test_x, test_y, *, num_classes: int, seed: int) -> dict:
   """Test accuracies of x [n, d] with labels y [n]: of linear evaluation with a tenth and a hundredth of the labels, drawn by the
   seed, and of kNN with k = 20 and 200."""
   numbers = {}
-  for share, fraction in LABELS.items():
+  for name, fraction in LABELS.items():
     chosen = _labeled_part(y, fraction, seed)
     folds = min(linear.FOLDS, int(np.unique(y[chosen], return_counts=True)[1].min()))
     few = linear.logistic_regression(x[chosen], y[chosen], num_classes=num_classes, folds=folds)
-    numbers[share] = linear.accuracy(few, test_x, test_y)
+    numbers[name] = linear.accuracy(few, test_x, test_y)
   for k in (20, 200):
     numbers[f"knn_{k}"] = knn.accuracy(x, y, test_x, test_y, k=k, num_classes=num_classes)
   return numbers
@@ -337,8 +337,8 @@ def _course(found: Found):
   on."""
   numbers = {f"{key}/{row['step']}": row[key] for row in found.rows for key in Course.KEYS if row.get(key) is not None}
   for name in ("h", "z"):
-    for i, share in enumerate(diagnostics.spectrum(found.parts[1][name]), 1):
-      numbers[f"spectrum_{name}/{i}"] = share
+    for i, fraction in enumerate(diagnostics.spectrum(found.parts[1][name]), 1):
+      numbers[f"spectrum_{name}/{i}"] = fraction
   return numbers
 
 

@@ -348,7 +348,8 @@ def matrix(scores, data: str):
 
 def courses(scores, data: str) -> dict[str, list[dict]]:
   """{"SETTING, h" and "SETTING, z": rows as in metrics.jsonl} of the settings that were followed through training, as means over
-  the seeds.  Under report.SPECTRUM is the log10 of the share of eigenvalue number "step" of the covariance, in the end.
+  the seeds.  Under report.SPECTRUM is the log10 of eigenvalue number "step" of the covariance in the end, as a fraction of
+  the sum of all.
   """
   found = {}
   for (name, setting), by_seed in scores.items():

@@ -69,6 +69,7 @@ __all__ = [
 
 
 LAST_SEED = 2**32 - 1  # JAX draws the same weights from a seed of 2**32 as from 0
+RENAMED = {"shares": "fractions", "distill_share": "distill_fraction"}  # keys at the top of the configs of older runs
 
 # ---- sections, which programs share ----------------------------------------------------------------------------------
 
@@ -569,18 +570,18 @@ class Downstream(Section):
   pretrain: str = key(REQUIRED, "recipe of pretraining")
   pretrain_epochs: float = key(REQUIRED, "epochs of pretraining", above=0)
   finetune: str = key(REQUIRED, "recipe of fine-tuning, and of training from scratch")
-  shares: tuple[float, ...] = key(
+  fractions: tuple[float, ...] = key(
     REQUIRED, "fractions of the labels", above=0, at_most=1, needed="fractions of the labels, such as (0.01, 0.1)"
   )
   distill: str = key(REQUIRED, "recipe of distillation")
-  distill_share: float = key(
-    REQUIRED, "fraction of the labels that the teacher was trained with, one of shares", above=0, at_most=1
+  distill_fraction: float = key(
+    REQUIRED, "fraction of the labels that the teacher was trained with, one of fractions", above=0, at_most=1
   )
   transfer: str = key(REQUIRED, "recipe of transfer")
 
   def check(self):
-    if self.distill_share not in self.shares:
-      raise UserError(f"distill_share={self.distill_share}: expected one of config.shares={self.shares}")
+    if self.distill_fraction not in self.fractions:
+      raise UserError(f"distill_fraction={self.distill_fraction}: expected one of config.fractions={self.fractions}")
 
 
 @frozen
@@ -740,9 +741,10 @@ def from_saved(values: dict):
   Raises:
     UserError: as for `load`.
   """
+  values = {RENAMED.get(key, key): value for key, value in values.items()}
   part = values.get("data", {})
   if part and not part.get("test") and "held_out" not in part:  # a run before 0.2, which trained on all images
-    values = {**values, "data": {**part, "held_out": 0.0}}
+    values["data"] = {**part, "held_out": 0.0}
   return from_dict(values)
 
 

@@ -131,8 +131,8 @@ def _describe(spec, result, looked):
   else:
     print("classes        none: no labels, so no kNN and no linear evaluation")
   print(f"skipped        {data.skipped_text(result['skipped']) or 'no file'}")
-  share = len(result["bad"]) / looked
-  print(f"unreadable     {len(result['bad']):,} ({share:.3%}); a run stops above data.max_bad_fraction")
+  fraction = len(result["bad"]) / looked
+  print(f"unreadable     {len(result['bad']):,} ({fraction:.3%}); a run stops above data.max_bad_fraction")
   for name, reason in itertools.islice(result["bad"].items(), 20):
     print(f"               {name}: {reason}")
   if len(result["bad"]) > 20:

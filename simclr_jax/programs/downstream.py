@@ -50,23 +50,23 @@ def one_seed(config, seed: int, folder) -> dict:
     "augment.size": recipe.augment.size,
     "augment.resize": recipe.augment.resize,
   }
-  for share in config.shares:
+  for fraction in config.fractions:
     for name, start in (("fine-tuned", str(folder / "pretrain")), ("from scratch", "")):
-      tuning = changed(config.finetune, {**shared, "labels.fraction": share, "start": start})
-      where = folder / f"{name.replace(' ', '_')}_{share:g}"
-      out[name, share] = part(finetune.run, tuning, where)["accuracy"]
-  share = config.distill_share
-  teacher = folder / f"fine-tuned_{share:g}"
+      tuning = changed(config.finetune, {**shared, "labels.fraction": fraction, "start": start})
+      where = folder / f"{name.replace(' ', '_')}_{fraction:g}"
+      out[name, fraction] = part(finetune.run, tuning, where)["accuracy"]
+  fraction = config.distill_fraction
+  teacher = folder / f"fine-tuned_{fraction:g}"
   student_shared = {key: value for key, value in shared.items() if key != "encoder"}
   student = changed(config.distill, {**student_shared, "teacher": str(teacher)})
-  out["student", share] = part(distill.run, student, folder / "student")["accuracy"]
-  alone = changed(config.finetune, {**shared, "encoder": student.encoder, "labels.fraction": share})
-  out["student from scratch", share] = part(finetune.run, alone, folder / "student_from_scratch")["accuracy"]
+  out["student", fraction] = part(distill.run, student, folder / "student")["accuracy"]
+  alone = changed(config.finetune, {**shared, "encoder": student.encoder, "labels.fraction": fraction})
+  out["student from scratch", fraction] = part(finetune.run, alone, folder / "student_from_scratch")["accuracy"]
   moved = changed(
     config.transfer,
     {
       "start": str(folder / "pretrain"),
-      "supervised": str(folder / f"from_scratch_{max(config.shares):g}"),
+      "supervised": str(folder / f"from_scratch_{max(config.fractions):g}"),
       "seed": seed,
       "augment.size": recipe.augment.size,
     },
@@ -80,9 +80,9 @@ def one_seed(config, seed: int, folder) -> dict:
 def table(results: list[dict]) -> str:
   """Mean and spread (lowest to highest) of every score over the seeds, in percent."""
   lines = [f"{'':44} labels   mean   lowest to highest of {len(results)} seeds"]
-  for name, share in results[0]:
-    values = 100 * np.array([result[name, share] for result in results])
-    labels = f"{100 * share:g} %"
+  for name, fraction in results[0]:
+    values = 100 * np.array([result[name, fraction] for result in results])
+    labels = f"{100 * fraction:g} %"
     lines.append(f"{name:44} {labels:>6}  {values.mean():5.1f}   {values.min():.1f} to {values.max():.1f}")
   return "\n".join(lines)
 
@@ -106,18 +106,18 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   checkpoint.write_config(workdir, config_lib.to_json(config))
   results = [one_seed(config, seed, workdir / f"seed{seed}") for seed in config.seeds]
   rows = [
-    {"seed": seed, "what": name, "share": share, "accuracy": value}
+    {"seed": seed, "what": name, "fraction": fraction, "accuracy": value}
     for seed, result in zip(config.seeds, results, strict=True)
-    for (name, share), value in result.items()
+    for (name, fraction), value in result.items()
   ]
   files.write_text(workdir / "downstream.json", json.dumps(rows, indent=2))
   text = table(results)
   files.write_text(workdir / "downstream.txt", text + "\n")
   curves = {
-    name: {share: [result[name, share] for result in results] for share in config.shares}
+    name: {fraction: [result[name, fraction] for result in results] for fraction in config.fractions}
     for name in ("fine-tuned", "from scratch")
   }
-  curves["student"] = {config.distill_share: [result["student", config.distill_share] for result in results]}
+  curves["student"] = {config.distill_fraction: [result["student", config.distill_fraction] for result in results]}
   curves["linear on h"] = {1.0: [result["linear on h", 1.0] for result in results]}
   report.accuracy_against_labels_svg(workdir / "downstream.svg", curves)
   checkpoint.mark_complete(workdir)

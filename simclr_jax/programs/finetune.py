@@ -147,7 +147,7 @@ def view(config):
 
 
 def choose(source, labels, test=None) -> np.ndarray:
-  """Sorted indices of the images whose labels may be used: a file of names, or a class-balanced share.
+  """Sorted indices of the images whose labels may be used: a file of names, or a class-balanced fraction of them.
 
   The file has one name per line: a file name, or enough of its path to be unique, such as class/name.
 

@@ -55,7 +55,7 @@ def chart(h, pictures, names, labels=None, class_names=(), *, seed: int = 0, xy=
   if known:
     map_xy, pca_xy = views.values()
     a, b = (100 * maps.accuracy(xy, labels) for xy in (map_xy, pca_xy))
-    pixels, colors = (100 * share for share in maps.baselines(pictures, labels).values())
+    pixels, colors = (100 * fraction for fraction in maps.baselines(pictures, labels).values())
     note = (
       f"{len(h):,} images. A vote of the {near.shape[1]} nearest neighbors names the right class for "
       f"{100 * maps.accuracy_of_h(near, labels):.1f} % in h, {pixels:.1f} % in raw pixels of the thumbnails, "

@@ -158,8 +158,8 @@ def advice(rows: list[dict], drift: float = 0.0) -> str:
     text = f"Keep the recipe's settings: no other is faster by more than {noise:.0%}, which is the noise here."
   pipeline = best["pipeline_images_per_second"]
   if pipeline and pipeline < best["images_per_second"]:
-    share = 1 - pipeline / best["images_per_second"]
-    text += f" Images come slower than the step could take them: where it does not share their CPUs, it waits {share:.0%} of the time."
+    waiting = 1 - pipeline / best["images_per_second"]
+    text += f" Images come slower than the step could take them: where it does not share their CPUs, it waits {waiting:.0%} of the time."
   for row in others:
     if row["form"] and gain(row) > noise:
       text += f" NT-Xent chooses its form by the batch; the {row['form']} one is {gain(row):.0%} faster here."

@@ -162,8 +162,8 @@ def _confusion(confusion, class_names):
       "and c: pass counts, rows the true class, and one name a class"
     )
   counts, images = confusion.astype(int).tolist(), confusion.sum(1)
-  shares = confusion / np.maximum(images, 1)[:, None]
-  order = [i for i in np.argsort(np.diag(shares), kind="stable") if images[i]]
+  fractions = confusion / np.maximum(images, 1)[:, None]
+  order = [i for i in np.argsort(np.diag(fractions), kind="stable") if images[i]]
   if len(order) > 32:
     order = order[:10] + order[-10:]
   wrong = np.where(np.eye(c, dtype=bool), 0, confusion)
@@ -172,9 +172,9 @@ def _confusion(confusion, class_names):
     names=names,
     images=int(images.sum()),
     right=np.trace(confusion) / max(images.sum(), 1),
-    rows=[list(zip(*row, strict=True)) for row in zip(counts, shares.tolist(), strict=True)],
-    worst=[(names[i], names[j], counts[i][j], shares[i, j]) for i, j in worst if wrong[i, j]],
-    classes=[(names[i], shares[i, i], int(images[i])) for i in order],
+    rows=[list(zip(*row, strict=True)) for row in zip(counts, fractions.tolist(), strict=True)],
+    worst=[(names[i], names[j], counts[i][j], fractions[i, j]) for i, j in worst if wrong[i, j]],
+    classes=[(names[i], fractions[i, i], int(images[i])) for i in order],
   )
 
 

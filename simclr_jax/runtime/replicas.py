@@ -57,11 +57,11 @@ def named(mesh: Mesh, sums) -> str:
   values, counts = np.unique(sums, return_counts=True)
   if len(values) == 1:
     return ""
-  odd = [d for d, value in zip(mesh.devices.flat, sums, strict=True) if value != values[counts.argmax()]]
+  differing = [d for d, value in zip(mesh.devices.flat, sums, strict=True) if value != values[counts.argmax()]]
   if 2 * counts.max() <= len(sums):  # no copy is that of most
-    odd = list(mesh.devices.flat)
-  where = ", ".join(f"device {device.id} of process {device.process_index}" for device in odd[:4])
-  more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
+    differing = list(mesh.devices.flat)
+  where = ", ".join(f"device {device.id} of process {device.process_index}" for device in differing[:4])
+  more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
   return (
     f"the state is not the same on all {mesh.size} devices: {where}{more} differ from the others; a bit has flipped there or "
     "the device is broken"

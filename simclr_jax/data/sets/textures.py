@@ -3,7 +3,7 @@
 SimCLR (arXiv:2002.05709, section 3.1 and figure 6) explains why cropping needs color distortion beside it: two
 crops of one image share a color histogram, so a network can solve the contrastive task by color alone.  This
 set isolates that effect.  The ten classes are patterns; frequency, phase, warp, rotation, polarity, covered
-share, palette, color cast and illumination are drawn independently of the class.
+fraction, palette, color cast and illumination are drawn independently of the class.
 
 Every image is a pure function of (seed, index): nothing is stored, downloaded or licensed.
 """
@@ -79,7 +79,7 @@ def image(seed: int, index: int, *, size: int = 32) -> tuple[np.ndarray, int]:
     raise UserError(f"size={size}: textures are drawn at 32 or 64 pixels; use one of these")
   rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
   label = index % 10
-  (turn, frequency, phase_u, phase_v, warp, warp_u, warp_v, share, softness, cast_strength, light, light_angle) = (
+  (turn, frequency, phase_u, phase_v, warp, warp_u, warp_v, covered, softness, cast_strength, light, light_angle) = (
     rng.random(12, dtype=np.float32).tolist()
   )
 
@@ -94,8 +94,8 @@ def image(seed: int, index: int, *, size: int = 32) -> tuple[np.ndarray, int]:
   periods = np.float32(2 + 2.5 * frequency)
   field = _field(label, periods * u + np.float32(8 * phase_u), periods * v + np.float32(8 * phase_v), rng)
 
-  # Cut at a quantile: the covered share, and with it the color histogram, is then independent of the class.
-  rank = int((0.3 + 0.4 * share) * size * size)
+  # Cut at a quantile: the covered fraction, and with it the color histogram, is then independent of the class.
+  rank = int((0.3 + 0.4 * covered) * size * size)
   level = np.partition(field, rank, axis=None)[rank]
   spread = np.float32(0.1 + 0.4 * softness) * (field.std() + np.float32(1e-6))
   ink = np.clip((field - level) / spread + np.float32(0.5), 0, 1)[..., None]
