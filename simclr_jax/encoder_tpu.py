@@ -117,7 +117,7 @@ class Conv(encoder.Conv):
 
 
 class Kernel(nn.Module):
-  """The parameter of a 1x1 convolution that BatchNorm makes."""
+  """The kernel of a 1x1 convolution that `BatchNorm` applies."""
 
   inputs: int
   features: int

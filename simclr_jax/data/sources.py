@@ -216,7 +216,7 @@ class AbstractSource(Source):
 
 
 class _Part(Source):
-  """Made of other sources, whose fingerprints are in its own: they know the sizes and contents of what it only names."""
+  """Base of sources derived from others; its fingerprint includes theirs, because only they know file sizes and contents."""
 
   def _sets(self) -> Sequence[Source]:
     raise NotImplementedError

@@ -78,7 +78,7 @@ class _Reader:
     return image.tobytes(), image.shape[:2], label, index
 
   def found_bad(self, index) -> bool:
-    """Reads the images `index` [n] one by one; whether an unreadable one was among them that was not known."""
+    """Reads the images at `index` [n] one by one; returns whether that found a new unreadable one."""
     if self._error:
       raise self._error
     before = len(self.bad)

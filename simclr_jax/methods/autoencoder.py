@@ -55,7 +55,7 @@ class Decoder(nn.Module):
 
 
 def upsample(x, size):
-  """Every pixel of x [m, h, w, c] four times, cut to [m, *size, c]."""
+  """Nearest-neighbor upsampling of x [m, h, w, c] by 2, cropped to [m, *size, c]."""
   return x.repeat(2, axis=1).repeat(2, axis=2)[:, : size[0], : size[1]]
 
 

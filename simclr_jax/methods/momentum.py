@@ -5,10 +5,12 @@ import jax.numpy as jnp
 
 
 def average(before, variables, batch_stats, decay):
-  """before <- decay * before + (1 - decay) * weights, the new {"params", "batch_stats"} of the averaged network.
+  """The averaged network {"params", "batch_stats"} after an update: params <- decay * params + (1 - decay) * weights.
 
   Args:
-    batch_stats: the averaged network's own, which its BatchNorm has updated on the batch.
+    before: the averaged network so far.
+    variables: the trained network, whose params are the weights.
+    batch_stats: those of the averaged network, which its own BatchNorm has updated on the batch.
   """
   move = lambda a, w: decay * a + (1 - decay) * w  # noqa: E731
   return {"params": jax.tree.map(move, before["params"], variables["params"]), "batch_stats": batch_stats}
