@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -263,3 +264,9 @@ def test_a_path_alone_is_told_what_it_lacks(spec, meant):
   with pytest.raises(UserError) as error:
     data.open_source(spec)
   assert f"{spec!r} is not a data set; did you mean {meant}? Known are fashion:SPLIT" in str(error.value)
+
+
+def test_the_page_and_the_docstring_name_every_kind_of_data_set():
+  page = (pathlib.Path(__file__).parents[1] / "docs" / "data.md").read_text()
+  for kind in data.KINDS:
+    assert f"`{kind}:" in page and f"{kind}:" in data.open_source.__doc__

@@ -13,6 +13,7 @@ import bucket
 import numpy as np
 import pytest
 
+from simclr_jax import data
 from simclr_jax.programs import trained
 from simclr_jax.programs import workdir as of_programs
 from simclr_jax.runtime import checkpoint, files, lock, loop
@@ -377,3 +378,9 @@ def test_the_lock_shows_that_its_owner_is_alive(tmp_path, monkeypatch):
     assert done.poll() is None
   done.kill()
   done.wait()
+
+
+def test_every_data_set_that_is_a_path_is_kept_apart_from_a_workdir():
+  assert {kind for kind, row in data.KINDS.items() if not row.is_path} == {*data.EMBEDDED, "tfds"}
+  for kind, row in data.KINDS.items():
+    assert of_programs.paths(f"{kind}:/my/data") == (["/my/data"] if row.is_path else [])

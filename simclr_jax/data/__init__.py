@@ -7,6 +7,8 @@ A `Source` (sources.py) answers `len(source)` and `source.read(i)`; `open_source
 import difflib
 import functools
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 from simclr_jax.data.classes import align, labeled, match_classes
 from simclr_jax.data.decode import MAX_PIXELS, BadImage, decode, jpeg_header, significant_bits, sniff
@@ -34,17 +36,51 @@ from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 __all__ = [
-  "MAX_PIXELS", "AbstractSource", "ArrayRecordSource", "ArraySource", "BadImage", "FilesSource", "FolderSource", "Joined",
-  "ParquetSource", "Selection", "Source", "Stream", "Subset", "TFRecordSource", "TfdsSource", "WebDatasetSource",
+  "EMBEDDED", "KINDS", "MAX_PIXELS", "AbstractSource", "ArrayRecordSource", "ArraySource", "BadImage", "FilesSource",
+  "FolderSource", "Joined", "ParquetSource", "Selection", "Source", "Stream", "Subset", "TFRecordSource", "TfdsSource", "WebDatasetSource",
   "align", "class_balanced", "cores", "decode", "draws", "eval_batches", "example_seeds", "first_readable", "in_memory", "jpeg_header", "labeled",
   "make_labels", "match_classes", "open_source", "permutation", "significant_bits", "skipped_text", "sniff", "split_npz",
   "train_stream",
 ]  # fmt: skip
-SPECS = (
-  "fashion:SPLIT, textures:SPLIT, textures64:SPLIT, npz:FILE[:SPLIT], folder:PATH, files:PATH,"
-  " tfds:NAME[/CONFIG][:SPLIT],"
-  " or tfrecord:, array_record:, webdataset: or parquet: with a folder or pattern of shards"
-)
+
+
+@functools.lru_cache(maxsize=4)  # textures take a second to draw
+def _embedded(kind: str, split: str) -> ArraySource:
+  if kind == "fashion":
+    return ArraySource(*fashion.split(split), class_names=fashion.CLASS_NAMES, title=f"fashion:{split}")
+  seed, count = {"train": (0, 5000), "test": (1, 2000)}[split]
+  images, labels = textures.split(seed, count, size=64 if kind == "textures64" else 32)
+  return ArraySource(images, labels, class_names=textures.CLASS_NAMES, title=f"{kind}:{split}")
+
+
+class Kind(NamedTuple):
+  """How a data set KIND:NAME is opened, and where it is.
+
+  Attributes:
+    name: what NAME stands for, as messages say it.
+    open: NAME -> Source.
+    is_path: whether NAME is a path, in which nothing may be written while the data is read.
+    in_bucket: whether that path may also be a gs:// path.
+  """
+
+  name: str
+  open: Callable[..., Source]
+  is_path: bool = True
+  in_bucket: bool = False
+
+
+EMBEDDED = ("fashion", "textures", "textures64")  # inside this package, each with the splits train and test
+KINDS = {
+  **{kind: Kind("SPLIT", functools.partial(_embedded, kind), is_path=False) for kind in EMBEDDED},
+  "npz": Kind("FILE[:SPLIT]", open_npz, in_bucket=True),
+  "folder": Kind("PATH", FolderSource),
+  "files": Kind("PATH", FilesSource),
+  "tfds": Kind("NAME[/CONFIG][:SPLIT]", TfdsSource, is_path=False),
+  "tfrecord": Kind("SHARDS", TFRecordSource, in_bucket=True),
+  "array_record": Kind("SHARDS", ArrayRecordSource),
+  "webdataset": Kind("SHARDS", WebDatasetSource, in_bucket=True),
+  "parquet": Kind("SHARDS", ParquetSource),
+}
 
 
 def open_source(spec: str, *, data_dir: str | None = None) -> Source:
@@ -65,34 +101,25 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
     ValueError: the set is unknown, missing or empty; the message names the path and the cure.
   """
   kind, _, rest = spec.partition(":")
-  if kind in ("fashion", "textures", "textures64"):
-    if rest not in ("train", "test"):
-      raise UserError(f"{spec!r} names no split of {kind}: use {kind}:train or {kind}:test")
-    return _embedded(kind, rest)
-  openers = {
-    "npz": open_npz,
-    "folder": FolderSource,
-    "files": FilesSource,
-    "tfds": functools.partial(TfdsSource, data_dir=data_dir),
-    "tfrecord": TFRecordSource,
-    "array_record": ArrayRecordSource,
-    "webdataset": WebDatasetSource,
-    "parquet": ParquetSource,
-  }
-  if not rest or kind not in openers:
-    raise UserError(f"{spec!r} is not a data set{_instead(spec, openers) or ': use'} {SPECS}")
-  if files.is_remote(rest) and kind in ("folder", "files", "array_record", "parquet"):
+  if kind in EMBEDDED and rest not in ("train", "test"):
+    raise UserError(f"{spec!r} names no split of {kind}: use {kind}:train or {kind}:test")
+  if not rest or kind not in KINDS:
+    known = ", ".join(f"{kind}:{row.name}" for kind, row in KINDS.items())
+    raise UserError(
+      f"{spec!r} is not a data set{_instead(spec) or ': use'} {known}; SHARDS is a folder or a pattern of files"
+    )
+  if KINDS[kind].is_path and not KINDS[kind].in_bucket and files.is_remote(rest):
     raise UserError(
       f"{spec}: {kind}: can only be read from this machine; write a copy to the bucket once, with simclr data prepare "
       f"{kind}:PATH --output=gs://BUCKET/NAME, and name it as tfrecord:gs://BUCKET/NAME"
     )
-  return openers[kind](rest)
+  return KINDS[kind].open(rest, **({"data_dir": data_dir} if kind == "tfds" else {}))
 
 
-def _instead(spec: str, kinds) -> str:
+def _instead(spec: str) -> str:
   """What is probably meant by a path alone, or by a misspelled kind; empty where there is no telling."""
   kind, _, rest = spec.partition(":")
-  near = difflib.get_close_matches(kind, kinds, n=1)
+  near = difflib.get_close_matches(kind, KINDS, n=1)
   if rest and near:
     meant = f"{near[0]}:{rest}"
   elif spec.endswith(".npz"):
@@ -102,12 +129,3 @@ def _instead(spec: str, kinds) -> str:
   else:
     return ""
   return f"; did you mean {meant}? Known are"
-
-
-@functools.lru_cache(maxsize=4)  # textures take a second to draw
-def _embedded(kind: str, split: str) -> ArraySource:
-  if kind == "fashion":
-    return ArraySource(*fashion.split(split), class_names=fashion.CLASS_NAMES, title=f"fashion:{split}")
-  seed, count = {"train": (0, 5000), "test": (1, 2000)}[split]
-  images, labels = textures.split(seed, count, size=64 if kind == "textures64" else 32)
-  return ArraySource(images, labels, class_names=textures.CLASS_NAMES, title=f"{kind}:{split}")

@@ -69,7 +69,7 @@ def describe(section, test) -> str:
 def title(spec: str) -> str:
   """The name of a data set in a heading: cifar10 for npz:/data/cifar10.npz:train, images for folder:/my/images."""
   kind, _, rest = spec.partition(":")
-  if kind in ("fashion", "textures", "textures64"):
+  if kind in data.EMBEDDED:
     return kind
   name = rest.partition("/")[0] if kind == "tfds" else os.path.basename(rest.rstrip("/"))
   return name.partition(":")[0].removesuffix(".npz") or kind

@@ -15,7 +15,7 @@ WRITES = (  # beside checkpoint.WRITES: patterns of names at the top of a workdi
   "downstream.*", "seed[0-9]*", "transfer", "transfer.*", "runs.html",
   ".encoder*.tmp", ".export*.tmp",  # where a process was killed while it replaced one
 )  # fmt: skip
-ON_DISK = ("npz", "folder", "files", "tfrecord", "array_record", "webdataset", "parquet")  # data sets KIND:PATH
+ON_DISK = tuple(kind for kind, row in data.KINDS.items() if row.is_path)  # data sets KIND:PATH
 
 
 def claim(workdir, *, resume: bool, overwrite: bool, specs=(), starts=(), writes=()) -> epath.Path:
