@@ -1,5 +1,8 @@
 """The loss of every method against a float64 loop over the formula of its paper, in value and gradient."""
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -267,3 +270,11 @@ def test_every_recipe_of_a_method_names_it_and_makes_it():
     assert config.method == variant.partition("-")[0] and hasattr(method, "loss")
   with pytest.raises(ValueError, match="expected one of moco, moco_v3, byol"):
     config_lib.load("configs/methods.py:alignment-imagenet")
+
+
+def test_the_help_and_the_page_name_every_method():
+  page = (pathlib.Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+  meaning = config_lib.Pretrain.__dataclass_fields__["method"].metadata["meaning"]
+  for name in methods.METHODS:
+    assert f"`{name}`" in page and re.search(rf"\b{name}\b", meaning), name
+  assert set(config_lib.SECTIONS) <= set(methods.METHODS)

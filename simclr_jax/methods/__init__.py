@@ -1,6 +1,7 @@
 """Self-supervised methods: what a paper adds to the training step, one short file each.
 
 A new method is a file with a `create` and a line in METHODS; step, loop, checkpoint and export do not change.
+CONTRIBUTING.md lists what else it needs: a recipe, a row of docs/methods.md and, for options, a section of the config.
 """
 
 from typing import Any, Protocol

@@ -450,7 +450,7 @@ class Pretrain(Training):
 
   program: str = key("pretrain", "program that the recipe is for", choices=("pretrain",))
   batch_size: int = key(REQUIRED, "images in the global batch; the negatives are the others", at_least=2)
-  # No choices here: a new method is only a line in methods.METHODS, which refuses unknown names.
+  # No choices here: methods.create refuses unknown names.
   method: str = key(
     "simclr",
     "how the encoder is trained: simclr, memory, moco, moco_v3, byol, instdisc, supcon, autoencoder, alignment or tsimcne, or "
