@@ -31,8 +31,8 @@ def train_step(
   """One update.
 
   Args:
-    views: Batch -> float32 [n, 2, h, w, 3] in [0, 1], t(x) and t'(x) of n images x, or more than 2 views of each; n is
-      the global batch size.
+    views: Batch -> what `network` takes: float32 [n, 2, h, w, 3] in [0, 1], t(x) and t'(x) of n images x, or more than 2
+      views of each; n is the global batch size.
     network: ({"params", "batch_stats"}, views) -> (model.Outputs, updated batch_stats).
     method: a methods.Method, which defines the loss.
     tx, schedule: what optimizer.create returns.
@@ -80,7 +80,7 @@ def online_classifier(logits, label):
   return loss, {"online_loss": loss, "online_accuracy": jnp.sum(weight * (logits.argmax(-1) == y))}
 
 
-def whole(model, device: Callable):
+def unsplit(model, device: Callable):
   """(views, network) of `train_step` for a batch that is encoded at once; `device` as in views.ViewPipeline."""
 
   def network(variables, views, train=True):
@@ -88,6 +88,26 @@ def whole(model, device: Callable):
     return outputs, updated.get("batch_stats", {})
 
   return device, network
+
+
+def in_microbatches(model, device: Callable, *, microbatches: int, devices: int, batch_norm: str):
+  """(views, network) of `train_step` that encode the batch a part at a time (accumulate.py); `views` then passes the Batch on
+  and `network` makes the views."""
+  _, encode = unsplit(model, device)
+
+  def moments(variables, batch):
+    _, seen = model.apply(variables, device(batch), train=False, mutable=[accumulate.MOMENTS])
+    return seen[accumulate.MOMENTS]
+
+  network = accumulate.in_parts(
+    lambda variables, batch, train: encode(variables, device(batch), train),
+    parts=microbatches,
+    devices=devices,
+    batch_norm=batch_norm,
+    momentum=BN_MOMENTUM,
+    moments=moments,
+  )
+  return (lambda batch: batch), lambda variables, views, train=True: network(variables, views, train)
 
 
 def of_devices(network: Callable, groups: int):
@@ -108,22 +128,3 @@ def of_devices(network: Callable, groups: int):
     return outputs, accumulate.merge(updated, BN_MOMENTUM)
 
   return apply
-
-
-def in_microbatches(model, device: Callable, *, microbatches: int, devices: int, batch_norm: str):
-  """The same for a batch that is encoded in parts, with the views made for one part at a time: see accumulate.py."""
-  _, encode = whole(model, device)
-
-  def moments(variables, batch):
-    _, seen = model.apply(variables, device(batch), train=False, mutable=[accumulate.MOMENTS])
-    return seen[accumulate.MOMENTS]
-
-  network = accumulate.in_parts(
-    lambda variables, batch, train: encode(variables, device(batch), train),
-    parts=microbatches,
-    devices=devices,
-    batch_norm=batch_norm,
-    momentum=BN_MOMENTUM,
-    moments=moments,
-  )
-  return (lambda batch: batch), lambda variables, views, train=True: network(variables, views, train)

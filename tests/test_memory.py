@@ -56,7 +56,7 @@ def test_a_step_averages_and_remembers():
   tx = optimizer.sgd_nesterov(0.1)
   method = memory.Memory(size=24, decay=0.9, loss_options={"temperature": 0.5})
   state = pretrain.init_state(jax.random.key(0), model=net, method=method, tx=tx, image_size=32)
-  views, network = train_step.whole(net, lambda batch: batch.pixels)
+  views, network = train_step.unsplit(net, lambda batch: batch.pixels)
   options = dict(views=views, network=network, method=method, tx=tx, schedule=lambda step: 0.1)
   step, kept = jax.jit(functools.partial(train_step.train_step, **options)), []
   rng, index = np.random.default_rng(0), jnp.arange(8)

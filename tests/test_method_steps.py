@@ -81,7 +81,7 @@ def make_task(name, mesh, microbatches=1):
     tx, _ = method.optimizer(config, IMAGES)
   device = lambda batch: batch.pixels  # noqa: E731
   if microbatches == 1:
-    views, network = train_step.whole(net, device)
+    views, network = train_step.unsplit(net, device)
   else:
     options = dict(microbatches=microbatches, devices=mesh.size, batch_norm="exact")
     views, network = train_step.in_microbatches(net, device, **options)

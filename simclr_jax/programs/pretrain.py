@@ -121,7 +121,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
     tx = optimizer.staged(tx, {"encoder": lambda updates: updates >= alone})
   pipeline = view_pipeline(config)
   if config.microbatches == 1:
-    augmented, network = train_step.whole(model, pipeline.device)
+    augmented, network = train_step.unsplit(model, pipeline.device)
     if config.norm_scope == "device":
       network = train_step.of_devices(network, norm_devices(config, mesh))
   else:
