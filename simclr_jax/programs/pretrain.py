@@ -95,6 +95,42 @@ def _resident(drawn, labels, images, mesh):
     yield batch.replace(pixels=pick(images, batch.index))
 
 
+def _optimizer(config, method, num_examples: int):
+  """(optax transformation, schedule): those of the method, or of `config.optimizer`; with `head_epochs`, first for the head
+  alone."""
+  tx, schedule = getattr(method, "optimizer", optimizer.create)(config, num_examples)
+  if not config.head_epochs:
+    return tx, schedule
+  if config.projector.kind == "none" and not hasattr(method, "predictor"):
+    raise UserError(
+      f"config.head_epochs={config.head_epochs:g}: with config.projector.kind=none there is no head to train; set it to 0"
+    )
+  alone = int(config.head_epochs * num_examples // config.batch_size)
+  total = optimizer.train_steps(config, num_examples)
+  if alone >= total:
+    raise UserError(
+      f"config.head_epochs={config.head_epochs:g} is {alone} steps and the run has {total}, so the encoder would never "
+      "be trained: lower it or train longer"
+    )
+  return optimizer.staged(tx, {"encoder": lambda updates: updates >= alone}), schedule
+
+
+def _network(config, model, pipeline, mesh):
+  """(views, network) of train_step.train_step."""
+  if config.microbatches > 1:
+    return train_step.in_microbatches(
+      model,
+      pipeline.device,
+      microbatches=config.microbatches,
+      devices=mesh.size,
+      batch_norm=config.microbatch_norm,
+    )
+  augmented, network = train_step.unsplit(model, pipeline.device)
+  if config.norm_scope == "device":
+    network = train_step.of_devices(network, norm_devices(config, mesh))
+  return augmented, network
+
+
 @errors.of_the_user()
 def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=None) -> loop.Task:
   """The config and the training images as the loop wants them.
@@ -105,34 +141,9 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
   """
   method = methods.create(config, mesh, source)
   model = model_lib.create(config, source.num_classes, getattr(method, "predictor", None))
-  tx, schedule = getattr(method, "optimizer", optimizer.create)(config, len(source))
-  if config.head_epochs:
-    if config.projector.kind == "none" and not hasattr(method, "predictor"):
-      raise UserError(
-        f"config.head_epochs={config.head_epochs:g}: with config.projector.kind=none there is no head to train; set it to 0"
-      )
-    alone = int(config.head_epochs * len(source) // config.batch_size)
-    total = optimizer.train_steps(config, len(source))
-    if alone >= total:
-      raise UserError(
-        f"config.head_epochs={config.head_epochs:g} is {alone} steps and the run has {total}, so the encoder would never "
-        "be trained: lower it or train longer"
-      )
-    tx = optimizer.staged(tx, {"encoder": lambda updates: updates >= alone})
+  tx, schedule = _optimizer(config, method, len(source))
   pipeline = view_pipeline(config)
-  if config.microbatches == 1:
-    augmented, network = train_step.unsplit(model, pipeline.device)
-    if config.norm_scope == "device":
-      network = train_step.of_devices(network, norm_devices(config, mesh))
-  else:
-    augmented, network = train_step.in_microbatches(
-      model,
-      pipeline.device,
-      microbatches=config.microbatches,
-      devices=mesh.size,
-      batch_norm=config.microbatch_norm,
-    )
-
+  augmented, network = _network(config, model, pipeline, mesh)
   bad = dict(max_bad_fraction=config.data.max_bad_fraction, bad_file=bad_file)
   order = dict(
     batch_size=config.batch_size,
