@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
+import optax
 
 from simclr_jax import encoder, encoder_tpu, vit
 from simclr_jax.projector import Projector
@@ -162,6 +164,20 @@ def create(config, num_classes: int = 0, predictor: nn.Module | None = None) -> 
   encoder = make_encoder(config.encoder.name, arrangement=config.encoder.arrangement, **config.encoder)
   parts = dict(encoder=encoder, projector=Projector(**config.projector), num_classes=num_classes)
   return SimCLR(**parts) if predictor is None else WithPredictor(**parts, predictor=predictor)
+
+
+def cross_entropy(logits, label):
+  """(loss, accuracy): means over the images with a label and their views.
+
+  Args:
+    logits: [n, views, classes].
+    label: int32 [n], -1 for images without a label.
+  """
+  y = jnp.maximum(label, 0)[:, None]  # all views of an image have its label
+  known = label >= 0
+  weight = known[:, None] / (logits.shape[1] * jnp.maximum(known.sum(), 1))
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.broadcast_to(y, logits.shape[:2]))
+  return jnp.sum(weight * losses), jnp.sum(weight * (logits.argmax(-1) == y))
 
 
 def part(tree: TrainState, name: str) -> dict:

@@ -13,7 +13,7 @@ import optax
 
 from simclr_jax import accumulate, optimizer
 from simclr_jax.encoder import BN_MOMENTUM
-from simclr_jax.model import TrainState
+from simclr_jax.model import TrainState, cross_entropy
 from simclr_jax.views import Batch
 
 
@@ -72,12 +72,8 @@ def online_classifier(logits, label):
   """
   if logits is None:
     return jnp.zeros(()), {"online_loss": jnp.zeros(())}
-  y = jnp.maximum(label, 0)[:, None]  # all views of an image have its label
-  known = label >= 0
-  weight = known[:, None] / (logits.shape[1] * jnp.maximum(known.sum(), 1))
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.broadcast_to(y, logits.shape[:2]))
-  loss = jnp.sum(weight * losses)
-  return loss, {"online_loss": loss, "online_accuracy": jnp.sum(weight * (logits.argmax(-1) == y))}
+  loss, accuracy = cross_entropy(logits, label)
+  return loss, {"online_loss": loss, "online_accuracy": accuracy}
 
 
 def unsplit(model, device: Callable):

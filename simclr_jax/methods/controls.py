@@ -7,10 +7,8 @@ import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax.numpy as jnp
-import optax
 
-from simclr_jax import contrast
+from simclr_jax import contrast, model
 from simclr_jax.methods import simclr
 
 
@@ -58,10 +56,8 @@ def supervised(config, mesh, source=None) -> Control:
   _check_labels(config, source)
 
   def of_batch(outputs, batch):
-    label = jnp.broadcast_to(batch.label[:, None], outputs.prediction.shape[:2])
-    weight = (label >= 0) / jnp.maximum((label >= 0).sum(), 1)
-    losses = optax.softmax_cross_entropy_with_integer_labels(outputs.prediction, jnp.maximum(label, 0))
-    return jnp.sum(weight * losses), {}
+    loss, _ = model.cross_entropy(outputs.prediction, batch.label)
+    return loss, {}
 
   return Control(of_batch, Logits(source.num_classes))
 

@@ -18,7 +18,7 @@ import optax
 from simclr_jax import data, exporting, optimizer, views
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import same, splits, trained, transforms
+from simclr_jax.programs import finetune, same, splits, trained, transforms
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -36,22 +36,13 @@ class ProbeState:
 def train_step(state: ProbeState, batch, frozen, *, encoder, classifier, tx, schedule):
   """One update of the classifier; the encoder, with its variables `frozen`, runs in inference mode, BatchNorm included."""
   h = jax.lax.stop_gradient(encoder.apply(frozen, batch.pixels, train=False))
-  labels = batch.label
-  known = labels >= 0
-  count = jnp.maximum(known.sum(), 1)
 
   def objective(params):
-    logits = classifier.apply({"params": params}, h)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-    return jnp.sum(known * losses) / count, logits
+    return finetune.cross_entropy(classifier.apply({"params": params}, h), batch)
 
-  (loss, logits), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+  (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  metrics = {
-    "loss": loss,
-    "train_accuracy": jnp.sum(logits.argmax(1) == labels) / count,
-    "learning_rate": schedule(state.step),
-  }
+  metrics = {"loss": loss, **metrics, "learning_rate": schedule(state.step)}
   params = optax.apply_updates(state.params, updates)
   return ProbeState(state.step + 1, params, opt_state), metrics
 
