@@ -190,6 +190,11 @@ def staged(tx, trains):
   return optax.partition({"": tx, **{part: at_times(now) for part, now in trains.items()}}, label)
 
 
+def classifier_decay(config) -> float:
+  """The weight decay of the classifier that is left to `classifier_l2`: that of `config.optimizer` with LARS, else 0."""
+  return config.optimizer.weight_decay if config.optimizer.name == "lars" else 0.0
+
+
 def classifier_l2(params, weight_decay):
   """weight_decay * |kernel|^2 / 2 over the classifier, the one decay term LARS leaves to the loss.
 

@@ -243,7 +243,7 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
       tx=tx,
       schedule=schedule,
       tune_after=config.tune_after,
-      weight_decay=config.optimizer.weight_decay if config.optimizer.name == "lars" else 0.0,
+      weight_decay=optimizer.classifier_decay(config),
       loss=loss,
     ),
     stream=lambda first: views.batches(

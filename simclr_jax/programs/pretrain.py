@@ -185,7 +185,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
       method=method,
       tx=tx,
       schedule=schedule,
-      weight_decay=config.optimizer.weight_decay if config.optimizer.name == "lars" else 0.0,
+      weight_decay=optimizer.classifier_decay(config),
     ),
     stream=stream,
     warm_start=warm_start,
