@@ -53,7 +53,7 @@ def representations(run: pathlib.Path):
 
   def untrained():
     state = jax.jit(pretrain.make_task(config, train, mesh=mesh).init)(jax.random.key(config.seed))
-    return features({"params": state.params, "batch_stats": state.batch_stats}, "h")
+    return features(state.variables, "h")
 
   def histograms():
     return [np.concatenate([color_histogram(b["image"][b["mask"]]) for b in part.batches()]) for part in evaluation.raw]

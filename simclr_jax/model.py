@@ -27,6 +27,10 @@ class TrainState:
   opt_state: tuple
   extra: Any = flax.struct.field(default_factory=dict)  # what the method remembers: see methods/
 
+  @property
+  def variables(self) -> dict:
+    return {"params": self.params, "batch_stats": self.batch_stats}
+
 
 class Outputs(NamedTuple):
   """The outputs of SimCLR for k views of each of n images, all float32; k is 2 unless augment.views says more."""
@@ -180,11 +184,11 @@ def cross_entropy(logits, label):
   return jnp.sum(weight * losses), jnp.sum(weight * (logits.argmax(-1) == y))
 
 
-def part(tree: TrainState, name: str) -> dict:
+def variables_of(state: TrainState, name: str) -> dict:
   """Variables {"params", "batch_stats"} of one submodule: "encoder", "projector", "classifier" or "predictor"."""
-  return {"params": tree.params.get(name, {}), "batch_stats": tree.batch_stats.get(name, {})}
+  return {"params": state.params.get(name, {}), "batch_stats": state.batch_stats.get(name, {})}
 
 
 def keep_encoder(state: TrainState) -> dict:
   """The result of pretraining: the variables of f.  g, the classifier and a predictor are discarded."""
-  return part(state, "encoder")
+  return variables_of(state, "encoder")

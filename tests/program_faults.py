@@ -40,7 +40,7 @@ def commands(scratch: pathlib.Path) -> dict:
   task = finetune.make_task(config, None, tiny.source(), mesh=mesh_lib.make_mesh())
   state = filled(jax.eval_shape(task.init, jax.random.key(0)))
   start = scratch / "start"
-  heads = {"classifier": model.part(state, "classifier")}
+  heads = {"classifier": model.variables_of(state, "classifier")}
   exporting.write(start, model.keep_encoder(state), config, scores={}, step=1, heads=heads)
   (scratch / "photos").mkdir()
   from PIL import Image

@@ -51,7 +51,7 @@ def teacher(tmp_path_factory):
   task = finetune.make_task(c, None, tiny.source(), mesh=mesh_lib.make_mesh())
   state = filled(jax.eval_shape(task.init, jax.random.key(0)))
   folder = tmp_path_factory.mktemp("teacher") / "encoder"
-  heads = {"classifier": model.part(state, "classifier")}
+  heads = {"classifier": model.variables_of(state, "classifier")}
   exporting.write(folder, model.keep_encoder(state), c, scores={}, step=1, heads=heads)
   return str(folder), state
 

@@ -38,7 +38,7 @@ def start(tmp_path_factory):
   init = functools.partial(pretrain.init_state, model=net, method=methods.create(config, None), tx=tx, image_size=16)
   state = filled(jax.eval_shape(init, jax.random.key(0)))
   folder = tmp_path_factory.mktemp("start") / "encoder"
-  heads = {"projector": model.part(state, "projector")}
+  heads = {"projector": model.variables_of(state, "projector")}
   exporting.write(folder, model.keep_encoder(state), config, scores={}, step=1, heads=heads)
   return str(folder), state
 

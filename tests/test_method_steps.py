@@ -148,7 +148,7 @@ def test_the_bank_is_that_of_a_simulation():
   assert bank.shape == (1024, 4) and states[0].extra["normalizer"] == 0
   np.testing.assert_allclose(np.linalg.norm(bank, axis=1), 1, atol=1e-6)
   for k, (before, state) in enumerate(itertools.pairwise(states)):
-    z, index = outputs_of(net, {"params": before.params, "batch_stats": before.batch_stats}, k)[0].z, batch_of(k).index
+    z, index = outputs_of(net, before.variables, k)[0].z, batch_of(k).index
     bank[index] = unit(0.5 * bank[index] + 0.5 * unit(z).mean(1))
     np.testing.assert_allclose(state.extra["bank"], bank, atol=1e-5)
     assert state.extra["normalizer"] == states[1].extra["normalizer"] > 0
@@ -205,7 +205,7 @@ def test_tsimcne_trains_in_three_stages():
   assert moved(*second, "encoder") == 0 and moved(*second, "projector") == 0 and moved(*second, "predictor") > 0
   assert all(moved(*third, name) > 0 for name in ("encoder", "projector", "predictor", "classifier"))
   assert moved(*second, "classifier") > 0
-  outputs = outputs_of(net, {"params": states[0].params, "batch_stats": states[0].batch_stats}, 0)[0]
+  outputs = outputs_of(net, states[0].variables, 0)[0]
   assert outputs.prediction.shape == (N, 2, 2, 2)
   np.testing.assert_array_equal(outputs.prediction[:, :, 0], outputs.prediction[:, :, 1])
 

@@ -179,7 +179,7 @@ def test_export_loads_with_nothing_but_the_folder(finished, tmp_path, capsys):
   apply, variables, card = simclr_jax.load_encoder(tmp_path / "moved")
   state = result["state"]
   net = model.create(tiny.config(), 10)
-  h, _, _ = net.apply({"params": state.params, "batch_stats": state.batch_stats}, images[:, None], train=False)
+  h, _, _ = net.apply(state.variables, images[:, None], train=False)
   np.testing.assert_allclose(apply(images), h[:, 0], rtol=1e-5, atol=1e-6)
   assert card["feature_dimension"] == apply(images).shape[1]
   assert card["scores"]["h"]["knn"] == pytest.approx(result["scores"][3]["knn"])

@@ -150,7 +150,7 @@ def test_it_is_fine_tuned_and_is_a_teacher(tap):
   net, method = model.create(vit_config()), methods.create(vit_config(), None, source)
   init = functools.partial(pretrain.init_state, model=net, method=method, tx=optax.identity(), image_size=16)
   state = jax.tree.map(lambda x: np.full(x.shape, 0.25, x.dtype), jax.eval_shape(init, jax.random.key(0)))
-  networks = {name: model.part(state, name) for name in ("encoder", "projector")}
+  networks = {name: model.variables_of(state, name) for name in ("encoder", "projector")}
   config = vit_config()
   start = trained.Start(config.encoder, config.projector, networks, config)
   changes = {"batch_size": 16, "train_steps": 2, "augment.size": 16, "evaluate.batch_size": 32, "tap": tap}

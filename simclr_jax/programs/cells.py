@@ -181,18 +181,17 @@ class Runner:
         print(f"diverged: {error}")
         return {"diverged": 1.0}
       rows = metrics_lib.read(workdir)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    parts = [embed.embed(model, variables, part, self._mesh) for part in self._eval_sets(config, images)]
+    parts = [embed.embed(model, state.variables, part, self._mesh) for part in self._eval_sets(config, images)]
     if not all(np.isfinite(part[name]).all() for part in parts for name in "hz"):  # the last update
       print("diverged: the features are not finite")
       return {"diverged": 1.0}
     labels = [part.labels() for part in self._eval_sets(config, images)]
     numbers = dict(zip(("linear", "validation"), _linear([part["h"] for part in parts], labels, images), strict=True))
-    found = Found(config, images, parts, labels, variables, model, rows)
+    found = Found(config, images, parts, labels, state.variables, model, rows)
     for name in setting.measures:
       numbers |= MEASURES[name](found)
     if config.method == "supervised":
-      numbers |= _classifier(variables, parts, labels)
+      numbers |= _classifier(state.variables, parts, labels)
     return numbers
 
   def _task(self, setting, config, train, images):
@@ -322,8 +321,8 @@ class Course:
     self._views, self._model = _views(config, images.test, 512, config.seed), model
 
   def __call__(self, state):
-    variables, row = {"params": state.params, "batch_stats": state.batch_stats}, {}
-    both = [self._model(variables, self._views[:, k]) for k in (0, 1)]
+    row = {}
+    both = [self._model(state.variables, self._views[:, k]) for k in (0, 1)]
     for name in ("h", "z"):
       pairs = np.stack([np.asarray(outputs[name]) for outputs in both], axis=1)
       first = pairs[:, 0]

@@ -297,8 +297,7 @@ class ClassifierEvaluation:
 
   def logits(self, state):
     """(logits float32 [n, classes], labels [n])."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return embed.embed(self._apply, variables, self._images, self._mesh), self._images.labels()
+    return embed.embed(self._apply, state.variables, self._images, self._mesh), self._images.labels()
 
   def run(self, state) -> dict:
     return self.scores(*self.logits(state))
@@ -341,7 +340,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
   scores = evaluation.scores(logits, labels)
   step = int(state.step)
   if not jax.process_index():
-    heads = {name: model_lib.part(state, name) for name in ("projector", "classifier") if name in state.params}
+    heads = {name: model_lib.variables_of(state, name) for name in ("projector", "classifier") if name in state.params}
     exporting.write(
       workdir / "encoder",
       model_lib.keep_encoder(state),

@@ -160,7 +160,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
     found = start or open_start(config)[1]
     params, batch_stats = dict(state.params), dict(state.batch_stats)
     for name in ("encoder", "projector") if config.keep_head else ("encoder",):
-      checkpoint.compare(found.variables[name], model_lib.part(state, name), config.start)
+      checkpoint.compare(found.variables[name], model_lib.variables_of(state, name), config.start)
       params[name] = _as(state.params[name], found.variables[name]["params"])
       if name in batch_stats:
         batch_stats[name] = _as(batch_stats[name], found.variables[name]["batch_stats"])

@@ -29,10 +29,6 @@ def representations(model):
   return apply
 
 
-def _variables(state):
-  return {"params": state.params, "batch_stats": state.batch_stats}
-
-
 class PretrainEvaluation:
   """kNN, collapse diagnostics and linear evaluation of a state, on the labeled train and test images.
 
@@ -58,7 +54,7 @@ class PretrainEvaluation:
     """({"h", "z"} of the training images, the same of the test images), numpy."""
     if self._latest[0] is not state:  # the last state is scored by the loop, and again for the table
       parts = (self.train, self.test)
-      self._latest = state, tuple(embed.embed(self._apply, _variables(state), part, self._mesh) for part in parts)
+      self._latest = state, tuple(embed.embed(self._apply, state.variables, part, self._mesh) for part in parts)
     return self._latest[1]
 
   def knn(self, train_x, test_x) -> float:
@@ -80,7 +76,7 @@ class PretrainEvaluation:
       train, test = self.embed(state)
       scores["knn"] = self.knn(train["h"], test["h"])
     else:
-      test = embed.embed(self._apply, _variables(state), self.test, self._mesh)
+      test = embed.embed(self._apply, state.variables, self.test, self._mesh)
     numbers = diagnostics.summary(test["h"], test["z"])
     collapsed, verdict = diagnostics.verdict(numbers)
     return {**scores, **numbers, "collapsed": float(collapsed), "verdict": verdict}
