@@ -11,7 +11,9 @@ Kernels are HWIO.  A BatchNorm holds the parameters scale, bias and the batch_st
 
 All other files rely on this contract of an encoder: it is a Linen module with `__call__(x, train) -> h`, x float
 [n, h, w, 3] in [0, 1], h float32 [n, d]; BatchNorm statistics, if any, are in "batch_stats"; in inference mode each BatchNorm
-writes `mean` and `square` of its input to the collection "batch_moments", if that is mutable (accumulate.py).
+writes `mean` and `square` of its input to the collection "batch_moments", if that is mutable (accumulate.py).  One that can
+be frozen in part also takes `tune_after` and has `stage(name)`, the stage of a top-level parameter: it freezes those up to
+`tune_after`.
 """
 
 from typing import Any
@@ -113,6 +115,10 @@ class ResNet(nn.Module):
       x = jax.lax.stop_gradient(x) if tune_after == i + 1 else x
       self.sow("intermediates", f"block_group{i + 1}", x)
     return jnp.mean(x, (1, 2), dtype=jnp.float32)
+
+  def stage(self, name):
+    """0 for a part of the stem, 1 to 4 for the groups."""
+    return int(name.removeprefix("group")) if name.startswith("group") else 0
 
   def stem_of(self, x, train, tune_after):
     """The output of the stem, images x checked and cast."""

@@ -77,9 +77,15 @@ class ViT(nn.Module):
     kind = nn.remat(Block) if self.remat == "block" else Block
     for i in range(blocks):
       x = kind(heads, self.dtype, name=f"block{i + 1}")(x)
-      x = jax.lax.stop_gradient(x) if 4 * (i + 1) == tune_after * blocks else x
+      x = jax.lax.stop_gradient(x) if self.stage(f"block{i + 1}") <= tune_after else x
     x = nn.LayerNorm(epsilon=EPSILON, name="norm")(x)
     return x[:, 0] if self.pool == "token" else jnp.mean(x[:, 1:], axis=1)
+
+  def stage(self, name):
+    """0 for what is before the blocks, 1 to 4 for the quarters of the blocks, infinity for the LayerNorm after them."""
+    if name.startswith("block"):
+      return -(-4 * int(name.removeprefix("block")) // SIZES[self.size][1])
+    return float("inf") if name == "norm" else 0
 
 
 class Block(nn.Module):

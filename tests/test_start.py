@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
-from simclr_jax import load_encoder
+from simclr_jax import encoder, load_encoder, vit
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import export, finetune, pretrain, quickstart, same, trained
+from simclr_jax.programs import export, pretrain, quickstart, same, trained
 from simclr_jax.runtime import checkpoint
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
@@ -168,19 +168,10 @@ def test_a_run_from_an_export_resumes_without_its_start_and_does_not_replace_it(
 
 
 def test_stages_of_encoders():
-  names = (
-    "stem_conv",
-    "stem_norm1",
-    "patch_embed",
-    "class_token",
-    "group1",
-    "group4",
-    "block1",
-    "block3",
-    "block4",
-    "block12",
-  )
-  assert [finetune.stage(name) for name in (*names, "norm")] == [0, 0, 0, 0, 1, 4, 1, 1, 2, 4, float("inf")]
+  stage = encoder.resnet(18).stage
+  assert [stage(name) for name in ("stem_conv", "stem_norm1", "group1", "group4")] == [0, 0, 1, 4]
+  names = ("patch_embed", "class_token", "block1", "block3", "block4", "block12", "norm")
+  assert [vit.vit("Ti", patch=8).stage(name) for name in names] == [0, 0, 1, 1, 2, 4, float("inf")]
 
 
 def test_quickstart_trains_on(first, monkeypatch):

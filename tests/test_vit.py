@@ -20,7 +20,7 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain, trained, transfer
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
-from simclr_jax.vit import positions, vit
+from simclr_jax.vit import SIZES, positions, vit
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -174,6 +174,24 @@ def test_it_is_fine_tuned_and_is_a_teacher(tap):
   )  # fmt: skip
   state = jax.eval_shape(student.init, jax.random.key(0))
   assert jax.eval_shape(student.step, state, next(iter(student.stream(0))), *student.constants)[1]["loss"].shape == ()
+
+
+@pytest.mark.parametrize("blocks, tune_after", [(8, 1), (10, 1), (10, 3), (8, 4)])
+def test_what_is_frozen_has_neither_gradient_nor_decay_at_any_depth(monkeypatch, blocks, tune_after):
+  monkeypatch.setitem(SIZES, "S", (8, blocks, 2))
+  net = vit("S", patch=4)
+  images = np.random.default_rng(0).random((2, 8, 8, 3), np.float32)
+  params = jax.tree.map(lambda x: x + 0.1, net.init(jax.random.key(0), images)["params"])
+  grads = jax.grad(lambda params: jnp.sum(jnp.sin(net.apply({"params": params}, images, tune_after=tune_after))))(
+    params
+  )
+  changes = {"tune_after": tune_after, "train_steps": 2, "optimizer.weight_decay": 0.1, "optimizer.warmup_epochs": 0.0}
+  tx, _ = finetune.optimizer_of(config_lib.replace(config_lib.load("finetune:small"), changes), net, 100)
+  updates, _ = tx.update({"encoder": grads}, tx.init({"encoder": params}), {"encoder": params})
+  frozen = {"patch_embed", "class_token", *(f"block{i + 1}" for i in range(blocks * tune_after // 4))}
+  for name in params:
+    for tree in (grads[name], updates["encoder"][name]):
+      assert any(np.any(x) for x in jax.tree.leaves(tree)) == (name not in frozen), name
 
 
 def test_a_view_that_is_no_multiple_of_the_patch_is_one_line(tmp_path):

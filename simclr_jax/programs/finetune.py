@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import math
 import re
 
 import jax
@@ -73,28 +72,16 @@ def create(config, num_classes: int) -> model_lib.Classifier:
   )
 
 
-def frozen(path, tune_after: int) -> bool:
-  """From a parameter's key path, whether it is not trained: the stem from 0 on, and groups 1 to `tune_after`."""
-  top, module = (str(key.key) for key in path[:2])
-  if top != "encoder" or tune_after < 0:
-    return False
-  return stage(module) <= tune_after
-
-
-def stage(module: str) -> float:
-  """Where a part of an encoder stands, from its name: 0 for the stem, 1 to 4 for the groups, or quarters of the blocks."""
-  if numbered := re.fullmatch(r"(group|block)(\d+)", module):
-    kind, number = numbered[1], int(numbered[2])
-    return number if kind == "group" else -(-number // 3)
-  return 0 if module.startswith(("stem", "patch_embed", "class_token")) else math.inf
-
-
-def optimizer_of(config, num_examples: int):
-  """(optax transformation, schedule) by `config.optimizer`, which leaves alone what `tune_after` freezes."""
+def optimizer_of(config, encoder, num_examples: int):
+  """(optax transformation, schedule) by `config.optimizer`, which leaves alone what `tune_after` freezes of an encoder."""
   tx, schedule = optimizer.create(config, num_examples)
 
+  def frozen(path, _):
+    top, module = (str(key.key) for key in path[:2])
+    return top == "encoder" and config.tune_after >= 0 and encoder.stage(module) <= config.tune_after
+
   def mask(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: frozen(path, config.tune_after), params)
+    return jax.tree_util.tree_map_with_path(frozen, params)
 
   return optax.chain(tx, optax.masked(optax.set_to_zero(), mask)), schedule
 
@@ -217,7 +204,7 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
       + (", or raise labels.fraction" if left else "")
     )
   model = create(config, source.num_classes)
-  tx, schedule = optimizer_of(config, len(source))
+  tx, schedule = optimizer_of(config, model.encoder, len(source))
 
   def init(key):
     variables = model.init(key, jnp.zeros((1, config.augment.size, config.augment.size, 3)))
