@@ -37,7 +37,7 @@ def join(x, devices: int):
   return x.reshape(devices * parts * rows, *x.shape[3:])
 
 
-def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum: float, moments=None):
+def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum, moments=None):
   """A network that encodes `parts` microbatches one after the other and keeps only their outputs.
 
   Args:
@@ -45,7 +45,7 @@ def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum: fl
       arrays.  train=False normalizes by the given batch_stats.
     devices: over which the batch is split.
     batch_norm: "microbatch" or "exact".
-    momentum: of the moving statistics.
+    momentum: of the moving statistics, as in `merge`.
     moments: for "exact", (variables, batch) -> tree like batch_stats with `mean` and `square` in place of `mean` and
       `var`: the moments of each BatchNorm's input in inference mode, from the collection MOMENTS.
 
@@ -71,9 +71,10 @@ def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum: fl
 
     _, (outputs, updated) = jax.lax.scan(lambda _, part: (None, encode(variables, part)), None, batch)
     if exact:
-      updated = jax.tree.map(
-        lambda old, new: momentum * old + (1 - momentum) * new, before, jax.lax.stop_gradient(variables["batch_stats"])
-      )
+      old = flax.traverse_util.flatten_dict(before)
+      new = flax.traverse_util.flatten_dict(jax.lax.stop_gradient(variables["batch_stats"]))
+      updated = {path: momentum(path) * old[path] + (1 - momentum(path)) * new[path] for path in old}
+      updated = flax.traverse_util.unflatten_dict(updated)
     else:
       updated = merge(updated, momentum) if train else before
     return jax.tree.map(lambda x: join(x, devices), outputs), updated
@@ -86,13 +87,16 @@ def merge(updated, momentum):
 
   The mean of the means is exact.  The variance is the mean of the variances plus the variance of the means; moving averages
   that took one step of 1 - momentum contain the latter scaled by the square of that step, which is corrected here.
+
+  Args:
+    momentum: path of a statistic, a tuple of names -> its momentum.
   """
   flat = flax.traverse_util.flatten_dict(updated)
   out = {}
   for path, values in flat.items():
     out[path] = jnp.mean(values, 0)
     if path[-1] == "var":
-      out[path] += jnp.var(flat[(*path[:-1], "mean")], axis=0) / (1 - momentum)
+      out[path] += jnp.var(flat[(*path[:-1], "mean")], axis=0) / (1 - momentum(path))
   return flax.traverse_util.unflatten_dict(out)
 
 

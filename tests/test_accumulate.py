@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
-from simclr_jax import accumulate, contrast, train_step
+from simclr_jax import accumulate, contrast, model, train_step
 from simclr_jax.programs import pretrain
+from simclr_jax.projector import Projector
 from simclr_jax.runtime import errors
 from simclr_jax.runtime import mesh as mesh_lib
 
@@ -56,7 +57,7 @@ nt_xent = functools.partial(contrast.nt_xent, temperature=0.3)
 
 def in_parts(devices=1, batch_norm="microbatch", network=network):
   return accumulate.in_parts(
-    network, parts=K, devices=devices, batch_norm=batch_norm, momentum=MOMENTUM, moments=moments
+    network, parts=K, devices=devices, batch_norm=batch_norm, momentum=lambda path: MOMENTUM, moments=moments
   )
 
 
@@ -159,7 +160,7 @@ def test_batch_norm_of_devices_is_that_of_their_images_alone():
   x = jax.random.uniform(jax.random.key(0), (N, 2, 8, 8, 3))
   variables = Net().init(jax.random.key(1), x[:1], False)
   plain = lambda variables, views, train=True: network(variables, {"views": views}, train)  # noqa: E731
-  grouped = train_step.of_devices(plain, K)
+  grouped = train_step.of_devices(plain, K, lambda path: MOMENTUM)
   z, updated = grouped(variables, x)
   alone = [plain(variables, x[i : i + N // K])[0] for i in range(0, N, N // K)]
   np.testing.assert_allclose(z, np.concatenate(alone), atol=1e-5)
@@ -167,3 +168,30 @@ def test_batch_norm_of_devices_is_that_of_their_images_alone():
   for a, b in zip(*(jax.tree.leaves(u["BatchNorm_0"]) for u in (updated, plain(variables, x)[1])), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
   np.testing.assert_array_equal(grouped(variables, x, False)[0], plain(variables, x, False)[0])
+
+
+class Slow(nn.Module):
+  """An encoder whose BatchNorm has Flax's momentum."""
+
+  bn_momentum: float = 0.99
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    return Norm(momentum=self.bn_momentum, name="norm")(x.mean((1, 2)), train)
+
+
+@pytest.mark.parametrize("how", ["microbatch", "exact", "device"])
+def test_moving_statistics_of_another_momentum_are_those_of_the_unsplit_step(how):
+  """The first BatchNorm sees the same inputs either way; the head's, with another momentum, only where statistics are exact."""
+  net = model.SimCLR(Slow(), Projector(1, 4, "linear"))
+  x = jax.random.uniform(jax.random.key(0), (N, 2, 4, 4, 3)) + jnp.arange(N)[:, None, None, None, None]
+  variables = net.init(jax.random.key(1), x[:1])
+  _, unsplit = train_step.unsplit(net, lambda x: x)
+  if how == "device":
+    network = train_step.of_devices(unsplit, K, train_step.momentum_of(net))
+  else:
+    options = dict(microbatches=K, devices=1, batch_norm=how)
+    _, network = train_step.in_microbatches(net, lambda x: x, **options)
+  (_, want), (_, got) = unsplit(variables, x), network(variables, x)
+  assert float(want["encoder"]["norm"]["var"][0]) > 1.5  # so that a wrong factor would show
+  close(got if how == "exact" else got["encoder"], want if how == "exact" else want["encoder"], 1e-5)

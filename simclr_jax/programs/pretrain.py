@@ -127,7 +127,7 @@ def _network(config, model, pipeline, mesh):
     )
   augmented, network = train_step.unsplit(model, pipeline.device)
   if config.norm_scope == "device":
-    network = train_step.of_devices(network, norm_devices(config, mesh))
+    network = train_step.of_devices(network, norm_devices(config, mesh), train_step.momentum_of(model))
   return augmented, network
 
 
