@@ -350,15 +350,16 @@ class Joined(_Part):
     return source.read_labeled(j)
 
 
-def class_balanced(labels, fraction: float, seed: int, at_least: int = 1) -> np.ndarray:
-  """Sorted indices of a fraction of every class of labels [n], `at_least` that many of each that has them, drawn by `seed`.
+def class_balanced(labels, fraction: float, seed: int, at_least: int = 1, leave: int = 0) -> np.ndarray:
+  """Sorted indices of a fraction of every class of labels [n], drawn by `seed`: of each at least `at_least`, if it has them, and all
+  but at least `leave`.
 
   For the same seed, a smaller fraction is part of a larger one.  Images without a label, -1, are never included.
   """
   chosen = [np.zeros(0, np.int64)]
   for c in np.unique(labels[labels >= 0]):
     members = np.flatnonzero(labels == c)
-    count = max(at_least, round(fraction * len(members)))
+    count = min(max(at_least, round(fraction * len(members))), len(members) - leave)
     chosen.append(members[permutation(seed, int(c), len(members))][:count])
   return np.sort(np.concatenate(chosen))
 

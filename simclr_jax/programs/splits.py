@@ -77,12 +77,7 @@ def title(spec: str) -> str:
 
 def hold_out(labels, fraction: float) -> np.ndarray:
   """Sorted indices of a fraction of every class of labels [n] (-1: none), of which at least one image stays."""
-  chosen = [np.zeros(0, np.int64)]
-  for c in np.unique(labels[labels >= 0]):
-    members = np.flatnonzero(labels == c)
-    count = min(max(1, round(fraction * len(members))), len(members) - 1)
-    chosen.append(members[data.permutation(SEED, int(c), len(members))][:count])
-  return np.sort(np.concatenate(chosen))
+  return data.class_balanced(labels, fraction, SEED, leave=1)
 
 
 def _open(spec, section):
