@@ -312,7 +312,7 @@ def test_every_option_is_an_argument_of_its_function():
   for name, taken in config_lib.ENCODERS.items():
     assert set(taken) - {"arrangement"} == names(model.ENCODERS[name])
   assert options(config_lib.Projector) == names(projector.Projector) - {"parent", "name"}
-  losses = names(*(loss for name, loss in contrast.LOSSES.items() if name != "supervised"))
+  losses = names(*contrast.LOSSES.values())
   assert options(config_lib.Loss) == losses - {"z", "mesh"}
   assert options(config_lib.Rollback) == names(loop.Rollback)
 
@@ -325,7 +325,7 @@ def test_choices_are_those_of_the_functions():
   assert choices(config_lib.Augment, "where") == views.WHERE
   assert choices(config_lib.Encoder, "depth") == tuple(encoder.DEPTHS)
   assert choices(config_lib.Projector, "kind") == projector.KINDS
-  assert set(choices(config_lib.Loss, "name")) == set(contrast.LOSSES) - {"supervised"}
+  assert set(choices(config_lib.Loss, "name")) == set(contrast.LOSSES)
   assert set(choices(config_lib.Loss, "reduction")) == set(contrast.REDUCTIONS)
   assert set(choices(config_lib.Loss, "precision")) == set(contrast.PRECISIONS)
   assert choices(config_lib.Optimizer, "name") == tuple(optimizer.OPTIMIZERS)

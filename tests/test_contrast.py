@@ -262,12 +262,15 @@ def loop_objective(name, z, temperature, labels=None, margin=0.8, prior=0.1):
   return np.mean(losses)
 
 
-@pytest.mark.parametrize("name", contrast.LOSSES)
+OBJECTIVES = {**contrast.LOSSES, "supervised": contrast.supervised}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives(name):
   labels = np.array([0, 1, 2, 0, 1, 0, 3, 3, 1])
   keywords = {} if name == "cauchy" or name.startswith("margin") else {"temperature": 0.25}
   keywords |= {"labels": labels} if name == "supervised" else {}
-  run = compiled(contrast.LOSSES[name], **keywords)
+  run = compiled(OBJECTIVES[name], **keywords)
   for noise in (1.0, 0.3):
     z = random_z(9, 6, noise, seed=5)
     loss, metrics, gradient = run(z)

@@ -28,7 +28,6 @@ from simclr_jax.contrast.tiled import choose, nt_xent_auto, nt_xent_tiled
 LOSSES = {
   "nt_xent": nt_xent_auto,
   "decoupled": decoupled,
-  "supervised": supervised,
   "debiased": debiased,
   "cauchy": cauchy,
   "nt_logistic": nt_logistic,
