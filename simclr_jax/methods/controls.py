@@ -66,12 +66,9 @@ def oracle(config, mesh, source=None) -> Control:
   """NT-Xent that knows which negatives have the anchor's class, and leaves out a fraction config.removed_negatives of them.
 
   Raises:
-    ValueError: the loss is not NT-Xent, it has no temperature, or there are no labels.
+    ValueError: the loss has no temperature, or there are no labels.
   """
-  if config.loss.name != "nt_xent":
-    raise ValueError(f"config.loss.name={config.loss.name!r}: the oracle is for nt_xent")
   _check_labels(config, source)
-  options = {key: value for key, value in dict(config.loss).items() if key in ("normalize", "reduction", "precision")}
-  options["temperature"] = simclr.temperature(config)
+  options = simclr.check_options(config, contrast.without_false_negatives, ("z", "labels", "removed"))
   options["removed"] = config.removed_negatives
   return Control(lambda outputs, batch: contrast.without_false_negatives(outputs.z, labels=batch.label, **options))
