@@ -28,7 +28,6 @@ from simclr_jax.runtime.config import (
   help_text,
   key,
   merge,
-  options,
   override,
   parse,
   read_config,
@@ -56,10 +55,8 @@ __all__ = [
   "help_text",
   "load",
   "of_run",
-  "options",
   "override",
   "parse",
-  "program",
   "read_recipe",
   "recipe_folder",
   "replace",
@@ -746,11 +743,6 @@ def from_saved(values: dict):
   if part and not part.get("test") and "held_out" not in part:  # a run before 0.2, which trained on all images
     values["data"] = {**part, "held_out": 0.0}
   return from_dict(values)
-
-
-def program(config) -> str:
-  """The command that a config is for."""
-  return config.program
 
 
 def page() -> str:

@@ -115,7 +115,7 @@ def _checked(formats) -> list:
 def _of_run(workdir, step, head):
   """(f's variables, g's where `head` asks for it and it exists, config, what the card says) of a run's checkpoint."""
   config = config_lib.from_json(checkpoint.read_config(workdir))
-  made_by = config_lib.program(config)
+  made_by = config.program
   if made_by != "pretrain":
     raise UserError(
       f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={files.absolute(workdir) / 'encoder'}, which is there "

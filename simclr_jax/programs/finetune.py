@@ -126,7 +126,7 @@ def view(config):
   """(image, seed) -> a training view: crop and flip, or a whole view of pretraining where colors are given."""
   from simclr_jax import augment, augment_extra  # TensorFlow, which planning and timing do without
 
-  options = config_lib.options(config.augment)
+  options = dict(config.augment)
   if config.augment.color_strength is not None:  # the supervised baselines of arXiv 2002.05709, Table B.3
     return lambda image, seed: augment_extra.two_views(image, seed, **options)[0]
   crop = inspect.signature(augment.one_view).parameters.keys() - {"image", "seed"}

@@ -43,7 +43,7 @@ def size_of(config) -> tuple[int, int]:
   Raises:
     ValueError: neither, or the labels that training needs are not there.
   """
-  fine_tunes = config_lib.program(config) == "finetune"
+  fine_tunes = config.program == "finetune"
   try:
     # data.test, which may not be at hand, is not opened: with it, nothing is held out.
     held_out = 0.0 if config.data.test else config.data.held_out
@@ -66,7 +66,7 @@ def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
   mesh = mesh_lib.make_mesh(devices)
   _check_batch(config, mesh)
   source = data.AbstractSource(num_examples, num_classes)
-  step, arguments = PROGRAMS[config_lib.program(config)].abstract_step(config, mesh, source)
+  step, arguments = PROGRAMS[config.program].abstract_step(config, mesh, source)
   row = {"topology": topology, "batch_size": config.batch_size, "settings": settings(config, mesh)}
   row["parameters"] = {name: int(count_parameters(tree)) for name, tree in arguments[0].params.items()}
   row |= aot.measure(step, arguments, chip=chip, devices=mesh.size)
@@ -87,7 +87,7 @@ def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
 
 def _check_batch(config, mesh):
   """Raises UserError if the batch, or what it is split into, cannot be split over the devices."""
-  if config_lib.program(config) == "pretrain":
+  if config.program == "pretrain":
     pretrain.check_batch(config, mesh)
   else:
     mesh_lib.check_divisible(config.batch_size, mesh)
@@ -103,7 +103,7 @@ def settings(config, mesh) -> dict:
     "zero1": flat.get("zero1", False),
     "microbatches": flat.get("microbatches", 1),
   }
-  if config_lib.program(config) == "pretrain" and (config.method, config.loss.name) == ("simclr", "nt_xent"):
+  if config.program == "pretrain" and (config.method, config.loss.name) == ("simclr", "nt_xent"):
     chosen["nt_xent"] = contrast.choose(config.batch_size, mesh.size, mesh.devices.flat[0].platform, config.loss.tile)
   return chosen
 
@@ -113,9 +113,7 @@ def model_flops(config, source) -> float:
   once = {"encoder.arrangement": "plain", "encoder.remat": "none", "microbatches": 1}
   flat = config_lib.flatten(config)
   config = config_lib.replace(config, {key: value for key, value in once.items() if key in flat})
-  step, arguments = PROGRAMS[config_lib.program(config)].abstract_step(
-    config, mesh_lib.make_mesh(jax.devices("cpu")[:1]), source
-  )
+  step, arguments = PROGRAMS[config.program].abstract_step(config, mesh_lib.make_mesh(jax.devices("cpu")[:1]), source)
   return step.lower(*arguments).cost_analysis()["flops"]
 
 
@@ -193,7 +191,7 @@ def _possible(config, changes) -> bool:
 def _optimizer_bytes(config, num_classes):
   """Bytes of the optimizer's state, which ZeRO-1 spreads."""
   source = data.AbstractSource(config.batch_size, num_classes)
-  _, (state, _) = PROGRAMS[config_lib.program(config)].abstract_step(config, mesh_lib.make_mesh(), source)
+  _, (state, _) = PROGRAMS[config.program].abstract_step(config, mesh_lib.make_mesh(), source)
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state))
 
 
@@ -318,7 +316,7 @@ def run(config, topologies, *, batches=(), num_examples=0, num_classes=0, as_jso
     raise UserError(f"--num_classes={num_classes}: give --num_examples too")
   if not num_examples:
     num_examples, num_classes = size_of(config)
-  if config_lib.program(config) == "pretrain":
+  if config.program == "pretrain":
     config = pretrain.from_random_weights(config)
   cases = []
   for name in topologies:

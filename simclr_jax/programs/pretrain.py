@@ -77,7 +77,7 @@ def view_pipeline(config) -> views.ViewPipeline:
   # A network that computes in bfloat16 sees no difference; one in float32 is fed float32.
   precision = "default" if config.encoder.dtype == "bfloat16" else "highest"
   own = {name: config.augment[name] for name in ("where", "canvas", "views")}
-  return views.pipeline(**own, precision=precision, **config_lib.options(config.augment))
+  return views.pipeline(**own, precision=precision, **config.augment)
 
 
 def _resident(drawn, labels, images, mesh):

@@ -64,7 +64,7 @@ def make_task(opened: trained.TrainedRun, source) -> loop.Task:
   )
   tx, schedule = optimizer.create(rule, len(source))
   classifier = nn.Dense(source.num_classes, kernel_init=nn.initializers.normal(0.01))
-  options = config_lib.options(c.augment)
+  options = dict(c.augment)
   crop = {key: options[key] for key in views.CROP if key in options}
 
   def init(key):

@@ -58,7 +58,7 @@ def as_begun(config, workdir, keys):
   if not config.start:
     return config
   kept = config_lib.from_json(checkpoint.read_config(workdir))
-  if config_lib.program(kept) != config_lib.program(config):
+  if kept.program != config.program:
     return config
   taken = config_lib.replace(config, {key: functools.reduce(getattr, key.split("."), kept) for key in keys})
   return config_lib.replace(taken, precision(config, kept))
@@ -104,7 +104,7 @@ def exported(path):
   if (path / "card.json").exists():
     return path
   if (path / "encoder/card.json").exists() and (path / "config.json").exists():
-    made_by = config_lib.program(config_lib.from_json(checkpoint.read_config(path)))
+    made_by = config_lib.from_json(checkpoint.read_config(path)).program
     return None if made_by == "pretrain" else path / "encoder"
   return None
 
@@ -187,7 +187,7 @@ class TrainedRun:
     else:
       training = config_lib.from_json(checkpoint.read_config(workdir))
       self.config = config_lib.override(training, overrides)
-      made_by = config_lib.program(self.config)
+      made_by = self.config.program
       if made_by != "pretrain":
         raise UserError(
           f"--workdir={workdir} is a run of simclr {made_by}: its encoder is in {self.workdir / 'encoder'} when it is done"

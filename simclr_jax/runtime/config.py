@@ -45,7 +45,7 @@ def key(
     at_least, above, at_most, below: limits of the number, or of every number of a tuple.
     choices: the possible values, or those of a tuple's elements.
     needed: what to give, for a value that must not be empty.
-    option: whether `options` passes it on.
+    option: whether it is an argument of the function that `**section` goes to.
   """
   limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
   about = {"meaning": meaning, **limits, "choices": choices, "needed": needed, "option": option}
@@ -61,7 +61,8 @@ def section(kind, /, **defaults):
 class Section:
   """Base of all sections and configs: values are always converted to the type of their key and checked.
 
-  `**section` unpacks what `options` returns, so that functions that know nothing of configs can take one.
+  `**section` gives the keys that are arguments of its function, without those that are None, so that functions that know
+  nothing of configs can take one.
   """
 
   def __post_init__(self):
@@ -236,11 +237,6 @@ def to_dict(config) -> dict:
     parts = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {f.name: to_dict(part) for f, part in parts.items() if part is not None or not _section_of(f.type)}
   return {name: to_dict(value) for name, value in config.items()} if isinstance(config, dict) else config
-
-
-def options(part: Section) -> dict:
-  """The keys of a section that are keyword arguments of its function, without those that are None."""
-  return dict(part)
 
 
 def replace(config, changes: dict):
