@@ -351,10 +351,10 @@ class Joined(_Part):
 
 
 def class_balanced(labels, fraction: float, seed: int, at_least: int = 1, leave: int = 0) -> np.ndarray:
-  """Sorted indices of a fraction of every class of labels [n], drawn by `seed`: of each at least `at_least`, if it has them, and all
-  but at least `leave`.
+  """Sorted indices of a fraction of every class of labels [n], drawn by `seed`.
 
-  For the same seed, a smaller fraction is part of a larger one.  Images without a label, -1, are never included.
+  Of each class at least `at_least` are drawn, if it has them, and at least `leave` are not.  For the same seed, a smaller
+  fraction is part of a larger one.  Images without a label, -1, are never included.
   """
   chosen = [np.zeros(0, np.int64)]
   for c in np.unique(labels[labels >= 0]):
