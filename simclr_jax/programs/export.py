@@ -6,12 +6,10 @@ import json
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from simclr_jax import exporting
 from simclr_jax.exporting.folder import check_vacant
-from simclr_jax.model import make_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import trained
 from simclr_jax.runtime import checkpoint, errors, files
@@ -121,12 +119,7 @@ def _of_run(workdir, step, head):
       f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={files.absolute(workdir) / 'encoder'}, which is there "
       "when it is done"
     )
-  like = jax.eval_shape(
-    make_encoder(config.encoder.name, **config.encoder).init,
-    jax.random.key(0),
-    jnp.zeros((1, config.augment.size, config.augment.size, 3)),
-  )
-  step, variables = checkpoint.read_run_export(workdir, "encoder", like, step)
+  step, variables = trained.read_encoder(workdir, config, step)
   projector = None
   if head:
     _, state = checkpoint.read_run_state(workdir, step)

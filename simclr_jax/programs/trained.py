@@ -165,6 +165,16 @@ def check_unseen(section, test, workdir, training):
   same.check_held_out(same.run_of(workdir), test_of_training)
 
 
+def read_encoder(workdir, config, step: int | None = None):
+  """(step, variables of f) of a run's newest checkpoint, or of the one of `step`; `config` is the run's."""
+  like = jax.eval_shape(make_encoder(config.encoder.name, **config.encoder).init, jax.random.key(0), _image(config))
+  return checkpoint.read_run_export(workdir, "encoder", like, step)
+
+
+def _image(config):
+  return jnp.zeros((1, config.augment.size, config.augment.size, 3))
+
+
 class TrainedRun:
   """A pretraining run, finished or interrupted, or an exported encoder, opened for evaluation: its config, encoder and data.
 
@@ -192,20 +202,14 @@ class TrainedRun:
         raise UserError(
           f"--workdir={workdir} is a run of simclr {made_by}: its encoder is in {self.workdir / 'encoder'} when it is done"
         )
-      like = jax.eval_shape(self._network().init, jax.random.key(0), self._image())
-      self.step, self.variables = checkpoint.read_run_export(workdir, "encoder", like, step)
-    self.encoder = self._network()
-    jax.eval_shape(functools.partial(self.encoder.apply, train=False), self.variables, self._image())
+      self.step, self.variables = read_encoder(workdir, self.config, step)
+    self.encoder = make_encoder(self.config.encoder.name, **self.config.encoder)
+    apply = functools.partial(self.encoder.apply, train=False)
+    jax.eval_shape(apply, self.variables, _image(self.config))  # says at once which sizes it does not take
     self.train_source, self.test_source = open_data(self.config, self.workdir, training)
     if processes.is_multiprocess():
       same.agree({"data.train": self.train_source.fingerprint(), "data.test": self.test_source.fingerprint()})
-    self._encode = jax.jit(functools.partial(self.encoder.apply, train=False))
-
-  def _network(self):
-    return make_encoder(self.config.encoder.name, **self.config.encoder)
-
-  def _image(self):
-    return jnp.zeros((1, self.config.augment.size, self.config.augment.size, 3))
+    self._encode = jax.jit(apply)
 
   def results(self, name: str):
     """Where a program writes its results: in the folder of a run, but next to the folder of an export, which is not changed."""
