@@ -268,7 +268,8 @@ def test_every_program_matches_classes_by_name(tmp_path):
   test, other = set_of(tmp_path / "test", bee=1, cat=1), set_of(tmp_path / "other", bee=1, dog=1)
   config = tiny.config(**{"data.train": train, "data.test": test})
   wrong = config_lib.replace(config, {"data.test": other})
-  row = types.SimpleNamespace(train=train, validation=test, test=test)
+  more = set_of(tmp_path / "more", bee=1, cat=1)
+  row = types.SimpleNamespace(train=train, validation=more, test=test, metric="top_1")
   by_transfer = transfer.splits(row, None)
   for labels in (
     splits.open_data(config.data)[1].labels,
@@ -278,7 +279,7 @@ def test_every_program_matches_classes_by_name(tmp_path):
     assert labels.tolist() == [1, 2]
   for refused in (
     lambda: splits.open_data(wrong.data),
-    lambda: transfer.splits(types.SimpleNamespace(train=train, validation="", test=other), None),
+    lambda: transfer.splits(types.SimpleNamespace(train=train, validation="", test=other, metric="top_1"), None),
   ):
     with pytest.raises(ValueError, match=f"{other} has images of classes that data.train does not have: dog"):
       refused()
