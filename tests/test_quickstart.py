@@ -1,5 +1,6 @@
 """`simclr quickstart` chooses by what it measures, finds what was planted, and leaves one page that opens."""
 
+import json
 import pathlib
 import re
 import shutil
@@ -16,6 +17,7 @@ from simclr_jax import __main__ as cli
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import quickstart
 from simclr_jax.programs.quickstart import Network
+from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -161,7 +163,11 @@ def test_folder_to_page_and_again(tmp_path, monkeypatch, capsys):
     quickstart.run(tmp_path / "photos", tmp_path / "run")
   with pytest.raises(UserError, match="--minutes=3: the run in .* was planned for 1; leave it out to resume"):
     quickstart.run(None, tmp_path / "run", minutes=3, resume=True)
-  again = quickstart.run(None, tmp_path / "run", resume=True)
+  plan = tmp_path / "run/quickstart.json"
+  kept = json.loads(files.read_sealed(plan))
+  files.write_sealed(plan, json.dumps({**kept, "minutes": None}))  # of an earlier version, which did not keep it
+  again = quickstart.run(None, tmp_path / "run", minutes=2, resume=True)
+  assert json.loads(files.read_sealed(plan))["minutes"] == 2
   assert config_lib.difference(found["config"], again["config"]) == []
   np.testing.assert_array_equal(found["chart"]["views"]["PCA"], again["chart"]["views"]["PCA"])
 

@@ -260,7 +260,7 @@ def run(
     if kept["folder"] != root:
       raise UserError(f"--workdir={workdir} is a quickstart of {kept['folder']}: name another folder for {root}")
     config, why = config_lib.from_json(checkpoint.read_config(workdir)), kept["why"]
-    planned = kept.get("minutes", minutes)  # not stated before 0.2
+    planned = kept.get("minutes") or minutes  # not stated before 0.2
     if minutes not in (None, planned):
       raise UserError(
         f"--minutes={minutes:g}: the run in {workdir} was planned for {planned:g}; leave it out to resume"

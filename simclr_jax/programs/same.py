@@ -47,7 +47,8 @@ def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwri
   if begun(workdir, resume):
     same_config(config, workdir)
   fingerprints = check_data(workdir, resume, config.data.changed, {"data.train": train, "data.test": test})
-  if begun(workdir, resume) and not config.data.test and test is not train:
+  # Where changes are refused, check_data has compared these images.
+  if config.data.changed == "accept" and begun(workdir, resume) and not config.data.test and test is not train:
     check_held_out(workdir, test, "begin a new run")
   specs = (config.data.train, config.data.test)
   agree(fingerprints)

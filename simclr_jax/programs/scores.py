@@ -44,7 +44,6 @@ class PretrainEvaluation:
     train = embed.train_examples(train_source, config)
     self.train, self.test = make(train), make(test_source)
     native = min(data.first_readable(test_source).shape[:2])  # raw pixels compete at their own size where that is small
-    self._latest = None, ()
     self.raw = [
       make(part, size=native, crop=1.0) if native <= 64 else made
       for part, made in ((train, self.train), (test_source, self.test))
@@ -52,10 +51,7 @@ class PretrainEvaluation:
 
   def embed(self, state):
     """({"h", "z"} of the training images, the same of the test images), numpy."""
-    if self._latest[0] is not state:  # the last state is scored by the loop, and again for the table
-      parts = (self.train, self.test)
-      self._latest = state, tuple(embed.embed(self._apply, state.variables, part, self._mesh) for part in parts)
-    return self._latest[1]
+    return tuple(embed.embed(self._apply, state.variables, part, self._mesh) for part in (self.train, self.test))
 
   def knn(self, train_x, test_x) -> float:
     c = self._config.evaluate
