@@ -248,15 +248,27 @@ def test_what_needs_the_number_of_images_asks_the_data():
 @pytest.mark.parametrize("method", ["moco", "byol", "autoencoder", "supervised", "supcon"])
 def test_values_that_a_methods_own_loss_does_not_read_are_refused(method):
   source = data.AbstractSource(96, 10)
-  plain = {"loss.normalize": True, "loss.reduction": "mean"}
-  methods.create(tiny.config(method=method, **plain), None, source)
-  for key, value in {"loss.normalize": False, "loss.reduction": "official_sum"}.items():
+  methods.create(tiny.config(method=method, **{"loss.normalize": True}), None, source)
+  for key, value in {"loss.normalize": False, "loss.name": "nt_logistic"}.items():
     config = tiny.config(method=method, **{key: value})
     if (method, key) == ("supcon", "loss.normalize"):
       methods.create(config, None, source)
       continue
     with pytest.raises(ValueError, match=f"config.{key}={value}: config.method='{method}' has its own loss"):
       methods.create(config, None, source)
+
+
+@pytest.mark.parametrize(
+  "recipe", ["smoke", "textures", "folder", "cifar10", "cifar10_cpu", "ablations", "v1", "v2", "vit"]
+)
+def test_each_method_is_one_option_away_from_every_recipe_of_simclr(recipe):
+  for method in methods.METHODS:
+    config = config_lib.load(f"configs/{recipe}.py", [f"--config.method={method}"])
+    if (recipe, method) == ("vit", "autoencoder"):
+      with pytest.raises(ValueError, match="encoder.name=vit has no matching decoder"):
+        methods.create(config, None, data.AbstractSource(50_000, 10))
+      continue
+    assert hasattr(methods.create(config, None, data.AbstractSource(50_000, 10)), "loss")
 
 
 def test_every_recipe_of_a_method_names_it_and_makes_it():

@@ -75,14 +75,14 @@ METHODS = {
 }
 
 
-# The values of config.loss that methods with a loss of their own agree with, and what some of them read.
+# The values of config.loss that methods with a loss of their own agree with, and what some of them read.  The scale of
+# NT-Xent, config.loss.reduction, is not among them: recipes of SimCLR state it, and another method is one option away.
 PLAIN_LOSS = {
   "name": ("nt_xent",),
   "normalize": (None, True),
-  "reduction": (None, "mean"),
   **dict.fromkeys(("tile", "margin", "class_prior", "semi_hard"), (None,)),
 }
-READ = {"supcon": ("normalize",), "oracle": ("normalize", "reduction")}
+READ = {"supcon": ("normalize",), "oracle": ("normalize",)}
 
 
 def create(config, mesh, source=None) -> Method:
