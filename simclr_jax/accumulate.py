@@ -37,7 +37,7 @@ def join(x, devices: int):
   return x.reshape(devices * parts * rows, *x.shape[3:])
 
 
-def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum, moments=None):
+def in_parts(network, *, parts: int, devices: int, batch_norm: str, moments=None):
   """A network that encodes `parts` microbatches one after the other and keeps only their outputs.
 
   Args:
@@ -45,7 +45,6 @@ def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum, mo
       arrays.  train=False normalizes by the given batch_stats.
     devices: over which the batch is split.
     batch_norm: "microbatch" or "exact".
-    momentum: of the moving statistics, as in `merge`.
     moments: for "exact", (variables, batch) -> tree like batch_stats with `mean` and `square` in place of `mean` and
       `var`: the moments of each BatchNorm's input in inference mode, from the collection MOMENTS.
 
@@ -61,6 +60,7 @@ def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum, mo
   def apply(variables, batch, train=True):
     batch = jax.tree.map(lambda x: split(x, parts, devices), batch)
     before = variables["batch_stats"]
+    kept = momenta(network, variables, jax.tree.map(lambda x: x[0], batch)) if train else before
     exact = train and batch_norm == "exact" and bool(jax.tree.leaves(before))  # else there is no BatchNorm
     if exact:
       variables = {**variables, "batch_stats": _whole_batch_statistics(moments, variables, batch)}
@@ -71,15 +71,33 @@ def in_parts(network, *, parts: int, devices: int, batch_norm: str, momentum, mo
 
     _, (outputs, updated) = jax.lax.scan(lambda _, part: (None, encode(variables, part)), None, batch)
     if exact:
-      old = flax.traverse_util.flatten_dict(before)
-      new = flax.traverse_util.flatten_dict(jax.lax.stop_gradient(variables["batch_stats"]))
-      updated = {path: momentum(path) * old[path] + (1 - momentum(path)) * new[path] for path in old}
-      updated = flax.traverse_util.unflatten_dict(updated)
+      new = jax.lax.stop_gradient(variables["batch_stats"])
+      updated = jax.tree.map(lambda m, old, new: m * old + (1 - m) * new, kept, before, new)
     else:
-      updated = merge(updated, momentum) if train else before
+      updated = merge(updated, kept) if train else before
     return jax.tree.map(lambda x: join(x, devices), outputs), updated
 
   return apply
+
+
+def momenta(network, variables, batch):
+  """The momentum of each moving statistic, the share of it that an update keeps: the derivative of the new by the old.
+
+  Encoders differ in it (TensorFlow and this package have 0.9, Flax 0.99) and need not say which they have.  Under `jit`
+  nothing of the network is computed for it.
+
+  Returns:
+    a tree like batch_stats.
+  """
+  variables, batch = jax.lax.stop_gradient((variables, batch))
+  old = variables["batch_stats"]
+  if not jax.tree.leaves(old):
+    return old
+
+  def update(statistics):
+    return network({**variables, "batch_stats": statistics}, batch, True)[1]
+
+  return jax.jvp(update, (old,), (jax.tree.map(jnp.ones_like, old),))[1]
 
 
 def merge(updated, momentum):
@@ -89,14 +107,16 @@ def merge(updated, momentum):
   that took one step of 1 - momentum contain the latter scaled by the square of that step, which is corrected here.
 
   Args:
-    momentum: path of a statistic, a tuple of names -> its momentum.
+    momentum: a tree as `momenta` returns; at 1 a statistic does not move.
   """
-  flat = flax.traverse_util.flatten_dict(updated)
+  flat, kept = (flax.traverse_util.flatten_dict(tree) for tree in (updated, momentum))
   out = {}
   for path, values in flat.items():
     out[path] = jnp.mean(values, 0)
     if path[-1] == "var":
-      out[path] += jnp.var(flat[(*path[:-1], "mean")], axis=0) / (1 - momentum(path))
+      step = 1 - kept[path]
+      spread = jnp.var(flat[(*path[:-1], "mean")], axis=0)
+      out[path] += jnp.where(step > 0, spread / jnp.where(step > 0, step, 1), 0)
   return flax.traverse_util.unflatten_dict(out)
 
 

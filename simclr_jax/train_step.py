@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 
 from simclr_jax import accumulate, optimizer
-from simclr_jax.encoder import BN_MOMENTUM
 from simclr_jax.model import TrainState, cross_entropy
 from simclr_jax.views import Batch
 
@@ -86,12 +85,6 @@ def unsplit(model, device: Callable):
   return device, network
 
 
-def momentum_of(model) -> Callable:
-  """Path of a moving statistic -> its momentum: of the encoder's, the one that the encoder states (see encoder.py)."""
-  of_encoder = getattr(model.encoder, "bn_momentum", BN_MOMENTUM)
-  return lambda path: of_encoder if path[0] == "encoder" else BN_MOMENTUM
-
-
 def in_microbatches(model, device: Callable, *, microbatches: int, devices: int, batch_norm: str):
   """(views, network) of `train_step` that encode the batch a part at a time (accumulate.py); `views` then passes the Batch on
   and `network` makes the views."""
@@ -106,15 +99,14 @@ def in_microbatches(model, device: Callable, *, microbatches: int, devices: int,
     parts=microbatches,
     devices=devices,
     batch_norm=batch_norm,
-    momentum=momentum_of(model),
     moments=moments,
   )
   return (lambda batch: batch), lambda variables, views, train=True: network(variables, views, train)
 
 
-def of_devices(network: Callable, groups: int, momentum: Callable):
+def of_devices(network: Callable, groups: int):
   """`network` with BatchNorm per device: each of `groups` devices normalizes both views of its images by its own
-  statistics, and the moving statistics, of momenta `momentum_of` the model, are those of all devices.
+  statistics, and the moving statistics are those of all devices.
 
   Device k of `groups` has the k-th block of n / groups images, so one real device is enough.  Synchronized BatchNorm
   exists to prevent this: the statistics distinguish a pair from the images of other devices (arXiv 2002.05709,
@@ -127,6 +119,6 @@ def of_devices(network: Callable, groups: int, momentum: Callable):
     split = views.reshape(groups, len(views) // groups, *views.shape[1:])
     outputs, updated = jax.vmap(lambda part: network(variables, part, train))(split)
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
-    return outputs, accumulate.merge(updated, momentum)
+    return outputs, accumulate.merge(updated, accumulate.momenta(network, variables, split[0]))
 
   return apply

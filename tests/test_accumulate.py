@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from simclr_jax import accumulate, contrast, model, train_step
+from simclr_jax import accumulate, contrast, data, model, train_step
+from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain
 from simclr_jax.projector import Projector
 from simclr_jax.runtime import errors
@@ -56,9 +57,7 @@ nt_xent = functools.partial(contrast.nt_xent, temperature=0.3)
 
 
 def in_parts(devices=1, batch_norm="microbatch", network=network):
-  return accumulate.in_parts(
-    network, parts=K, devices=devices, batch_norm=batch_norm, momentum=lambda path: MOMENTUM, moments=moments
-  )
+  return accumulate.in_parts(network, parts=K, devices=devices, batch_norm=batch_norm, moments=moments)
 
 
 def loss_of(z):
@@ -160,7 +159,7 @@ def test_batch_norm_of_devices_is_that_of_their_images_alone():
   x = jax.random.uniform(jax.random.key(0), (N, 2, 8, 8, 3))
   variables = Net().init(jax.random.key(1), x[:1], False)
   plain = lambda variables, views, train=True: network(variables, {"views": views}, train)  # noqa: E731
-  grouped = train_step.of_devices(plain, K, lambda path: MOMENTUM)
+  grouped = train_step.of_devices(plain, K)
   z, updated = grouped(variables, x)
   alone = [plain(variables, x[i : i + N // K])[0] for i in range(0, N, N // K)]
   np.testing.assert_allclose(z, np.concatenate(alone), atol=1e-5)
@@ -171,27 +170,60 @@ def test_batch_norm_of_devices_is_that_of_their_images_alone():
 
 
 class Slow(nn.Module):
-  """An encoder whose BatchNorm has Flax's momentum."""
+  """An encoder whose BatchNorm has another momentum, which it does not state."""
 
-  bn_momentum: float = 0.99
+  momentum: float
 
   @nn.compact
   def __call__(self, x, train=False):
-    return Norm(momentum=self.bn_momentum, name="norm")(x.mean((1, 2)), train)
+    return Norm(momentum=self.momentum, name="norm")(x.mean((1, 2)), train)
 
 
+@pytest.mark.parametrize("momentum", [0.99, 1.0])
 @pytest.mark.parametrize("how", ["microbatch", "exact", "device"])
-def test_moving_statistics_of_another_momentum_are_those_of_the_unsplit_step(how):
+def test_moving_statistics_of_another_momentum_are_those_of_the_unsplit_step(how, momentum):
   """The first BatchNorm sees the same inputs either way; the head's, with another momentum, only where statistics are exact."""
-  net = model.SimCLR(Slow(), Projector(1, 4, "linear"))
+  net = model.SimCLR(Slow(momentum), Projector(1, 4, "linear"))
   x = jax.random.uniform(jax.random.key(0), (N, 2, 4, 4, 3)) + jnp.arange(N)[:, None, None, None, None]
   variables = net.init(jax.random.key(1), x[:1])
   _, unsplit = train_step.unsplit(net, lambda x: x)
   if how == "device":
-    network = train_step.of_devices(unsplit, K, train_step.momentum_of(net))
+    network = train_step.of_devices(unsplit, K)
   else:
     options = dict(microbatches=K, devices=1, batch_norm=how)
     _, network = train_step.in_microbatches(net, lambda x: x, **options)
   (_, want), (_, got) = unsplit(variables, x), network(variables, x)
-  assert float(want["encoder"]["norm"]["var"][0]) > 1.5  # so that a wrong factor would show
+  if momentum < 1:
+    assert float(want["encoder"]["norm"]["var"][0]) > 1.5  # so that a wrong factor would show
   close(got if how == "exact" else got["encoder"], want if how == "exact" else want["encoder"], 1e-5)
+
+
+class Silent(nn.Module):
+  """An encoder with a plain BatchNorm of Flax."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    return nn.BatchNorm(use_running_average=not train, name="norm")(x.mean((1, 2)))
+
+
+def silent() -> nn.Module:
+  return Silent()
+
+
+def test_an_encoder_that_writes_no_moments_trains_in_microbatches_but_not_with_exact_statistics():
+  mine = {
+    "encoder.depth": None,
+    "encoder.width": 1.0,
+    "encoder.stem": "imagenet",
+    "encoder.name": "test_accumulate:silent",
+  }
+  mesh = mesh_lib.make_mesh(jax.devices()[:1])
+  config = tiny.config(microbatches=2, **mine)
+  pretrain.make_task(config, data.AbstractSource(96, 10), mesh=mesh)
+  with pytest.raises(
+    errors.UserError, match="microbatch_norm=exact: the BatchNorm encoder/norm does not write"
+  ) as refused:
+    pretrain.make_task(config_lib.replace(config, {"microbatch_norm": "exact"}), data.AbstractSource(96, 10), mesh=mesh)
+  assert "\n" not in str(refused.value)
+  own = tiny.config(microbatches=2, microbatch_norm="exact")
+  pretrain.make_task(own, data.AbstractSource(96, 10), mesh=mesh)

@@ -9,12 +9,13 @@ import itertools
 import json
 import time
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu.parameter_overview import count_parameters
 
-from simclr_jax import data, exporting, methods, optimizer, report, train_step, views
+from simclr_jax import accumulate, data, exporting, methods, optimizer, report, train_step, views
 from simclr_jax import model as model_lib
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
@@ -117,6 +118,8 @@ def _optimizer(config, method, num_examples: int):
 
 def _network(config, model, pipeline, mesh):
   """(views, network) of train_step.train_step."""
+  if config.microbatches > 1 and config.microbatch_norm == "exact":
+    _check_moments(config, model)
   if config.microbatches > 1:
     return train_step.in_microbatches(
       model,
@@ -127,8 +130,25 @@ def _network(config, model, pipeline, mesh):
     )
   augmented, network = train_step.unsplit(model, pipeline.device)
   if config.norm_scope == "device":
-    network = train_step.of_devices(network, norm_devices(config, mesh), train_step.momentum_of(model))
+    network = train_step.of_devices(network, norm_devices(config, mesh))
   return augmented, network
+
+
+def _check_moments(config, model):
+  """Statistics of the whole batch come from the moments of what each BatchNorm is given, which some encoders do not write."""
+  images = jnp.zeros((1, 2, config.augment.size, config.augment.size, 3))
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  collections = [accumulate.MOMENTS]
+  _, seen = jax.eval_shape(lambda variables: model.apply(variables, images, mutable=collections), variables)
+  expected, found = (
+    {path[:-1] for path in flax.traverse_util.flatten_dict(tree)}
+    for tree in (variables.get("batch_stats", {}), seen.get(accumulate.MOMENTS, {}))
+  )
+  if missing := expected - found:
+    raise UserError(
+      f"config.microbatch_norm=exact: the BatchNorm {'/'.join(min(missing))} does not write its moments (the contract is at the "
+      "top of simclr_jax/encoder.py); write them or use config.microbatch_norm=microbatch"
+    )
 
 
 @errors.of_the_user()
