@@ -10,24 +10,19 @@ import dataclasses
 import jax.numpy as jnp
 
 from simclr_jax import contrast
+from simclr_jax.methods.method import Method
 
 
 @dataclasses.dataclass(frozen=True)
-class Alignment:
-  """A methods.Method; nothing is remembered."""
+class Alignment(Method):
+  """The distance of the two views."""
 
-  chance_loss: float | None = None  # a collapsed network has the least loss: there is no level to compare it with
-
-  def init(self, variables, outputs):
-    return {}
+  chance_loss = None  # a collapsed network has the least loss: there is no level to compare it with
 
   def loss(self, outputs, extra, network, batch):
     """The mean over images of |z - z'|^2 = 2 - 2 cos(z, z'), unit vectors."""
     cosine = jnp.sum(jnp.prod(contrast.l2_normalize(outputs.z), axis=1), -1)
     return jnp.mean(2 - 2 * cosine), {"positive_similarity": jnp.mean(cosine)}, {}
-
-  def after(self, variables, extra, updates):
-    return {}
 
 
 def create(config, mesh, source=None) -> Alignment:

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from simclr_jax.encoder import DEPTHS, BatchNorm, BlockGroup, Conv
+from simclr_jax.methods.method import Method
 
 
 class Decoder(nn.Module):
@@ -60,20 +61,13 @@ def upsample(x, size):
 
 
 @dataclasses.dataclass(frozen=True)
-class Autoencoder:
-  """A methods.Method; nothing is remembered."""
+class Autoencoder(Method):
+  """The error of each view, which the decoder computes."""
 
   predictor: Decoder
-  chance_loss: float | None = None
-
-  def init(self, variables, outputs):
-    return {}
 
   def loss(self, outputs, extra, network, batch):
     return jnp.mean(outputs.prediction), {}, {}
-
-  def after(self, variables, extra, updates):
-    return {}
 
 
 def create(config, mesh, source=None) -> Autoencoder:

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 
 from simclr_jax import contrast, optimizer
 from simclr_jax.methods import momentum
+from simclr_jax.methods.method import Method
 from simclr_jax.projector import Predictor
 
 
 @dataclasses.dataclass(frozen=True)
-class BYOL:
-  """A methods.Method.  Its extra state is dict(target, step):
+class BYOL(Method):
+  """Its extra state is dict(target, step):
 
   target: {"params", "batch_stats"} of the target network; its BatchNorm sees the batch.
   step: int32, number of updates done, on which the decay depends.
@@ -31,7 +32,7 @@ class BYOL:
   predictor: Predictor
   decay: float
   total_steps: int
-  chance_loss: float | None = None  # a collapsed network has the least loss: there is no level to compare it with
+  chance_loss = None  # a collapsed network has the least loss: there is no level to compare it with
 
   def init(self, variables, outputs):
     return {"target": variables, "step": jnp.zeros((), jnp.int32)}

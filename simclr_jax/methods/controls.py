@@ -10,6 +10,7 @@ import flax.linen as nn
 
 from simclr_jax import contrast, model
 from simclr_jax.methods import simclr
+from simclr_jax.methods.method import Method
 
 
 class Logits(nn.Module):
@@ -24,22 +25,15 @@ class Logits(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Control:
-  """A methods.Method that remembers nothing; `of_batch` is (outputs, batch) -> (loss, metrics)."""
+class Control(Method):
+  """`of_batch` is (outputs, batch) -> (loss, metrics)."""
 
   of_batch: Callable
   predictor: nn.Module | None = None
-  chance_loss: float | None = None
-
-  def init(self, variables, outputs):
-    return {}
 
   def loss(self, outputs, extra, network, batch):
     loss, metrics = self.of_batch(outputs, batch)
     return loss, metrics, {}
-
-  def after(self, variables, extra, updates):
-    return {}
 
 
 def _check_labels(config, source):

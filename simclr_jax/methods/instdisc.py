@@ -13,13 +13,14 @@ import jax.numpy as jnp
 
 from simclr_jax import contrast
 from simclr_jax.methods import simclr
+from simclr_jax.methods.method import Method
 
 ROWS = 1024  # the rows of the bank are a multiple of it, so that any usual number of devices can share them
 
 
 @dataclasses.dataclass(frozen=True)
-class InstDisc:
-  """A methods.Method.  Its extra state is dict(bank, normalizer):
+class InstDisc(Method):
+  """Its extra state is dict(bank, normalizer):
 
   bank: float32 [images rounded up, d], unit vectors, random at first; split over the devices.
   normalizer: float32, NCE's constant Z, which the first batch estimates (section 3.2); 0 before that.

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from simclr_jax import contrast
 from simclr_jax.methods import momentum, simclr
+from simclr_jax.methods.method import Method
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-  """A methods.Method.  Its extra state is dict(average, bank, banked):
+class Memory(Method):
+  """Its extra state is dict(average, bank, banked):
 
   average: {"params", "batch_stats"} of the moving-average network.
   bank: float32 [size, d], normalized z of the last size / 2n batches, the newest first.

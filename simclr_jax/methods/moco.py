@@ -16,11 +16,12 @@ import jax.numpy as jnp
 
 from simclr_jax import contrast
 from simclr_jax.methods import momentum, simclr
+from simclr_jax.methods.method import Method
 
 
 @dataclasses.dataclass(frozen=True)
-class MoCo:
-  """A methods.Method.  Its extra state is dict(average, queue, queued):
+class MoCo(Method):
+  """Its extra state is dict(average, queue, queued):
 
   average: {"params", "batch_stats"} of the momentum encoder; its BatchNorm sees the batch.
   queue: float32 [size, d], normalized keys of the last size / 2n batches, the newest first; split over the devices.
@@ -35,7 +36,6 @@ class MoCo:
   size: int
   decay: float
   temperature: float
-  chance_loss: float | None = None
   split = ("queue",)
 
   def init(self, variables, outputs):

@@ -12,12 +12,13 @@ import numpy as np
 
 from simclr_jax import contrast, optimizer
 from simclr_jax.methods import momentum, simclr
+from simclr_jax.methods.method import Method
 from simclr_jax.projector import Predictor
 
 
 @dataclasses.dataclass(frozen=True)
-class MoCoV3:
-  """A methods.Method.  Its extra state is dict(average, step):
+class MoCoV3(Method):
+  """Its extra state is dict(average, step):
 
   average: {"params", "batch_stats"} of the momentum encoder; its BatchNorm sees the batch.
   step: int32, number of updates done, on which the decay depends.

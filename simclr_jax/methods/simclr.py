@@ -7,24 +7,19 @@ import math
 from collections.abc import Callable
 
 from simclr_jax import contrast
+from simclr_jax.methods.method import Method
 
 
 @dataclasses.dataclass(frozen=True)
-class SimCLR:
-  """A methods.Method; `contrastive` is (z [n, k, d]) -> (scalar, metrics)."""
+class SimCLR(Method):
+  """`contrastive` is (z [n, k, d]) -> (scalar, metrics)."""
 
   contrastive: Callable
   chance_loss: float | None = None
 
-  def init(self, variables, outputs):
-    return {}
-
   def loss(self, outputs, extra, network, batch):
     loss, metrics = self.contrastive(outputs.z)
     return loss, metrics, {}
-
-  def after(self, variables, extra, updates):
-    return {}
 
 
 def create(config, mesh, source=None) -> SimCLR:

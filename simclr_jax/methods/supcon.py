@@ -10,29 +10,19 @@ import jax.numpy as jnp
 
 from simclr_jax import contrast
 from simclr_jax.methods import simclr
+from simclr_jax.methods.method import Method
 
 
 @dataclasses.dataclass(frozen=True)
-class SupCon:
-  """A methods.Method; nothing is remembered.
-
-  Attributes:
-    loss_options: what contrast.supervised takes.
-  """
+class SupCon(Method):
+  """`loss_options` is what contrast.supervised takes."""
 
   loss_options: dict
-  chance_loss: float | None = None
-
-  def init(self, variables, outputs):
-    return {}
 
   def loss(self, outputs, extra, network, batch):
     labels = jnp.where(batch.label < 0, -1 - batch.index, batch.label)
     loss, metrics = contrast.supervised(outputs.z, labels=labels, **self.loss_options)
     return loss, metrics, {}
-
-  def after(self, variables, extra, updates):
-    return {}
 
 
 def create(config, mesh, source=None) -> SupCon:

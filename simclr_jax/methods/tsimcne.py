@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from simclr_jax import contrast, optimizer
+from simclr_jax.methods.method import Method
 
 
 class Plane(nn.Module):
@@ -26,8 +27,8 @@ class Plane(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class TSimCNE:
-  """A methods.Method.  Its extra state is dict(step), the int32 number of updates done.
+class TSimCNE(Method):
+  """Its extra state is dict(step), the int32 number of updates done.
 
   Attributes:
     ends: numbers of updates after which the first two stages end.
@@ -37,7 +38,6 @@ class TSimCNE:
   ends: tuple[int, int]
   last_lr: float
   predictor: Plane = Plane()
-  chance_loss: float | None = None
 
   def init(self, variables, outputs):
     return {"step": jnp.zeros((), jnp.int32)}

@@ -214,13 +214,7 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
   def warm_start(state):
     """The trained encoder and head in place of the random ones; the classifier is always new."""
     found = start or resolve(config)[1]
-    for name in ("encoder", "projector") if found else ():
-      if name in state.params:
-        put = jax.device_put(jax.tree.map(jnp.array, found.variables[name]), mesh_lib.replicated(mesh))
-        state.params[name] = put["params"]
-        if name in state.batch_stats:
-          state.batch_stats[name] = put["batch_stats"]
-    return state
+    return found.put_into(state, ("encoder", "projector") if config.tap else ("encoder",)) if found else state
 
   return loop.Task(
     init=init,

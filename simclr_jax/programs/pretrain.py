@@ -178,17 +178,10 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
     if not config.start:
       return state
     found = start or open_start(config)[1]
-    params, batch_stats = dict(state.params), dict(state.batch_stats)
-    for name in ("encoder", "projector") if config.keep_head else ("encoder",):
-      checkpoint.compare(found.variables[name], model_lib.variables_of(state, name), config.start)
-      params[name] = _as(state.params[name], found.variables[name]["params"])
-      if name in batch_stats:
-        batch_stats[name] = _as(batch_stats[name], found.variables[name]["batch_stats"])
-    variables = {"params": params, "batch_stats": batch_stats}
+    state = found.put_into(state, ("encoder", "projector") if config.keep_head else ("encoder",))
     images = jnp.zeros((1, 2, config.augment.size, config.augment.size, 3))
-    outputs = jax.eval_shape(functools.partial(model.apply, train=False), variables, images)
-    extra = _as(state.extra, method.init(variables, outputs))
-    return state.replace(params=params, batch_stats=batch_stats, extra=extra)
+    outputs = jax.eval_shape(functools.partial(model.apply, train=False), state.variables, images)
+    return state.replace(extra=trained.placed_like(state.extra, method.init(state.variables, outputs)))
 
   def stream(first):
     if pipeline.resident:
@@ -221,11 +214,6 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
     advice=ADVICE,
     check_batch=same.batch_check(source, config.batch_size, config.seed),
   )
-
-
-def _as(like, tree):
-  """Copies of the arrays of a tree, on the devices as those of `like` are."""
-  return jax.tree.map(lambda old, new: jax.device_put(jnp.array(new), old.sharding), like, tree)
 
 
 def abstract_step(config, mesh, source):

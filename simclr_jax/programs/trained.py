@@ -11,7 +11,7 @@ from etils import epath
 from simclr_jax import exporting
 from simclr_jax.evaluation import embed
 from simclr_jax.methods import tsimcne
-from simclr_jax.model import make_encoder
+from simclr_jax.model import make_encoder, variables_of
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import same, splits
 from simclr_jax.projector import Projector
@@ -40,6 +40,26 @@ class Start:
   def tap(self) -> int:
     """The layer of the head that the classifier is on."""
     return self.config.tap if isinstance(self.config, config_lib.Finetune) else 0
+
+  def put_into(self, state, names):
+    """A TrainState whose variables `names` are these networks', on the devices as its own are.
+
+    Raises:
+      ValueError: a network is not of the same shape.
+    """
+    params, batch_stats = dict(state.params), dict(state.batch_stats)
+    for name in names:
+      found = self.variables[name]
+      checkpoint.compare(found, variables_of(state, name), self.path)
+      params[name] = placed_like(params[name], found["params"])
+      if name in batch_stats:
+        batch_stats[name] = placed_like(batch_stats[name], found["batch_stats"])
+    return state.replace(params=params, batch_stats=batch_stats)
+
+
+def placed_like(like, tree):
+  """Copies of the arrays of a tree, on the devices as those of `like` are."""
+  return jax.tree.map(lambda old, new: jax.device_put(jnp.array(new), old.sharding), like, tree)
 
 
 def precision(config, start) -> dict:
