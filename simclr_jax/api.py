@@ -19,7 +19,7 @@ from simclr_jax.evaluation import linear
 from simclr_jax.exporting import Encoder, image_check, load_encoder
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import pretrain as program
-from simclr_jax.programs import same
+from simclr_jax.programs import same, trained
 from simclr_jax.runtime import files, lock
 from simclr_jax.runtime.errors import UserError
 
@@ -101,7 +101,7 @@ def pretrain(
     program.run(config, str(workdir), resume=resume, overwrite=overwrite, recipe=recipe, **given)
   finally:
     lock.release(workdir)  # the process may live on, as in a notebook
-  return load_encoder(folder / "encoder")
+  return load_encoder(folder / "encoder", trained.own_network(folder))
 
 
 def _arrays(images, labels) -> dict[str, np.ndarray]:

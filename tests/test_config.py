@@ -169,6 +169,10 @@ def test_mistakes(override, message):
 @pytest.mark.parametrize(
   "values, message",
   [
+    (
+      {"loss.name": "debiased", "loss.normalize": False},
+      "loss.normalize=False: config.loss.name=debiased is for cosine",
+    ),
     ({"loss.name": "nt_logistic_semi_hard", "loss.semi_hard": False}, "uses them; use nt_logistic"),
     ({"encoder.sk_ratio": 0.5, "encoder.stem": "imagenet", "encoder.width": 1 / 64}, "expected >= 1/32"),
   ],

@@ -191,13 +191,23 @@ def test_images_that_the_teacher_has_seen_are_not_scored(held_out, refused, tmp_
   assert [c.augment.resize for c in seen] == ["bicubic_antialias"] * (not refused)  # as the teacher saw images
 
 
-def test_an_imported_classifier_is_no_teacher(monkeypatch):
-  """Nobody knows on which layer it was."""
-  made_by = config_lib.Import(source={}, encoder=tiny.config().encoder, augment=config_lib.ImportAugment(size=16))
+@pytest.mark.parametrize("program", ["import", "pretrain"])
+def test_only_classifiers_of_finetuning_are_teachers(program, monkeypatch):
+  """Nobody knows on which layer an imported one was; that of pretraining watches an encoder that was trained without it."""
+  made_by = tiny.config()
+  if program == "import":
+    made_by = config_lib.Import(source={}, encoder=made_by.encoder, augment=config_lib.ImportAugment(size=16))
   start = trained.Start(made_by.encoder, made_by.projector, {"encoder": {}, "classifier": {}}, made_by)
   monkeypatch.setattr(trained, "open_start", lambda _: start)
   with pytest.raises(UserError, match="holds no classifier of simclr finetune"):
     distill.Teacher("x")
+
+
+def test_labels_that_would_not_be_used_are_refused():
+  for key, value in (("labels.fraction", 0.1), ("labels.list", "names.txt")):
+    with pytest.raises(UserError, match=f"config.{key}={value}: with config.alpha=1 no labels are used"):
+      config_lib.load("distill:small", [f"--config.{key}={value}"])
+    config_lib.load("distill:small", [f"--config.{key}={value}", "--config.alpha=0.5"])
 
 
 def test_a_run_resumes_with_the_teacher_that_it_began_with(teacher, tmp_path):

@@ -59,6 +59,17 @@ def test_what_would_end_it_after_pretraining_ends_it_before(tmp_path):
     with pytest.raises(ValueError, match=words) as raised:
       downstream.run(downstream.changed("downstream", {"pretrain": str(recipe)}), tmp_path / "run")
     assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
+  for changes, words in (
+    ({"finetune": "finetun"}, "no such recipe"),
+    (
+      {"distill": "finetune:small"},
+      "config.distill=finetune:small: a recipe for simclr finetune; expected one for simclr distill",
+    ),
+    ({"pretrain": "transfer"}, "expected one for simclr pretrain"),
+  ):
+    with pytest.raises(ValueError, match=words):
+      downstream.run(downstream.changed("downstream", changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_pretraining_is_as_long_as_the_config_says():

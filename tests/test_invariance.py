@@ -5,7 +5,9 @@ import pytest
 import tiny
 
 from simclr_jax.evaluation import invariance, linear
-from simclr_jax.programs import transforms
+from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import trained, transforms
+from simclr_jax.runtime.errors import UserError
 
 SIDE = 12
 
@@ -117,3 +119,10 @@ def test_regression_agrees_with_scipy_and_a_hopeless_one_scores_nothing():
 def test_an_export_has_no_steps(tmp_path):
   with pytest.raises(ValueError, match="--step=3: .* holds one encoder"):
     transforms.run(tiny.export(tmp_path / "encoder"), step=3)
+
+
+def test_an_image_size_that_the_encoder_does_not_take_is_one_line():
+  encoder = config_lib.load("vit:textures").encoder
+  start = trained.Start(encoder, tiny.config().projector, {"encoder": {}}, tiny.config())
+  with pytest.raises(UserError, match="33"):
+    transforms._encode(start, 33)

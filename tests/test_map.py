@@ -285,6 +285,14 @@ def test_mistakes(table, tmp_path):
     map_lib.run()
   with pytest.raises(ValueError, match="1 image: a map needs at least two"):
     map_lib.run(table=table, images=1)
+  for options, words in (
+    ({"step": 3}, "--step=3: --features=.* are computed already"),
+    ({"overrides": ["--config.augment.size=8"]}, "--config.augment.size=8: --features=.* are computed already"),
+  ):
+    with pytest.raises(ValueError, match=words):
+      map_lib.run(table=table, **options)
+  with pytest.raises(ValueError, match="--data_dir=x is for --features; with --workdir give --config.data.data_dir=x"):
+    map_lib.run(workdir=tmp_path, data_dir="x")
 
 
 def test_silhouette_by_a_loop_and_by_scikit_learn():

@@ -271,6 +271,14 @@ def test_each_method_is_one_option_away_from_every_recipe_of_simclr(recipe):
     assert hasattr(methods.create(config, None, data.AbstractSource(50_000, 10)), "loss")
 
 
+@pytest.mark.parametrize("method", ["moco", "moco_v3", "instdisc", "tsimcne"])
+def test_the_precision_of_similarities_is_that_of_the_config(method):
+  source = data.AbstractSource(96, 10)
+  for given, found in ((None, "highest"), ("default", "default")):
+    config = tiny.config(method=method, **{"loss.precision": given, "train_steps": 99, "train_epochs": 0.0})
+    assert methods.create(config, None, source).precision == found
+
+
 def test_every_recipe_of_a_method_names_it_and_makes_it():
   from configs import methods as recipes
 

@@ -8,7 +8,8 @@ import tiny
 
 from simclr_jax import data, diagnostics
 from simclr_jax.evaluation import knn, linear
-from simclr_jax.programs import probe
+from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import probe, trained
 from simclr_jax.runtime import mesh as mesh_lib
 
 
@@ -212,6 +213,18 @@ def test_verdict():
   assert collapsed and text.startswith("COLLAPSED")
   dead = np.concatenate([h[:, :8], np.zeros((500, 24))], 1)
   assert diagnostics.dead_dimensions(dead) == 24
+
+
+def test_views_of_a_finetuned_encoder_are_those_of_its_training():
+  changes = {
+    "augment.crop_area": (0.5, 0.9),
+    "augment.flip": False,
+    "augment.resize": "bicubic_tf1",
+    "augment.size": 24,
+  }
+  tuned = config_lib.replace(config_lib.load("finetune:small"), changes)
+  options = trained._for_evaluation(tuned, ()).augment
+  assert {key: options[key.removeprefix("augment.")] for key in changes} == changes
 
 
 def test_the_classifier_trains_on_the_pixels_that_it_is_tested_on(monkeypatch):

@@ -130,6 +130,10 @@ def test_runs_that_are_not_its_own_are_spared(tmp_path):
     with pytest.raises(UserError, match=words):
       quickstart.run(str(tmp_path / "photos"), run, **flags)
     assert sorted(path.name for path in run.iterdir()) == before
+  (run / "quickstart.json").write_text("")  # its own run, too, is deleted by a command that can begin
+  with pytest.raises(UserError, match="nowhere"):
+    quickstart.run(str(tmp_path / "photos"), run, overwrite=True, start=str(tmp_path / "nowhere"))
+  assert (run / "COMPLETE").exists()
 
 
 def check(found, planted, workdir):

@@ -120,6 +120,7 @@ def test_there_is_a_head_to_train_alone():
     ({}, True),
     ({"projector.kind": "none"}, False),
     ({"projector.kind": "none", "method": "byol"}, True),
+    ({"projector.kind": "none", "method": "oracle"}, False),
   ):
     config = tiny.config(start="x", head_epochs=0.5, **changes)
     words = "head_epochs=0.5: with config.projector.kind=none there is no head to train"

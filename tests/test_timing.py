@@ -16,9 +16,10 @@ from simclr_jax import __main__ as cli
 from simclr_jax import contrast
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import plan, pretrain, timing
-from simclr_jax.runtime import aot
+from simclr_jax.runtime import aot, errors
 from simclr_jax.runtime import mesh as mesh_lib
 
+VIT = {"encoder.depth": None, "encoder.width": 1.0, "encoder.stem": "imagenet", "encoder.name": "vit", "encoder.size": "Ti", "encoder.patch": 4}  # fmt: skip
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -167,5 +168,11 @@ def test_mistakes_are_one_line(tmp_path, capsys):
   assert cli.main(["time", "--config=finetune"]) == 1
   assert "is a recipe for simclr finetune" in capsys.readouterr().err
   config = config_lib.replace(tiny.config(), {"data.train": tiny.npz(tmp_path / "tiny.npz"), "batch_size": 12})
-  with pytest.raises(ValueError, match="batch_size=12"):
-    timing.run(config)
+  for changes, words in (
+    ({}, "batch_size=12"),
+    ({"batch_size": 16, "augment.where": "device", "augment.one_sided": True}, "one_sided"),
+    ({"batch_size": 16, **VIT, "augment.size": 18}, "18"),
+  ):
+    with pytest.raises(errors.UserError, match=words) as refused:
+      timing.run(config_lib.replace(config, changes))
+    assert "\n" not in str(refused.value)

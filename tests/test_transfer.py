@@ -86,6 +86,31 @@ def test_settings_are_not_chosen_on_what_is_scored_and_scores_fit_the_labels(cha
     transfer.splits(config("x", {"row": row}).rows["row"], None)
 
 
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"rows": {"row": {"train": "npz:none.npz"}}}, "none.npz"),
+    ({"rows": {"row": {"metric": "mean_average_precision"}}}, "expected top_1 or mean_per_class"),
+    (
+      {"finetune.recipe": "smoke", "methods": ("finetune",)},
+      "config.finetune.recipe=smoke: a recipe for simclr pretrain",
+    ),
+  ],
+)
+def test_what_would_end_it_after_some_rows_ends_it_before(changes, words, tmp_path):
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  row = dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")
+  rows = {"fine": row, "row": row | changes.pop("rows", {"row": {}})["row"]}
+  settings = config_lib.replace(config(str(tiny.export(tmp_path / "encoder")), rows), changes)
+  kept = tmp_path / "run/transfer.json"
+  kept.parent.mkdir()
+  for name in ("RUN", "COMPLETE", "transfer.json"):
+    (kept.parent / name).write_text("[]")
+  with pytest.raises(UserError, match=words):
+    transfer.run(settings, kept.parent, overwrite=True)
+  assert kept.exists()
+
+
 @pytest.mark.slow
 def test_linear_rows(tmp_path, teacher, capsys):  # noqa: F811
   c = config(teacher[0], rows(tmp_path))

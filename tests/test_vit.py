@@ -15,7 +15,7 @@ import pytest
 import tiny
 from scipy.special import erf
 
-from simclr_jax import exporting, load_encoder, methods, model, optimizer
+from simclr_jax import api, exporting, load_encoder, methods, model, optimizer
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain, trained, transfer
 from simclr_jax.runtime import mesh as mesh_lib
@@ -291,6 +291,20 @@ def test_an_encoder_of_ones_own(tmp_path, monkeypatch):
   )
   assert "network=small()" in exporting.snippet("e", 16, "my_nets:small")
   assert encode(np.zeros((2, 16, 16, 3), np.float32)).shape == (2, 8) and card["feature_dimension"] == 8
+  encode, *_ = api.pretrain(None, str(tmp_path / "run"), resume=True)
+  assert encode(np.zeros((2, 16, 16, 3))).shape == (2, 8)
+  tuned = {"start": str(tmp_path / "run"), "data.train": spec, "data.test": f"{spec}:test", "data.data_dir": ""}
+  tuned |= {
+    "train_steps": 1,
+    "train_epochs": 0.0,
+    "batch_size": 16,
+    "labels.fraction": 1.0,
+    "augment.size": 16,
+    "evaluate.batch_size": 96,
+  }
+  finetune.run(config_lib.replace(config_lib.load("finetune:small"), tuned), tmp_path / "tuned")
+  opened = trained.TrainedRun(tmp_path / "tuned")
+  assert opened.h(opened.test_source)[0].shape == (len(opened.test_source), 8)
   for name in ("my_nets:other", "os:abort", "my_nets:none", "no_such:module"):
     with pytest.raises(ValueError, match="encoder '"):
       model.make_encoder(name)

@@ -31,6 +31,7 @@ class InstDisc(Method):
     decay: of the rows of the bank; the rest is the new vector.
     proximal: lambda, weight of the squared distance from the row of the bank (section 3.3).
     temperature: tau.
+    precision: of the similarities.
   """
 
   images: int
@@ -39,6 +40,7 @@ class InstDisc(Method):
   proximal: float
   temperature: float
   chance_loss: float | None = None
+  precision: str = "highest"
   split = ("bank",)
 
   def init(self, variables, outputs):
@@ -52,7 +54,7 @@ class InstDisc(Method):
     own = bank[batch.index][:, None]  # [n, 1, d]
     positive = jnp.sum(v * own, -1) / tau
     rows = self.draws(batch) if self.negatives else slice(self.images)
-    logits = jnp.einsum("nvd,kd->nvk", v, bank[rows], precision="highest") / tau
+    logits = jnp.einsum("nvd,kd->nvk", v, bank[rows], precision=self.precision) / tau
     normalizer = extra["normalizer"]
     if self.negatives:
       seen = jax.lax.stop_gradient(self.images * jnp.mean(jnp.exp(logits)))
@@ -83,4 +85,4 @@ def create(config, mesh, source=None) -> InstDisc:
   """The method of `config.instdisc` and `config.loss.temperature`, for a run on the images of `source`."""
   c, temperature = config.instdisc, simclr.temperature(config)
   chance = math.log(len(source)) if not c.negatives and not c.proximal else None
-  return InstDisc(len(source), c.negatives, c.decay, c.proximal, temperature, chance)
+  return InstDisc(len(source), c.negatives, c.decay, c.proximal, temperature, chance, simclr.precision(config))

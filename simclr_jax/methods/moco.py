@@ -31,11 +31,13 @@ class MoCo(Method):
     size: keys in the queue.
     decay: of the momentum encoder.
     temperature: of the softmax.
+    precision: of the similarities.
   """
 
   size: int
   decay: float
   temperature: float
+  precision: str = "highest"
   split = ("queue",)
 
   def init(self, variables, outputs):
@@ -47,7 +49,7 @@ class MoCo(Method):
     q = contrast.l2_normalize(outputs.z)
     k = jax.lax.stop_gradient(contrast.l2_normalize(keys.z))
     positive = jnp.sum(q * k[:, ::-1], -1) / self.temperature
-    logits = jnp.einsum("nvd,kd->nvk", q, extra["queue"], precision="highest") / self.temperature
+    logits = jnp.einsum("nvd,kd->nvk", q, extra["queue"], precision=self.precision) / self.temperature
     negatives = jnp.where(jnp.arange(self.size) < extra["queued"], logits, jnp.finfo(jnp.float32).min)
     loss = jnp.mean(jax.nn.softplus(jax.nn.logsumexp(negatives, axis=-1) - positive))
     metrics = {
@@ -67,4 +69,4 @@ class MoCo(Method):
 
 def create(config, mesh, source=None) -> MoCo:
   """The method of `config.moco` and `config.loss.temperature`."""
-  return MoCo(config.moco.size, config.moco.decay, simclr.temperature(config))
+  return MoCo(config.moco.size, config.moco.decay, simclr.temperature(config), simclr.precision(config))

@@ -28,6 +28,7 @@ class MoCoV3(Method):
     decay: of the momentum encoder at the start; it rises to 1 along a cosine.
     total_steps: of the run.
     temperature: of the softmax.
+    precision: of the similarities.
   """
 
   predictor: Predictor
@@ -35,6 +36,7 @@ class MoCoV3(Method):
   total_steps: int
   temperature: float
   chance_loss: float | None = None
+  precision: str = "highest"
 
   def init(self, variables, outputs):
     return {"average": variables, "step": jnp.zeros((), jnp.int32)}
@@ -44,7 +46,7 @@ class MoCoV3(Method):
     keys, batch_stats = network(extra["average"])
     q = contrast.l2_normalize(outputs.prediction)
     k = jax.lax.stop_gradient(contrast.l2_normalize(keys.z))[:, ::-1]
-    logits = jnp.einsum("nvd,mvd->vnm", q, k, precision="highest") / self.temperature
+    logits = jnp.einsum("nvd,mvd->vnm", q, k, precision=self.precision) / self.temperature
     positive = jnp.diagonal(logits, axis1=1, axis2=2)
     loss = 2 * self.temperature * jnp.sum(jnp.mean(jax.nn.logsumexp(logits, axis=2) - positive, axis=1))
     own = jnp.eye(len(q), dtype=bool)
@@ -65,4 +67,4 @@ def create(config, mesh, source=None) -> MoCoV3:
   chance = 4 * temperature * float(np.log(config.batch_size))
   predictor = Predictor(config.moco_v3.hidden)
   steps = optimizer.train_steps(config, len(source))
-  return MoCoV3(predictor, config.moco_v3.decay, steps, temperature, chance)
+  return MoCoV3(predictor, config.moco_v3.decay, steps, temperature, chance, simclr.precision(config))

@@ -66,6 +66,11 @@ def temperature(config) -> float:
   return config.loss.temperature
 
 
+def precision(config) -> str:
+  """`config.loss.precision` of the products of embeddings, for the same methods."""
+  return config.loss.precision or "highest"
+
+
 def chance_loss(config, remembered: int = 0) -> float | None:
   """NT-Xent of uninformative embeddings: ln(2n - 1 + the number of `remembered` negatives), twice that for the official sum;
   None for other losses."""

@@ -8,6 +8,7 @@ In the paper the new layer replaces the last layer of the head; here it follows 
 """
 
 import dataclasses
+import functools
 import itertools
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from simclr_jax import contrast, optimizer
+from simclr_jax.methods import simclr
 from simclr_jax.methods.method import Method
 
 
@@ -33,11 +35,13 @@ class TSimCNE(Method):
   Attributes:
     ends: numbers of updates after which the first two stages end.
     last_lr: learning rate of the third stage, as a fraction of that of the others.
+    precision: of the products in the loss.
   """
 
   ends: tuple[int, int]
   last_lr: float
   predictor: Plane = Plane()
+  precision: str = "highest"
 
   def init(self, variables, outputs):
     return {"step": jnp.zeros((), jnp.int32)}
@@ -49,7 +53,8 @@ class TSimCNE(Method):
   def loss(self, outputs, extra, network, batch):
     stage = self.stage(extra["step"])
     point = jnp.where(stage == 1, outputs.prediction[:, :, 1], outputs.prediction[:, :, 0])
-    loss, metrics = jax.lax.cond(stage == 0, lambda: contrast.cauchy(outputs.z), lambda: contrast.cauchy(point))
+    cauchy = functools.partial(contrast.cauchy, precision=self.precision)
+    loss, metrics = jax.lax.cond(stage == 0, lambda: cauchy(outputs.z), lambda: cauchy(point))
     return loss, metrics | {"stage": stage + 1.0}, {}
 
   def after(self, variables, extra, updates):
@@ -95,4 +100,4 @@ def create(config, mesh, source=None) -> TSimCNE:
     raise ValueError(
       f"config.tsimcne.stages={stages} of {total} steps: expected at least one step in each stage; train longer"
     )
-  return TSimCNE(ends, config.tsimcne.last_lr)
+  return TSimCNE(ends, config.tsimcne.last_lr, precision=simclr.precision(config))

@@ -153,6 +153,7 @@ class TuneAugment(Augment):
 
   where: str = key("host", "where views are made", choices=("host",), option=False)
   views: int = key(2, "views of each image, only one of which is used", choices=(2,), option=False)
+  canvas: int = key(512, "of no effect where the host makes views", choices=(512,), option=False)
   resize: str | None = key(None, "interpolation of crops; None: as in the training of the start", choices=RESIZES)
   color_strength: float | None = key(
     None, "strength of the color distortion; None: only crops and flips", at_least=0, at_most=1.25
@@ -247,6 +248,8 @@ class Loss(Section):
   semi_hard: bool | None = key(None, "nt_logistic, margin_triplet: use semi-hard negatives only")
 
   def check(self):
+    if self.name == "debiased" and self.normalize is False:
+      raise UserError("normalize=False: config.loss.name=debiased is for cosine similarity; leave it out")
     if self.name.endswith("_semi_hard") and self.semi_hard is False:
       raise UserError(f"semi_hard=False: config.loss.name={self.name} uses them; use {self.name[: -len('_semi_hard')]}")
 
@@ -550,6 +553,14 @@ class Distill(Finetune):
     1.0, "weight of the teacher's predictions; the rest is cross-entropy on the labels", above=0, at_most=1
   )
   cache: bool = key(False, "the teacher sees every image only once, center-cropped, before training")
+
+  def check(self):
+    super().check()
+    if self.alpha == 1 and (self.labels.list or self.labels.fraction != 1):
+      which = "list" if self.labels.list else "fraction"
+      raise UserError(
+        f"labels.{which}={self.labels[which]}: with config.alpha=1 no labels are used; lower it, or leave this out"
+      )
 
 
 @frozen

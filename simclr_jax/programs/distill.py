@@ -53,7 +53,7 @@ class Teacher:
 
   def __init__(self, path: str):
     opened = trained.open_start(path)
-    if "classifier" not in opened.variables or isinstance(opened.config, config_lib.Import):
+    if "classifier" not in opened.variables or not isinstance(opened.config, config_lib.Finetune):
       raise UserError(
         f"config.teacher={path}: holds no classifier of simclr finetune; name a run of it, or its folder encoder"
       )
@@ -106,6 +106,7 @@ def make_task(
   return dataclasses.replace(task, step=step, stream=stream, constants=constants)
 
 
+@errors.of_the_user()
 def abstract_step(config, mesh, source):
   """As finetune.abstract_step, with a teacher like the student where config.teacher is not there yet."""
   named = epath.Path(config.teacher).exists()

@@ -258,6 +258,7 @@ def check(config, task: loop.Task):
   jax.eval_shape(task.init, jax.random.key(0))
 
 
+@errors.of_the_user()
 def abstract_step(config, mesh, source, make=make_task, teacher=None):
   """As pretrain.abstract_step; without a start, of the network that the recipe names.  `teacher` is that of the batch."""
   config, start = resolve(config)

@@ -174,6 +174,11 @@ def run(
     raise UserError(
       f"--method=tsimcne: the network of the map is in the run, not in --features={table}: give --workdir=RUN"
     )
+  if table and (step is not None or overrides):
+    given = f"--step={step}" if step is not None else overrides[0]
+    raise UserError(f"{given}: --features={table} are computed already; embed the run again, or give --workdir=RUN")
+  if workdir and data_dir:
+    raise UserError(f"--data_dir={data_dir} is for --features; with --workdir give --config.data.data_dir={data_dir}")
   if workdir:
     opened = trained.TrainedRun(workdir, step=step, overrides=overrides)
     source = opened.test_source

@@ -102,7 +102,7 @@ def _optimizer(config, method, num_examples: int):
   tx, schedule = getattr(method, "optimizer", optimizer.create)(config, num_examples)
   if not config.head_epochs:
     return tx, schedule
-  if config.projector.kind == "none" and not hasattr(method, "predictor"):
+  if config.projector.kind == "none" and getattr(method, "predictor", None) is None:
     raise UserError(
       f"config.head_epochs={config.head_epochs:g}: with config.projector.kind=none there is no head to train; set it to 0"
     )
@@ -216,6 +216,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
   )
 
 
+@errors.of_the_user()
 def abstract_step(config, mesh, source):
   """(jitted update, its arguments as shapes with shardings) of a run on `mesh`, whose devices need not exist."""
   return loop.abstract_step(make_task(config, source, mesh=mesh), mesh, view_pipeline(config).spec(config.batch_size))

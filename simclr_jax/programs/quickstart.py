@@ -250,7 +250,7 @@ def run(
     )
   if resume and not kept.exists() and checkpoint.folder(workdir).exists():
     raise UserError(f"--workdir={workdir} --resume: that run was not begun by simclr quickstart; name another folder")
-  if start and not kept.exists():
+  if start and not (resume and kept.exists()):
     trained_lib.open_start(start)  # what cannot be opened is found before anything is written
   mesh = mesh_lib.make_mesh()
   workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=(spec,), starts=(start,))

@@ -10,7 +10,7 @@ from simclr_jax import data
 from simclr_jax.data import Source
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import workdir as workdir_lib
-from simclr_jax.runtime import checkpoint, files, processes
+from simclr_jax.runtime import checkpoint, files, metrics, processes
 from simclr_jax.runtime.errors import UserError
 
 FILE = "data.json"  # in the workdir: the fingerprints of its data
@@ -41,9 +41,11 @@ def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwri
     starts: folders that the run starts from, which it may not replace.
 
   Raises:
-    UserError: the folder belongs to another run or to no run, or holds the data; or a run is resumed with another config or
-      data, or would hold out images that it has trained on.
+    UserError: the folder belongs to another run or to no run, or holds the data; a run is resumed with another config or
+      data, or would hold out images that it has trained on; or the package that config.log names is not installed.
   """
+  if not jax.process_index():  # which sends the numbers
+    metrics.check_wandb(config.log.wandb)
   if begun(workdir, resume):
     same_config(config, workdir)
   fingerprints = check_data(workdir, resume, config.data.changed, {"data.train": train, "data.test": test})

@@ -14,7 +14,7 @@ import numpy as np
 from simclr_jax import contrast, report
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import plan, pretrain, splits
-from simclr_jax.runtime import aot, cpu, files, loop, processes, watchdog
+from simclr_jax.runtime import aot, cpu, errors, files, loop, processes, watchdog
 from simclr_jax.runtime import mesh as mesh_lib
 
 STEPS, SECONDS = (
@@ -51,13 +51,14 @@ class Step:
   """
 
   def __init__(self, config, source, mesh, form: str = ""):
-    pretrain.check_batch(config, mesh)
-    pretrain.view_pipeline(config).check()
     self.config, self.mesh = config, mesh
-    self.task = pretrain.make_task(config, source, mesh=mesh)
-    if form:
-      self.task = _with_form(self.task, config, mesh, form)
-    like = loop.abstract_state(self.task, mesh)
+    with errors.of_the_user():
+      pretrain.check_batch(config, mesh)
+      pretrain.view_pipeline(config).check()
+      self.task = pretrain.make_task(config, source, mesh=mesh)
+      if form:
+        self.task = _with_form(self.task, config, mesh, form)
+      like = loop.abstract_state(self.task, mesh)
     self.init = jax.jit(self.task.init, out_shardings=jax.tree.map(lambda x: x.sharding, like))
     self.stream = self.task.stream(0)
     self.batches = [mesh_lib.global_batch(mesh, next(self.stream)) for _ in range(2)]

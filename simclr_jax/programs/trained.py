@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from simclr_jax import exporting
+from simclr_jax import exporting, views
 from simclr_jax.evaluation import embed
 from simclr_jax.methods import tsimcne
 from simclr_jax.model import make_encoder, variables_of
@@ -135,7 +135,10 @@ def _for_evaluation(config, overrides):
     return config_lib.override(config, overrides)
   values = {
     **{name: config_lib.to_dict(getattr(config, name)) for name in ("data", "encoder") if hasattr(config, name)},
-    "augment": {"size": config.augment.size, "resize": config.augment.resize or "bicubic"},
+    "augment": {
+      **{key: config.augment[key] for key in views.CROP if hasattr(config.augment, key)},
+      "resize": config.augment.resize or "bicubic",
+    },
     "evaluate": {"crop": config.evaluate.crop, "batch_size": config.evaluate.batch_size},
     # Nothing is trained by them.
     **{"batch_size": 256, "train_steps": 1, "optimizer": {"base_lr": 1.0}},
@@ -195,6 +198,12 @@ def _image(config):
   return jnp.zeros((1, config.augment.size, config.augment.size, 3))
 
 
+def own_network(workdir):
+  """The module of a run's own encoder, which its config names as module:function; None for the encoders of this package."""
+  name = config_lib.from_json(checkpoint.read_config(workdir)).encoder.name
+  return make_encoder(name) if ":" in name else None
+
+
 class TrainedRun:
   """A pretraining run, finished or interrupted, or an exported encoder, opened for evaluation: its config, encoder and data.
 
@@ -210,7 +219,9 @@ class TrainedRun:
     if self._exported:
       if step is not None:
         raise _one_encoder(self._exported, step)
-      _, self.variables, card = exporting.load_encoder(self._exported)
+      _, self.variables, card = exporting.load_encoder(
+        self._exported, None if self._exported == self.workdir else own_network(workdir)
+      )
       self.step = card.get("step", 0)
       training = config_lib.from_saved(card["pretraining"])
       self.config = _for_evaluation(training, overrides)

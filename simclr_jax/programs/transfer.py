@@ -200,7 +200,8 @@ def fine_tune(
       },
       **{"checkpoint": {"keep": 1}, "log": {"every_steps": tuned.train_steps}},
     }
-    c = config_lib.replace(config_lib.load(g.recipe), changes)
+    recipe = config_lib.load(g.recipe)
+    c = config_lib.replace(config_lib.replace(recipe, changes), trained.precision(recipe, encoder.start))
     folder = checkpoint.claim_workdir(str(workdir / name), resume=True, overwrite=False)
     result = finetune.train(c, start, source, tested, folder, mesh=mesh)
     logits, labels = result["logits"], result["labels"]
@@ -271,6 +272,11 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   if config.supervised:
     encoders["supervised"] = FrozenEncoder(trained.open_start(config.supervised), config, mesh)
   encoders["random"] = FrozenEncoder(start, config, mesh, untrained=True)
+  if "finetune" in config.methods and (found := config_lib.load(config.finetune.recipe)).program != "finetune":
+    raise UserError(
+      f"config.finetune.recipe={config.finetune.recipe}: a recipe for simclr {found.program}, not finetune"
+    )
+  parts = {name: splits(row, config.data_dir or None) for name, row in config.rows.items()}
   starts = (config.start, config.supervised)
   workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, starts=starts, writes=tuple(config.rows))
   if resume and (workdir / "config.json").exists():
@@ -285,7 +291,7 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   rows = json.loads(files.read_sealed(done)) if done.exists() else []
   for name in sorted(config.rows, key=lambda name: (*ROWS, name).index(name)):  # the paper's in its order, then others
     row = config.rows[name]
-    train, held_out, test = splits(row, config.data_dir or None)
+    train, held_out, test = parts[name]
     made_by = {**weights, "training set": train.source.fingerprint(), "test set": test.source.fingerprint()}
     same.check_result(workdir / f"transfer.{name}.json", made_by, f"row {name} of {workdir}")
     if any(kept["name"] == name for kept in rows):

@@ -7,6 +7,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from simclr_jax import data, report
@@ -56,7 +57,7 @@ def run(workdir, *, step: int | None = None, overrides=(), json_file: str = "") 
     train, test = (data.Selection(train, part) for part in (np.arange(middle), np.arange(middle, len(train))))
   mesh = mesh_lib.make_mesh()
   train, test = (_images(source, count, config, mesh) for source, count in ((train, TRAIN), (test, TEST)))
-  scores = invariance.predictions(_encode(start), train, test, seed=config.seed)
+  scores = invariance.predictions(_encode(start, config.augment.size), train, test, seed=config.seed)
   if jax.process_index():
     return scores
   print(table(scores))
@@ -90,13 +91,15 @@ def _images(source, count, config, mesh):
 
 
 @errors.of_the_user()
-def _encode(start: trained.Start):
-  """images [m, s, s, 3] -> {"h"} or {"h", "z"}, float32, BatchNorm in inference mode."""
+def _encode(start: trained.Start, size: int):
+  """For images of `size`: images [m, s, s, 3] -> {"h"} or {"h", "z"}, float32, BatchNorm in inference mode."""
   encoder, head = make_encoder(start.encoder.name, **start.encoder), Projector(**start.projector)
+  apply = functools.partial(encoder.apply, train=False)
+  jax.eval_shape(apply, start.variables["encoder"], jnp.zeros((1, size, size, 3)))  # which sizes it takes
 
   @jax.jit
   def encode(variables, images):
-    h = encoder.apply(variables["encoder"], images, train=False)
+    h = apply(variables["encoder"], images)
     return {"h": h} | ({"z": head.apply(variables["projector"], h, train=False)} if "projector" in variables else {})
 
   return functools.partial(encode, {name: start.variables[name] for name in ("encoder", "projector") if name in start.variables})  # fmt: skip

@@ -78,12 +78,6 @@ class Rollback:
   times: int = 0
   spike: float = 0.0
 
-  def __post_init__(self):
-    if not (isinstance(self.times, int) and self.times >= 0):
-      raise UserError(f"config.rollback.times={self.times!r}: expected a whole number of at least 0")
-    if not self.spike >= 0:
-      raise UserError(f"config.rollback.spike={self.spike!r}: expected 0 (off), or standard deviations such as 6")
-
 
 class Diverged(UserError):
   """The loss is no longer finite, or has jumped."""

@@ -125,10 +125,15 @@ class _Board:
     self._file.close()
 
 
+def check_wandb(project: str):
+  """Raises UserError if numbers are to be sent to `project` and the package is not installed."""
+  if project and importlib.util.find_spec("wandb") is None:
+    raise UserError(f"config.log.wandb={project}: the package is not installed: pip install wandb")
+
+
 def _wandb_run(workdir, project: str):
   """The run of this folder at Weights & Biases, taken up again if it is there."""
-  if importlib.util.find_spec("wandb") is None:
-    raise UserError(f"config.log.wandb={project}: the package is not installed: pip install wandb")
+  check_wandb(project)
   import wandb  # pyright: ignore[reportMissingImports]
 
   workdir = files.absolute(workdir)
