@@ -16,9 +16,9 @@ RECIPES = (
   *(f"v1:{width}" for width in ("1x", "2x", "4x")),
   *(f"v2:r{depth}_{width}x_sk{sk}" for depth in (50, 101, 152) for width in (1, 2, 3) for sk in (0, 1)),
 )
-HEAD = """# Every recipe of the papers on a pod of the papers' size
+HEAD = """# Every recipe of the papers on 128 TPU v4 chips
 
-The papers used 128 TPU v3 cores and "128 Cloud TPUs"; here the recipes are compiled for a v4 pod slice of 128 chips.  **All
+The v1 paper used 128 TPU v3 cores, which are 64 chips, the v2 paper "128 Cloud TPUs"; here the recipes are compiled for a v4 pod slice of 128 chips.  **All
 times are a compiler's estimates; no TPU has run these recipes here.**  [scaling.md](scaling.md) explains the columns, the
 range, and how far to trust them.  All rows use the packed arrangement of the encoder: "as it is" means the recipe with
 `encoder.arrangement=packed` and no other change.  Hours and chip-hours cover the epochs of the recipe, without evaluation

@@ -8,7 +8,7 @@ Command:   simclr pretrain --config=configs/ablations.py:temperature-0.05 --work
            eighth of the width with the CIFAR stem, views of 16 pixels, AdamW; everything else is as in the row, except
            that batches are divided by 32, epochs by 16 and color strengths by 2 (App. B.9)
 Hardware:  the paper used 128 TPU v3 cores, 1.5 hours for 100 epochs at batch 4,096; these rows have not been run yet.
-           small-ROW: two CPU cores
+           small-ROW: two CPU cores; docs/claims.md has scores
 Expected:  linear evaluation top-1 on ImageNet: TOP_1 below; head-nonlinear is 3 points above head-linear, and both are
            more than 10 above head-none, for every D; Figure 5 is a picture, whose best cell is crop with color
 Source:    arXiv 2002.05709: Tables 1, 4, 5 and B.1, Figure 8, section 3.2.  Not published: learning rate and margin

@@ -55,7 +55,7 @@ IMAGENET = {  # batch, epochs, the smallest area of a crop, and everything else
     instdisc=dict(negatives=4096, decay=0.5), loss=dict(temperature=0.07), projector=dict(kind="linear", out_dim=128),
     optimizer=dict(name="sgd", base_lr=0.03, weight_decay=1e-4),
   )),
-  "supcon": (6144, 700.0, 0.08, dict(
+  "supcon": (6144, 350.0, 0.08, dict(
     loss=dict(temperature=0.1), projector=dict(layers=2, out_dim=128),
     optimizer=dict(base_lr=0.3, warmup_epochs=10.0, weight_decay=1e-6),
   )),

@@ -5,7 +5,7 @@ Command:   simclr transfer --config=configs/transfer.py --config.start=RUN_OR_EN
            docs/downstream.md)
 Hardware:  linear: one accelerator for ResNet-50; fine-tuning takes 56 runs of 20,000 steps per data set.
            :small is for two CPU cores.  This recipe has not been run to its end yet
-Expected:  the printed table shows the paper's numbers next to ours.  small: the table in docs/downstream.md
+Expected:  the printed table shows the paper's numbers next to ours.  small: docs/downstream.md
 Source:    arXiv 2002.05709, App. B.8: 45 penalties, 7 learning rates x 8 weight decays, twice the steps and a grid of
            their own for random weights, splits and metrics; Table 8
 Data:      prepared TFDS sets in --config.data_dir; Birdsnap and FGVC Aircraft are not in TFDS: give folders with

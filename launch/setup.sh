@@ -2,8 +2,8 @@
 # Sourced by the other scripts: makes .venv at the top of the checkout once, with the tested versions, without root.
 #   PYTHON=python3.12     the interpreter
 #   ACCELERATOR=cuda13    cpu, cuda12, cuda13 or tpu; default: what this machine has
-#   KEEP_VENV=1           never make .venv, nor make it again, as others may be using it: end with one line instead
-# .venv is made again for another interpreter or accelerator, unless it works here as it is, such as one with CUDA on the login
+#   KEEP_VENV=1           never make or rebuild .venv, which other jobs may be using: end with one line instead
+# .venv is rebuilt for another interpreter or accelerator, unless it works here as it is, as one with CUDA does on the login
 # node of a cluster.  If no Python is new enough, uv fetches one.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 

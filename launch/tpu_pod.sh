@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on a Cloud TPU pod through queued resources; every worker runs the same simclr command.
 #   NAME=my-run ZONE=us-central2-b TYPE=v4-256 bash launch/tpu_pod.sh [--dry-run] STEP
-#   create | status | setup | run COMMAND | run_status | logs | stop | delete;  launch/tpu_train.sh goes through all of them
+#   create | status | setup | run COMMAND | run_status | logs | stop | delete;  launch/tpu_train.sh runs them all but logs and stop
 #   revive COMMAND: run, but only on the workers that lost it, as by a reboot
 #   ... run pretrain --config=configs/v1.py:1x --workdir=gs://BUCKET/my-run --resume
 # TYPE counts as Google does: cores for v2 to v5p (v4-256 = 128 chips), chips for v5litepod and v6e.

@@ -21,12 +21,12 @@ HEADER = """# The claims about SimCLR, measured
     simclr claims --workdir=runs/claims                   # textures, which is in the package
     simclr claims --data=npz:cifar10.npz --data=fashion   # NAME:train and NAME:test of each
     simclr claims --budget=full                           # more claims and more data sets
-    simclr claims --budget=methods                        # SimCLR beside MoCo, BYOL, InstDisc, SupCon and an autoencoder
+    simclr claims --budget=methods                        # SimCLR next to MoCo, BYOL, InstDisc, SupCon and an autoencoder
 
 The command can be killed at any moment; started again, it resumes. A finished run is recorded in `claims.json` at once and
-is not repeated. The results are `claims.html`, a table in the terminal, and `claims.json`. The page also draws alignment,
+is not repeated. Several such commands with one workdir divide the runs among themselves. The results are `claims.html`, a table in the terminal, and `claims.json`. The page also draws alignment,
 uniformity and effective rank of h and z through training, and their spectra, for SimCLR and for training without negatives.
-In one folder the page is that of the last command; give each budget a folder of its own. A file under another name counts as
+Each command overwrites the page in its folder, so give each budget a folder of its own. A file under another name counts as
 another data set.
 
 ![The top of claims.html: each claim with the interval of the difference and its verdict](claims.png)
@@ -35,8 +35,8 @@ another data set.
   pixels, AdamW. Training takes 8 epochs of 5,000 images (`quick`), 10,000 (`full`) or 20,000 (`methods`), of which a tenth is
   held out; a claim about longer or shorter training says how much, pairs of transformations train for half as long, and
   batches of 2,048 for twice as long. On textures half of all views are gray, as in the recipe `textures`, where that was
-  chosen on the test images. Raw pixels and histograms are read at 32 pixels. The untrained encoder is as it is
-  initialized, its BatchNorm statistics included.
+  chosen on the test images. Raw pixels and histograms are read at 32 pixels. The untrained encoder keeps its
+  initial weights and BatchNorm statistics.
 - **Scores** are accuracies of a linear classifier on test images unless noted; of supervised training, the accuracy of the
   classifier that it trained. Where a claim takes the best of several settings, that setting is chosen on held-out training
   images.
@@ -46,9 +46,9 @@ another data set.
   rates. One in twenty 95 % intervals excludes zero by chance.
 - **Verdicts.** *Supported*: the whole interval agrees with the claim. *Contrary*: the whole interval contradicts it. *Not
   supported*: neither. A claim that something does not matter is supported if the whole interval is within 2 points of zero.
-  A claim that one pair is better than each of k others is supported if all k intervals agree, and contrary only if one of k
-  wider intervals, of 1 - 0.05 / k, contradicts it; the interval shown is that of the strongest rival. Where both scores of a
-  difference are at chance there was nothing to read, and *not supported* says nothing.
+  A claim that one pair is better than each of k others is supported if all k intervals agree, and contrary only if an
+  interval at the level 1 - 0.05 / k (Bonferroni) contradicts it; the interval shown is that against the strongest rival.
+  Where both scores of a difference are at chance the claim was not tested, and *not supported* says nothing about it.
 - **The paper's numbers** are for ResNet-50 on ImageNet after 100 to 1,000 epochs; only their direction can be compared with
   the measurements here. The paper predicts transformations with nonlinear classifiers, here they are linear; chance for
   color is 50 % here and 80 % there, and h and z, here 64 and 128 wide, are both 2,048 wide there. A *sanity check* is what

@@ -84,7 +84,7 @@ class Data(Section):
   )  # fmt: skip
   data_dir: str = key("", "where prepared TensorFlow Datasets are; empty: their own default")
   max_bad_fraction: float = key(
-    0.001, "fraction of unreadable images above which the run stops; above 0, one such image is always allowed",
+    0.001, "fraction of unreadable images above which the run stops; one is always allowed, unless it is 0",
     at_least=0, at_most=1,
   )  # fmt: skip
   changed: str = key(
@@ -234,17 +234,21 @@ class Loss(Section):
     choices=("nt_xent", "decoupled", "debiased", "cauchy", "nt_logistic", "nt_logistic_semi_hard", "margin_triplet",
              "margin_triplet_semi_hard"),
   )  # fmt: skip
-  temperature: float | None = key(None, "temperature of the softmax", above=0)
-  normalize: bool | None = key(None, "use cosine similarity")
+  temperature: float | None = key(None, "temperature of the softmax; needed by most losses and methods", above=0)
+  normalize: bool | None = key(None, "use cosine similarity; None: True")
   reduction: str | None = key(
     None,
-    "of NT-Xent; mean: over all views; official_sum: the sum of both directions, as in the official code",
+    "of NT-Xent; mean: over all views; official_sum: the sum of both directions, as in the official code; None: mean",
     choices=("mean", "official_sum"),
   )
-  precision: str | None = key(None, "precision of the similarity products", choices=("highest", "high", "default"))
+  precision: str | None = key(
+    None, "precision of the similarity products; None: highest", choices=("highest", "high", "default")
+  )
   tile: int | None = key(None, "nt_xent: largest number of images along the side of a tile", at_least=1)
-  class_prior: float | None = key(None, "debiased: probability that a negative has the same class", at_least=0, below=1)
-  margin: float | None = key(None, "margin of the triplet losses", at_least=0)
+  class_prior: float | None = key(
+    None, "debiased: probability that a negative has the same class; None: 0.1", at_least=0, below=1
+  )
+  margin: float | None = key(None, "margin of the triplet losses; None: 0.8", at_least=0)
   semi_hard: bool | None = key(None, "nt_logistic, margin_triplet: use semi-hard negatives only")
 
   def check(self):
