@@ -87,7 +87,7 @@ def test_byol():
     pairs = [(i, v) for i in range(N) for v in (0, 1)]
     return sum(np.sum((unit(p[i, v]) - unit(TARGET[i, 1 - v])) ** 2) for i, v in pairs) / N
 
-  compare(byol.BYOL(lambda: None, 0.9, 10), {"target": {}, "step": 0}, reference)
+  compare(byol.BYOL(lambda: None, 0.9, 10), {"average": {}, "step": 0}, reference)
 
 
 @pytest.mark.parametrize("queued", [1, 4, 6])

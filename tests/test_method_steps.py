@@ -126,8 +126,7 @@ def unit(x):
 def test_the_averaged_network_and_the_queue_are_those_of_a_simulation(name, start):
   states, net = train(name)
   states = jax.device_get(states)
-  entry = "target" if name == "byol" else "average"
-  average, queue = states[0].extra[entry], []
+  average, queue = states[0].extra["average"], []
   jax.tree.map(np.testing.assert_array_equal, average["params"], states[0].params)
   for k, state in enumerate(states[1:]):
     outputs, updated = outputs_of(net, average, k)
@@ -135,7 +134,7 @@ def test_the_averaged_network_and_the_queue_are_those_of_a_simulation(name, star
     decay = 0.9 if start is None else 1 - (1 - start) * (np.cos(np.pi * k / 4) + 1) / 2
     params = jax.tree.map(lambda a, w, d=decay: d * a + (1 - d) * w, average["params"], state.params)
     average = {"params": params, **updated}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.extra[entry], average)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.extra["average"], average)
     if name == "moco":
       np.testing.assert_allclose(state.extra["queue"][: len(queue)], queue[:48], atol=1e-5)
       assert state.extra["queued"] == min(32 * (k + 1), 48) and not state.extra["queue"][len(queue) :].any()

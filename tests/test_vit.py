@@ -159,7 +159,7 @@ def test_it_is_fine_tuned_and_is_a_teacher(tap):
   )
   task = finetune.make_task(c, start, source, mesh=mesh)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
-  begun = task.warm_start(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+  begun = task.warm_start(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
   assert jax.tree.structure(begun) == jax.tree.structure(shapes)
   assert float(begun.params["encoder"]["block1"]["qkv"]["kernel"].max()) == 0.25 and bool(begun.batch_stats) == bool(
     tap

@@ -12,34 +12,21 @@ import numpy as np
 
 from simclr_jax import contrast, optimizer
 from simclr_jax.methods import momentum, simclr
-from simclr_jax.methods.method import Method
 from simclr_jax.projector import Predictor
 
 
 @dataclasses.dataclass(frozen=True)
-class MoCoV3(Method):
-  """Its extra state is dict(average, step):
-
-  average: {"params", "batch_stats"} of the momentum encoder; its BatchNorm sees the batch.
-  step: int32, number of updates done, on which the decay depends.
+class MoCoV3(momentum.MomentumEncoder):
+  """The average computes the keys.
 
   Attributes:
-    predictor: of queries.
-    decay: of the momentum encoder at the start; it rises to 1 along a cosine.
-    total_steps: of the run.
     temperature: of the softmax.
     precision: of the similarities.
   """
 
-  predictor: Predictor
-  decay: float
-  total_steps: int
   temperature: float
   chance_loss: float | None = None
   precision: str = "highest"
-
-  def init(self, variables, outputs):
-    return {"average": variables, "step": jnp.zeros((), jnp.int32)}
 
   def loss(self, outputs, extra, network, batch):
     """2 tau times cross-entropy, mean over images, summed over both orders of the views (Algorithm 1)."""
@@ -52,13 +39,6 @@ class MoCoV3(Method):
     own = jnp.eye(len(q), dtype=bool)
     hit = positive > jnp.max(jnp.where(own, -jnp.inf, logits), axis=2)
     return loss, {"contrastive_accuracy": jnp.mean(hit)}, {"batch_stats": batch_stats}
-
-  def after(self, variables, extra, updates):
-    decay = momentum.cosine(self.decay, extra["step"], self.total_steps)
-    return {
-      "average": momentum.average(extra["average"], variables, updates["batch_stats"], decay),
-      "step": extra["step"] + 1,
-    }
 
 
 def create(config, mesh, source=None) -> MoCoV3:

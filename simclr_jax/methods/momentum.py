@@ -1,7 +1,37 @@
 """The moving average of a network, which MoCo calls the momentum encoder and BYOL the target network."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+
+from simclr_jax.methods.method import Method
+from simclr_jax.projector import Predictor
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentumEncoder(Method):
+  """What BYOL and MoCo v3 have in common.  The extra state is dict(average, step):
+
+  average: {"params", "batch_stats"} of the averaged network; its BatchNorm sees the batch.
+  step: int32, number of updates done, on which the decay depends.
+
+  Attributes:
+    predictor: of the trained network's z.
+    decay: of the average at the start; it rises to 1 along a cosine.
+    total_steps: of the run.
+  """
+
+  predictor: Predictor
+  decay: float
+  total_steps: int
+
+  def init(self, variables, outputs):
+    return {"average": variables, "step": jnp.zeros((), jnp.int32)}
+
+  def after(self, variables, extra, updates):
+    decay = cosine(self.decay, extra["step"], self.total_steps)
+    return {"average": average(extra["average"], variables, updates["batch_stats"], decay), "step": extra["step"] + 1}
 
 
 def average(before, variables, batch_stats, decay):

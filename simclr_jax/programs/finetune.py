@@ -7,7 +7,6 @@ baseline.  Training sees crops and flips; BatchNorm spans the global batch.
 
 import dataclasses
 import functools
-import inspect
 import json
 import re
 
@@ -48,9 +47,8 @@ def resolve(config, begun=None):
     config = trained.as_begun(config, begun, keys)
   if start:
     resize = config.augment.resize or start.resize  # pixels as the weights know them
-    networks = {"encoder": start.encoder, "projector": start.projector}
-    how = trained.precision(config, start)
-    config = config_lib.replace(config_lib.replace(config, {**networks, "augment.resize": resize}), how)
+    networks = {"projector": start.projector, "augment.resize": resize}
+    config = trained.with_networks(config, start.encoder, **networks)
   layers = {"nonlinear": config.projector.layers, "linear": 1, "none": 0}[config.projector.kind]
   if config.tune_after >= 0 and ":" in config.encoder.name:
     raise UserError(f"config.tune_after={config.tune_after}: {config.encoder.name} has no known stages; use -1")
@@ -129,8 +127,7 @@ def view(config):
   options = dict(config.augment)
   if config.augment.color_strength is not None:  # the supervised baselines of arXiv 2002.05709, Table B.3
     return lambda image, seed: augment_extra.two_views(image, seed, **options)[0]
-  crop = inspect.signature(augment.one_view).parameters.keys() - {"image", "seed"}
-  return functools.partial(augment.one_view, **{key: options[key] for key in crop if key in options})
+  return functools.partial(augment.one_view, **{key: options[key] for key in views.CROP if key in options})
 
 
 def choose(source, labels, test=None) -> np.ndarray:

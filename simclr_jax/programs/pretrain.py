@@ -59,8 +59,8 @@ def open_start(config):
   start = trained.open_start(config.start)
   if config.keep_head and "projector" not in start.variables:
     raise UserError(f"config.keep_head=True: {config.start} holds no projection head; start with a new one")
-  networks = {"encoder": start.encoder, **({"projector": start.projector} if config.keep_head else {})}
-  return config_lib.replace(config_lib.replace(config, networks), trained.precision(config, start)), start
+  head = {"projector": start.projector} if config.keep_head else {}
+  return trained.with_networks(config, start.encoder, **head), start
 
 
 def from_random_weights(config):

@@ -62,11 +62,14 @@ def placed_like(like, tree):
   return jax.tree.map(lambda old, new: jax.device_put(jnp.array(new), old.sharding), like, tree)
 
 
-def precision(config, start) -> dict:
-  """How `config` says that the architecture of a start computes, which is no property of the weights: values by their keys."""
-  if start.encoder.name != config.encoder.name:
-    return {}
-  return {f"encoder.{key}": config.encoder[key] for key in ("dtype", "remat", "arrangement")}
+def with_networks(config, encoder, **networks):
+  """`config` with the architecture of given networks, an encoder and other sections or keys by their names.
+
+  How the encoder computes (dtype, remat, arrangement) is no property of its weights and stays as `config` says.
+  """
+  how = ("dtype", "remat", "arrangement") if encoder.name == config.encoder.name else ()
+  given = config_lib.replace(config, {"encoder": encoder, **networks})
+  return config_lib.replace(given, {f"encoder.{key}": config.encoder[key] for key in how})
 
 
 def as_begun(config, workdir, keys):
@@ -80,8 +83,7 @@ def as_begun(config, workdir, keys):
   kept = config_lib.from_json(checkpoint.read_config(workdir))
   if kept.program != config.program:
     return config
-  taken = config_lib.replace(config, {key: functools.reduce(getattr, key.split("."), kept) for key in keys})
-  return config_lib.replace(taken, precision(config, kept))
+  return with_networks(config, **{key: functools.reduce(getattr, key.split("."), kept) for key in keys})
 
 
 def open_start(path, step: int | None = None) -> Start:

@@ -185,7 +185,6 @@ def fine_tune(
     optimizer = dict(name="sgd", base_lr=lr, lr_scaling="none", weight_decay=decay / lr)
     changes = {
       **{
-        "encoder": encoder.start.encoder,
         "projector": {"kind": "none"},
         "tap": 0,
         "start": start.path if start else "",
@@ -201,7 +200,7 @@ def fine_tune(
       **{"checkpoint": {"keep": 1}, "log": {"every_steps": tuned.train_steps}},
     }
     recipe = config_lib.load(g.recipe)
-    c = config_lib.replace(config_lib.replace(recipe, changes), trained.precision(recipe, encoder.start))
+    c = config_lib.replace(trained.with_networks(recipe, encoder.start.encoder), changes)
     folder = checkpoint.claim_workdir(str(workdir / name), resume=True, overwrite=False)
     result = finetune.train(c, start, source, tested, folder, mesh=mesh)
     logits, labels = result["logits"], result["labels"]
