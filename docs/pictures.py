@@ -20,7 +20,7 @@ DOCS = pathlib.Path(__file__).resolve().parent
 ROOT = DOCS.parent
 REPORT = ROOT / "simclr_jax/report"
 KEPT = DOCS / "pictures.json"
-CLAIMS = ROOT / "benchmarks/claims/methods/claims.json"
+CLAIMS = ROOT / "benchmarks/claims/full/claims.json"
 # Picture -> the files that draw what it shows.
 DRAWN_WITH = {
   "report": (

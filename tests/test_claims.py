@@ -503,10 +503,10 @@ def test_the_page_of_the_docs_has_the_results():
                                      1: {f"{key}{z}": 0.6 for key in claims.STANDINGS for z in ("", "_z")}},
             ("textures", "pixels"): {0: {key: 0.25 for key in claims.STANDINGS}}, ("textures", "short"): {0: {"linear": 0.9}}}  # fmt: skip
   standings = {"textures": claims.standings(scores, "textures")}
-  text = claims_page.results({"summary": "Two claims.", "findings": rows, "standings": standings})
+  text = claims_page.results("full", {"summary": "Two claims.", "findings": rows, "standings": standings})
   assert "| simclr, z | 55.0 (50.0 to 60.0) |" in text and "| pixels | 25.0 |" in text and "short" not in text
   assert "| h over z | +10.0 | -2.0 | -3.0 to -1.0 | **contrary** |" in text
-  assert "| hue |  |  |  | not measured |" in text and "## Measured on textures" in text
+  assert "| hue |  |  |  | not measured |" in text and "## Measured: full, on textures" in text
 
 
 def test_contrary_stands_out_in_the_table():

@@ -71,16 +71,16 @@ def page(*folders: str) -> str:
     )
   text = "\n".join(out) + "\n"
   for folder in map(files.absolute, folders):
-    text += results(json.loads(files.read_text(folder / claims.FILE)))
+    text += results(folder.name, json.loads(files.read_text(folder / claims.FILE)))
     if (folder / REMARKS).exists():
       text += "\n" + files.read_text(folder / REMARKS)
   return text
 
 
-def results(kept: dict) -> str:
-  """The section of results of what claims.json holds."""
+def results(name: str, kept: dict) -> str:
+  """The section of results, of a name, of what claims.json holds."""
   sets = list(dict.fromkeys(row["data"] for row in kept["findings"]))
-  out = ["", f"## Measured on {', '.join(sets)}", "", kept["summary"]]
+  out = ["", f"## Measured: {name}, on {', '.join(sets)}", "", kept["summary"]]
   for data in sets:
     out += ["", f"### {data}"] if len(sets) > 1 else []
     out += ["", "| claim | paper | here | 95 % interval | verdict |", "|---|---|---|---|---|"]
