@@ -73,6 +73,7 @@ def problem():
   return variables["params"], stats, {"views": views, "number": np.arange(N)}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def gradients(network, params, stats, batch, train=True):
   """((loss, updated statistics), gradients)."""
 
@@ -119,7 +120,7 @@ def test_microbatch_statistics_are_that_function(problem):
     variables = {"params": params, "batch_stats": stats}
     return loss_of(accumulate.join(jnp.stack([network(variables, {"views": part})[0] for part in parts]), 1))
 
-  want = jax.grad(objective)(params)
+  want = jax.jit(jax.grad(objective))(params)
   (_, updated), got = gradients(in_parts(), params, stats, jax.tree.map(jnp.asarray, batch))
   close(got, want, 1e-5)
   # The first BatchNorm sees the same inputs either way, so its moving statistics are those of the unsplit step.
@@ -159,14 +160,15 @@ def test_batch_norm_of_devices_is_that_of_their_images_alone():
   x = jax.random.uniform(jax.random.key(0), (N, 2, 8, 8, 3))
   variables = Net().init(jax.random.key(1), x[:1], False)
   plain = lambda variables, views, train=True: network(variables, {"views": views}, train)  # noqa: E731
-  grouped = train_step.of_devices(plain, K)
+  plain = functools.partial(jax.jit, static_argnames="train")(plain)
+  grouped = functools.partial(jax.jit, static_argnames="train")(train_step.of_devices(plain, K))
   z, updated = grouped(variables, x)
   alone = [plain(variables, x[i : i + N // K])[0] for i in range(0, N, N // K)]
   np.testing.assert_allclose(z, np.concatenate(alone), atol=1e-5)
   assert np.abs(z - plain(variables, x)[0]).max() > 0.01
   for a, b in zip(*(jax.tree.leaves(u["BatchNorm_0"]) for u in (updated, plain(variables, x)[1])), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
-  np.testing.assert_array_equal(grouped(variables, x, False)[0], plain(variables, x, False)[0])
+  np.testing.assert_array_equal(grouped(variables, x, train=False)[0], plain(variables, x, train=False)[0])
 
 
 class Slow(nn.Module):
