@@ -24,10 +24,10 @@ HEADER = """# The claims about SimCLR, measured
     simclr claims --budget=methods                        # SimCLR next to MoCo, BYOL, InstDisc, SupCon and an autoencoder
 
 The command can be killed at any moment; started again, it resumes. A finished run is recorded in `claims.json` at once and
-is not repeated. Several such commands with one workdir divide the runs among themselves. The results are `claims.html`, a table in the terminal, and `claims.json`. The page also draws alignment,
-uniformity and effective rank of h and z through training, and their spectra, for SimCLR and for training without negatives.
-Each command overwrites the page in its folder, so give each budget a folder of its own. A file under another name counts as
-another data set.
+is not repeated. Several such commands with one workdir divide the runs among themselves. The results are `claims.html`, a
+table in the terminal, and `claims.json`. The page also draws alignment, uniformity and effective rank of h and z through
+training, and their spectra, for SimCLR and for training without negatives. Each command overwrites the page in its folder,
+so give each budget a folder of its own. A file under another name counts as another data set.
 
 ![The top of claims.html: each claim with the interval of the difference and its verdict](claims.png)
 
