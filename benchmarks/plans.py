@@ -18,12 +18,12 @@ RECIPES = (
 )
 HEAD = """# Every recipe of the papers on 128 TPU v4 chips
 
-The v1 paper used 128 TPU v3 cores, which are 64 chips, the v2 paper "128 Cloud TPUs"; here the recipes are compiled for a v4 pod slice of 128 chips.  **All
-times are a compiler's estimates; no TPU has run these recipes here.**  [scaling.md](scaling.md) explains the columns, the
-range, and how far to trust them.  All rows use the packed arrangement of the encoder: "as it is" means the recipe with
-`encoder.arrangement=packed` and no other change.  Hours and chip-hours cover the epochs of the recipe, without evaluation
-and checkpoints.  `python -m benchmarks.plans` makes this page from `docs/plans.json` and adds missing recipes, which takes
-minutes to an hour each.
+The v1 paper used 128 TPU v3 cores, which are 64 chips, the v2 paper "128 Cloud TPUs"; here the recipes are compiled for a v4
+pod slice of 128 chips. **All times are a compiler's estimates; no TPU has run these recipes here.** [scaling.md](scaling.md)
+explains the columns, the range, and how far to trust them. All rows use the packed arrangement of the encoder: "as it is"
+means the recipe with `encoder.arrangement=packed` and no other change. Hours and chip-hours cover the epochs of the recipe,
+without evaluation and checkpoints. `python -m benchmarks.plans` makes this page from `docs/plans.json` and adds missing
+recipes, which takes minutes to an hour each.
 
 | recipe | batch | encoder, M | as it is | with | GiB per chip | est. ms per step | range | est. images/s/chip | est. MFU | est. hours | est. chip-hours |
 |---|---|---|---|---|---|---|---|---|---|---|---|

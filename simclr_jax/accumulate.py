@@ -60,7 +60,6 @@ def in_parts(network, *, parts: int, devices: int, batch_norm: str, moments=None
   def apply(variables, batch, train=True):
     batch = jax.tree.map(lambda x: split(x, parts, devices), batch)
     before = variables["batch_stats"]
-    kept = momenta(network, variables, jax.tree.map(lambda x: x[0], batch)) if train else before
     exact = train and batch_norm == "exact" and bool(jax.tree.leaves(before))  # else there is no BatchNorm
     if exact:
       variables = {**variables, "batch_stats": _whole_batch_statistics(moments, variables, batch)}
@@ -70,12 +69,14 @@ def in_parts(network, *, parts: int, devices: int, batch_norm: str, moments=None
       return network(variables, part, train and not exact)
 
     _, (outputs, updated) = jax.lax.scan(lambda _, part: (None, encode(variables, part)), None, batch)
-    if exact:
-      new = jax.lax.stop_gradient(variables["batch_stats"])
-      updated = jax.tree.map(lambda m, old, new: m * old + (1 - m) * new, kept, before, new)
-    else:
-      updated = merge(updated, kept) if train else before
-    return jax.tree.map(lambda x: join(x, devices), outputs), updated
+    outputs = jax.tree.map(lambda x: join(x, devices), outputs)
+    if not train:
+      return outputs, before
+    kept = momenta(network, variables, jax.tree.map(lambda x: x[0], batch))
+    if not exact:
+      return outputs, merge(updated, kept)
+    new = jax.lax.stop_gradient(variables["batch_stats"])
+    return outputs, jax.tree.map(lambda m, old, new: m * old + (1 - m) * new, kept, before, new)
 
   return apply
 

@@ -12,8 +12,8 @@ Kernels are HWIO.  A BatchNorm holds the parameters scale, bias and the batch_st
 All other files rely on this contract of an encoder: it is a Linen module with `__call__(x, train) -> h`, x float
 [n, h, w, 3] in [0, 1], h float32 [n, d]; BatchNorm statistics, if any, are `mean` and `var` in "batch_stats"; in inference
 mode each BatchNorm writes `mean` and `square` of its input to the collection "batch_moments", if that is mutable, which only
-microbatches with statistics of the whole batch ask for (accumulate.py).  One that can be frozen in part also takes `tune_after` and has `stage(name)`, the stage of a top-level
-parameter: it freezes the stages up to `tune_after`.
+microbatches with statistics of the whole batch ask for (accumulate.py).  One that can be frozen in part also takes
+`tune_after` and has `stage(name)`, the stage of a top-level parameter: it freezes the stages up to `tune_after`.
 """
 
 from typing import Any

@@ -210,6 +210,15 @@ def test_labels_that_would_not_be_used_are_refused():
     config_lib.load("distill:small", [f"--config.{key}={value}", "--config.alpha=0.5"])
 
 
+def test_earlier_runs_with_values_of_no_effect_are_still_opened():
+  plain = config_lib.load("distill:small")
+  values = config_lib.to_dict(plain)
+  old = {**values, "labels": {**values["labels"], "fraction": 0.1}, "augment": {**values["augment"], "canvas": 64}}
+  assert config_lib.from_saved(old) == plain
+  half = config_lib.from_saved({**old, "alpha": 0.5})
+  assert (half.labels.fraction, half.augment.canvas) == (0.1, 512)
+
+
 def test_a_run_resumes_with_the_teacher_that_it_began_with(teacher, tmp_path):
   """Another one is refused before the folder is touched."""
   folder, _ = teacher

@@ -100,7 +100,8 @@ def test_settings_are_not_chosen_on_what_is_scored_and_scores_fit_the_labels(cha
 def test_what_would_end_it_after_some_rows_ends_it_before(changes, words, tmp_path):
   spec = tiny.npz(tmp_path / "tiny.npz")
   row = dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")
-  rows = {"fine": row, "row": row | changes.pop("rows", {"row": {}})["row"]}
+  rows = {"fine": row, "row": row | changes.get("rows", {"row": {}})["row"]}
+  changes = {key: value for key, value in changes.items() if key != "rows"}
   settings = config_lib.replace(config(str(tiny.export(tmp_path / "encoder")), rows), changes)
   kept = tmp_path / "run/transfer.json"
   kept.parent.mkdir()

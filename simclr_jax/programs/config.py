@@ -692,6 +692,18 @@ def load(recipe: str, overrides=()):
   return from_dict(merge(values, parse(overrides), class_of(values)))
 
 
+def load_part(key: str, recipe: str, program: str):
+  """The config of the recipe for `program` that a config names at `key`.
+
+  Raises:
+    UserError: as for `load`, or it is for another program.
+  """
+  found = load(recipe)
+  if found.program != program:
+    raise UserError(f"config.{key}={recipe}: a recipe for simclr {found.program}; expected one for simclr {program}")
+  return found
+
+
 def of_run(workdir, overrides=()):
   """(the name of the recipe, the config) of the run in a folder, with overrides applied; the name is empty if the run
   does not state it or the recipe no longer exists.  The recipe is not run: the folder may come from elsewhere.
@@ -757,6 +769,12 @@ def from_saved(values: dict):
   part = values.get("data", {})
   if part and not part.get("test") and "held_out" not in part:  # a run before 0.2, which trained on all images
     values["data"] = {**part, "held_out": 0.0}
+  if values.get("program") in ("finetune", "distill", "transfer"):  # what had no effect, and is refused since 0.2
+    values["augment"] = {key: value for key, value in values.get("augment", {}).items() if key != "canvas"}
+  if values.get("program") == "distill" and values.get("alpha", 1.0) == 1.0:
+    values["labels"] = {
+      key: value for key, value in values.get("labels", {}).items() if key not in ("list", "fraction")
+    }
   return from_dict(values)
 
 

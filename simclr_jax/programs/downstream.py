@@ -15,7 +15,6 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain, same, splits, transfer
 from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, files
-from simclr_jax.runtime.errors import UserError
 
 
 def part(run, config, folder) -> dict:
@@ -23,20 +22,6 @@ def part(run, config, folder) -> dict:
   if not (folder / "COMPLETE").exists():
     run(config, folder, resume=folder.exists(), overwrite=False)
   return json.loads(files.read_sealed(folder / "scores.json"))["scores"]
-
-
-def of_program(config, name: str):
-  """The config of the recipe that `config` names for a program.
-
-  Raises:
-    UserError: there is none, or it is for another program.
-  """
-  found = config_lib.load(config[name])
-  if found.program != name:
-    raise UserError(
-      f"config.{name}={config[name]}: a recipe for simclr {found.program}; expected one for simclr {name}"
-    )
-  return found
 
 
 def changed(recipe: str, changes: dict):
@@ -111,7 +96,9 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   Raises:
     ValueError: a mistake in the config or the data, on one line.
   """
-  recipe, *_ = (of_program(config, name) for name in ("pretrain", "finetune", "distill", "transfer"))
+  recipe, *_ = (
+    config_lib.load_part(name, config[name], name) for name in ("pretrain", "finetune", "distill", "transfer")
+  )
   train, test = splits.check_labeled(recipe.data, *splits.open_data(recipe.data))
   fingerprints = same.check_data(workdir, resume, "refuse", {"data.train": train, "data.test": test})
   workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite)

@@ -271,10 +271,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   if config.supervised:
     encoders["supervised"] = FrozenEncoder(trained.open_start(config.supervised), config, mesh)
   encoders["random"] = FrozenEncoder(start, config, mesh, untrained=True)
-  if "finetune" in config.methods and (found := config_lib.load(config.finetune.recipe)).program != "finetune":
-    raise UserError(
-      f"config.finetune.recipe={config.finetune.recipe}: a recipe for simclr {found.program}, not finetune"
-    )
+  if "finetune" in config.methods:
+    config_lib.load_part("finetune.recipe", config.finetune.recipe, "finetune")
   parts = {name: splits(row, config.data_dir or None) for name, row in config.rows.items()}
   starts = (config.start, config.supervised)
   workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, starts=starts, writes=tuple(config.rows))
