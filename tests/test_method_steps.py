@@ -7,6 +7,7 @@ import itertools
 import shutil
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,8 +68,8 @@ def batch_of(step):
   return Batch(pixels=pixels, label=index % 3, index=index, seed=rng.integers(0, 1000, (N, 2), np.int32))
 
 
-def make_task(name, mesh, microbatches=1):
-  """(loop.Task, model) of a method on the toy network, by the same steps as pretrain.make_task."""
+def make_task(name, mesh, microbatches=1, *, groups=1, zero1=False):
+  """(loop.Task, model) of a method on the toy network, by the same steps as pretrain.make_task; groups are those of BatchNorm."""
   config = tiny.config(method=name, train_steps=4, **{"projector.out_dim": 4}, **CHANGES[name])
   method = methods.create(config, mesh, tiny.source(IMAGES))
   predictor = getattr(method, "predictor", None)
@@ -85,6 +86,7 @@ def make_task(name, mesh, microbatches=1):
   else:
     options = dict(microbatches=microbatches, devices=mesh.size, batch_norm="exact")
     views, network = train_step.in_microbatches(net, device, **options)
+  network = network if groups == 1 else train_step.of_devices(network, groups)
   parts = dict(views=views, network=network, method=method, tx=tx, schedule=lambda step: 0.01)
   return loop.Task(
     init=functools.partial(pretrain.init_state, model=net, method=method, tx=tx, image_size=SIZE),
@@ -95,15 +97,16 @@ def make_task(name, mesh, microbatches=1):
     batch_size=N,
     num_examples=IMAGES,
     exports=lambda state: {"encoder": model.keep_encoder(state)},
+    zero1=zero1,
     split=getattr(method, "split", ()),
   ), net
 
 
 @functools.cache
-def train(name, devices=1, microbatches=1):
+def train(name, devices=1, microbatches=1, **options):
   """The states after 0, 1, 2 and 3 updates, and the task's network."""
   mesh = mesh_lib.make_mesh(jax.devices()[:devices])
-  task, net = make_task(name, mesh, microbatches)
+  task, net = make_task(name, mesh, microbatches, **options)
   like = loop.abstract_state(task, mesh)
   placed = jax.tree.map(lambda x: x.sharding, like)
   state = jax.jit(task.init, out_shardings=placed)(jax.random.key(0))
@@ -114,23 +117,37 @@ def train(name, devices=1, microbatches=1):
   return states, net
 
 
-def outputs_of(net, variables, step):
-  return jax.device_get(net.apply(variables, batch_of(step).pixels, train=True, mutable=["batch_stats"]))
+def outputs_of(net, variables, step, groups=1):
+  """(z, updated batch_stats) of the network, whose BatchNorm sees a group of the images at a time.
+
+  In both networks each BatchNorm has momentum 0.9.
+  """
+  parts = np.split(batch_of(step).pixels, groups)
+  found = [jax.device_get(net.apply(variables, part, train=True, mutable=["batch_stats"])) for part in parts]
+  stats = {}
+  old = flax.traverse_util.flatten_dict(jax.device_get(variables["batch_stats"]))
+  of_each = [flax.traverse_util.flatten_dict(updated["batch_stats"]) for _, updated in found]
+  batch = {path: np.stack([(each[path] - 0.9 * old[path]) / 0.1 for each in of_each]) for path in old}
+  for path, values in batch.items():
+    spread = batch[(*path[:-1], "mean")].var(0) if path[-1] == "var" else 0.0
+    stats[path] = 0.9 * old[path] + 0.1 * (values.mean(0) + spread)
+  return np.concatenate([outputs.z for outputs, _ in found]), {"batch_stats": flax.traverse_util.unflatten_dict(stats)}
 
 
 def unit(x):
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("name, start", [("moco", None), ("moco_v3", 0.9), ("byol", 0.9)])
-def test_the_averaged_network_and_the_queue_are_those_of_a_simulation(name, start):
-  states, net = train(name)
+def test_the_averaged_network_and_the_queue_are_those_of_a_simulation(name, start, groups):
+  states, net = train(name, groups=groups)
   states = jax.device_get(states)
   average, queue = states[0].extra["average"], []
   jax.tree.map(np.testing.assert_array_equal, average["params"], states[0].params)
   for k, state in enumerate(states[1:]):
-    outputs, updated = outputs_of(net, average, k)
-    queue = [*unit(outputs.z.reshape(2 * N, 4)), *queue]
+    z, updated = outputs_of(net, average, k, groups)
+    queue = [*unit(z.reshape(2 * N, 4)), *queue]
     decay = 0.9 if start is None else 1 - (1 - start) * (np.cos(np.pi * k / 4) + 1) / 2
     params = jax.tree.map(lambda a, w, d=decay: d * a + (1 - d) * w, average["params"], state.params)
     average = {"params": params, **updated}
@@ -147,7 +164,7 @@ def test_the_bank_is_that_of_a_simulation():
   assert bank.shape == (1024, 4) and states[0].extra["normalizer"] == 0
   np.testing.assert_allclose(np.linalg.norm(bank, axis=1), 1, atol=1e-6)
   for k, (before, state) in enumerate(itertools.pairwise(states)):
-    z, index = outputs_of(net, before.variables, k)[0].z, batch_of(k).index
+    z, index = outputs_of(net, before.variables, k)[0], batch_of(k).index
     bank[index] = unit(0.5 * bank[index] + 0.5 * unit(z).mean(1))
     np.testing.assert_allclose(state.extra["bank"], bank, atol=1e-5)
     assert state.extra["normalizer"] == states[1].extra["normalizer"] > 0
@@ -163,6 +180,16 @@ def test_eight_devices_equal_one(name):
     if entry in eight[-1].extra:
       shards = eight[-1].extra[entry].addressable_shards
       assert {len(shard.data) for shard in shards} == {len(eight[-1].extra[entry]) // 8}
+
+
+@pytest.mark.parametrize("name", ["byol", "tsimcne"])
+def test_a_sharded_optimizer_state_changes_nothing(name):
+  """Beside an averaged network, and where parts of the network wait for their stage."""
+  plain, sharded = (train(name, devices, zero1=devices > 1)[0][-1] for devices in (1, 8))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *jax.device_get([(s.params, s.opt_state, s.extra) for s in (plain, sharded)])
+  )  # fmt: skip
+  assert any(len(x.sharding.spec) and not x.is_fully_replicated for x in jax.tree.leaves(sharded.opt_state))
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -204,7 +231,7 @@ def test_tsimcne_trains_in_three_stages():
   assert moved(*second, "encoder") == 0 and moved(*second, "projector") == 0 and moved(*second, "predictor") > 0
   assert all(moved(*third, name) > 0 for name in ("encoder", "projector", "predictor", "classifier"))
   assert moved(*second, "classifier") > 0
-  outputs = outputs_of(net, states[0].variables, 0)[0]
+  outputs = net.apply(states[0].variables, batch_of(0).pixels)
   assert outputs.prediction.shape == (N, 2, 2, 2)
   np.testing.assert_array_equal(outputs.prediction[:, :, 0], outputs.prediction[:, :, 1])
 
