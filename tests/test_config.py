@@ -145,6 +145,8 @@ def test_every_recipe_is_complete_and_survives_json(path):
     ("--config.augment.crop_area=(0.1, 0.5, 1)", "expected a tuple such as (0.08, 1.0) of (float, float)"),
     ("--config.augment.crop_area=(1.0, 0.1)", "expected the smaller value first"),
     ("--config.augment.crop_area=(0.02, 0.08)", "crop_sampler=official draws no crop below a tenth of the image"),
+    ("--config.augment.extra=(('sobell', 0.1),)", "config.augment.extra='sobell': expected one of sobel, solarize"),
+    ("--config.augment.extra=(('sobel', 10.0),)", "config.augment.extra: sobel with probability 10.0: expected 0 to 1"),
     ("--config.augment.colour_strength=1", "did you mean config.augment.color_strength?"),
     ("--config.color_strength=1", "did you mean config.augment.color_strength?"),
     ("--config.encoder.remat=blocks", "config.encoder.remat='blocks': expected none, block or group"),
@@ -327,6 +329,7 @@ def test_choices_are_those_of_the_functions():
 
   assert choices(config_lib.Encoder, "arrangement") == tuple(model.ARRANGEMENTS)
   assert choices(config_lib.Augment, "where") == views.WHERE
+  assert config_lib.EXTRA == tuple(augment_extra.EXTRA)
   assert choices(config_lib.Encoder, "depth") == tuple(encoder.DEPTHS)
   assert choices(config_lib.Projector, "kind") == projector.KINDS
   assert set(choices(config_lib.Loss, "name")) == set(contrast.LOSSES)

@@ -113,6 +113,12 @@ class Crop(Section):
       )
 
 
+# The names in augment_extra.EXTRA, which cannot be imported without TensorFlow.
+EXTRA = (
+  "sobel", "solarize", "equalize", "motion_blur", "cutout", "rotate", "noise", "crop", "color", "blur", "autoaugment",
+)  # fmt: skip
+
+
 @frozen
 class Augment(Crop):
   """The augmentation family: arguments of augment_extra.two_views, and where each half of it runs."""
@@ -140,11 +146,19 @@ class Augment(Crop):
   blur_prob: float = key(0.5, "probability of blur", at_least=0, at_most=1)
   color_order: str = key("random", "order of the four color operations", choices=("random", "fixed"))
   extra: tuple[tuple[str, float], ...] = key(
-    (), "more operators of augment_extra.EXTRA with probabilities, such as (('sobel', 0.1),)"
+    (), f"more operators with probabilities, such as (('sobel', 0.1),); the operators: {', '.join(EXTRA)}"
   )
   one_sided: bool = key(
     False, "both views share crop and flip; only the first gets the other operations (v1, Figure 5)"
   )
+
+  def check(self):
+    super().check()
+    for name, prob in self.extra:
+      if name not in EXTRA:
+        raise UserError(f"extra={name!r}: expected one of {', '.join(EXTRA)}")
+      if not 0 <= prob <= 1:
+        raise UserError(f"extra: {name} with probability {prob}: expected 0 to 1")
 
 
 @frozen
