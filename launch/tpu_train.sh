@@ -21,7 +21,7 @@ if [ -n "$dry" ]; then
 fi
 bash "$0" --dry-run "$@" > /dev/null # what is missing or wrong is said before a pod is billed
 trap 'note "this script ends; the pod does not: start it again, or bash launch/tpu_pod.sh delete"; exit 130' INT TERM
-errors="$(mktemp)"
+errors="$(mktemp)"; trap 'rm -f "$errors"' EXIT
 ask() { # how the request is, in `state`, which may also be an error such as no network here
   state="$(pod status 2> "$errors")" || { state="$(< "$errors")"; if [[ "$state" = *NOT_FOUND* ]]; then state=NONE; fi; }
 }
