@@ -30,7 +30,7 @@ from simclr_jax.views import Batch
 VERSION = 2  # of what a cell does; a change of it makes every cell anew
 GRAY = 2.0  # largest mean difference between the color channels of a gray image, of 255
 LABELS = {"linear_10pct": 0.1, "linear_1pct": 0.01}
-# Of the recipe that a set has, whose settings were tuned on it.
+# Of the recipe that a set has, whose settings were compared on held-out images of it.
 FOR_DATA = {"textures": {"augment.grayscale_prob": 0.5}}
 UNTRAINED = "untrained"  # kinds of cells beside "train"
 PIXELS = "pixels"
