@@ -30,6 +30,7 @@ def test_arrays_in_arrays_out(tmp_path):
   images = np.stack([source.read(i) for i in range(96)])
   encoder = simclr_jax.pretrain(images, str(tmp_path / "run"), recipe="smoke", labels=source.labels, **SMALL)
   assert (tmp_path / "run/report.html").exists() and encoder.card["step"] == 2
+  assert 0 < encoder.card["held_out"]["images"] < 20 and "classes" not in encoder.card["held_out"]
   h = simclr_jax.embed(encoder, images, batch_size=40)
   assert h.shape == (96, encoder.card["feature_dimension"]) and h.dtype == np.float32
   views = np.stack([augment.center_crop(image, size=16, proportion=1.0) for image in images[:5]])

@@ -25,6 +25,7 @@ from PIL import Image
 import simclr_jax
 from simclr_jax import __main__ as command
 from simclr_jax import augment, exporting, model
+from simclr_jax.data import decode
 from simclr_jax.encoder import resnet
 from simclr_jax.exporting import torch_folders, torch_names
 from simclr_jax.programs import config as config_lib
@@ -236,8 +237,9 @@ def test_torch_formats(exported, tmp_path, capsys):
 
 
 def show_of_card(folder, exported):
-  """The snippet of a folder's README, on a photo that has to be cropped, gives the h of simclr_jax.embed."""
-  photo = np.random.default_rng(3).integers(0, 256, (90, 70, 3), np.uint8)
+  """The snippet of a folder's README, on a half-transparent image that has to be cropped, gives the h of simclr_jax.embed."""
+  photo = np.random.default_rng(3).integers(0, 256, (90, 70, 4), np.uint8)
+  photo[:45, :, 3] = 255
   Image.fromarray(photo).save(folder.parent / "photo.png")
   code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
   code = code.replace('Image.new("RGB", (640, 480))', 'Image.open("../photo.png")')
@@ -246,7 +248,10 @@ def show_of_card(folder, exported):
   environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules)}
   done = subprocess.run([TORCH_PYTHON, "-B", "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  h, expected = np.load(folder.parent / "h.npy"), simclr_jax.embed(exported, [photo])
+  h, expected = (
+    np.load(folder.parent / "h.npy"),
+    simclr_jax.embed(exported, [decode.decode((folder.parent / "photo.png").read_bytes())]),
+  )
   np.testing.assert_allclose(h, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
@@ -420,6 +425,14 @@ def test_cards_of_version_1_are_read(small, tmp_path):
     simclr_jax.load_encoder(tmp_path / "future")
 
 
+def test_a_library_may_be_installed_under_another_name():
+  """PIL is of the distribution pillow, as onnxruntime may be of onnxruntime-gpu."""
+  verify = runpy.run_path(str(exporting.LOADERS / "verify.py"))
+  for version, unknown in ((verify["_version"], "of unknown version"), (exporting._version, "")):
+    assert version("PIL") == version("pillow") == importlib.metadata.version("pillow")
+    assert version("no_such_library") == unknown
+
+
 def refused(*argv, capsys):
   """The one line that `simclr export` ends with."""
   capsys.readouterr()
@@ -447,6 +460,20 @@ def test_mistakes_are_one_line(small, tmp_path, capsys, monkeypatch):
   said = refused(source, f"--output={export_of_theirs}", "--overwrite", capsys=capsys)
   assert "small_copy/thesis.tex is not part of the export there: move it elsewhere" in said
   assert (export_of_theirs / "thesis.tex").exists()
+  (export_of_theirs / "thesis.tex").unlink()
+  (export_of_theirs / ".git").mkdir()
+  (export_of_theirs / ".git/HEAD").write_text("")
+  said = refused(source, f"--output={export_of_theirs}", "--overwrite", capsys=capsys)
+  assert "small_copy/.git/HEAD is not part of the export there" in said and (export_of_theirs / ".git/HEAD").exists()
+  shutil.rmtree(export_of_theirs / ".git")
+  for itself in (export_of_theirs, export_of_theirs / "..//small_copy"):
+    said = refused(f"--encoder={export_of_theirs}", f"--output={itself}", "--overwrite", capsys=capsys)
+    assert "small_copy --overwrite would delete the encoder that this reads: name another folder" in said
+  assert (export_of_theirs / "projector").exists()
+  assert "s3://a/b: expected a path on this machine, or gs://" in refused("--workdir=s3://a/b", output, capsys=capsys)
+  with monkeypatch.context() as laptop:
+    laptop.setattr(files, "_has_gcsfs", lambda: False)
+    assert "gs://a/b: gs:// needs gcsfs" in refused("--workdir=gs://a/b", output, capsys=capsys)
   assert "is only for --workdir" in refused(source, output, "--step=3", capsys=capsys)
   assert "does not start" in refused(source, output, "--python=/no/python", capsys=capsys)
   no_head = config_lib.from_dict(json.loads((small / "card.json").read_text())["pretraining"])

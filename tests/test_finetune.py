@@ -11,7 +11,7 @@ import tiny
 from simclr_jax import __main__ as cli
 from simclr_jax import data, exporting, methods, model, optimizer
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import finetune, pretrain, trained
+from simclr_jax.programs import finetune, pretrain, splits, trained
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 
@@ -251,6 +251,22 @@ def test_the_start_says_what_the_network_is_and_the_recipe_how_it_computes(start
   task = finetune.make_task(resolved, None, tiny.source(), mesh=mesh_lib.make_mesh())
   state = begin(task, mesh_lib.make_mesh())  # no checkpoint could be loaded
   assert all(np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(s.params["encoder"]) for s in (state, start[1])), strict=True))  # fmt: skip
+
+
+def test_an_export_says_which_images_its_training_held_out(tmp_path, capsys):
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  changes = {"data.train": spec, "data.test": "", "data.held_out": 0.1}
+  _, test = splits.open_data(tiny.config(**changes).data)
+  folder, earlier = (
+    tiny.export(tmp_path / name, kept, **changes) for name, kept in (("a", test.fingerprint()), ("b", None))
+  )
+  trained.TrainedRun(folder)
+  assert not capsys.readouterr().out
+  tiny.npz(tmp_path / "tiny.npz", 90)
+  with pytest.raises(ValueError, match="other images are held out now .*, and it trained on some of them"):
+    trained.TrainedRun(folder)
+  trained.TrainedRun(earlier)
+  assert "does not say which images it held out" in capsys.readouterr().out
 
 
 def test_names_of_held_out_images_are_told_from_unknown_ones(tmp_path):

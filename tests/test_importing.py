@@ -178,6 +178,24 @@ def test_what_does_not_fit_is_one_line(change, message, tmp_path):
   assert "\n" not in str(error.value)
 
 
+def test_the_output_is_checked_before_the_checkpoint_is_read(tmp_path, capsys, monkeypatch):
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out/file").write_text("")
+  monkeypatch.setattr(official, "load", None)
+  assert cli.main(["import", "model.ckpt-1", f"--output={tmp_path / 'out'}"]) == 1
+  assert "is not empty: add --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [None, 1000])
+def test_data_that_are_missing_or_cut_off_are_named(size, tmp_path):
+  prefix = write_bundle(tmp_path / "model.ckpt-1", tf1_variables(case_of(18, 0.25, size=32))[0])
+  data = tmp_path / "model.ckpt-1.data-00000-of-00001"
+  data.unlink() if size is None else data.write_bytes(data.read_bytes()[:size])
+  with pytest.raises(ValueError, match="cannot be read .*: copy the checkpoint again, with all its files$") as error:
+    official.load(prefix)
+  assert "\n" not in str(error.value)
+
+
 def test_the_program(tmp_path, capsys):
   names, want = tf1_variables(case_of(18, 0.25, size=32), classes=0)
   prefix = write_bundle(tmp_path / "model.ckpt-1", names)

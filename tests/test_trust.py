@@ -42,6 +42,12 @@ def test_images_of_bytes_are_scaled(encoder):
   assert apply(np.zeros((0, SIZE, SIZE, 3))).shape[0] == 0
 
 
+def test_products_are_of_float32_on_every_platform(encoder):
+  apply, _, _ = simclr_jax.load_encoder(encoder)
+  text = str(jax.make_jaxpr(apply)(np.zeros((1, SIZE, SIZE, 3), np.float32)))
+  assert "conv_general_dilated[" in text and "Precision.HIGHEST" in text and "precision=None" not in text
+
+
 @pytest.mark.parametrize(
   "images, message",
   [

@@ -256,11 +256,21 @@ def test_a_run_is_exported_and_loaded(tmp_path, capsys):
 
 
 class Mean(nn.Module):
-  """The smallest encoder."""
+  """The smallest encoder that keeps the contract of encoder.py."""
 
   @nn.compact
-  def __call__(self, x, train=False):
+  def __call__(self, x, train):
     return nn.Dense(8)(x.mean((1, 2)))
+
+
+def test_an_encoder_of_ones_own_is_exported_and_loaded(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "test_vit", sys.modules[__name__])
+  mine = {"encoder.depth": None, "encoder.width": 1.0, "encoder.stem": "imagenet", "encoder.name": "test_vit:Mean"}
+  images = np.zeros((2, 16, 16, 3), np.float32)
+  variables = Mean().init(jax.random.key(0), images, train=False)
+  exporting.write(tmp_path / "encoder", variables, tiny.config(**mine), scores={}, step=0)
+  encode, _, card = load_encoder(tmp_path / "encoder", network=Mean())
+  assert encode(images).shape == (2, 8) and card["feature_dimension"] == 8
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def source(count=96, labeled=True):
   return data.ArraySource(images, labels, class_names=full.class_names if labeled else (), title="tiny")
 
 
-def export(path, **changes):
+def export(path, held_out=None, **changes):
   """The export of an encoder with random weights, made without compiling anything; returns the folder."""
   c, rng = config(**changes), np.random.default_rng(0)
   shapes = jax.eval_shape(resnet(**c.encoder).init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
@@ -52,7 +52,7 @@ def export(path, **changes):
     return np.full(leaf.shape, float(name in ("scale", "var")), np.float32)
 
   variables = jax.tree_util.tree_map_with_path(draw, shapes)
-  return exporting.write(path, variables, c, scores={}, step=0)
+  return exporting.write(path, variables, c, scores={}, step=0, held_out=held_out)
 
 
 def npz(path, count=96):

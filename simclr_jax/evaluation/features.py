@@ -129,10 +129,10 @@ def _from_parquet(local):
 
 
 def _safetensors(features) -> bytes:
-  """There are no strings in the format: names stand in the metadata, as JSON."""
+  """There are no strings in the format: names are JSON, in a tensor of bytes, because metadata may have 100 MB at most."""
   tensors = {key: np.ascontiguousarray(getattr(features, key)) for key in ("h", "label", "index")}
-  about = {key: utf8(value) for key, value in features.about.items()}
-  content = safetensors.numpy.save(tensors, {**about, "name": json.dumps(features.name.tolist())})
+  tensors["name"] = np.frombuffer(json.dumps(features.name.tolist()).encode(), np.uint8)
+  content = safetensors.numpy.save(tensors, {key: utf8(value) for key, value in features.about.items()})
   # The library writes the metadata in an order that changes from process to process.
   end = 8 + int.from_bytes(content[:8], "little")
   header = json.loads(content[8:end])
@@ -144,7 +144,8 @@ def _safetensors(features) -> bytes:
 def _from_safetensors(local):
   with safetensors.safe_open(local, "numpy") as file:
     found = {key: file.get_tensor(key) for key in file.keys()} | file.metadata()
-  return found | {"name": np.asarray(json.loads(found["name"]))}
+  name = found["name"]  # the first versions had it in the metadata
+  return found | {"name": np.asarray(json.loads(name if isinstance(name, str) else name.tobytes()))}
 
 
 def _pyarrow():

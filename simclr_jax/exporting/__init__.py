@@ -10,6 +10,7 @@ the folder its final name, and anyone can repeat it.
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -136,14 +137,14 @@ class Export:
 
 
 def make_card(
-  variables, config, *, scores: dict, step: int, format: str = "orbax", license: str = "not stated"
+  variables, config, *, scores: dict, step: int, format: str = "orbax", license: str = "not stated", held_out=None
 ) -> dict:
   """card.json without the list of files; docs/card.schema.json explains each entry."""
   name = config.encoder.name
   module = make_encoder(name, **config.encoder)
   dtype = getattr(module, "dtype", jnp.dtype(jnp.float32))
   fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name"} if ":" not in name else ()
-  shapes = jax.eval_shape(module.apply, variables, _images(config.augment.size))
+  shapes = jax.eval_shape(functools.partial(module.apply, train=False), variables, _images(config.augment.size))
   card = {
     "format": format,
     "architecture": {"name": name, **{key: getattr(module, key) for key in fields}, "dtype": jnp.dtype(dtype).name},
@@ -165,6 +166,8 @@ def make_card(
     "checksum": checksum(variables),
     "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
+  if held_out:
+    card["held_out"] = held_out
   if format == "huggingface":  # which is made to be published
     card |= {key: _without_folders(card[key]) for key in ("data", "pretraining")}
   return card
@@ -172,11 +175,14 @@ def make_card(
 
 def _versions() -> dict:
   """{package: version} of those of _PACKAGES that are installed; TensorFlow need not be."""
-  found = {}
-  for name in _PACKAGES:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      found[name] = importlib.metadata.version(name)
-  return found
+  return {name: version for name in _PACKAGES if (version := _version(name))}
+
+
+def _version(name: str) -> str:
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    return importlib.metadata.version(name)
+  others = importlib.metadata.packages_distributions().get(name)  # such as tensorflow-cpu
+  return importlib.metadata.version(others[0]) if others else ""
 
 
 def _without_folders(value):
@@ -203,15 +209,18 @@ def checksum(variables) -> str:
   return f"sha256:{sha.hexdigest()}"
 
 
-def write(path, variables, config, *, scores: dict, step: int, heads=None, overwrite: bool = False) -> epath.Path:
+def write(
+  path, variables, config, *, scores: dict, step: int, heads=None, held_out=None, overwrite: bool = False
+) -> epath.Path:
   """Writes the encoder's variables {"params", "batch_stats"} as Orbax, and card.json, to the folder `path`.
 
-  `heads` are variables of what sits on h, by name, kept beside it for fine-tuning: "projector", "classifier".
+  `heads` are variables of what sits on h, by name, kept beside it for fine-tuning: "projector", "classifier".  `held_out` is
+  the fingerprint of the images that training did not see, for the card.
 
   Raises:
     ValueError: the folder is not empty and `overwrite` is not set, or cannot be written.
   """
-  card = make_card(jax.tree.map(np.asarray, variables), config, scores=scores, step=step)
+  card = make_card(jax.tree.map(np.asarray, variables), config, scores=scores, step=step, held_out=held_out)
 
   def fill(folder):
     checkpoint.save_trees(folder, {"encoder": variables, **(heads or {})})
@@ -263,11 +272,10 @@ def write_format(path, export: Export, example: dict, python: str, overwrite: bo
 def tensorflow_reads_jax() -> bool:
   """Whether there is a TensorFlow here that reads the StableHLO that the JAX here writes.  2.21 stops at "unregistered
   operation vhlo.custom_call_v2" of JAX 0.12."""
-  if "tensorflow" not in _versions():
+  versions = _versions()
+  if "tensorflow" not in versions:
     return False
-  jax_version, tensorflow = (
-    tuple(map(int, importlib.metadata.version(name).split(".")[:2])) for name in ("jax", "tensorflow")
-  )
+  jax_version, tensorflow = (tuple(map(int, versions[name].split(".")[:2])) for name in ("jax", "tensorflow"))
   return jax_version < (0, 11) or tensorflow > (2, 21)
 
 
@@ -374,7 +382,7 @@ def load_encoder(path, network=None) -> Encoder:
     raise UserError(f"{path} holds a custom encoder: pass its module, load_encoder(..., network={name})")
   try:
     encoder = network or make_encoder(name, **arguments | {"dtype": "float32"})
-    like = jax.eval_shape(encoder.init, jax.random.key(0), _images(size))
+    like = jax.eval_shape(functools.partial(encoder.init, train=False), jax.random.key(0), _images(size))
   except (TypeError, ValueError) as error:
     raise UserError(f"{path}: card.json describes no encoder ({error}): export it again") from None
   kind = card.get("format", "orbax")
@@ -385,7 +393,11 @@ def load_encoder(path, network=None) -> Encoder:
     checkpoint.compare(variables, like, path)
   else:
     raise UserError(f"{path} is an export to {kind}: its load.py opens it; load_encoder reads orbax and safetensors")
-  jitted = jax.jit(lambda images: encoder.apply(variables, jnp.asarray(images, jnp.float32), train=False))
+
+  @jax.jit
+  def jitted(images):
+    with jax.default_matmul_precision("highest"):  # of an accelerator float32 products may be of less
+      return encoder.apply(variables, jnp.asarray(images, jnp.float32), train=False)
 
   def apply(images):
     if isinstance(images, jax.core.Tracer):  # values are not known here

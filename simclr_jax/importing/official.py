@@ -139,7 +139,19 @@ def _open(path):
           keys[a.full_name] = a.checkpoint_key
     keys = {re.sub(r"/\.ATTRIBUTES/VARIABLE_VALUE$", "", name): key for name, key in keys.items()}
   kind = "SavedModel" if saved_model else "TF2 checkpoint" if "_CHECKPOINTABLE_OBJECT_GRAPH" in shapes else "TF1 bundle"
-  return {name: shapes[key] for name, key in keys.items()}, lambda name: reader.get_tensor(keys[name]), kind
+
+  def read(name):
+    try:
+      return reader.get_tensor(keys[name])
+    except (
+      tf.errors.OpError,
+      RuntimeError,
+      IndexError,
+    ) as error:  # a file of the data is missing, or was not copied to its end
+      why = " ".join(str(error).split())[:200]
+      raise UserError(f"{path}: {name} cannot be read ({why}): copy the checkpoint again, with all its files") from None
+
+  return {name: shapes[key] for name, key in keys.items()}, read, kind
 
 
 def _place(name):

@@ -11,7 +11,7 @@ import numpy as np
 from simclr_jax import exporting
 from simclr_jax.exporting.folder import check_vacant
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import trained
+from simclr_jax.programs import same, trained
 from simclr_jax.runtime import checkpoint, errors, files
 from simclr_jax.runtime.errors import UserError
 
@@ -66,6 +66,10 @@ def run(
     folder = encoder
   if folder and step is not None:
     raise UserError(f"--step={step} is only for --workdir; an exported folder holds one encoder")
+  read = files.absolute(folder) if folder else files.absolute(source) / "encoder"
+  for path in targets.values():
+    if read.exists() and files.is_within(read, path):
+      raise UserError(f"--output={path} --overwrite would delete the encoder that this reads: name another folder")
   variables, projector, config, facts = _of_folder(folder) if folder else _of_run(source, step, head)
   facts |= {"license": license} if license else {}
   if head and not projector:
@@ -129,7 +133,8 @@ def _of_run(workdir, step, head):
   scores_file = files.absolute(workdir) / "scores.json"
   scores = json.loads(files.read_sealed(scores_file)) if scores_file.exists() else {}
   scores = scores.get("scores", {}) if scores.get("step") == step else {}
-  return variables, projector, config, {"scores": scores, "step": step}
+  held_out = None if config.data.test else same.held_out(workdir)
+  return variables, projector, config, {"scores": scores, "step": step, "held_out": held_out}
 
 
 def _of_folder(path):
@@ -142,7 +147,12 @@ def _of_folder(path):
     projector = exporting.read_safetensors(path).get("projector")
   else:
     projector = checkpoint.read_tree(files.absolute(path) / "projector")
-  return variables, projector, config, {key: card[key] for key in ("scores", "step", "license") if key in card}
+  return (
+    variables,
+    projector,
+    config,
+    {key: card[key] for key in ("scores", "step", "license", "held_out") if key in card},
+  )
 
 
 def main(flags, overrides) -> int:

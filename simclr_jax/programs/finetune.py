@@ -327,6 +327,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
       scores={"test": scores},
       step=step,
       heads=heads,
+      held_out=None if config.data.test else same.held_out(workdir),
       overwrite=True,
     )
     files.write_sealed(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))

@@ -3,6 +3,7 @@
 import pathlib
 
 from simclr_jax import exporting
+from simclr_jax.exporting.folder import check_vacant
 from simclr_jax.importing import official
 from simclr_jax.programs import config as config_lib
 
@@ -13,6 +14,7 @@ def run(source, output, *, ema: bool = False, overwrite: bool = False) -> pathli
   Raises:
     ValueError: as `load`, or the folder is not empty.
   """
+  check_vacant(output, overwrite=overwrite)
   encoder, projector, classifier, info = official.load(source, ema=ema)
   config = config_lib.from_dict(
     {

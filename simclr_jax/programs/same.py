@@ -130,18 +130,32 @@ def check_data(workdir, resume: bool, changed: str, sources: dict[str, Source]) 
 
 
 def check_held_out(workdir, test: Source, cure: str = "name images to score with --config.data.test=..."):
-  """Compares the images that are held out of the data of the run in `workdir` now with those that it held out.
+  """Compares the images that are held out of the data of the run or export in `workdir` now with those that it held out.
 
   Raises:
     UserError: they are others, so that the run trained on some of them.
   """
-  file = files.absolute(workdir) / FILE
-  kept = json.loads(files.read_sealed(file)).get("data.test") if file.exists() else None
+  kept = held_out(workdir)
+  if not kept and not jax.process_index():
+    print(
+      f"note        {workdir} does not say which images it held out: scores are right only if data.train has not changed"
+    )
   if kept and (what := difference(kept, test.fingerprint())):
     raise UserError(
       f"data.train is not what {workdir} began with, so other images are held out now ({what}), and it trained on some "
       f"of them: restore the data, or {cure}"
     )
+
+
+def held_out(path) -> dict:
+  """The fingerprint, without the names of the classes, of the images that a run, or the training of an exported encoder, held
+  out to score it; empty where it does not say."""
+  file, card = run_of(path) / FILE, files.absolute(path) / "card.json"
+  if file.exists():
+    kept = json.loads(files.read_sealed(file)).get("data.test", {})
+  else:
+    kept = json.loads(files.read_text(card)).get("held_out", {}) if card.exists() else {}
+  return {name: value for name, value in kept.items() if name != "classes"}
 
 
 def agree(fingerprints: dict[str, dict]):

@@ -10,6 +10,7 @@ from simclr_jax import data, diagnostics, exporting
 from simclr_jax import model as model_lib
 from simclr_jax.evaluation import embed, knn, linear
 from simclr_jax.programs import map as map_lib
+from simclr_jax.programs import same as same_lib
 from simclr_jax.runtime import files
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
@@ -135,7 +136,8 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
     files.write_sealed(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
     out["map"] = _map(evaluation.test, test["h"], config.seed)
     metrics_lib.projector(workdir, test["h"][:ON_THE_MAP], None if labels is None else test_labels[:ON_THE_MAP])
-    exporting.write(workdir / "encoder", kept, config, scores=scores, step=step, overwrite=True)
+    held_out = None if config.data.test else same_lib.held_out(workdir)
+    exporting.write(workdir / "encoder", kept, config, scores=scores, step=step, held_out=held_out, overwrite=True)
   return out
 
 

@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from simclr_jax import exporting, views
 from simclr_jax.evaluation import embed
@@ -92,7 +91,7 @@ def open_start(path, step: int | None = None) -> Start:
   Raises:
     ValueError: neither.
   """
-  path = epath.Path(path)
+  path = files.absolute(path)
   if (path / "card.json").exists():
     if step is not None:
       raise _one_encoder(path, step)
@@ -122,7 +121,7 @@ def _one_encoder(path, step) -> UserError:
 
 def exported(path):
   """The folder of the exported encoder that `path` is or, for a run of fine-tuning, holds; None for a run of pretraining."""
-  path = epath.Path(path)
+  path = files.absolute(path)
   if (path / "card.json").exists():
     return path
   if (path / "encoder/card.json").exists() and (path / "config.json").exists():
@@ -187,12 +186,13 @@ def check_unseen(section, test, workdir, training):
     _, test_of_training = splits.open_data(dataclasses.replace(section, held_out=held_out))
   else:
     test_of_training = test
-  same.check_held_out(same.run_of(workdir), test_of_training)
+  same.check_held_out(workdir, test_of_training)
 
 
 def read_encoder(workdir, config, step: int | None = None):
   """(step, variables of f) of a run's newest checkpoint, or of the one of `step`; `config` is the run's."""
-  like = jax.eval_shape(make_encoder(config.encoder.name, **config.encoder).init, jax.random.key(0), _image(config))
+  init = functools.partial(make_encoder(config.encoder.name, **config.encoder).init, train=False)
+  like = jax.eval_shape(init, jax.random.key(0), _image(config))
   return checkpoint.read_run_export(workdir, "encoder", like, step)
 
 
@@ -215,7 +215,7 @@ class TrainedRun:
 
   @errors.of_the_user()
   def __init__(self, workdir, *, step: int | None = None, overrides=()):
-    self.workdir = epath.Path(workdir)
+    self.workdir = files.absolute(workdir)
     self.mesh = mesh_lib.make_mesh()
     self._exported = exported(workdir)
     if self._exported:

@@ -112,7 +112,7 @@ class FrozenEncoder:
       self._variables = start.variables["encoder"]
       jax.eval_shape(functools.partial(net.apply, train=False), self._variables, image)
     else:
-      self._variables = jax.jit(net.init)(jax.random.key(config.seed), image)
+      self._variables = jax.jit(functools.partial(net.init, train=False))(jax.random.key(config.seed), image)
     self._apply = jax.jit(functools.partial(net.apply, train=False))
 
   def features(self, source):

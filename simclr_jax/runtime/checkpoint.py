@@ -206,15 +206,18 @@ def _manifest(path) -> _Manifest:
     raise Damaged(f"{path}/manifest.json is not the JSON that was written") from None
 
 
+_MADE_AGAIN = ("__pycache__", ".DS_Store", ".cache", ".ipynb_checkpoints")  # by Python, macOS, Hugging Face, Jupyter
+
+
 def not_in_manifest(path) -> list[str]:
-  """The files below `path` that were added after it was sealed, without hidden ones and those of Python's own cache; all of
-  them if the manifest is missing or damaged."""
+  """The files below `path` that were added after it was sealed, without those that programs make again; all of them if the
+  manifest is missing or damaged."""
   try:
     known = _manifest(path).files
   except Damaged:
     known = {}
   added = (name for name in _file_names(path) if name not in known)
-  return [name for name in added if not any(part[0] == "." or part == "__pycache__" for part in name.split("/"))]
+  return [name for name in added if not any(part in _MADE_AGAIN for part in name.split("/"))]
 
 
 def verify(path, *, step: int | None = None, run: str | None = None):

@@ -1,7 +1,7 @@
 """preprocessing.center_crop as an image processor: AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)."""
 
 import numpy as np
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from .preprocessing import center_crop
@@ -22,7 +22,11 @@ class SimCLRImageProcessor(BaseImageProcessor):
     return BatchFeature({"pixel_values": np.stack(crops)}, tensor_type=return_tensors)
 
   def _crop(self, image):
-    if hasattr(image, "convert"):  # PIL: photos lie as the camera was held
-      image = ImageOps.exif_transpose(image).convert("RGB")
+    if hasattr(image, "convert"):  # PIL: photos lie as the camera was held, and what is transparent is white
+      image = ImageOps.exif_transpose(image)
+      if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+      image = image.convert("RGB")
     options = {"size": self.side, "proportion": self.proportion, "resize": self.interpolation}
     return center_crop(np.asarray(image), **options).transpose(2, 0, 1)
