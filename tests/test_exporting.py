@@ -250,7 +250,7 @@ def show_of_card(folder, exported):
   assert done.returncode == 0, done.stderr
   h, expected = (
     np.load(folder.parent / "h.npy"),
-    simclr_jax.embed(exported, [decode.decode((folder.parent / "photo.png").read_bytes())]),
+    simclr_jax.embed(exported, [decode((folder.parent / "photo.png").read_bytes())]),
   )
   np.testing.assert_allclose(h, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
