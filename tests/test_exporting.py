@@ -12,6 +12,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -350,6 +351,25 @@ def write_torch_folder(tmp_path, name, variables, **config):
   folder.mkdir()
   torch_folders.write(folder, exporting.Export(name, variables, card))
   return folder, card
+
+
+def test_the_image_processor_lays_transparent_pixels_over_white(tmp_path, monkeypatch):
+  """As the decoder of training does; transformers, of which it is a subclass, is replaced by the two names it needs."""
+  (tmp_path / "hub").mkdir()
+  for name in ("image_processing_simclr.py", "preprocessing.py"):
+    shutil.copyfile(exporting.LOADERS / name, tmp_path / "hub" / name)
+  library = types.SimpleNamespace(BaseImageProcessor=object, BatchFeature=lambda data, tensor_type: data)
+  monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
+  monkeypatch.setitem(sys.modules, "transformers.image_processing_utils", library)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  made = importlib.import_module("hub.image_processing_simclr").SimCLRImageProcessor(16, 1.0)
+  image = np.random.default_rng(3).integers(0, 256, (30, 20, 4), np.uint8)
+  image[:15, :, 3] = 255
+  picture, stored = Image.fromarray(image), io.BytesIO()
+  picture.save(stored, "PNG")
+  expected = augment.center_crop(decode(stored.getvalue()), size=16, proportion=1.0)
+  (found,) = made.preprocess(picture)["pixel_values"]
+  np.testing.assert_allclose(found.transpose(1, 2, 0), expected, atol=1e-5)
 
 
 def test_folders_for_torch_say_what_they_are(small, tmp_path):
