@@ -312,6 +312,14 @@ def test_resident_equals_device_crop():
   np.testing.assert_array_equal(*views)
 
 
+def test_resident_images_that_do_not_fit_are_refused_before_the_folder_is_touched(tmp_path, monkeypatch):
+  monkeypatch.setattr("simclr_jax.data.stream.MAX_BYTES_IN_MEMORY", 1000)
+  config = tiny.config(**{"augment.where": "resident", "data.train": tiny.npz(tmp_path / "tiny.npz"), "data.test": ""})
+  with pytest.raises(ValueError, match="images of 28 x 28 pixels are .* use augment.where=device_crop"):
+    pretrain.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["device", "device_crop"])
 def test_the_step_moves_no_image(where):

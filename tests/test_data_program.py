@@ -114,6 +114,33 @@ def test_prepare_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, capsys)
   assert "other settings" in capsys.readouterr().err
 
 
+def test_prepare_stops_while_the_images_are_gone(folder, tmp_path, monkeypatch):
+  """Such as on a disk that was taken away; what it had not read yet is not left out for good."""
+  write, calls = shards.write_tfrecord, []
+
+  def write_once(path, items):
+    write(path, items)
+    calls.append(path)
+    if len(calls) == 1:
+      folder.rename(tmp_path / "elsewhere")
+
+  monkeypatch.setattr(shards, "write_tfrecord", write_once)
+  with pytest.raises(
+    ValueError, match="20.jpg cannot be read now .No such file.*: make it readable and run the same"
+  ) as error:
+    dataset.prepare(f"folder:{folder}", str(tmp_path / "shards"), images_per_shard=10)
+  assert "\n" not in str(error.value) and len(calls) == 1
+  (tmp_path / "elsewhere").rename(folder)
+  assert dataset.prepare(f"folder:{folder}", str(tmp_path / "shards"), images_per_shard=10) == 24
+  (tmp_path / "shards/images-00001-of-00003.tfrecord").unlink()
+  spec = f"tfrecord:{tmp_path}/shards"
+  with pytest.raises(
+    ValueError, match="2 of 3 shards are there, such as images-00000-of-00003.tfrecord; prepare or copy"
+  ):
+    data.open_source(spec)
+  assert len(data.open_source(f"{spec}/*.tfrecord")) == 14
+
+
 def test_prepare_refuses_a_set_that_has_changed(folder, tmp_path):
   """Its shards would get the names of classes that they were not written with."""
   before = f"folder:{folder}"

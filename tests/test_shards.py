@@ -131,6 +131,27 @@ def test_a_mask_is_no_image_of_its_sample(tmp_path):
       data.open_source(write(f"{endings[0]}.tar", endings))
 
 
+def test_links_in_a_tar_are_named(tmp_path):
+  with tarfile.open(tmp_path / "a.tar", "w") as tar:
+    member = tarfile.TarInfo("0.png")
+    member.size = len(picture(0))
+    tar.addfile(member, io.BytesIO(picture(0)))
+    for name, kind in (("1.png", tarfile.LNKTYPE), ("2.png", tarfile.SYMTYPE)):
+      link = tarfile.TarInfo(name)
+      link.type, link.linkname = kind, "0.png"
+      tar.addfile(link)
+  source = data.open_source(f"webdataset:{tmp_path}/a.tar")
+  assert len(source) == 1 and source.skipped == ["1.png", "2.png"]
+
+
+def test_what_is_known_of_shards_of_one_kind_is_not_taken_for_another(tmp_path):
+  folder = sharded("parquet", tmp_path)
+  assert len(data.open_source(f"parquet:{folder}/part-0.parquet")) == 10
+  with pytest.raises(ValueError, match="part-0.parquet") as error:
+    data.open_source(f"tfrecord:{folder}/part-0.parquet")
+  assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", ["tfrecord", "webdataset", "parquet"])
 def test_a_shard_that_disappears_during_a_run(kind, tmp_path, caplog):
   """Its images are named, counted and replaced up to the allowed fraction; beyond it the run stops with one line."""

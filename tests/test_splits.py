@@ -3,6 +3,7 @@
 import json
 import types
 
+import images
 import numpy as np
 import pytest
 import tiny
@@ -193,3 +194,21 @@ def test_of_equal_logits_the_first_is_the_answer():
   assert evaluation.scores(logits, np.asarray([1, 5, 0]))["top_5"] == pytest.approx(1 / 3)
   with pytest.raises(UserError, match="logits"):
     evaluation.scores(np.full((2, 3), np.nan), np.asarray([0, 1]))
+
+
+def test_a_copy_is_the_same_set(tmp_path):
+  spec = save(tmp_path / "a.npz", 20, np.arange(20) % 2)
+  copy = save(tmp_path / "b.npz", 20, np.arange(20) % 2)
+  train, test = splits.open_data(section(spec, **{"data.test": copy}))
+  assert test is train
+
+
+def test_sets_that_share_images_are_refused(tmp_path):
+  for i in range(6):
+    images.save(tmp_path / f"photos/{'ab'[i % 2]}/{i}.png", np.full((4, 4, 3), i, np.uint8))
+  with pytest.raises(
+    UserError, match="data.test=folder:.*/photos has 6 images of data.train=files:.*: name sets that do not"
+  ):
+    splits.open_data(section(f"files:{tmp_path}", **{"data.test": f"folder:{tmp_path}/photos"}))
+  train, test = splits.open_data(section(f"files:{tmp_path}/photos/a", **{"data.test": f"files:{tmp_path}/photos/b"}))
+  assert len(train) == len(test) == 3

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -252,3 +253,33 @@ def test_arrays_as_canvases():
   assert images.shape == (10, 4, 4, 3) and extent.shape == (10, 2)
   with pytest.raises(ValueError, match="augment.where=device_crop"):
     data.in_memory(source, max_bytes=400)
+
+
+class Photos(data.ArraySource):
+  """Large images, each made when it is read."""
+
+  def __init__(self):
+    super().__init__(numbered(20))
+    self.array_extent = None
+
+  def item(self, i):
+    return np.full((1000 + i, 900, 3), 8 * i, np.uint8), -1
+
+
+def test_large_images_take_the_memory_of_their_canvases():
+  source = Photos()
+  tracemalloc.start()
+  images, extent, _ = data.in_memory(source, canvas=32)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert images.shape == (20, 32, 32, 3) and extent.tolist() == [[-(-(1000 + i) // 32), 29] for i in range(20)]
+  assert images[:, 5, 5, 0].tolist() == [8 * i for i in range(20)]
+  assert peak < 30e6  # of 56 MB of images
+
+
+def test_what_does_not_fit_in_memory_is_known_from_one_image():
+  data.check_fits(data.ArraySource(numbered(10)))
+  many = data.Selection(Photos(), np.zeros(1400, int))
+  with pytest.raises(ValueError, match="1400 images of 512 x 512 pixels are 1.0 GiB, above the 1.0 GiB"):
+    data.check_fits(many)
+  data.check_fits(many, canvas=256)

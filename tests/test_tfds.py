@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny
 from test_stream import crop_like
 
 from simclr_jax import data
@@ -65,6 +66,20 @@ def test_tfds_reads_what_tfds_reads(tfds_folder, cache, split):
   assert source.labels.dtype == np.int32 and source.labels.tolist() == [label for _, label in expected]
   assert source.read(1).shape == (6 + expected[1][0] % 3, 7, 3)
   assert source.name(1) == f"tfds:tiny:{split}:1"
+
+
+@pytest.mark.parametrize(
+  "train, test, shared", [("train", "train[12:]", 11), ("train[:12]", "train[10:]", 2), ("train[:12]", "train[12:]", 0)]
+)
+def test_slices_that_overlap_are_not_scored(tfds_folder, cache, train, test, shared):
+  section = tiny.config(
+    **{"data.train": f"tfds:tiny:{train}", "data.test": f"tfds:tiny/1.2.0:{test}", "data.data_dir": str(tfds_folder)}
+  ).data
+  if not shared:
+    assert sum(map(len, splits.open_data(section))) == 23
+    return
+  with pytest.raises(ValueError, match=rf"data.test=.* has {shared} images of data.train=.*, such as train\[:90%\]"):
+    splits.open_data(section)
 
 
 def test_tfds_index_is_cached_and_keyed_by_the_shards(tfds_folder, cache, monkeypatch):

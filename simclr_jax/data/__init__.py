@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from simclr_jax.data.classes import align, labeled, match_classes
-from simclr_jax.data.decode import MAX_PIXELS, BadImage, decode, jpeg_header, significant_bits, sniff
+from simclr_jax.data.decode import MAX_PIXELS, BadImage, ReadError, decode, jpeg_header, significant_bits, sniff
 from simclr_jax.data.folders import FilesSource, FolderSource
 from simclr_jax.data.labels import make_labels
 from simclr_jax.data.order import draws, example_seeds, permutation
@@ -30,15 +30,15 @@ from simclr_jax.data.sources import (
   skipped_text,
   split_npz,
 )
-from simclr_jax.data.stream import Stream, cores, eval_batches, in_memory, train_stream
+from simclr_jax.data.stream import Stream, check_fits, cores, eval_batches, in_memory, train_stream
 from simclr_jax.data.tfds import TfdsSource
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 __all__ = [
   "EMBEDDED", "KINDS", "MAX_PIXELS", "AbstractSource", "ArrayRecordSource", "ArraySource", "BadImage", "FilesSource",
-  "FolderSource", "Joined", "ParquetSource", "Selection", "Source", "Stream", "Subset", "TFRecordSource", "TfdsSource", "WebDatasetSource",
-  "align", "class_balanced", "cores", "decode", "draws", "eval_batches", "example_seeds", "first_readable", "in_memory", "jpeg_header", "labeled",
+  "FolderSource", "Joined", "ParquetSource", "ReadError", "Selection", "Source", "Stream", "Subset", "TFRecordSource", "TfdsSource", "WebDatasetSource",
+  "align", "check_fits", "class_balanced", "cores", "decode", "draws", "eval_batches", "example_seeds", "first_readable", "in_memory", "jpeg_header", "labeled",
   "make_labels", "match_classes", "open_source", "permutation", "significant_bits", "skipped_text", "sniff", "split_npz",
   "train_stream",
 ]  # fmt: skip

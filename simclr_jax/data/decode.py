@@ -21,6 +21,10 @@ class BadImage(Exception):
   """One image cannot be used; the message is the reason, in a few words."""
 
 
+class ReadError(BadImage):
+  """Bytes cannot be read at the moment; the image may be intact."""
+
+
 _FIRST_BYTES = (
   (b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF8", "GIF"), (b"BM", "BMP"), (b"II*\0", "TIFF"),
   (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"),

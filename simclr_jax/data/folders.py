@@ -1,9 +1,12 @@
 """Image files in folders, labeled by subfolder or not at all."""
 
 import collections
+import errno
 import os
 
-from simclr_jax.data.decode import IMAGE_SUFFIXES, MAX_BYTES, BadImage, is_junk, sniff
+import numpy as np
+
+from simclr_jax.data.decode import IMAGE_SUFFIXES, MAX_BYTES, BadImage, ReadError, is_junk, sniff
 from simclr_jax.data.labels import make_labels
 from simclr_jax.data.sources import Source, say_once, skipped_text, spread
 from simclr_jax.runtime import files as files_lib
@@ -72,7 +75,16 @@ class FilesSource(Source):
           raise BadImage(f"{size:,} bytes, above the limit of {MAX_BYTES:,} for an image")
         return file.read(), -1 if self._labels is None else int(self._labels[i])
     except OSError as error:
-      raise BadImage(error.strerror or str(error)) from error
+      # A link to nothing and a file that may not be read stay so; what is gone, or does not answer, may come back.
+      stays = error.errno in (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM) and os.path.lexists(self._path(i))
+      raise (BadImage if stays else ReadError)(error.strerror or str(error)) from error
+
+  def places(self):
+    root, found = os.path.realpath(self._root), collections.defaultdict(list)
+    for name in self._files:
+      folder, name_in_it = os.path.split(name)
+      found[os.path.join(root, folder).rstrip("/")].append(name_in_it)
+    return {folder: np.asarray(names) for folder, names in found.items()}
 
   def _below(self, folders: list[str]) -> list[list[str]]:
     """For each of some folders of the root, the sorted paths from the root of the image files at any depth below it.

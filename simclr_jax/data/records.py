@@ -14,7 +14,7 @@ from concurrent import futures
 import numpy as np
 
 from simclr_jax.data.crc import masked_crc, masked_crcs
-from simclr_jax.data.decode import MAX_BYTES, BadImage, one_line
+from simclr_jax.data.decode import MAX_BYTES, BadImage, ReadError, one_line
 from simclr_jax.runtime import files, watchdog
 from simclr_jax.runtime.errors import UserError
 
@@ -25,10 +25,6 @@ CACHE_VERSION = 4  # of what is kept
 THREADS = 64  # that read the shards of a bucket, where a request takes tens of milliseconds
 BLOCK = 1 << 22  # bytes of one request of them: an ImageNet shard of 140 MB takes 35 instead of 1,250
 SAVE = 10.0  # seconds after which what was found so far is saved
-
-
-class ReadError(BadImage):
-  """Bytes cannot be read at the moment; the record may be intact."""
 
 
 def read_range(path: str, offset: int, length: int, seen: tuple, read_part=None) -> bytes:
@@ -215,9 +211,9 @@ def versions(spec: str, shards: Sequence[str]) -> list[tuple]:
     return list(mapped(version, shards))
 
 
-def cache_file(shards: Sequence[str], seen: Sequence[tuple]) -> pathlib.Path:
-  """Where the facts about shards of these versions are cached."""
-  facts = [CACHE_VERSION, *zip(shards, seen, strict=True)]
+def cache_file(kind: str, shards: Sequence[str], seen: Sequence[tuple]) -> pathlib.Path:
+  """Where the facts about shards of these versions are cached, which are others when they are read as another kind."""
+  facts = [CACHE_VERSION, kind, *zip(shards, seen, strict=True)]
   return files.user_cache() / f"tfrecord-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.npz"
 
 

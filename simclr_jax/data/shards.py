@@ -5,6 +5,7 @@ in the user's cache, named after the sizes and times of the shards.  So `train_s
 others: a permutation of the whole set in each epoch, and batches that are a function of (seed, step).
 """
 
+import collections
 import functools
 import json
 import os
@@ -16,10 +17,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from simclr_jax.data.crc import masked_crc
-from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage, is_junk, one_line
+from simclr_jax.data.decode import IMAGE_SUFFIXES, BadImage, ReadError, is_junk, one_line
 from simclr_jax.data.labels import make_labels
 from simclr_jax.data.records import (
-  ReadError,
   cache_file,
   load_cache,
   open_shard,
@@ -48,12 +48,13 @@ def find(kind: str, rest: str, suffixes: Sequence[str]) -> list[str]:
   """The files that `rest`, a file, a folder or a pattern, means, sorted.
 
   Raises:
-    ValueError: there are none.
+    ValueError: there are none, or a folder lacks some of those that the names of the others speak of.
   """
   path = files.expanded(rest)
   if path.is_dir():
     ending = re.compile("(" + "|".join(re.escape(suffix) for suffix in suffixes) + r")(-\d+-of-\d+)?$")
     found = [p for p in path.iterdir() if ending.search(p.name) and not is_junk("", p.name)]
+    _check_whole(f"{kind}:{rest}", [p.name for p in found])
   else:
     found = [path] if path.is_file() else [p for p in path.parent.glob(path.name) if not is_junk("", p.name)]
   if not found:
@@ -62,6 +63,21 @@ def find(kind: str, rest: str, suffixes: Sequence[str]) -> list[str]:
       f" {kind}:/data/train-*"
     )
   return sorted(os.fspath(p) for p in found)
+
+
+def _check_whole(spec: str, names: Sequence[str]):
+  """Raises UserError if some of the shards that are called images-00003-of-00010.tfrecord or the like are missing: what is
+  there may lack whole classes."""
+  sets = collections.defaultdict(list)
+  for name in names:
+    if match := re.fullmatch(r"(.*-)\d+-of-(\d+)(.*)", name):
+      sets[match.groups()].append(name)
+  for (_, count, _), there in sets.items():
+    if len(there) < int(count):
+      raise UserError(
+        f"{spec}: {len(there):,} of {int(count):,} shards are there, such as {min(there)}; prepare or copy the others, or name"
+        f" these with a pattern, as {spec.rstrip('/')}/*"
+      )
 
 
 class ShardSource(Source):
@@ -74,7 +90,7 @@ class ShardSource(Source):
     self._spec, self._shards = f"{kind}:{rest}", find(kind, rest, suffixes)
     self._lock, self._made = threading.Lock(), None
     self._seen = versions(self._spec, self._shards)
-    self._cache = cache_file(self._shards, self._seen)
+    self._cache = cache_file(kind, self._shards, self._seen)
     self._facts = load_cache(self._cache)
     if self._facts is None:
       self._facts = scan(self._shards, of_shard, self._cache)
@@ -90,6 +106,9 @@ class ShardSource(Source):
 
   def __len__(self):
     return len(self._facts["shard"])
+
+  def places(self):
+    return {path: np.arange((self._facts["shard"] == k).sum()) for k, path in enumerate(self._shards)}
 
   def name(self, i):
     return files.printable(f"{self._shards[self._facts['shard'][i]]}:{i}")
@@ -237,7 +256,7 @@ class WebDatasetSource(ShardSource):
 
 
 def _scan_tar(spec, path):
-  labels, images, others = {}, [], {}
+  labels, images, others, links = {}, [], {}, []
   try:
     with open_shard(path) as file:
       if file.seek(0, os.SEEK_END):  # else it is empty, which tarfile takes for damage
@@ -245,6 +264,8 @@ def _scan_tar(spec, path):
         with tarfile.open(fileobj=file, mode="r:") as tar:
           for member in tar:
             folder, name = os.path.split(member.name.removeprefix("./"))
+            if (member.islnk() or member.issym()) and name.lower().endswith(IMAGE_SUFFIXES):
+              links.append(member.name)
             if not member.isfile() or is_junk(folder, name):
               continue
             key, _, ending = name.partition(".")
@@ -274,7 +295,7 @@ def _scan_tar(spec, path):
         f"{spec}: {path} has several images of one sample, {other[1]} and {image[1]}: make shards with one of them"
       )
     skipped.append(image[1])
-  skipped += [name for key, name in others.items() if key not in whole]
+  skipped += [name for key, name in others.items() if key not in whole] + links
   rows = [(name, offset, size, labels.get(key, "")) for key, name, offset, size, _ in images if whole[key][1] == name]
   columns = list(zip(*rows, strict=True)) or [()] * 4
   kinds = {"name": np.str_, "offset": np.int64, "length": np.int64, "label": np.str_}

@@ -131,6 +131,11 @@ class Source:
       "contents": digest(self._contents()),
     }
 
+  def places(self) -> dict[str, np.ndarray]:
+    """Where the images lie: {path of a shard or folder: numbers of the records or names of the files in it}; empty where it is
+    not known.  Two sets with a place in common share an image."""
+    return {}
+
   def _listing(self) -> Iterable:
     return map(self.name_in_set, range(len(self)))
 
@@ -306,6 +311,9 @@ class Relabeled(Selection):
 
   def fingerprint(self):
     return self._source.fingerprint()
+
+  def places(self):
+    return self._source.places()
 
   def item(self, i):
     item, label = self._source.item(i)

@@ -24,12 +24,13 @@ from etils import epath
 
 from simclr_jax.data.decode import BadImage, import_tensorflow, jpeg_header, sniff
 from simclr_jax.data.order import draws
-from simclr_jax.data.sources import Source, say_once
+from simclr_jax.data.sources import Source, first_readable, say_once
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 CHUNK = 16  # images that are read in one call of Python
 ENDLESS = 2**40  # steps
+MAX_BYTES_IN_MEMORY = 1 << 30
 AHEAD = 2  # batches that are made, or complete, while the loop holds another
 
 
@@ -351,7 +352,7 @@ def in_memory(
   source: Source,
   *,
   canvas: int = 512,
-  max_bytes: int = 1 << 30,
+  max_bytes: int = MAX_BYTES_IN_MEMORY,
   max_bad_fraction: float = 0.001,
   bad_file: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -371,19 +372,29 @@ def in_memory(
     extents = np.tile(np.asarray(source.array_extent, np.int32), (count, 1))
     return source.gather(np.arange(count)), extents, np.arange(count)
   reader = _Reader(source, max_bad_fraction, bad_file)
-  images, numbers = [], []
+
+  def read(i):
+    image, _, number = reader.read(i)
+    return _reduced(image, canvas), min(canvas, max(image.shape[:2])), number  # large ones take no memory meanwhile
+
+  images, numbers, side = [], [], 0
   with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
-    for image, _, number in pool.map(reader.read, range(len(source))):
+    for image, needed, number in pool.map(read, range(len(source))):
       images.append(image)
       numbers.append(number)
-      _check_fits(len(source), min(canvas, max(image.shape[:2])), min(canvas, max(image.shape[:2])), max_bytes)
-  side = min(canvas, max(max(image.shape[:2]) for image in images))
+      side = max(side, needed)
+      _check_fits(len(source), side, side, max_bytes)
   canvases, extents = np.zeros((len(images), side, side, 3), np.uint8), np.empty((len(images), 2), np.int32)
-  for image, canvas, extent in zip(images, canvases, extents, strict=True):
-    small = _reduced(image, side)
-    extent[:] = small.shape[:2]
-    canvas[: extent[0], : extent[1]] = small
+  for image, place, extent in zip(images, canvases, extents, strict=True):
+    extent[:] = image.shape[:2]
+    place[: extent[0], : extent[1]] = image
   return canvases, extents, np.asarray(numbers)
+
+
+def check_fits(source: Source, *, canvas: int = 512):
+  """Raises UserError where `in_memory` surely would, after a look at one image: others may be larger."""
+  height, width = source.array_extent or (min(canvas, max(first_readable(source).shape[:2])),) * 2
+  _check_fits(len(source), height, width, MAX_BYTES_IN_MEMORY)
 
 
 def _check_fits(count, height, width, max_bytes):

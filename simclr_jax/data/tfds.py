@@ -67,7 +67,7 @@ class TfdsSource(Source):
     self._shards = [os.fspath(instruction.filename) for instruction in instructions]
     # Offsets and lengths of whole shards are what is cached; a slice of the split is a view of them.
     self._seen = versions(spec, self._shards)
-    self._cache = cache_file(self._shards, self._seen)
+    self._cache = cache_file("tfds", self._shards, self._seen)
     offsets = load_cache(self._cache)
     if offsets is None:
       offsets = scan_tfrecords(self._shards, self._cache)
@@ -90,6 +90,10 @@ class TfdsSource(Source):
 
   def name(self, i):
     return f"{self._title}:{i}"
+
+  def places(self):
+    shard, offset = (self._offsets[key][self._rows] for key in ("shard", "offset"))
+    return {path: offset[shard == k] for k, path in enumerate(self._shards)}
 
   def _listing(self):
     return *map(os.path.basename, self._shards), self._offsets["length"][self._rows]

@@ -212,6 +212,11 @@ def prepare(
       elif not isinstance(item, bytes) or (short_side and data.significant_bits(item)):
         item = _encoded(pixels, "PNG")  # with 8 bits, as those that were shrunk, by which the new set's are not told
       return item, label, source.name(i)
+    except data.ReadError as reason:
+      raise UserError(
+        f"{source.name(i)} cannot be read now ({reason}): make it readable and run the same command again, which keeps the "
+        "shards that are there"
+      ) from None
     except data.BadImage as reason:
       return None, str(reason), source.name(i)
 

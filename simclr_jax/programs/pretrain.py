@@ -274,6 +274,8 @@ def run(
   pipeline = view_pipeline(config)
   with errors.of_the_user():
     pipeline.check()
+    if pipeline.resident:
+      data.check_fits(train_source, canvas=pipeline.canvas)
     abstract = jax.eval_shape(task.init, jax.random.key(0))  # impossible sizes fail before the workdir is touched
   starts = (config.start,) if config.start else ()
   again = {"resume": resume, "overwrite": overwrite}

@@ -27,7 +27,11 @@ def open_data(section, train=None):
   if section.test and are_one(section.train, section.test):
     return train, train
   if section.test:
-    return train, data.align(train, _open(section.test, section), what=f"data.test={section.test}")
+    test = _open(section.test, section)
+    if len(train) == len(test) and train.fingerprint() == test.fingerprint():  # under another name or path
+      return train, train
+    check_apart(train, f"data.train={section.train}", test, f"data.test={section.test}")
+    return train, data.align(train, test, what=f"data.test={section.test}")
   if not train.num_classes or not section.held_out:
     return train, train
   held_out = hold_out(train.labels, section.held_out)
@@ -35,6 +39,16 @@ def open_data(section, train=None):
     return train, train
   rest = np.setdiff1d(np.arange(len(train)), held_out)
   return data.Selection(train, rest), data.Selection(train, held_out)
+
+
+def check_apart(train, name: str, test, name_of_test: str):
+  """Raises UserError if some images are in both sets, as far as it is known where they lie."""
+  places, of_test = train.places(), test.places()
+  shared = sum(len(np.intersect1d(places[path], of_test[path])) for path in places.keys() & of_test.keys())
+  if shared:
+    raise UserError(
+      f"{name_of_test} has {shared:,} images of {name}: name sets that do not overlap, such as train[:90%] and train[90%:]"
+    )
 
 
 def check_labeled(section, train, test):

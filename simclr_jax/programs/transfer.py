@@ -139,10 +139,13 @@ def splits(row, data_dir):
     right = "mean_average_precision" if train.targets.ndim > 1 else "top_1 or mean_per_class"
     raise UserError(f"metric={row.metric}: images of {row.train} have {several} each; expected {right}")
   test = align(train, open_split(row.test, data_dir), row.test)
+  splits_lib.check_apart(train.source, row.train, test.source, row.test)
   if not row.validation:
     held_out = linear.held_out_parts(train.targets, 1, np.random.default_rng(HELD_OUT_SEED))[0]
     return train, held_out, test
   more = align(train, open_split(row.validation, data_dir), row.validation)
+  for other, spec in ((train, row.train), (test, row.test)):
+    splits_lib.check_apart(other.source, spec, more.source, f"validation={row.validation}")
   both = data.Joined([train.source, more.source])
   joined = Split(both, np.concatenate([train.targets, more.targets]), train.num_classes, row.train)
   return joined, np.arange(len(joined.source)) >= len(train.source), test
