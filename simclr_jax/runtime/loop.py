@@ -1,7 +1,8 @@
-"""The shared training loop: restore, step, log, evaluate, save.  Programs pass it a Task and get back a trained state.
+"""The shared training loop: restore, step, log, save, evaluate.  Programs pass it a Task and get back a trained state.
 
 Resuming relies on this order: the state of step s is saved after s updates, and batch s is a pure function of (seed, s).
-So a run that stops anywhere and restores step s next sees the same batch as one that never stopped.
+So a run that stops anywhere and restores step s next sees the same batch as one that never stopped.  A step is saved before
+it is evaluated, so that a fault in an evaluation costs no updates; a resumed run makes up for the evaluation.
 """
 
 import collections
@@ -251,6 +252,7 @@ class Loop:
 
   def train(self):
     with _Signals() as self.signals, watchdog.training():
+      self.make_up()
       self.open_stream(self.first)
       while self.step < self.task.total_steps:
         self.step += 1
@@ -261,7 +263,7 @@ class Loop:
           continue
         if stop:
           self.interrupted()
-      if self.signals.received:  # while the last step was being saved
+      if self.signals.received:  # after the last step
         self.interrupted()
     self.close()
 
@@ -280,12 +282,14 @@ class Loop:
     if last or self.step % self.config.log_every == 0:
       self.log()
     self.checkpoints.check()
-    stop = self.signals.stop_after(self.step)
-    self.evaluate(stop)
-    stop = stop or bool(self.signals.received)  # it may have come while evaluating
-    if last or stop or (self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0):
+    stop, every = self.signals.stop_after(self.step), self.config.checkpoint_every
+    saved = last or stop or bool(every and self.step % every == 0)
+    if saved:  # before it is evaluated, where a run may fail or be killed
       self.save()
-    return stop
+    self.evaluate()
+    if self.signals.received and not saved:  # while evaluating
+      self.save()
+    return bool(self.signals.received)
 
   # ---- start, and start again ----------------------------------------------------------------------------------
 
@@ -417,11 +421,12 @@ class Loop:
 
   # ---- now and then --------------------------------------------------------------------------------------------
 
-  def evaluate(self, stopping: bool):
+  def evaluate(self):
     """Runs the evaluators that are due: all of them after the last step, none if the run is about to stop."""
     row, last = {}, self.step == self.task.total_steps
+    stopping = bool(self.signals.received)  # once, for all evaluators
     for name, evaluator in self.task.evaluators.items():
-      if last or (evaluator.every and self.step % evaluator.every == 0 and not stopping):
+      if not stopping and (last or (evaluator.every and self.step % evaluator.every == 0)):
         self.log()
         with self.clock.phase("evaluate", name):
           row.update(evaluator.run(self.state))
@@ -430,6 +435,14 @@ class Loop:
       for text in (value for value in row.values() if isinstance(value, str)):
         self.progress.note(text)
       self.progress.update(self.step, row, self.seconds_left())
+
+  def make_up(self):
+    """Evaluates the restored step if the run that saved it was stopped before it had."""
+    # Process 0 decides, which writes the rows.  Those of updates have a loss.
+    if self.first and not processes.run_on_primary(
+      lambda: any(row["step"] == self.first and "loss" not in row for row in metrics_lib.read(self.workdir))
+    ):
+      self.evaluate()
 
   def save(self):
     self.log()
