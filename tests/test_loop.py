@@ -1,6 +1,7 @@
 """The loop on a state of two arrays, whose update takes microseconds: what a resumed run must do as one never stopped."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 
 from simclr_jax import __main__ as cli
+from simclr_jax import report
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
-from simclr_jax.runtime import checkpoint, loop, processes
+from simclr_jax.runtime import checkpoint, loop, metrics, processes, progress
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -315,3 +317,43 @@ def test_the_expected_time_is_said_once_where_it_is_long(tmp_path, monkeypatch, 
   run(tmp_path / "long", task(12))
   said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("expected")]
   assert len(said) == 1 and said[0].endswith("for 4 more steps at this speed")
+
+
+def test_times_after_a_rollback_are_those_of_the_updates_that_were_made(tmp_path, monkeypatch, capsys):
+  """Each of which takes a second here: ten until the ninth diverges, and fifteen more from step 5 on."""
+
+  @contextlib.contextmanager
+  def phase(self, name, part=""):
+    yield
+    self.seconds[name] += float(name == "data")
+
+  def stream(first):
+    for number, batch in enumerate(task(20).stream(first), first):
+      yield {**batch, "leap": np.full(ROWS, np.inf if number == 8 else 0.0, np.float32)}
+
+  shown = []
+  monkeypatch.setattr(progress.Clock, "phase", phase)
+  monkeypatch.setattr(
+    progress.Progress, "update", lambda self, step, row, eta: shown.append((step, row["images_per_second"], eta))
+  )
+  monkeypatch.setattr(loop, "WORTH_SAYING", -1.0)
+  again = dataclasses.replace(task(20), stream=stream)
+  run(tmp_path, again, checkpoint_every=5, rollback=loop.Rollback(times=1))
+  assert shown == [(5, ROWS, 15.0), (10, ROWS, 10.0), (15, ROWS, 5.0), (20, ROWS, 0.0)]
+  said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("expected")]
+  assert said == ["expected: 0:12 for 12 more steps at this speed"]
+
+
+def test_the_times_of_a_resumed_run_include_those_before(tmp_path):
+  options = dict(mesh=mesh_lib.make_mesh(), workdir=tmp_path / "run", config_json="{}", seed=0)
+  with pytest.raises(KeyboardInterrupt):
+    loop.run(task(12, stop_at=6), loop.LoopConfig(log_every=2, checkpoint_every=4), **options)
+  seconds = {row["step"]: row["seconds"] for row in metrics.read(tmp_path / "run")}
+  _, clock = loop.run(task(12), loop.LoopConfig(log_every=2, checkpoint_every=4), **options)
+  budget = clock.budget()
+  assert budget.pop("before it was resumed") == seconds[4] and budget == clock.seconds
+  assert clock.text().endswith(" before it was resumed")
+  report.write_report(tmp_path / "report.html", title="", summary="", seconds=clock.budget())
+  assert "before it was resumed" in (tmp_path / "report.html").read_text()
+  _, fresh = loop.run(task(2), loop.LoopConfig(log_every=2), **options | {"workdir": tmp_path / "fresh"})
+  assert fresh.budget() == fresh.seconds and "before" not in fresh.text()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -163,9 +164,11 @@ def test_the_line_of_progress(capsys):
   progress = Progress(10, 4.0, show={"accuracy": "acc %", "rank": "rank"}, seconds_between_lines=0.0)
   progress.update(1, {"loss": 2.0, "accuracy": 0.532}, 75.0)
   progress.update(2, {"loss": 1.5, "chance_loss": 3.4, "rank": 7.25, "other": 1.0}, 70.0)
+  progress.update(2, {"accuracy": 0.54}, math.nan)  # before the first update of a resumed run
   assert capsys.readouterr().out.splitlines() == [
     "step 1/10 (0.2 epochs)  loss 2.000  acc 53.2 %  ETA 1:15",
     "step 2/10 (0.5 epochs)  loss 1.500 (chance 3.40)  acc 53.2 %  rank 7.250  ETA 1:10",
+    "step 2/10 (0.5 epochs)  loss 1.500 (chance 3.40)  acc 54.0 %  rank 7.250",
   ]
 
 

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import signal
 import threading
@@ -214,6 +215,7 @@ class Loop:
 
   Attributes:
     step: number of the current update, or of the last one.
+    updates: number of updates that this process made, those that a rollback made void included.
     state: after `step` updates.
     window: metrics on the devices that have not been fetched yet, one entry per step.
   """
@@ -232,10 +234,11 @@ class Loop:
     self.checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep)
     self.like = abstract_state(task, mesh)
     self.skipped = _Skipped(workdir)
-    self.window, self.in_flight = [], collections.deque()
+    self.window, self.in_flight, self.updates = [], collections.deque(), 0
     self.tracing = False
     self.restore(seed)
     self.writer = metrics_lib.Writer(workdir, resume_step=self.first, wandb=config.wandb)
+    self.clock.before = self.writer.seconds_before
     self.progress = progress_lib.Progress(task.total_steps, task.num_examples / task.batch_size, show=task.show)
     self.last_logged, self.mark = self.first, dict(self.clock.seconds)
 
@@ -275,7 +278,7 @@ class Loop:
       with self.clock.phase("step", "compare"):  # the first of which compiles
         self.compare(batch)
     self.update(batch)
-    if self.step == self.first + TIMED_STEPS and (left := self.seconds_left()) > WORTH_SAYING:
+    if self.updates == TIMED_STEPS and (left := self.seconds_left()) > WORTH_SAYING:
       steps = self.task.total_steps - self.step
       self.progress.note(f"expected: {progress_lib.duration(left)} for {steps:,} more steps at this speed")
     last = self.step == self.task.total_steps
@@ -325,7 +328,7 @@ class Loop:
       good, self.state = self.checkpoints.restore_newest(self.like)
     self.skipped.add(good, self.step - good)
     self.progress.note(f"{error}; returning to step {good} and skipping the next {self.step - good} batches")
-    self.window, self.last_logged = [], good
+    self.window, self.last_logged, self.mark = [], good, dict(self.clock.seconds)
     self.in_flight.clear()
     self.restore_losses()
     self.writer.rewind(good)
@@ -352,6 +355,7 @@ class Loop:
         processes.barrier("compiled")
     with self.clock.phase("step"):
       self.state, metrics = compiled(self.state, batch, *self.constants)
+      self.updates += 1
       self.window.append(metrics)
       self.in_flight.append(metrics)
       if first_time or len(self.in_flight) > 2:  # two steps ahead of the device at most: bounds memory
@@ -411,13 +415,13 @@ class Loop:
       row["data_wait"] = spent.get("data", 0.0) / busy
     row["epoch"] = self.step * task.batch_size / task.num_examples
     row["goodput"] = self.clock.goodput()
-    row["seconds"] = self.writer.seconds_before + time.monotonic() - self.clock.started
+    row["seconds"] = self.clock.before + time.monotonic() - self.clock.started
     return row
 
   def seconds_left(self) -> float:
-    done = self.step - self.first
+    """nan before the first update of this process."""
     working = sum(self.clock.seconds[key] for key in ("data", "step", "evaluate", "save"))
-    return (self.task.total_steps - self.step) * working / done if done else 0.0
+    return (self.task.total_steps - self.step) * working / self.updates if self.updates else math.nan
 
   # ---- now and then --------------------------------------------------------------------------------------------
 
