@@ -158,11 +158,11 @@ def test_an_evaluation_that_fails_costs_no_step(tmp_path, undisturbed):
 
   def unreadable(step):
     if step == 10:
+      assert (tmp_path / "checkpoints/10/manifest.json").exists()  # a process that is killed here has it
       raise UserError("no test image can be read")
 
   with pytest.raises(UserError, match="no test image can be read"):
     run(tmp_path, evaluated(10, unreadable), log_every=1, checkpoint_every=0)
-  assert (tmp_path / "checkpoints/10/manifest.json").exists()
   assert rows(tmp_path) == expected[:-1]
   idle = dataclasses.replace(evaluated(10), step=pytest.fail)
   np.testing.assert_array_equal(run(tmp_path, idle, log_every=1, checkpoint_every=0), straight)

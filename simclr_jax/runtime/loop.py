@@ -456,6 +456,9 @@ class Loop:
       self.compare()
       losses = {"recent_losses": [float(loss) for loss in self.recent_losses]}
       self.checkpoints.save(self.step, self.state, self.task.exports(self.state), self.config_json, losses)
+    if self.step == self.task.total_steps:  # sealed before it is evaluated: no later save makes up for it
+      with self.clock.phase("save", "wait"):
+        self.checkpoints.wait()
 
   def trace_when_due(self):
     begin = self.first + 10
