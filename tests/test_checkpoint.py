@@ -15,9 +15,11 @@ import pytest
 import tiny
 
 from simclr_jax import model
-from simclr_jax.programs import pretrain
+from simclr_jax.programs import config as config_lib
+from simclr_jax.programs import pretrain, trained
 from simclr_jax.runtime import checkpoint, errors, loop
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_a_damaged_step_is_skipped_and_saved_again(tmp_path, two_steps, task, st
   flip(max(workdir.glob("checkpoints/2/state/**/d/*"), key=lambda f: f.stat().st_size))
   like = loop.abstract_state(task, mesh_lib.make_mesh())
   with pytest.raises(checkpoint.Damaged, match="damaged: its SHA-256 is not the one in manifest.json"):
-    checkpoint.read_run_export(workdir, "encoder", jax.eval_shape(lambda s: model.keep_encoder(s), state))
+    checkpoint.read_run_export(workdir, "encoder", jax.eval_shape(lambda s: model.keep_encoder(s), state), 2)
   saved = checkpoint.Checkpoints(workdir)
   step, restored = saved.restore_newest(like)
   assert step == restored.step == 1
@@ -255,13 +257,47 @@ def test_a_step_under_another_name_or_of_another_run_is_not_resumed(tmp_path, ca
   )
   shutil.copytree(other / "checkpoints/2", steps / "2")
   with pytest.raises(ValueError, match="checkpoints/2 belongs to another run"):
-    checkpoint.read_run_state(run)
+    checkpoint.read_run_state(run, 2)
   assert checkpoint.Checkpoints(run).latest_step() == 1
   assert "belongs to another run; moved to" in capsys.readouterr().out
   shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("RUN*", "LOCK", ".LOCK*", "damaged"))
   checkpoint.claim_workdir(str(tmp_path / "copy"), resume=True, overwrite=False)  # knows itself by its checkpoints
   assert checkpoint.run_id(tmp_path / "copy") == checkpoint.run_id(run)
   assert checkpoint.Checkpoints(tmp_path / "copy").latest_step() == 1
+
+
+def test_a_step_that_is_not_sealed_yet_or_damaged_is_passed_over_by_what_only_reads(tmp_path, capsys):
+  saved_steps(tmp_path, 1, 2, 3)
+  steps = tmp_path / "checkpoints"
+  seal = (steps / "3/manifest.json").read_bytes()
+  (steps / "3/manifest.json").unlink()  # as while a run is training
+  (steps / "2/loop.json").unlink()
+  before = sorted(str(path) for path in tmp_path.rglob("*"))
+  assert checkpoint.read_run_state(tmp_path)[0] == 1
+  assert capsys.readouterr().out.splitlines() == [
+    "checkpoint of step 3 passed over: it is not sealed yet",
+    f"checkpoint of step 2 passed over: {steps}/2/loop.json is missing",
+  ]
+  for step, words in ((3, "3 has no manifest.json"), (2, "2/loop.json is missing")):
+    with pytest.raises(checkpoint.Damaged, match=words):
+      checkpoint.read_run_state(tmp_path, step)
+  assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+  flip(steps / "1/loop.json")
+  with pytest.raises(checkpoint.Damaged, match="3 has no manifest.json"):
+    checkpoint.read_run_state(tmp_path)
+  (steps / "3/manifest.json").write_bytes(seal)
+  assert checkpoint.read_run_state(tmp_path)[0] == 3
+  assert capsys.readouterr().out == ""
+
+
+def test_messages_name_the_flag_that_was_given(tmp_path):
+  (tmp_path / "checkpoints").mkdir()
+  for flag in ("--workdir=", ""):
+    with pytest.raises(UserError, match=f"^{flag}{tmp_path}: no checkpoint; steps there: none"):
+      checkpoint.read_run_state(tmp_path, flag=flag)
+  checkpoint.write_config(tmp_path, config_lib.to_json(tiny.config()))
+  with pytest.raises(UserError, match=f"^{tmp_path}: no checkpoint of step 7; steps there: none"):
+    trained.open_start(tmp_path, 7)
 
 
 def test_a_state_of_another_step_than_its_folder_is_refused(tmp_path, two_steps, task):

@@ -116,6 +116,18 @@ def test_a_run_from_before_keys_were_renamed_still_loads():
     config_lib.load("downstream", ["--config.shares=(0.1,)"])
 
 
+def test_a_rollback_needs_checkpoints_to_return_to():
+  never = ["--config.checkpoint.every_epochs=0", "--config.rollback.times=3"]
+  for recipe in ("smoke", "finetune"):
+    with pytest.raises(UserError) as error:
+      config_lib.load(recipe, never)
+    assert "config.rollback.times=3: there is no checkpoint to return to" in one_line(error)
+    assert config_lib.load(recipe, [*never, "--config.checkpoint.every_steps=10"]).rollback.times == 3
+    c = config_lib.load(recipe, [never[0], "--config.rollback.spike=6"])  # which stops the run
+    kept = config_lib.to_dict(c) | {"rollback": {"times": 3, "spike": 6.0}}  # of a run from when it was not refused
+    assert config_lib.from_json(json.dumps(kept)) == c
+
+
 @pytest.mark.parametrize("path", sorted(config_lib.recipe_folder().glob("[!_]*.py")), ids=lambda p: p.stem)
 def test_every_recipe_is_complete_and_survives_json(path):
   c = config_lib.load(str(path))

@@ -1,6 +1,7 @@
 """The loop on a state of two arrays, whose update takes microseconds: what a resumed run must do as one never stopped."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 
 from simclr_jax import __main__ as cli
+from simclr_jax import report
 from simclr_jax.model import TrainState
 from simclr_jax.programs import config as config_lib
-from simclr_jax.runtime import checkpoint, loop, processes
+from simclr_jax.runtime import checkpoint, loop, metrics, processes, progress
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -102,10 +104,10 @@ def test_a_signal_while_a_step_is_saved_is_not_forgotten(tmp_path, at):
     return {}
 
   told = dataclasses.replace(task(4), exports=exports)
-  with pytest.raises(loop.Interrupted, match="SIGTERM: stopped after step 4 and saved it") as stopped:
+  with pytest.raises(loop.Interrupted, match=f"SIGTERM: stopped after step {at} and saved it") as stopped:
     run(tmp_path, told, checkpoint_every=3)
   assert stopped.value.exit_code == 42
-  assert (tmp_path / "checkpoints/4/manifest.json").exists()
+  assert (tmp_path / f"checkpoints/{at}/manifest.json").exists()
 
 
 def test_a_run_that_fails_while_a_step_is_written_leaves_it_complete(tmp_path, monkeypatch):
@@ -122,6 +124,91 @@ def test_a_run_that_fails_while_a_step_is_written_leaves_it_complete(tmp_path, m
   with pytest.raises(checkpoint.NotSaved, match="could not save step 3: no such bucket"):
     run(tmp_path / "b", slow, checkpoint_every=3, log_every=1)
   assert len(losses(tmp_path / "b")) < 100
+
+
+# ---- evaluations -------------------------------------------------------------------------------------------------------
+
+
+def evaluated(steps, fault=lambda step: None, **changes):
+  """A task that is evaluated every third step; `fault` is called with the step before."""
+
+  def evaluate(state):
+    fault(int(state.step))
+    return {"knn": float(state.params["w"].sum()), "verdict": "fine"}
+
+  return dataclasses.replace(task(steps), evaluators={"knn": loop.Evaluator(evaluate, 3)}, **changes)
+
+
+def rows(workdir):
+  found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return [(row["step"], row.get("loss"), row.get("knn")) for row in found]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  """(final weights, rows) of ten steps, with evaluations after 3, 6, 9 and 10."""
+  workdir = tmp_path_factory.mktemp("loop") / "run"
+  w = run(workdir, evaluated(10), log_every=1)
+  return w, rows(workdir)
+
+
+def test_an_evaluation_that_fails_costs_no_step(tmp_path, undisturbed):
+  """Not even where only the last step is saved; the resumed run evaluates and makes no update."""
+  straight, expected = undisturbed
+
+  def unreadable(step):
+    if step == 10:
+      assert (tmp_path / "checkpoints/10/manifest.json").exists()  # a process that is killed here has it
+      raise UserError("no test image can be read")
+
+  with pytest.raises(UserError, match="no test image can be read"):
+    run(tmp_path, evaluated(10, unreadable), log_every=1, checkpoint_every=0)
+  assert rows(tmp_path) == expected[:-1]
+  idle = dataclasses.replace(evaluated(10), step=pytest.fail)
+  np.testing.assert_array_equal(run(tmp_path, idle, log_every=1, checkpoint_every=0), straight)
+  assert rows(tmp_path) == expected
+  done = dataclasses.replace(evaluated(10, pytest.fail), step=pytest.fail)
+  run(tmp_path, done, log_every=1, checkpoint_every=0)  # which is not evaluated again
+  assert rows(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+  "where, fault, at, saved",
+  [
+    ("evaluate", "killed", 3, 2),
+    ("evaluate", "killed", 6, 6),
+    ("evaluate", "told", 3, 3),
+    ("evaluate", "told", 10, 10),
+    ("save", "killed", 6, 4),
+    ("save", "told", 6, 6),
+    ("data", "told", 9, 9),
+  ],
+)
+def test_a_run_that_is_stopped_around_an_evaluation_has_the_same_rows(tmp_path, undisturbed, where, fault, at, saved):
+  """Evaluated after 3, 6, 9 and 10 steps, saved after every second one."""
+  straight, expected = undisturbed
+
+  def happen(place, step):
+    if (place, step, fault) == (where, at, "killed"):
+      raise KeyboardInterrupt
+    if (place, step) == (where, at):
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def stream(first):
+    for step, batch in enumerate(task(10).stream(first), first + 1):
+      happen("data", step)
+      yield batch
+
+  def exports(state):
+    happen("save", int(state.step))
+    return {}
+
+  broken = evaluated(10, lambda step: happen("evaluate", step), stream=stream, exports=exports)
+  with pytest.raises(loop.Interrupted if fault == "told" else KeyboardInterrupt):
+    run(tmp_path, broken, log_every=1, checkpoint_every=2)
+  assert checkpoint.Checkpoints(tmp_path).latest_step() == saved
+  np.testing.assert_array_equal(run(tmp_path, evaluated(10), log_every=1, checkpoint_every=2), straight)
+  assert rows(tmp_path) == expected
 
 
 # ---- several processes that disagree -----------------------------------------------------------------------------------
@@ -230,3 +317,43 @@ def test_the_expected_time_is_said_once_where_it_is_long(tmp_path, monkeypatch, 
   run(tmp_path / "long", task(12))
   said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("expected")]
   assert len(said) == 1 and said[0].endswith("for 4 more steps at this speed")
+
+
+def test_times_after_a_rollback_are_those_of_the_updates_that_were_made(tmp_path, monkeypatch, capsys):
+  """Each of which takes a second here: ten until the ninth diverges, and fifteen more from step 5 on."""
+
+  @contextlib.contextmanager
+  def phase(self, name, part=""):
+    yield
+    self.seconds[name] += float(name == "data")
+
+  def stream(first):
+    for number, batch in enumerate(task(20).stream(first), first):
+      yield {**batch, "leap": np.full(ROWS, np.inf if number == 8 else 0.0, np.float32)}
+
+  shown = []
+  monkeypatch.setattr(progress.Clock, "phase", phase)
+  monkeypatch.setattr(
+    progress.Progress, "update", lambda self, step, row, eta: shown.append((step, row["images_per_second"], eta))
+  )
+  monkeypatch.setattr(loop, "WORTH_SAYING", -1.0)
+  again = dataclasses.replace(task(20), stream=stream)
+  run(tmp_path, again, checkpoint_every=5, rollback=loop.Rollback(times=1))
+  assert shown == [(5, ROWS, 15.0), (10, ROWS, 10.0), (15, ROWS, 5.0), (20, ROWS, 0.0)]
+  said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("expected")]
+  assert said == ["expected: 0:12 for 12 more steps at this speed"]
+
+
+def test_the_times_of_a_resumed_run_include_those_before(tmp_path):
+  options = dict(mesh=mesh_lib.make_mesh(), workdir=tmp_path / "run", config_json="{}", seed=0)
+  with pytest.raises(KeyboardInterrupt):
+    loop.run(task(12, stop_at=6), loop.LoopConfig(log_every=2, checkpoint_every=4), **options)
+  seconds = {row["step"]: row["seconds"] for row in metrics.read(tmp_path / "run")}
+  _, clock = loop.run(task(12), loop.LoopConfig(log_every=2, checkpoint_every=4), **options)
+  budget = clock.budget()
+  assert budget.pop("before it was resumed") == seconds[4] and budget == clock.seconds
+  assert clock.text().endswith(" before it was resumed")
+  report.write_report(tmp_path / "report.html", title="", summary="", seconds=clock.budget())
+  assert "before it was resumed" in (tmp_path / "report.html").read_text()
+  _, fresh = loop.run(task(2), loop.LoopConfig(log_every=2), **options | {"workdir": tmp_path / "fresh"})
+  assert fresh.budget() == fresh.seconds and "before" not in fresh.text()

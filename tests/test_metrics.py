@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import bucket
 import pytest
 from PIL import Image
 
-from simclr_jax.runtime import errors, files, metrics
+from simclr_jax.runtime import checkpoint, errors, files, lock, metrics
 from simclr_jax.runtime.progress import Progress
 
 CHILD = """
@@ -105,13 +106,69 @@ def test_tensorboard_shows_no_step_twice(tmp_path, monkeypatch):
   assert shown == [(s, 6 + s / 100) for s in range(1, 5)] + [(s, 9 + s / 100) for s in range(5, 9)] + [(9, 0.5)]
 
 
+class Wandb:
+  """Stands in for the package wandb, and for a run of it."""
+
+  def __init__(self):
+    self.ids, self.rows, self.steps = [], [], {}
+
+  def init(self, *, id, resume, **_):
+    assert resume == "allow"
+    self.ids.append(id)
+    return self
+
+  def define_metric(self, name, *, step_metric):
+    self.steps[name] = step_metric
+
+  def log(self, row):
+    self.rows.append(row)
+
+  def finish(self):
+    pass
+
+
+def test_a_run_is_one_run_at_wandb_until_it_is_overwritten(tmp_path, monkeypatch):
+  wandb = Wandb()
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  monkeypatch.setattr(metrics, "check_wandb", lambda project: None)
+  for workdir, again in (
+    (tmp_path / "a", {}),
+    (tmp_path / "a", {"resume": True}),
+    (tmp_path / "a", {"overwrite": True}),
+    (tmp_path / "b", {}),
+  ):
+    path = checkpoint.claim_workdir(str(workdir), **{"resume": False, "overwrite": False, **again})
+    checkpoint.write_config(path, "{}")
+    metrics.Writer(path, wandb="mine").close()
+    lock.release(path)
+  begun, resumed, overwritten, other = wandb.ids
+  assert begun and begun == resumed and len({begun, overwritten, other}) == 3
+
+
+def test_rows_that_are_made_again_are_sent_to_wandb_again(tmp_path, monkeypatch):
+  """It drops what is logged with a step= before its own."""
+  wandb = Wandb()
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  monkeypatch.setattr(metrics, "check_wandb", lambda project: None)
+  writer = metrics.Writer(tmp_path, wandb="mine")
+  for step, loss in ((1, 3.0), (2, 9.0)):
+    writer.scalars(step, {"loss": loss, "verdict": "fine"})
+  writer.rewind(1)
+  writer.scalars(2, {"loss": 2.0})
+  writer.close()
+  assert wandb.steps == {"*": "step"}
+  assert wandb.rows == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 2.0}]
+
+
 def test_the_line_of_progress(capsys):
   progress = Progress(10, 4.0, show={"accuracy": "acc %", "rank": "rank"}, seconds_between_lines=0.0)
   progress.update(1, {"loss": 2.0, "accuracy": 0.532}, 75.0)
   progress.update(2, {"loss": 1.5, "chance_loss": 3.4, "rank": 7.25, "other": 1.0}, 70.0)
+  progress.update(2, {"accuracy": 0.54}, math.nan)  # before the first update of a resumed run
   assert capsys.readouterr().out.splitlines() == [
     "step 1/10 (0.2 epochs)  loss 2.000  acc 53.2 %  ETA 1:15",
     "step 2/10 (0.5 epochs)  loss 1.500 (chance 3.40)  acc 53.2 %  rank 7.250  ETA 1:10",
+    "step 2/10 (0.5 epochs)  loss 1.500 (chance 3.40)  acc 54.0 %  rank 7.250",
   ]
 
 

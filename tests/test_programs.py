@@ -202,7 +202,8 @@ def test_profile_tensorboard_and_wandb(tmp_path, monkeypatch):
   """Opt-in: a trace of some steps, pictures in TensorBoard, numbers to a wandb that is made for the occasion."""
   (tmp_path / "wandb.py").write_text(
     "rows, calls = [], []\n"
-    "class Run:\n  def log(self, row, step): rows.append((step, row))\n  def finish(self): calls.append('finish')\n"
+    "class Run:\n  def log(self, row): rows.append((row['step'], row))\n  def finish(self): calls.append('finish')\n"
+    "  def define_metric(self, name, step_metric): calls.append((name, step_metric))\n"
     "def init(**options):\n  calls.append(options)\n  return Run()\n"
   )
   options = ["--config.log.wandb=mine", "--config.log.profile_steps=2"]

@@ -99,6 +99,11 @@ def test_sub_folders_color_the_map():
   assert quickstart.classes("/x", ["/x/cat/1.png", "/x/cat/2.png"]) == (None, [])
 
 
+def test_the_time_of_a_resumed_run_is_not_that_from_the_folder():
+  assert quickstart.span(75.0, 0.0) == "1:15 from the folder to this page"
+  assert quickstart.span(75.0, 300.0) == "1:15 from resuming to this page, after 5:00 of training"
+
+
 def test_mistakes_are_one_line(tmp_path, capfd):
   (tmp_path / "few").mkdir()
   for argv, message in (
@@ -163,6 +168,7 @@ def test_folder_to_page_and_again(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(quickstart, "seconds_a_step", lambda *_: 60.0)
   found = quickstart.run(tmp_path / "photos", tmp_path / "run", minutes=1)
   check(found, planted, tmp_path / "run")
+  assert "from the folder to this page" in (tmp_path / "run/report.html").read_text()
   with pytest.raises(ValueError, match="--resume"):
     quickstart.run(tmp_path / "photos", tmp_path / "run")
   with pytest.raises(UserError, match="--minutes=3: the run in .* was planned for 1; leave it out to resume"):
@@ -172,6 +178,7 @@ def test_folder_to_page_and_again(tmp_path, monkeypatch, capsys):
   files.write_sealed(plan, json.dumps({**kept, "minutes": None}))  # of an earlier version, which did not keep it
   again = quickstart.run(None, tmp_path / "run", minutes=2, resume=True)
   assert json.loads(files.read_sealed(plan))["minutes"] == 2
+  assert "from resuming to this page, after" in (tmp_path / "run/report.html").read_text()
   assert config_lib.difference(found["config"], again["config"]) == []
   np.testing.assert_array_equal(found["chart"]["views"]["PCA"], again["chart"]["views"]["PCA"])
 

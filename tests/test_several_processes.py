@@ -197,6 +197,19 @@ def test_one_that_is_told_to_go_takes_the_others_along(shared, one_process):
   same_losses(workdir, one_process)
 
 
+def test_processes_that_stop_before_an_evaluation_make_up_for_it(shared):
+  workdir = shared / "evaluated"
+  with Group(shared, workdir, 2, **{"evaluate.every_steps": 1}) as group:
+    group.wait_for_step(workdir, 2)
+    group.processes[1].send_signal(signal.SIGTERM)
+    assert group.wait() == [42, 42]
+  assert "loss" in rows(workdir)[-1]
+  with Group(shared, workdir, 2, **{"evaluate.every_steps": 1}) as group:
+    assert group.wait() == [0, 0]
+  assert [row["step"] for row in rows(workdir) if "loss" in row] == list(range(1, STEPS + 1))
+  assert [row["step"] for row in rows(workdir) if "loss" not in row] == list(range(1, STEPS + 1))
+
+
 def test_resume_on_another_number_of_processes(shared, one_process):
   """Steps 1 to 4 on 1 x 8 devices, 5 to 8 on 4 x 2, 9 to 12 on 2 x 4."""
   workdir = shared / "moved"

@@ -449,6 +449,11 @@ class Training(Section):
   def check(self):
     if not self.train_epochs and not self.train_steps:
       raise UserError("train_epochs=0 and config.train_steps=0: set one of them")
+    if self.rollback.times and not (self.checkpoint.every_steps or self.checkpoint.every_epochs):
+      raise UserError(
+        f"rollback.times={self.rollback.times}: there is no checkpoint to return to before the end; set "
+        "config.checkpoint.every_steps or every_epochs"
+      )
 
 
 # Sections of methods that have options: present when the method is chosen, and refused otherwise.
@@ -785,6 +790,9 @@ def from_saved(values: dict):
     values["data"] = {**part, "held_out": 0.0}
   if values.get("program") in ("finetune", "distill", "transfer"):  # what had no effect, and is refused since 0.2
     values["augment"] = {key: value for key, value in values.get("augment", {}).items() if key != "canvas"}
+  saves = values.get("checkpoint", {})
+  if not (saves.get("every_steps") or saves.get("every_epochs")) and "rollback" in values:
+    values["rollback"] = {key: value for key, value in values["rollback"].items() if key != "times"}
   if values.get("program") == "distill" and values.get("alpha", 1.0) == 1.0:
     values["labels"] = {
       key: value for key, value in values.get("labels", {}).items() if key not in ("list", "fraction")

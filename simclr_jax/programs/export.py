@@ -70,7 +70,8 @@ def run(
   for path in targets.values():
     if read.exists() and files.is_within(read, path):
       raise UserError(f"--output={path} --overwrite would delete the encoder that this reads: name another folder")
-  variables, projector, config, facts = _of_folder(folder) if folder else _of_run(source, step, head)
+  flag = "--workdir=" if workdir else "--encoder="
+  variables, projector, config, facts = _of_folder(folder) if folder else _of_run(source, step, head, flag)
   facts |= {"license": license} if license else {}
   if head and not projector:
     raise UserError(f"{source} has no projection head: leave --head out")
@@ -114,16 +115,16 @@ def _checked(formats) -> list:
 
 
 @errors.of_the_user()
-def _of_run(workdir, step, head):
+def _of_run(workdir, step, head, flag):
   """(f's variables, g's where `head` asks for it and it exists, config, what the card says) of a run's checkpoint."""
-  config = config_lib.from_json(checkpoint.read_config(workdir))
+  config = config_lib.from_json(checkpoint.read_config(workdir, flag))
   made_by = config.program
   if made_by != "pretrain":
     raise UserError(
-      f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={files.absolute(workdir) / 'encoder'}, which is there "
+      f"{flag}{workdir} is a run of simclr {made_by}: give --encoder={files.absolute(workdir) / 'encoder'}, which is there "
       "when it is done"
     )
-  step, variables = trained.read_encoder(workdir, config, step)
+  step, variables = trained.read_encoder(workdir, config, step, flag)
   projector = None
   if head:
     _, state = checkpoint.read_run_state(workdir, step)

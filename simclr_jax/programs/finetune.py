@@ -353,7 +353,7 @@ def _page(workdir, config, source, test_source, scores, predictions, clock):
     confusion=confusion,
     predicted_by="the classifier",
     class_names=source.class_names,
-    seconds=dict(clock.seconds),
+    seconds=clock.budget(),
     config=config_lib.to_dict(config),
     files={
       workdir / "encoder": "the encoder f, and the heads on it",

@@ -414,7 +414,7 @@ def _farewell(config, workdir, result, pairs, clock, changes) -> dict:
     class_names=result.get("class_names"),
     verdict=result["verdict"],
     healthy=False if result["collapsed"] else None,  # never green: what has not collapsed may still be worth little
-    seconds=dict(clock.seconds),
+    seconds=clock.budget(),
     map_of_images=result["map"],
     changes=changes,
   )

@@ -24,7 +24,7 @@ from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
-from simclr_jax.runtime.progress import duration
+from simclr_jax.runtime.progress import BEFORE, duration
 
 RECIPE = "folder"
 FEWEST = 16  # images: with fewer there is nothing to tell apart
@@ -289,22 +289,27 @@ def run(
   map_lib.write(workdir / "map", chart, found)
   listed = epath.Path(f"{table}.unreadable.txt")
   unreadable = [line.split("\t") for line in files.read_text(listed).splitlines()] if listed.exists() else []
-  _page(workdir, trained["page"], root, source, why, chart, found, unreadable, time.monotonic() - began)
+  took = span(time.monotonic() - began, trained["page"]["seconds"].get(BEFORE, 0.0))
+  _page(workdir, trained["page"], root, source, why, chart, found, unreadable, took)
   checkpoint.mark_complete(workdir, int(trained["state"].step))
   print(chart["note"])
   map_lib.print_findings(names, found)
   print(f"unreadable  {len(unreadable)}" + "".join(f"\n            {name}: {why}" for name, why in unreadable[:5]))
-  print(f"time        {duration(time.monotonic() - began)} in all")
+  print(f"time        {took}")
   print(f"\nopen {workdir / 'report.html'}", flush=True)
   return dict(config=config, why=why, chart=chart, found=found, unreadable=unreadable)
 
 
-def _page(workdir, page, root, source, why, chart, found, unreadable, seconds):
+def span(seconds: float, before: float) -> str:
+  """How long it took, in words: `seconds` since it was begun or resumed, `before` of training until then."""
+  if before:
+    return f"{duration(seconds)} from resuming to this page, after {duration(before)} of training"
+  return f"{duration(seconds)} from the folder to this page"
+
+
+def _page(workdir, page, root, source, why, chart, found, unreadable, took):
   pairs, n = len(found["duplicates"]), len(source)
-  summary = (
-    f"{n:,} images, {duration(seconds)} from the folder to this page: {pairs:,} near-duplicate pairs, "
-    f"{len(unreadable):,} unreadable."
-  )
+  summary = f"{n:,} images, {took}: {pairs:,} near-duplicate pairs, {len(unreadable):,} unreadable."
   lost = [(os.path.relpath(name, root), reason) for name, reason in unreadable]
   files = {
     workdir / "features.npz": "h of every image; simclr embed writes parquet and safetensors too",

@@ -107,7 +107,7 @@ def open_start(path, step: int | None = None) -> Start:
       config_lib.build(config_lib.Encoder, card["architecture"]), config.projector, variables, config, str(path)
     )
   config = config_lib.from_json(checkpoint.read_config(path, flag=""))
-  _, state = checkpoint.read_run_state(path, step)
+  _, state = checkpoint.read_run_state(path, step, flag="")
   variables = {
     name: {"params": params, "batch_stats": state["batch_stats"].get(name, {})}
     for name, params in state["params"].items()
@@ -189,11 +189,12 @@ def check_unseen(section, test, workdir, training):
   same.check_held_out(workdir, test_of_training)
 
 
-def read_encoder(workdir, config, step: int | None = None):
-  """(step, variables of f) of a run's newest checkpoint, or of the one of `step`; `config` is the run's."""
+def read_encoder(workdir, config, step: int | None = None, flag: str = "--workdir="):
+  """(step, variables of f) of a run's newest checkpoint, or of the one of `step`; `config` is the run's, `flag` as in
+  read_config."""
   init = functools.partial(make_encoder(config.encoder.name, **config.encoder).init, train=False)
   like = jax.eval_shape(init, jax.random.key(0), _image(config))
-  return checkpoint.read_run_export(workdir, "encoder", like, step)
+  return checkpoint.read_run_export(workdir, "encoder", like, step, flag)
 
 
 def _image(config):

@@ -200,7 +200,7 @@ def fine_tune(
         "augment": augment,
         "evaluate": config.evaluate,
       },
-      **{"checkpoint": {"keep": 1}, "log": {"every_steps": tuned.train_steps}},
+      **{"checkpoint": {"keep": 1}, "rollback.times": 0, "log": {"every_steps": tuned.train_steps}},
     }
     recipe = config_lib.load(g.recipe)
     c = config_lib.replace(trained.with_networks(recipe, encoder.start.encoder), changes)

@@ -407,35 +407,55 @@ class Checkpoints:
     self.close()
 
 
-def read_run_export(workdir, name: str, like, step: int | None = None):
-  """(step, the export of this name as numpy) of a run's newest checkpoint, or of `step`.
+def read_run_export(workdir, name: str, like, step: int | None = None, flag: str = "--workdir="):
+  """(step, the export of this name as numpy) of a run's newest sealed checkpoint, or of `step`.
 
   Args:
     like: tree of jax.ShapeDtypeStruct, what the run's config describes.
+    flag: see read_config.
 
   Raises:
     ValueError: no such checkpoint, or it is damaged.
   """
-  step = _find_step(workdir, step)
+  step = _find_step(workdir, step, flag)
   return step, restore(folder(workdir) / str(step) / name, like)
 
 
-def read_run_state(workdir, step: int | None = None):
-  """(step, state as nested dicts of numpy arrays) of a run's newest checkpoint, or of `step`; raises ValueError."""
-  step = _find_step(workdir, step)
+def read_run_state(workdir, step: int | None = None, flag: str = "--workdir="):
+  """(step, state as nested dicts of numpy arrays) of a run's newest sealed checkpoint, or of `step`; raises ValueError."""
+  step = _find_step(workdir, step, flag)
   return step, read_tree(folder(workdir) / str(step) / "state")
 
 
-def _find_step(workdir, step):
+def _find_step(workdir, step, flag):
+  """`step`, or the newest that is what was written; the run may be training, so newer ones are named and left alone."""
   steps = _steps(workdir)
   if not steps or (step is not None and step not in steps):
     have = ", ".join(map(str, steps)) or "none"
-    raise UserError(
-      f"--workdir={workdir}: no checkpoint{'' if step is None else f' of step {step}'}; steps there: {have}"
-    )
-  step = steps[-1] if step is None else step
+    raise UserError(f"{flag}{workdir}: no checkpoint{'' if step is None else f' of step {step}'}; steps there: {have}")
+  if step is None:
+    step = processes.run_on_primary(lambda: _newest_sealed(workdir, steps))  # another may be sealed a moment later
+    if not processes.process_index():
+      return step
   verify(folder(workdir) / str(step), step=step, run=run_id(workdir))
   return step
+
+
+def _newest_sealed(workdir, steps) -> int:
+  """The newest of `steps` that is what was written; raises Damaged, of the newest, if none is."""
+  passed = {}
+  for step in reversed(steps):
+    path = folder(workdir) / str(step)
+    try:
+      verify(path, step=step, run=run_id(workdir))
+    except Damaged as why:
+      passed[step] = why
+      continue
+    for other, why in passed.items():
+      sealed = (folder(workdir) / str(other) / "manifest.json").exists()
+      print(f"checkpoint of step {other} passed over: {why if sealed else 'it is not sealed yet'}", flush=True)
+    return step
+  raise passed[steps[-1]]
 
 
 def read_tree(path) -> dict:

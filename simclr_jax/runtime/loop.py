@@ -1,13 +1,15 @@
-"""The shared training loop: restore, step, log, evaluate, save.  Programs pass it a Task and get back a trained state.
+"""The shared training loop: restore, step, log, save, evaluate.  Programs pass it a Task and get back a trained state.
 
 Resuming relies on this order: the state of step s is saved after s updates, and batch s is a pure function of (seed, s).
-So a run that stops anywhere and restores step s next sees the same batch as one that never stopped.
+So a run that stops anywhere and restores step s next sees the same batch as one that never stopped.  A step is saved before
+it is evaluated, so that a fault in an evaluation costs no updates; a resumed run makes up for the evaluation.
 """
 
 import collections
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import signal
 import threading
@@ -213,6 +215,7 @@ class Loop:
 
   Attributes:
     step: number of the current update, or of the last one.
+    updates: number of updates that this process made, those that a rollback made void included.
     state: after `step` updates.
     window: metrics on the devices that have not been fetched yet, one entry per step.
   """
@@ -231,10 +234,11 @@ class Loop:
     self.checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep)
     self.like = abstract_state(task, mesh)
     self.skipped = _Skipped(workdir)
-    self.window, self.in_flight = [], collections.deque()
+    self.window, self.in_flight, self.updates = [], collections.deque(), 0
     self.tracing = False
     self.restore(seed)
     self.writer = metrics_lib.Writer(workdir, resume_step=self.first, wandb=config.wandb)
+    self.clock.before = self.writer.seconds_before
     self.progress = progress_lib.Progress(task.total_steps, task.num_examples / task.batch_size, show=task.show)
     self.last_logged, self.mark = self.first, dict(self.clock.seconds)
 
@@ -251,6 +255,7 @@ class Loop:
 
   def train(self):
     with _Signals() as self.signals, watchdog.training():
+      self.make_up()
       self.open_stream(self.first)
       while self.step < self.task.total_steps:
         self.step += 1
@@ -261,7 +266,7 @@ class Loop:
           continue
         if stop:
           self.interrupted()
-      if self.signals.received:  # while the last step was being saved
+      if self.signals.received:  # after the last step
         self.interrupted()
     self.close()
 
@@ -273,19 +278,21 @@ class Loop:
       with self.clock.phase("step", "compare"):  # the first of which compiles
         self.compare(batch)
     self.update(batch)
-    if self.step == self.first + TIMED_STEPS and (left := self.seconds_left()) > WORTH_SAYING:
+    if self.updates == TIMED_STEPS and (left := self.seconds_left()) > WORTH_SAYING:
       steps = self.task.total_steps - self.step
       self.progress.note(f"expected: {progress_lib.duration(left)} for {steps:,} more steps at this speed")
     last = self.step == self.task.total_steps
     if last or self.step % self.config.log_every == 0:
       self.log()
     self.checkpoints.check()
-    stop = self.signals.stop_after(self.step)
-    self.evaluate(stop)
-    stop = stop or bool(self.signals.received)  # it may have come while evaluating
-    if last or stop or (self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0):
+    stop, every = self.signals.stop_after(self.step), self.config.checkpoint_every
+    saved = last or stop or bool(every and self.step % every == 0)
+    if saved:  # before it is evaluated, where a run may fail or be killed
       self.save()
-    return stop
+    self.evaluate()
+    if self.signals.received and not saved:  # while evaluating
+      self.save()
+    return bool(self.signals.received)
 
   # ---- start, and start again ----------------------------------------------------------------------------------
 
@@ -321,7 +328,7 @@ class Loop:
       good, self.state = self.checkpoints.restore_newest(self.like)
     self.skipped.add(good, self.step - good)
     self.progress.note(f"{error}; returning to step {good} and skipping the next {self.step - good} batches")
-    self.window, self.last_logged = [], good
+    self.window, self.last_logged, self.mark = [], good, dict(self.clock.seconds)
     self.in_flight.clear()
     self.restore_losses()
     self.writer.rewind(good)
@@ -348,6 +355,7 @@ class Loop:
         processes.barrier("compiled")
     with self.clock.phase("step"):
       self.state, metrics = compiled(self.state, batch, *self.constants)
+      self.updates += 1
       self.window.append(metrics)
       self.in_flight.append(metrics)
       if first_time or len(self.in_flight) > 2:  # two steps ahead of the device at most: bounds memory
@@ -407,21 +415,22 @@ class Loop:
       row["data_wait"] = spent.get("data", 0.0) / busy
     row["epoch"] = self.step * task.batch_size / task.num_examples
     row["goodput"] = self.clock.goodput()
-    row["seconds"] = self.writer.seconds_before + time.monotonic() - self.clock.started
+    row["seconds"] = self.clock.before + time.monotonic() - self.clock.started
     return row
 
   def seconds_left(self) -> float:
-    done = self.step - self.first
+    """nan before the first update of this process."""
     working = sum(self.clock.seconds[key] for key in ("data", "step", "evaluate", "save"))
-    return (self.task.total_steps - self.step) * working / done if done else 0.0
+    return (self.task.total_steps - self.step) * working / self.updates if self.updates else math.nan
 
   # ---- now and then --------------------------------------------------------------------------------------------
 
-  def evaluate(self, stopping: bool):
+  def evaluate(self):
     """Runs the evaluators that are due: all of them after the last step, none if the run is about to stop."""
     row, last = {}, self.step == self.task.total_steps
+    stopping = bool(self.signals.received)  # once, for all evaluators
     for name, evaluator in self.task.evaluators.items():
-      if last or (evaluator.every and self.step % evaluator.every == 0 and not stopping):
+      if not stopping and (last or (evaluator.every and self.step % evaluator.every == 0)):
         self.log()
         with self.clock.phase("evaluate", name):
           row.update(evaluator.run(self.state))
@@ -431,6 +440,14 @@ class Loop:
         self.progress.note(text)
       self.progress.update(self.step, row, self.seconds_left())
 
+  def make_up(self):
+    """Evaluates the restored step if the run that saved it was stopped before it had."""
+    # Process 0 decides, which writes the rows.  Those of updates have a loss.
+    if self.first and not processes.run_on_primary(
+      lambda: any(row["step"] == self.first and "loss" not in row for row in metrics_lib.read(self.workdir))
+    ):
+      self.evaluate()
+
   def save(self):
     self.log()
     with self.clock.phase("save", "wait"):
@@ -439,6 +456,9 @@ class Loop:
       self.compare()
       losses = {"recent_losses": [float(loss) for loss in self.recent_losses]}
       self.checkpoints.save(self.step, self.state, self.task.exports(self.state), self.config_json, losses)
+    if self.step == self.task.total_steps:  # sealed before it is evaluated: no later save makes up for it
+      with self.clock.phase("save", "wait"):
+        self.checkpoints.wait()
 
   def trace_when_due(self):
     begin = self.first + 10

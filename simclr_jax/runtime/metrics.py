@@ -1,7 +1,6 @@
 """Logs of a run's numbers: metrics.jsonl, TensorBoard, and Weights & Biases if requested."""
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import itertools
@@ -14,7 +13,7 @@ import time
 import jax
 from PIL import Image
 
-from simclr_jax.runtime import files
+from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime.errors import Unavailable, UserError
 
 
@@ -63,7 +62,7 @@ class Writer:
     self._board.add(step, *({"tag": k, "simple_value": v} for k, v in known.items()))
     self._write(self._board)
     if self._wandb:
-      self._wandb.log(known, step=step)
+      self._wandb.log({"step": step, **known})  # given as step=, a row that is made again would be dropped
 
   def _write(self, board):
     """Writes what is left to write; where a bucket is away for the moment, that waits for the next row."""
@@ -132,15 +131,17 @@ def check_wandb(project: str):
 
 
 def _wandb_run(workdir, project: str):
-  """The run of this folder at Weights & Biases, taken up again if it is there."""
+  """The run in this folder at Weights & Biases, taken up again if it is there; --overwrite makes another."""
   check_wandb(project)
   import wandb  # pyright: ignore[reportMissingImports]
 
   workdir = files.absolute(workdir)
-  name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
   config = json.loads((workdir / "config.json").read_text()) if (workdir / "config.json").exists() else {}
   local = {} if files.is_remote(workdir) else {"dir": str(workdir)}
-  return wandb.init(project=project, id=name, name=workdir.name, resume="allow", config=config, **local)
+  known = checkpoint.run_id(workdir)
+  run = wandb.init(project=project, id=known, name=workdir.name, resume="allow", config=config, **local)
+  run.define_metric("*", step_metric="step")
+  return run
 
 
 def projector(workdir, h, labels=None):

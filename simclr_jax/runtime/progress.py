@@ -13,6 +13,8 @@ import jax
 
 from simclr_jax.runtime import watchdog
 
+BEFORE = "before it was resumed"  # of the time of a run
+
 
 class Clock:
   """Seconds spent per phase: start (until training begins, or begins again after a rollback), compile, data (waiting for
@@ -20,6 +22,7 @@ class Clock:
 
   def __init__(self):
     self.started = time.monotonic()
+    self.before = 0.0  # seconds that the earlier starts of a resumed run have taken, up to its checkpoint
     self.seconds: Any = collections.Counter()  # of float
 
   @contextlib.contextmanager
@@ -38,9 +41,14 @@ class Clock:
     """The fraction of the time since the start in which training steps were made or waited for."""
     return self.seconds["step"] / max(time.monotonic() - self.started, 1e-9)
 
+  def budget(self) -> dict[str, float]:
+    """{phase: seconds} of all starts of the run; those before the last are one phase."""
+    return ({BEFORE: self.before} if self.before else {}) | dict(self.seconds)
+
   def text(self) -> str:
     phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self.seconds.items())
-    return f"{phases}; {100 * self.goodput():.0f} % of it training steps"
+    before = f"; {duration(self.before)} {BEFORE}" if self.before else ""
+    return f"{phases}; {100 * self.goodput():.0f} % of it training steps{before}"
 
 
 def duration(seconds: float) -> str:
@@ -92,7 +100,7 @@ class Progress:
     self._latest = {}
 
   def update(self, step: int, row: dict, eta: float):
-    """Shows the newest value of everything seen so far; `eta` in seconds."""
+    """Shows the newest value of everything seen so far; `eta` in seconds, nan where it is not known yet."""
     self._latest.update(row)
     if not self._active:
       return
@@ -146,5 +154,5 @@ class Progress:
     if "images_per_second" in r and left_out < 4:
       waiting = f", waiting for data {100 * r['data_wait']:.0f} %" if left_out < 1 else ""
       parts.append(f"{r['images_per_second']:,.0f} images/s{waiting}")
-    parts.append(f"ETA {duration(eta)}")
+    parts += [] if math.isnan(eta) else [f"ETA {duration(eta)}"]
     return "  ".join(parts)
