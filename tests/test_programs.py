@@ -327,6 +327,26 @@ def test_a_run_goes_back_and_past_the_batches_it_fell_over(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_run_that_diverged_goes_on_with_rollback_given_on_resume(tmp_path, monkeypatch):
+  """Without it, it falls over the same batch again; config.json, run.json and the page say what was given."""
+  spec, workdir, make_task = tiny.npz(tmp_path / "tiny.npz"), tmp_path / "run", pretrain.make_task
+  monkeypatch.setattr(pretrain, "make_task", lambda *args, **options: poisoned(make_task(*args, **options), {3}))
+  recipe = config_lib.load("smoke")
+  config = tiny.config(**{"data.train": spec, "data.test": f"{spec}:test", "checkpoint.every_steps": 2})
+  given = config_lib.replace(config, {"rollback.times": 1})
+  with pytest.raises(loop.Diverged, match="within steps 4 to 4; step 2 is saved; resume with rollback.times=3, or"):
+    pretrain.run(config, workdir, recipe="smoke")
+  with pytest.raises(loop.Diverged, match="step 2 is saved"):
+    pretrain.run(config, workdir, resume=True)
+  assert int(pretrain.run(given, workdir, resume=True)["state"].step) == 4
+  assert json.loads((workdir / "skipped.json").read_text()) == [[2, 2]] and (workdir / "COMPLETE").exists()
+  assert config_lib.from_json(checkpoint.read_config(workdir)) == given
+  changes = json.loads((workdir / "run.json").read_text())["changes"]
+  assert sorted(changes) == sorted(map(list, config_lib.difference(recipe, given)))
+  assert "<code>rollback.times</code>" in (workdir / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_a_leap_of_the_loss_counts_as_divergence(tmp_path):
   config = tiny.config(**{"train_steps": 140})
 
