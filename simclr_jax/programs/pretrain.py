@@ -242,13 +242,22 @@ def changes_of(recipe: str, config, workdir, resume: bool):
 
 
 def run(
-  config, workdir, *, resume: bool = False, overwrite: bool = False, recipe: str = "", source=None, keep=None
+  config,
+  workdir,
+  *,
+  resume: bool = False,
+  overwrite: bool = False,
+  recipe: str = "",
+  source=None,
+  keep=None,
+  complete: bool = True,
 ) -> dict:
   """Pretrains with `config` (see configs/) and writes to `workdir`; `recipe` is the name of the config's file, if any.
 
   Args:
     source: the training images, where config.data.train does not hold them yet; `keep()`, which is called after all checks,
       saves them there.
+    complete: whether the run is complete at the end; a program that has more to write marks it and unlocks it itself.
   Returns:
     dict(state, scores, workdir, page): the trained state, the rows of the final table, the folder, and the arguments of
     `report.write_report` that made its page.
@@ -308,7 +317,8 @@ def run(
   with clock.phase("evaluate"):
     result = scores.conclude(config, workdir, task, evaluation, state, mesh)
   page = {} if jax.process_index() else _farewell(config, workdir, result, pairs, clock, changes)
-  checkpoint.mark_complete(workdir, int(state.step))
+  if complete:
+    checkpoint.mark_complete(workdir, int(state.step))
   return {"state": state, "scores": result["scores"], "workdir": workdir, "page": page}
 
 
