@@ -237,6 +237,8 @@ def test_unlabeled_images(tmp_path):
   config = tiny.config(**{"data.train": f"npz:{tmp_path / 'plain.npz'}", "data.test": "", "train_steps": 2})
   result = pretrain.run(config, tmp_path / "run")
   assert result["scores"] == [] and "classifier" not in result["state"].params
+  verdict = json.loads((tmp_path / "run/scores.json").read_text())["verdict"]
+  assert "score" not in verdict and "kNN" not in verdict
   assert (tmp_path / "run/report.html").exists() and (tmp_path / "run/encoder/card.json").exists()
 
 

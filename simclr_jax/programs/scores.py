@@ -74,7 +74,7 @@ class PretrainEvaluation:
     else:
       test = embed.embed(self._apply, state.variables, self.test, self._mesh)
     numbers = diagnostics.summary(test["h"], test["z"])
-    collapsed, verdict = diagnostics.verdict(numbers)
+    collapsed, verdict = diagnostics.verdict(numbers, scored=bool(self.num_classes))
     return {**scores, **numbers, "collapsed": float(collapsed), "verdict": verdict}
 
   def scores(self, name: str, train_x, test_x) -> dict:
@@ -92,7 +92,7 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
   """Scores, neighbors and confusion at the end of a run; the encoder is exported here."""
   train, test = evaluation.embed(state)
   numbers = diagnostics.summary(test["h"], test["z"])
-  collapsed, verdict = diagnostics.verdict(numbers)
+  collapsed, verdict = diagnostics.verdict(numbers, scored=bool(evaluation.num_classes))
   out = {"verdict": verdict, "collapsed": collapsed, "scores": [], "confusion": None}
   labels = test_labels = None
   if evaluation.num_classes:
