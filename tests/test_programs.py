@@ -19,10 +19,10 @@ import tiny
 
 import simclr_jax
 from simclr_jax import __main__ as cli
-from simclr_jax import exporting, model
+from simclr_jax import data, exporting, model
 from simclr_jax.evaluation import embed
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import export, knn, pretrain, probe, runs, trained, transforms
+from simclr_jax.programs import export, knn, pretrain, probe, runs, scores, trained, transforms
 from simclr_jax.programs import map as map_lib
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -86,6 +86,13 @@ def test_knn_program_agrees_with_the_run(finished, capsys, monkeypatch):
   value = knn.run(workdir.name)  # a relative path, as people type it
   assert value == pytest.approx(result["scores"][3]["knn"])
   assert f"{100 * value:.2f} %" in capsys.readouterr().out
+
+
+def test_chance_is_that_of_the_classes_that_are_scored():
+  """A set may have names of classes without images."""
+  images, names = np.zeros((8, 16, 16), np.uint8), list("abcdefghij")
+  train, test = (data.ArraySource(images, labels, class_names=names) for labels in ([0, 1, 2, 4] * 2, [4, 1, 4, 2] * 2))
+  assert scores.PretrainEvaluation(tiny.config(), train, test, mesh_lib.make_mesh()).chance() == pytest.approx(1 / 3)
 
 
 def test_an_encoder_is_scored_as_its_run_and_stays_as_it_was(finished, tmp_path, monkeypatch, capsys):

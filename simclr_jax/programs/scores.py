@@ -65,6 +65,10 @@ class PretrainEvaluation:
       num_classes=self.num_classes,
     )
 
+  def chance(self) -> float:
+    """The accuracy of a guess among the classes that the test images have; others cannot be right."""
+    return 1 / len(np.unique(self.test.labels()))
+
   def quick(self, state) -> dict:
     """What the loop shows now and then."""
     scores = {}
@@ -99,7 +103,7 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
     labels, test_labels = evaluation.train.labels(), evaluation.test.labels()
     untrained = jax.jit(task.init, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(config.seed))
     before = evaluation.embed(untrained)
-    chance = 1 / evaluation.num_classes
+    chance = evaluation.chance()
     out["scores"] = [
       evaluation.scores("raw pixels", *(part.pixels() for part in evaluation.raw)),
       evaluation.scores("untrained encoder", before[0]["h"], before[1]["h"]),
