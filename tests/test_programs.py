@@ -433,6 +433,17 @@ def test_resuming_takes_everything_from_the_folder(finished, tmp_path, capfd, mo
   assert "no run here" in capfd.readouterr().err
 
 
+def test_runs_that_hold_no_encoder_say_what_to_give_instead(tmp_path):
+  for recipe, words in (
+    (("transfer", ["--config.start=runs/mine"]), "of simclr transfer: it scores the encoder of runs/mine: give that"),
+    (("downstream",), "of simclr downstream: give a run that it consists of, such as /.*/seed0/pretrain$"),
+  ):
+    checkpoint.write_config(tmp_path, config_lib.to_json(config_lib.load(*recipe)))
+    for opened in (trained.TrainedRun, lambda workdir: export.run(workdir, tmp_path / "out")):
+      with pytest.raises(ValueError, match=words):
+        opened(tmp_path)
+
+
 @pytest.mark.parametrize("recipe", ["open({touched!r}, 'w')\n", "open({touched!r}, 'w')\nraise OSError\n", "def (\n"])
 def test_resuming_does_not_run_the_recipe_that_the_folder_names(recipe, tmp_path, capfd, monkeypatch):
   """The folder may come from elsewhere; and a recipe that was edited since, or is gone, keeps nobody from resuming."""

@@ -234,6 +234,25 @@ def test_a_point_of_the_grid_that_diverges_is_the_worst(tmp_path, monkeypatch):
   assert score == 1 and chosen["base_lr"] == 0.03
 
 
+def test_a_final_fit_that_diverges_is_told_of_keys_of_transfer(tmp_path, monkeypatch):
+  """And no point of the grid is, which may diverge."""
+  spec, advice = tiny.npz(tmp_path / "tiny.npz"), {}
+
+  def train(c, start, source, tested, folder, *, mesh, make):
+    advice[folder.parent.name, folder.name] = make(c, None, source, mesh=mesh).advice
+    return {"logits": np.eye(10)[tested.labels], "labels": tested.labels}
+
+  monkeypatch.setattr(finetune, "train", train)
+  c = config("x", {"tiny": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")})
+  parts, mesh = transfer.splits(c.rows["tiny"], None), mesh_lib.make_mesh()
+  start = types.SimpleNamespace(encoder=tiny.config().encoder, path="x")
+  frozen = types.SimpleNamespace(start=start, resize="bicubic")
+  for begun, section in ((start, "finetune"), (None, "from_scratch")):
+    transfer.fine_tune(c, frozen, begun, *parts, "top_1", tmp_path / section, mesh=mesh)
+    assert advice[section, "final"] == f"begin again with lower config.{section}.base_lrs"
+    assert advice[section, "grid0"] == ""
+
+
 def test_fine_tuning_sees_the_pixels_that_linear_evaluation_sees(tmp_path, monkeypatch):
   _, configs = fine_tuned(tmp_path, monkeypatch, lambda c: 0)
   assert {c.augment.resize for c in configs} == {"bicubic_tf1"}

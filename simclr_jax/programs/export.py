@@ -115,10 +115,7 @@ def _of_run(workdir, step, head):
   config = config_lib.from_json(checkpoint.read_config(workdir))
   made_by = config.program
   if made_by != "pretrain":
-    raise UserError(
-      f"--workdir={workdir} is a run of simclr {made_by}: give --encoder={files.absolute(workdir) / 'encoder'}, which is there "
-      "when it is done"
-    )
+    raise UserError(f"--workdir={workdir} is a run of simclr {made_by}: {trained.where_encoder_is(workdir, config)}")
   step, variables = trained.read_encoder(workdir, config, step)
   projector = None
   if head:

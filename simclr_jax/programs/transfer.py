@@ -224,7 +224,13 @@ def fine_tune(
     recipe = config_lib.load(g.recipe)
     c = config_lib.replace(trained.with_networks(recipe, encoder.start.encoder), changes)
     folder = checkpoint.claim_workdir(str(workdir / name), resume=True, overwrite=False)
-    result = finetune.train(c, start, source, tested, folder, mesh=mesh)
+
+    def make(*args, **options):
+      task, section = finetune.make_task(*args, **options), "finetune" if start else "from_scratch"
+      advice = f"begin again with lower config.{section}.base_lrs" if name == "final" else ""  # others may diverge
+      return dataclasses.replace(task, advice=advice)
+
+    result = finetune.train(c, start, source, tested, folder, mesh=mesh, make=make)
     logits, labels = result["logits"], result["labels"]
     if len(logits) != len(tested):
       raise UserError(f"{len(tested) - len(logits)} of {len(tested)} images are unreadable: remove or repair them")
