@@ -117,6 +117,7 @@ class FrozenEncoder:
 
   def features(self, source):
     """Raises ValueError if an image cannot be read: labels and features would not match."""
+    # 1.0: all of them are met and named, not only those up to the first that is one too many.
     images = embed.eval_set(source, self._config, self._mesh, resize=self.resize, max_bad_fraction=1.0)
     h = embed.embed(self._apply, self._variables, images, self._mesh)
     if len(h) != len(source):
