@@ -363,8 +363,8 @@ def _out_of_memory(error, config) -> str:
   if not cures:
     return f"out of memory{reason}: lower batch_size, or evaluate.batch_size where images are only scored"
   return (
-    f"out of memory{reason}: lower batch_size, or with the same batch_size use {' or '.join(cures)}; `simclr plan` and "
-    "docs/scaling.md say what they save"
+    f"out of memory{reason}: lower batch_size, or with the same batch_size use {' or '.join(cures)} (`simclr plan` and "
+    "docs/scaling.md say what they save); in evaluation lower evaluate.batch_size, also with --resume"
   )
 
 

@@ -2,6 +2,10 @@
 
 import jax.numpy as jnp
 
+# The rank of n images is at most n: of the test images of healthy runs of smoke and textures, 8 have one of 5, 20 one of 10
+# or 12, all of them one of 34 or 43.  So a rank is only asked of four times as many images.
+IMAGES_PER_RANK = 4
+
 
 def _unit(z):
   return z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
@@ -67,25 +71,32 @@ def summary(h, z) -> dict:
     "rank": rank(h),
     "dimensions": h.shape[1],
     "dead_dimensions": dead_dimensions(h),
+    "images": len(h),
   }
 
 
-def verdict(numbers: dict) -> tuple[bool, str]:
-  """(collapsed?, one plain sentence) from `summary`.
+def verdict(numbers: dict, *, scored: bool = True) -> tuple[bool, str]:
+  """(collapsed?, one plain sentence) from `summary`; `scored`: whether there are scores that the sentence may refer to.
 
   Collapsed: the standard deviation of z is under a tenth of that of an even spread, or h has an effective rank under
-  2.  In trouble: under a half, an effective rank under 5 or a fiftieth of the dimensions, or most dimensions dead.
+  2.  In trouble: under a half, an effective rank under 5 or a fiftieth of the dimensions, or most dimensions dead.  Neither is
+  said of too few images, see IMAGES_PER_RANK.
   """
   std, even = numbers["embedding_std"], numbers["embedding_std_even"]
   rank_, d, dead = numbers["rank"], numbers["dimensions"], numbers["dead_dimensions"]
   facts = (
     f"std of z {std:.3f} of {even:.3f} if spread evenly, effective rank of h {rank_:.0f} of {d}, {dead} dead dimensions"
   )
-  if std < 0.1 * even or rank_ < 2:
+  wanted, n = max(5, d / 50), numbers["images"]
+  if n >= IMAGES_PER_RANK * 2 and (std < 0.1 * even or rank_ < 2):
     return (
       True,
       f"COLLAPSED: all images get nearly the same embedding ({facts}); lower the learning rate, or raise the temperature of a contrastive loss",
     )
-  if std < 0.5 * even or rank_ < max(5, d / 50) or dead > d / 2:
-    return False, f"narrow: the embeddings use little of their space ({facts}); watch kNN, and collapse"
-  return False, f"healthy: the embeddings have not collapsed; the scores say how good they are ({facts})"
+  if n < IMAGES_PER_RANK * wanted:
+    return False, f"too few images ({n}) to judge how much of their space the embeddings use ({facts})"
+  if std < 0.5 * even or rank_ < wanted or dead > d / 2:
+    watch = "; watch kNN, and collapse" if scored else ""
+    return False, f"narrow: the embeddings use little of their space ({facts}){watch}"
+  good = "; the scores say how good they are" if scored else ""
+  return False, f"healthy: the embeddings have not collapsed{good} ({facts})"

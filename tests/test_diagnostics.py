@@ -50,6 +50,25 @@ def test_verdict_of_made_up_embeddings(h, z, collapsed, word):
   assert said == collapsed and line.startswith(word) and "\n" not in line
 
 
+@pytest.mark.parametrize("n, d, healthy, collapsed", [
+  (2, 64, False, False), (7, 64, False, False), (8, 64, False, True), (19, 64, False, True), (20, 64, True, True),
+  (160, 2048, False, True),
+])  # fmt: skip
+def test_a_few_images_are_not_judged(n, d, healthy, collapsed):
+  """Their effective rank is at most their number, however healthy the network is."""
+  h, z = (np.random.default_rng(1).normal(size=(n, size)) for size in (d, 32))
+  for x, judged, word in ((z, healthy, "healthy"), (np.ones((n, 32)) + 0.01 * z, collapsed, "COLLAPSED")):
+    said, line = diagnostics.verdict(diagnostics.summary(h, x))
+    assert line.startswith(word if judged else f"too few images ({n}) to judge")
+    assert said == (judged and word == "COLLAPSED")
+
+
+@pytest.mark.parametrize("z, word", [(Z, "healthy"), (np.ones((400, 32)) + 0.3 * Z, "narrow")])
+def test_where_nothing_is_scored_the_verdict_speaks_of_no_scores(z, word):
+  _, line = diagnostics.verdict(diagnostics.summary(H, z), scored=False)
+  assert line.startswith(word) and "score" not in line and "kNN" not in line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "changes, collapsed",

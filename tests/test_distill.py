@@ -133,6 +133,26 @@ def test_unreadable_training_images_are_listed_in_the_run(program, tmp_path, mon
   assert drawn and (tmp_path / "run/unreadable.txt").read_text() == f"{bad}\tempty file\n"
 
 
+def test_an_unreadable_image_ends_a_run_with_a_cache_before_the_older_one_is_deleted(tmp_path, monkeypatch):
+  source = tiny.source(40)
+  for i in range(40):
+    images.save(tmp_path / f"set/{source.labels[i]}/{i:02}.png", source.read(i))
+  (tmp_path / f"set/{source.labels[5]}/05.png").write_bytes(b"")
+  apply = lambda variables, images: images  # noqa: E731
+  teacher = types.SimpleNamespace(
+    num_classes=len(set(source.labels)), variables={}, apply=apply, resize="bicubic", config=tiny.config()
+  )
+  monkeypatch.setattr(distill, "Teacher", lambda _: teacher)
+  (tmp_path / "run").mkdir()
+  for name in ("RUN", "COMPLETE"):
+    (tmp_path / "run" / name).touch()
+  changes = {"data.test": "", "data.held_out": 0.1, "data.max_bad_fraction": 0.1}
+  c = config("x", f"folder:{tmp_path}/set", cache=True, **changes)
+  with pytest.raises(UserError, match="config.cache=True: 1 images are unreadable"):
+    distill.run(c, tmp_path / "run", overwrite=True)
+  assert (tmp_path / "run/COMPLETE").exists()
+
+
 @pytest.mark.slow
 def test_the_program(teacher, tmp_path, capsys):
   spec = tiny.npz(tmp_path / "tiny.npz")

@@ -9,6 +9,8 @@ import tiny
 from simclr_jax import report
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import downstream
+from simclr_jax.runtime import checkpoint
+from simclr_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -59,8 +61,25 @@ def test_what_would_end_it_after_pretraining_ends_it_before(tmp_path):
     with pytest.raises(ValueError, match=words) as raised:
       downstream.run(downstream.changed("downstream", {"pretrain": str(recipe)}), tmp_path / "run")
     assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
+  moved = tmp_path / "moved.py"
+  moved.write_text(
+    text.replace("smoke", "transfer:small")
+    + "  found['rows']['textures']['train'] = 'npz:none.npz'\n  import ml_collections\n  return ml_collections.ConfigDict(found)\n"
+  )
+  large = tmp_path / "large.py"
+  large.write_text(
+    text.replace("smoke", "distill:small")
+    + "  found['batch_size'] = 16384\n  import ml_collections\n  return ml_collections.ConfigDict(found)\n"
+  )
   for changes, words in (
     ({"finetune": "finetun"}, "no such recipe"),
+    (
+      {"fractions": (0.001, 0.1)},
+      r"fractions=\(0.001, 0.1\): 0.001 of the labels leaves 10 training images, fewer than batch_size=64 of "
+      "config.finetune=finetune:small: raise it",
+    ),
+    ({"distill": str(large)}, "its batch_size=16384 exceeds the 10000 training images"),
+    ({"transfer": str(moved)}, "none.npz"),
     (
       {"distill": "finetune:small"},
       "config.distill=finetune:small: a recipe for simclr finetune; expected one for simclr distill",
@@ -70,6 +89,14 @@ def test_what_would_end_it_after_pretraining_ends_it_before(tmp_path):
     with pytest.raises(ValueError, match=words):
       downstream.run(downstream.changed("downstream", changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_resume_leaves_a_finished_run_complete(tmp_path):
+  (tmp_path / "COMPLETE").touch()
+  checkpoint.write_config(tmp_path, config_lib.to_json(config_lib.load("downstream")))
+  with pytest.raises(UserError, match="config.pretrain_epochs is 8.0 in the run and 9.0 now"):
+    downstream.run(downstream.changed("downstream", {"pretrain_epochs": 9.0}), tmp_path, resume=True)
+  assert (tmp_path / "COMPLETE").exists()
 
 
 def test_pretraining_is_as_long_as_the_config_says():

@@ -94,6 +94,12 @@ def test_a_vote_stands_beside_what_needs_no_network():
   assert "% in h, 100.0 % in raw pixels of the thumbnails, 100.0 % in their color histograms;" in note
 
 
+def test_the_map_of_one_class_says_what_is_said_without_labels():
+  h, pictures = rng.normal(size=(40, 8)), rng.integers(0, 256, (40, 8, 8, 3), np.uint8)
+  one, none = (map_lib.chart(h, pictures, ["x"] * 40, labels, ["a", "b"]) for labels in (np.ones(40, int), None))
+  assert one["note"] == none["note"] and "nan" not in one["note"] and one["labels"] is not None
+
+
 def test_a_point_is_no_neighbor_of_itself_even_among_copies():
   h = rng.normal(size=(30, 8)).astype(np.float32)
   h[1:20] = h[0]  # more copies than neighbors

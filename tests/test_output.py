@@ -127,6 +127,7 @@ def test_out_of_memory_recommends_keys_that_the_program_has(recipe, offered):
   said = cli._out_of_memory(MemoryError(), config)
   assert set(re.findall(r"--config\.([\w.]+)", said)) == offered
   assert all(hasattr(config, key.partition(".")[0]) for key in offered)
+  assert "evaluate.batch_size" in said
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ import tiny
 
 import simclr_jax
 from simclr_jax import __main__ as cli
-from simclr_jax import exporting, model
+from simclr_jax import data, exporting, model
 from simclr_jax.evaluation import embed
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import export, knn, pretrain, probe, runs, trained, transforms
+from simclr_jax.programs import export, knn, pretrain, probe, runs, scores, trained, transforms
 from simclr_jax.programs import map as map_lib
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
@@ -86,6 +86,13 @@ def test_knn_program_agrees_with_the_run(finished, capsys, monkeypatch):
   value = knn.run(workdir.name)  # a relative path, as people type it
   assert value == pytest.approx(result["scores"][3]["knn"])
   assert f"{100 * value:.2f} %" in capsys.readouterr().out
+
+
+def test_chance_is_that_of_the_classes_that_are_scored():
+  """A set may have names of classes without images."""
+  images, names = np.zeros((8, 16, 16), np.uint8), list("abcdefghij")
+  train, test = (data.ArraySource(images, labels, class_names=names) for labels in ([0, 1, 2, 4] * 2, [4, 1, 4, 2] * 2))
+  assert scores.PretrainEvaluation(tiny.config(), train, test, mesh_lib.make_mesh()).chance() == pytest.approx(1 / 3)
 
 
 def test_an_encoder_is_scored_as_its_run_and_stays_as_it_was(finished, tmp_path, monkeypatch, capsys):
@@ -238,6 +245,8 @@ def test_unlabeled_images(tmp_path):
   config = tiny.config(**{"data.train": f"npz:{tmp_path / 'plain.npz'}", "data.test": "", "train_steps": 2})
   result = pretrain.run(config, tmp_path / "run")
   assert result["scores"] == [] and "classifier" not in result["state"].params
+  verdict = json.loads((tmp_path / "run/scores.json").read_text())["verdict"]
+  assert "score" not in verdict and "kNN" not in verdict
   assert (tmp_path / "run/report.html").exists() and (tmp_path / "run/encoder/card.json").exists()
 
 
@@ -328,6 +337,26 @@ def test_a_run_goes_back_and_past_the_batches_it_fell_over(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_run_that_diverged_goes_on_with_rollback_given_on_resume(tmp_path, monkeypatch):
+  """Without it, it falls over the same batch again; config.json, run.json and the page say what was given."""
+  spec, workdir, make_task = tiny.npz(tmp_path / "tiny.npz"), tmp_path / "run", pretrain.make_task
+  monkeypatch.setattr(pretrain, "make_task", lambda *args, **options: poisoned(make_task(*args, **options), {3}))
+  recipe = config_lib.load("smoke")
+  config = tiny.config(**{"data.train": spec, "data.test": f"{spec}:test", "checkpoint.every_steps": 2})
+  given = config_lib.replace(config, {"rollback.times": 1})
+  with pytest.raises(loop.Diverged, match="within steps 4 to 4; step 2 is saved; resume with rollback.times=3, or"):
+    pretrain.run(config, workdir, recipe="smoke")
+  with pytest.raises(loop.Diverged, match="step 2 is saved"):
+    pretrain.run(config, workdir, resume=True)
+  assert int(pretrain.run(given, workdir, resume=True)["state"].step) == 4
+  assert json.loads((workdir / "skipped.json").read_text()) == [[2, 2]] and (workdir / "COMPLETE").exists()
+  assert config_lib.from_json(checkpoint.read_config(workdir)) == given
+  changes = json.loads((workdir / "run.json").read_text())["changes"]
+  assert sorted(changes) == sorted(map(list, config_lib.difference(recipe, given)))
+  assert "<code>rollback.times</code>" in (workdir / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_a_leap_of_the_loss_counts_as_divergence(tmp_path):
   config = tiny.config(**{"train_steps": 140})
 
@@ -403,6 +432,17 @@ def test_resuming_takes_everything_from_the_folder(finished, tmp_path, capfd, mo
   assert f"--workdir={workdir} is a run of simclr pretrain" in capfd.readouterr().err
   assert cli.main(["pretrain", "--resume", f"--workdir={tmp_path / 'none'}"]) == 1
   assert "no run here" in capfd.readouterr().err
+
+
+def test_runs_that_hold_no_encoder_say_what_to_give_instead(tmp_path):
+  for recipe, words in (
+    (("transfer", ["--config.start=runs/mine"]), "of simclr transfer: it scores the encoder of runs/mine: give that"),
+    (("downstream",), "of simclr downstream: give a run that it consists of, such as /.*/seed0/pretrain$"),
+  ):
+    checkpoint.write_config(tmp_path, config_lib.to_json(config_lib.load(*recipe)))
+    for opened in (trained.TrainedRun, lambda workdir: export.run(workdir, tmp_path / "out")):
+      with pytest.raises(ValueError, match=words):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("recipe", ["open({touched!r}, 'w')\n", "open({touched!r}, 'w')\nraise OSError\n", "def (\n"])

@@ -139,6 +139,10 @@ def test_runs_that_are_not_its_own_are_spared(tmp_path):
   with pytest.raises(UserError, match="nowhere"):
     quickstart.run(str(tmp_path / "photos"), run, overwrite=True, start=str(tmp_path / "nowhere"))
   assert (run / "COMPLETE").exists()
+  files.write_sealed(run / "quickstart.json", json.dumps({"folder": "/other", "minutes": 1.0, "why": []}))
+  with pytest.raises(UserError, match="is a quickstart of /other: name another folder for"):
+    quickstart.run(str(tmp_path / "photos"), run, resume=True)
+  assert (run / "COMPLETE").exists()
 
 
 def check(found, planted, workdir):
@@ -166,13 +170,22 @@ def test_folder_to_page_and_again(tmp_path, monkeypatch, capsys):
   planted = images.folder(tmp_path / "photos", 60)
   monkeypatch.setattr(quickstart, "candidates", lambda side, on_cpu: [Network(16, 0.0625, "cifar")])
   monkeypatch.setattr(quickstart, "seconds_a_step", lambda *_: 60.0)
+  embed, complete = quickstart.embed.run, tmp_path / "run/COMPLETE"
+
+  def embedded(*args, **options):
+    assert not complete.exists() and (tmp_path / "run/LOCK").exists()  # the map and the page are still to come
+    return embed(*args, **options)
+
+  monkeypatch.setattr(quickstart.embed, "run", embedded)
   found = quickstart.run(tmp_path / "photos", tmp_path / "run", minutes=1)
   check(found, planted, tmp_path / "run")
   assert "from the folder to this page" in (tmp_path / "run/report.html").read_text()
+  assert not (tmp_path / "run/LOCK").exists()
   with pytest.raises(ValueError, match="--resume"):
     quickstart.run(tmp_path / "photos", tmp_path / "run")
   with pytest.raises(UserError, match="--minutes=3: the run in .* was planned for 1; leave it out to resume"):
     quickstart.run(None, tmp_path / "run", minutes=3, resume=True)
+  assert complete.exists()
   plan = tmp_path / "run/quickstart.json"
   kept = json.loads(files.read_sealed(plan))
   files.write_sealed(plan, json.dumps({**kept, "minutes": None}))  # of an earlier version, which did not keep it

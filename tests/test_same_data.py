@@ -246,6 +246,37 @@ def test_the_groups_of_batch_norm_are_those_that_the_run_began_with(tmp_path, mo
   assert same.same_config(now, tmp_path / "run") == now
 
 
+def test_a_resumed_run_takes_what_changes_neither_its_steps_nor_its_scores(tmp_path):
+  config = tiny.config(**{"evaluate.every_epochs": 1.0})
+  (tmp_path / "checkpoints").mkdir()
+  checkpoint.write_config(tmp_path, config_lib.to_json(config))
+  taken = {
+    "rollback.times": 3,
+    "rollback.spike": 6.0,
+    "checkpoint.every_steps": 2,
+    "checkpoint.keep": 9,
+    "log.every_steps": 3,
+    "evaluate.batch_size": 8,
+    "evaluate.every_epochs": 0.0,
+    "evaluate.every_steps": 7,
+    "data.max_bad_fraction": 0.5,
+  }
+  now = config_lib.replace(config, taken)
+  assert same.same_config(now, tmp_path) == now
+  source = tiny.source()
+  kept, _ = same.claim(now, tmp_path, source, source, resume=True, overwrite=False)
+  assert kept == now
+  for key, value in (
+    ("optimizer.base_lr", 1.0),
+    ("evaluate.crop", 0.5),
+    ("evaluate.knn_k", 3),
+    ("evaluate.train_examples", 9),
+    ("batch_size", 8),
+  ):
+    with pytest.raises(UserError, match=f"--resume: config.{key} is .* in the run and {value} now"):
+      same.same_config(config_lib.replace(now, {key: value}), tmp_path)
+
+
 def test_some_training_images_are_drawn_from_those_with_a_label():
   source = tiny.source(40)
   some = data.ArraySource(source.images, np.where(np.arange(40) % 4, -1, source.labels), class_names=source.class_names)

@@ -176,7 +176,7 @@ def test_unreadable_images_are_replaced_counted_and_named(damaged, caplog):
 def test_the_run_stops_past_the_fraction(damaged):
   with pytest.raises(ValueError, match=r"[23] of 40 images are unreadable, more than the 1 allowed.*\.jpg") as raised:
     take(data.train_stream(damaged, crop_like, batch_size=20, seed=0, max_bad_fraction=0.001), 4)
-  assert "\n" not in str(raised.value)
+  assert "\n" not in str(raised.value) and "a resumed run needs data.changed=accept" in str(raised.value)
   with pytest.raises(ValueError, match="[123] of 40 images .* the 0 allowed"):
     take(data.train_stream(damaged, crop_like, batch_size=20, seed=0, max_bad_fraction=0), 4)
   with pytest.raises(ValueError, match="more than the 1 allowed"):

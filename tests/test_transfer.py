@@ -95,6 +95,10 @@ def test_settings_are_not_chosen_on_what_is_scored_and_scores_fit_the_labels(cha
       {"finetune.recipe": "smoke", "methods": ("finetune",)},
       "config.finetune.recipe=smoke: a recipe for simclr pretrain",
     ),
+    (
+      {"methods": ("finetune",), "finetune.batch_size": 96},
+      "finetune.batch_size=96 exceeds the 8[0-9] training images of npz:.*: lower it with --config.finetune.batch_size=",
+    ),
   ],
 )
 def test_what_would_end_it_after_some_rows_ends_it_before(changes, words, tmp_path):
@@ -110,6 +114,20 @@ def test_what_would_end_it_after_some_rows_ends_it_before(changes, words, tmp_pa
   with pytest.raises(UserError, match=words):
     transfer.run(settings, kept.parent, overwrite=True)
   assert kept.exists()
+
+
+def test_data_in_the_workdir_is_not_deleted(tmp_path, monkeypatch):
+  without_network(monkeypatch)
+  run = tmp_path / "run"
+  (run / "transfer").mkdir(parents=True)
+  (run / "RUN").touch()
+  inside, outside = tiny.npz(run / "transfer/tiny.npz"), tiny.npz(tmp_path / "tiny.npz")
+  for changes in ({"train": inside}, {"validation": inside}, {"test": f"{inside}:test"}):
+    row = dict(train=outside, validation="", test=f"{outside}:test", metric="top_1") | changes
+    settings = config("x", {"row": row})
+    with pytest.raises(UserError, match="a run and its data must not contain each other"):
+      transfer.run(settings, run, overwrite=True)
+  assert (run / "transfer/tiny.npz").exists()
 
 
 @pytest.mark.slow
@@ -216,6 +234,25 @@ def test_a_point_of_the_grid_that_diverges_is_the_worst(tmp_path, monkeypatch):
   assert score == 1 and chosen["base_lr"] == 0.03
 
 
+def test_a_final_fit_that_diverges_is_told_of_keys_of_transfer(tmp_path, monkeypatch):
+  """And no point of the grid is, which may diverge."""
+  spec, advice = tiny.npz(tmp_path / "tiny.npz"), {}
+
+  def train(c, start, source, tested, folder, *, mesh, make):
+    advice[folder.parent.name, folder.name] = make(c, None, source, mesh=mesh).advice
+    return {"logits": np.eye(10)[tested.labels], "labels": tested.labels}
+
+  monkeypatch.setattr(finetune, "train", train)
+  c = config("x", {"tiny": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")})
+  parts, mesh = transfer.splits(c.rows["tiny"], None), mesh_lib.make_mesh()
+  start = types.SimpleNamespace(encoder=tiny.config().encoder, path="x")
+  frozen = types.SimpleNamespace(start=start, resize="bicubic")
+  for begun, section in ((start, "finetune"), (None, "from_scratch")):
+    transfer.fine_tune(c, frozen, begun, *parts, "top_1", tmp_path / section, mesh=mesh)
+    assert advice[section, "final"] == f"begin again with lower config.{section}.base_lrs"
+    assert advice[section, "grid0"] == ""
+
+
 def test_fine_tuning_sees_the_pixels_that_linear_evaluation_sees(tmp_path, monkeypatch):
   _, configs = fine_tuned(tmp_path, monkeypatch, lambda c: 0)
   assert {c.augment.resize for c in configs} == {"bicubic_tf1"}
@@ -230,6 +267,40 @@ def test_the_configs_of_fine_tuning_name_its_data_and_its_start(tmp_path, monkey
   }
 
 
+def test_a_row_of_which_nothing_is_finished_may_be_of_other_images(tmp_path, monkeypatch):
+  """Such as one that ended at an unreadable image, which is removed; not where there are runs of fine-tuning to resume."""
+  path, run = tmp_path / "tiny.npz", tmp_path / "run"
+  spec = tiny.npz(path)
+  without_network(monkeypatch)
+  c = config("x", {"tiny": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")})
+
+  def unreadable(*_, **__):
+    raise UserError("1 of 96 images are unreadable")
+
+  monkeypatch.setattr(transfer, "linear_evaluation", unreadable)
+  with pytest.raises(UserError, match="1 of 96 images are unreadable"):
+    transfer.run(c, run)
+  arrays = dict(np.load(path))
+  np.savez(path, **{**arrays, "images": arrays["images"][1:], "labels": arrays["labels"][1:]})
+  monkeypatch.setattr(transfer, "linear_evaluation", lambda *_, **__: (0.5, np.zeros((32, 10)), 1e-3))
+  (run / "tiny").mkdir()
+  with pytest.raises(UserError, match="row tiny of .*run was made with another training set"):
+    transfer.run(c, run, resume=True)
+  (run / "tiny").rmdir()
+  assert len(transfer.run(c, run, resume=True)["rows"]) == 1
+  np.savez(path, **arrays)
+  with pytest.raises(UserError, match="row tiny of .*run was made with another training set"):
+    transfer.run(c, run, resume=True)
+  assert (run / "COMPLETE").exists()
+
+
+def without_network(monkeypatch):
+  """Runs of transfer open no encoder."""
+  start = types.SimpleNamespace(variables={"encoder": {}})
+  monkeypatch.setattr(transfer.trained, "open_start", lambda _: start)
+  monkeypatch.setattr(transfer, "FrozenEncoder", lambda *_, **__: types.SimpleNamespace(start=start))
+
+
 def test_images_with_several_labels_are_scored_by_the_linear_classifier_only(tmp_path, monkeypatch, capsys):
   """The row keeps its linear score, and the rows after it get both."""
   several = tiny.npz(tmp_path / "several.npz")
@@ -237,9 +308,7 @@ def test_images_with_several_labels_are_scored_by_the_linear_classifier_only(tmp
   def several_labels(source):
     return np.eye(10, dtype=np.int8)[source.labels] if source.name(0).startswith(several) else None
 
-  start = types.SimpleNamespace(variables={"encoder": {}})
-  monkeypatch.setattr(transfer.trained, "open_start", lambda _: start)
-  monkeypatch.setattr(transfer, "FrozenEncoder", lambda *_, **__: types.SimpleNamespace(start=start))
+  without_network(monkeypatch)
   monkeypatch.setattr(data.ArraySource, "several_labels", several_labels)
   monkeypatch.setattr(transfer, "linear_evaluation", lambda *_, **__: (0.5, np.zeros((32, 10)), 1e-3))
   monkeypatch.setattr(transfer, "fine_tune", lambda *_, **__: (0.75, np.zeros((32, 10)), {"base_lr": 0.1}))
@@ -289,3 +358,4 @@ def test_finished_rows_are_handed_out_for_the_same_encoder_and_images_only(tmp_p
   exporting.write(encoder, variables, config_lib.from_dict(card["pretraining"]), scores={}, step=0, overwrite=True)
   with pytest.raises(ValueError, match="row tiny of .*run was made with another pretrained encoder"):
     transfer.run(c, tmp_path / "run", resume=True)
+  assert (tmp_path / "run/COMPLETE").exists()  # which no refusal has taken away

@@ -118,8 +118,8 @@ class _Reader:
     if count == self._allowed + 1:
       self._error = UserError(
         f"{count} of {len(self.source)} images are unreadable, more than the {self._allowed} allowed by"
-        f" max_bad_fraction={self._fraction:g}; the last is {name} ({reason}): remove or repair them, or"
-        " raise max_bad_fraction"
+        f" max_bad_fraction={self._fraction:g}; the last is {name} ({reason}): raise max_bad_fraction, or remove or"
+        " repair them, after which a resumed run needs data.changed=accept"
       )
 
 

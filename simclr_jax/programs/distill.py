@@ -177,9 +177,12 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   made_by = {"teacher": exporting.checksum(teacher.variables)}
   if begun:  # before the folder is touched
     same.check_result(files.absolute(workdir) / "teacher.json", made_by, f"the run in {workdir}")
+  logits = functools.cache(lambda: _logits(config, teacher, source, mesh))
+  if config.cache and overwrite:  # an unreadable image ends it before the older run is deleted
+    logits()
   config, workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite, starts=starts)
   same.check_result(workdir / "teacher.json", made_by, f"the run in {workdir}")
-  cache = _logits(config, teacher, source, mesh) if config.cache else None
+  cache = logits() if config.cache else None
   make = functools.partial(make_task, teacher=teacher, chosen=chosen, cache=cache)
   student_loss = functools.partial(loss, temperature=config.temperature, alpha=config.alpha)
   result = finetune.train(config, start, source, test, workdir, mesh=mesh, loss=student_loss, make=make)

@@ -10,11 +10,13 @@ import json
 
 import numpy as np
 
-from simclr_jax import report
+from simclr_jax import data, report
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, pretrain, same, splits, transfer
 from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, files
+from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 
 
 def part(run, config, folder) -> dict:
@@ -87,6 +89,28 @@ def table(results: list[dict]) -> str:
   return "\n".join(lines)
 
 
+def check_batches(config, tuning, distilling, train):
+  """Raises UserError for batches that would end the run after pretraining, of the recipes of fine-tuning and distillation.
+
+  Args:
+    train: the training images; their number with a fraction of the labels does not depend on the seed.
+  """
+  for key, recipe in (("finetune", tuning), ("distill", distilling)):
+    mesh_lib.check_divisible(recipe.batch_size, mesh_lib.make_mesh(), f"config.{key}={config[key]}: batch_size")
+  for fraction in config.fractions:
+    images = len(data.class_balanced(train.labels, fraction, 0))
+    if tuning.batch_size > images:
+      raise UserError(
+        f"config.fractions={config.fractions}: {fraction:g} of the labels leaves {images} training images, fewer than "
+        f"batch_size={tuning.batch_size} of config.finetune={config.finetune}: raise it, or name a recipe with a smaller batch"
+      )
+  if distilling.batch_size > len(train):
+    raise UserError(
+      f"config.distill={config.distill}: its batch_size={distilling.batch_size} exceeds the {len(train)} training images: "
+      "name a recipe with a smaller batch"
+    )
+
+
 def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> dict:
   """The program `simclr downstream`; with --resume, finished parts are kept.
 
@@ -96,14 +120,17 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   Raises:
     ValueError: a mistake in the config or the data, on one line.
   """
-  recipe, *_ = (
+  recipe, tuning, distilling, moving = (
     config_lib.load_part(name, config[name], name) for name in ("pretrain", "finetune", "distill", "transfer")
   )
   train, test = splits.check_labeled(recipe.data, *splits.open_data(recipe.data))
+  check_batches(config, tuning, distilling, train)
+  transfer.open_rows(moving, mesh_lib.make_mesh())
   fingerprints = same.check_data(workdir, resume, "refuse", {"data.train": train, "data.test": test})
-  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite)
-  if resume and (workdir / "config.json").exists():
+  specs = (recipe.data.train, recipe.data.test, *transfer.specs(moving))
+  if resume and (files.absolute(workdir) / "config.json").exists():  # before the folder is touched
     config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
   same.keep_data(workdir, fingerprints)
   checkpoint.write_config(workdir, config_lib.to_json(config))
   results = [one_seed(config, seed, workdir / f"seed{seed}") for seed in config.seeds]

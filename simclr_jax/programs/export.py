@@ -120,10 +120,7 @@ def _of_run(workdir, step, head, flag):
   config = config_lib.from_json(checkpoint.read_config(workdir, flag))
   made_by = config.program
   if made_by != "pretrain":
-    raise UserError(
-      f"{flag}{workdir} is a run of simclr {made_by}: give --encoder={files.absolute(workdir) / 'encoder'}, which is there "
-      "when it is done"
-    )
+    raise UserError(f"{flag}{workdir} is a run of simclr {made_by}: {trained.where_encoder_is(workdir, config)}")
   step, variables = trained.read_encoder(workdir, config, step, flag)
   projector = None
   if head:

@@ -29,7 +29,9 @@ from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 from simclr_jax.runtime.errors import UserError
 
-ADVICE = "lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
+ADVICE = (
+  "resume with rollback.times=3, or begin again with a lower optimizer.base_lr or a longer optimizer.warmup_epochs"
+)
 
 
 def resolve(config, begun=None):

@@ -51,7 +51,8 @@ def chart(h, pictures, names, labels=None, class_names=(), *, seed: int = 0, xy=
   near = maps.neighbors(h)
   first = {"InfoNC-t-SNE": maps.infonc_tsne(h, near, seed=seed)} if xy is None else {"t-SimCNE": xy}
   views = {**first, "PCA": maps.pca(h)}
-  known = labels is not None and len(class_names) and bool((labels >= 0).all())
+  # Where all are of one class, every vote is right and there is no silhouette.
+  known = labels is not None and len(class_names) and bool((labels >= 0).all()) and len(np.unique(labels)) > 1
   if known:
     map_xy, pca_xy = views.values()
     a, b = (100 * maps.accuracy(xy, labels) for xy in (map_xy, pca_xy))

@@ -27,7 +27,9 @@ from simclr_jax.runtime import metrics as metrics_lib
 from simclr_jax.runtime.errors import UserError
 
 SHOW = {"contrastive_accuracy": "contrastive acc %", "online_accuracy": "online %", "knn": "kNN %"}
-ADVICE = "lower optimizer.base_lr or lengthen optimizer.warmup_epochs"
+ADVICE = (
+  "resume with rollback.times=3, or begin again with a lower optimizer.base_lr or a longer optimizer.warmup_epochs"
+)
 
 
 def init_state(key, *, model, method, tx, image_size: int) -> TrainState:
@@ -225,22 +227,37 @@ def abstract_step(config, mesh, source):
 def changes_of(recipe: str, config, workdir, resume: bool):
   """[(key, value in the recipe, value in the config)] where they differ; None if there is no recipe.
 
-  Of a resumed run they are those that its folder names, or None.  The folder may come from elsewhere, and the recipe may
-  have changed since: it is not run.
+  Of a resumed run they are those that its folder names, or None, and what it is resumed with.  The folder may come from
+  elsewhere, and the recipe may have changed since: it is not run.
   """
   if resume and (about := config_lib.about_run(workdir)):
-    return about.get("changes")
+    if (changes := about.get("changes")) is None:
+      return None
+    found = {key: [before, now] for key, before, now in changes}
+    for key, before, now in config_lib.difference(config_lib.from_json(checkpoint.read_config(workdir)), config):
+      if key.startswith(same.MAY_CHANGE):
+        found[key] = [found.get(key, [before])[0], now]
+    return [[key, *values] for key, values in found.items() if values[0] != values[1]]
   return config_lib.difference(config_lib.load(recipe), config) if recipe else None
 
 
 def run(
-  config, workdir, *, resume: bool = False, overwrite: bool = False, recipe: str = "", source=None, keep=None
+  config,
+  workdir,
+  *,
+  resume: bool = False,
+  overwrite: bool = False,
+  recipe: str = "",
+  source=None,
+  keep=None,
+  complete: bool = True,
 ) -> dict:
   """Pretrains with `config` (see configs/) and writes to `workdir`; `recipe` is the name of the config's file, if any.
 
   Args:
     source: the training images, where config.data.train does not hold them yet; `keep()`, which is called after all checks,
       saves them there.
+    complete: whether the run is complete at the end; a program that has more to write marks it and unlocks it itself.
   Returns:
     dict(state, scores, workdir, page): the trained state, the rows of the final table, the folder, and the arguments of
     `report.write_report` that made its page.
@@ -283,7 +300,7 @@ def run(
   if keep:
     keep()
   pairs = _first_views(task, pipeline)
-  changes = changes_of(recipe, config, workdir, resume)
+  changes = None if jax.process_index() else changes_of(recipe, config, workdir, resume)  # which reads config.json
   if not jax.process_index():
     _write_about(workdir, config, task, mesh, recipe, changes)
     report.view_pairs_png(workdir / "views.png", pairs)
@@ -302,7 +319,8 @@ def run(
   with clock.phase("evaluate"):
     result = scores.conclude(config, workdir, task, evaluation, state, mesh)
   page = {} if jax.process_index() else _farewell(config, workdir, result, pairs, clock, changes)
-  checkpoint.mark_complete(workdir, int(state.step))
+  if complete:
+    checkpoint.mark_complete(workdir, int(state.step))
   return {"state": state, "scores": result["scores"], "workdir": workdir, "page": page}
 
 

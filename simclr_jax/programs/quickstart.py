@@ -236,11 +236,12 @@ def run(
   began = time.monotonic()
   if minutes is not None and not minutes > 0:
     raise UserError(f"--minutes={minutes}: expected a number above 0")
-  kept = files.absolute(workdir) / "quickstart.json"
+  plan = files.absolute(workdir) / "quickstart.json"
+  kept = json.loads(files.read_sealed(plan)) if resume and plan.exists() else {}
   if not folder:
-    if not (resume and kept.exists()):
+    if not kept:
       raise UserError("name a folder of images, or resume a quickstart with --resume --workdir=RUN")
-    folder = json.loads(files.read_sealed(kept))["folder"]
+    folder = kept["folder"]
   root = os.path.abspath(os.path.expanduser(folder))
   spec, root = f"files:{root}", files.printable(root)  # as the names of its images are
   source = data.open_source(spec)
@@ -248,15 +249,9 @@ def run(
     raise UserError(
       f"{folder} holds {len(source)} images: quickstart needs {FEWEST} at least, and hundreds to be useful"
     )
-  if resume and not kept.exists() and checkpoint.folder(workdir).exists():
+  if resume and not kept and checkpoint.folder(workdir).exists():
     raise UserError(f"--workdir={workdir} --resume: that run was not begun by simclr quickstart; name another folder")
-  if start and not (resume and kept.exists()):
-    trained_lib.open_start(start)  # what cannot be opened is found before anything is written
-  mesh = mesh_lib.make_mesh()
-  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=(spec,), starts=(start,))
-  plan = workdir / "quickstart.json"
-  if plan.exists():
-    kept = json.loads(files.read_sealed(plan))
+  if kept:  # compared before the folder is touched
     if kept["folder"] != root:
       raise UserError(f"--workdir={workdir} is a quickstart of {kept['folder']}: name another folder for {root}")
     config, why = config_lib.from_json(checkpoint.read_config(workdir)), kept["why"]
@@ -267,16 +262,20 @@ def run(
       )
     if start and start != config.start:
       raise UserError(f"--start={start}: the run in {workdir} started from {config.start or 'random weights'}")
-  else:
+  elif start:
+    trained_lib.open_start(start)  # what cannot be opened is found before anything is written
+  mesh = mesh_lib.make_mesh()
+  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=(spec,), starts=(start,))
+  if not kept:
     planned = MINUTES if minutes is None else minutes
     config, why = choose(source, spec, mesh, planned, began, start)
   for what, value, reason in why:
     print(f"{what:12}{value} ({reason})")
   checkpoint.write_config(workdir, config_lib.to_json(config))
-  files.write_sealed(plan, json.dumps({"folder": root, "minutes": planned, "why": why}))
+  files.write_sealed(workdir / "quickstart.json", json.dumps({"folder": root, "minutes": planned, "why": why}))
   # A folder that grows meanwhile is looked at as it is now.
   config = config_lib.replace(config, {"data.changed": "accept"})
-  trained = pretrain.run(config, workdir, resume=True, recipe=RECIPE)
+  trained = pretrain.run(config, workdir, resume=True, recipe=RECIPE, complete=False)  # the page is still to come
 
   print("\nwhat is in the folder")
   table = embed.run(workdir, spec, workdir / "features.npz", overwrite=True)

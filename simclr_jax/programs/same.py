@@ -14,6 +14,9 @@ from simclr_jax.runtime import checkpoint, files, metrics, processes
 from simclr_jax.runtime.errors import UserError
 
 FILE = "data.json"  # in the workdir: the fingerprints of its data
+# Beginnings of the keys that a resumed run may be given other values of: they change neither the steps that it has made
+# nor what its scores mean.
+MAY_CHANGE = ("rollback.", "checkpoint.", "log.", "evaluate.every_", "evaluate.batch_size", "data.max_bad_fraction", "data.changed")  # fmt: skip
 
 
 def begun(workdir, resume: bool):
@@ -22,10 +25,11 @@ def begun(workdir, resume: bool):
 
 
 def same_config(config, workdir):
-  """The config of the run in `workdir`; raises UserError if `config` is another, whatever its data.changed."""
+  """The config of the run in `workdir` with the values of `config` of the keys MAY_CHANGE; raises UserError if another key
+  has another value."""
   kept = config_lib.from_json(checkpoint.read_config(workdir))
-  kept = config_lib.replace(kept, {"data.changed": config.data.changed})
-  values = config_lib.flatten(kept)
+  values, now = config_lib.flatten(kept), config_lib.flatten(config)
+  kept = config_lib.replace(kept, {key: now[key] for key in values.keys() & now if key.startswith(MAY_CHANGE)})
   if values.get("norm_scope") == "device" and not values["norm_devices"]:  # an earlier version did not keep it
     kept = config_lib.replace(kept, {"norm_devices": getattr(config, "norm_devices", 0)})
   config_lib.check_same(kept, config)

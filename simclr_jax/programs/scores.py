@@ -66,6 +66,10 @@ class PretrainEvaluation:
       num_classes=self.num_classes,
     )
 
+  def chance(self) -> float:
+    """The accuracy of a guess among the classes that the test images have; others cannot be right."""
+    return 1 / len(np.unique(self.test.labels()))
+
   def quick(self, state) -> dict:
     """What the loop shows now and then."""
     scores = {}
@@ -75,7 +79,7 @@ class PretrainEvaluation:
     else:
       test = embed.embed(self._apply, state.variables, self.test, self._mesh)
     numbers = diagnostics.summary(test["h"], test["z"])
-    collapsed, verdict = diagnostics.verdict(numbers)
+    collapsed, verdict = diagnostics.verdict(numbers, scored=bool(self.num_classes))
     return {**scores, **numbers, "collapsed": float(collapsed), "verdict": verdict}
 
   def scores(self, name: str, train_x, test_x) -> dict:
@@ -93,14 +97,14 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
   """Scores, neighbors and confusion at the end of a run; the encoder is exported here."""
   train, test = evaluation.embed(state)
   numbers = diagnostics.summary(test["h"], test["z"])
-  collapsed, verdict = diagnostics.verdict(numbers)
+  collapsed, verdict = diagnostics.verdict(numbers, scored=bool(evaluation.num_classes))
   out = {"verdict": verdict, "collapsed": collapsed, "scores": [], "confusion": None}
   labels = test_labels = None
   if evaluation.num_classes:
     labels, test_labels = evaluation.train.labels(), evaluation.test.labels()
     untrained = jax.jit(task.init, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(config.seed))
     before = evaluation.embed(untrained)
-    chance = 1 / evaluation.num_classes
+    chance = evaluation.chance()
     out["scores"] = [
       evaluation.scores("raw pixels", *(part.pixels() for part in evaluation.raw)),
       evaluation.scores("untrained encoder", before[0]["h"], before[1]["h"]),

@@ -130,6 +130,16 @@ def exported(path):
   return None
 
 
+def where_encoder_is(workdir, config) -> str:
+  """What to give instead of a run in `workdir` that is not of pretraining, for a message; `config` is the run's."""
+  folder = files.absolute(workdir)
+  if config.program == "transfer":
+    return f"it scores the encoder of {config.start}: give that"
+  if config.program == "downstream":
+    return f"give a run that it consists of, such as {folder / f'seed{config.seeds[0]}' / 'pretrain'}"
+  return f"its encoder is in {folder / 'encoder'} when it is done: give that"
+
+
 def _for_evaluation(config, overrides):
   """The config of an encoder's training, with overrides, as one of pretraining, which says how kNN and probes score."""
   if isinstance(config, config_lib.Pretrain):
@@ -233,9 +243,7 @@ class TrainedRun:
       self.config = config_lib.override(training, overrides)
       made_by = self.config.program
       if made_by != "pretrain":
-        raise UserError(
-          f"--workdir={workdir} is a run of simclr {made_by}: its encoder is in {self.workdir / 'encoder'} when it is done"
-        )
+        raise UserError(f"--workdir={workdir} is a run of simclr {made_by}: {where_encoder_is(workdir, training)}")
       self.step, self.variables = read_encoder(workdir, self.config, step)
     self.encoder = make_encoder(self.config.encoder.name, **self.config.encoder)
     apply = functools.partial(self.encoder.apply, train=False)

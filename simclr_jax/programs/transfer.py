@@ -117,7 +117,8 @@ class FrozenEncoder:
 
   def features(self, source):
     """Raises ValueError if an image cannot be read: labels and features would not match."""
-    images = embed.eval_set(source, self._config, self._mesh, resize=self.resize, max_bad_fraction=0.001)
+    # 1.0: all of them are met and named, not only those up to the first that is one too many.
+    images = embed.eval_set(source, self._config, self._mesh, resize=self.resize, max_bad_fraction=1.0)
     h = embed.embed(self._apply, self._variables, images, self._mesh)
     if len(h) != len(source):
       raise UserError(f"{len(source) - len(h)} of {len(source)} images are unreadable: remove or repair them")
@@ -149,6 +150,28 @@ def splits(row, data_dir):
   both = data.Joined([train.source, more.source])
   joined = Split(both, np.concatenate([train.targets, more.targets]), train.num_classes, row.train)
   return joined, np.arange(len(joined.source)) >= len(train.source), test
+
+
+def open_rows(config, mesh) -> dict:
+  """{name: `splits` of the row}; raises UserError for what would end one of them after others have taken their hours."""
+  g, parts = config.finetune, {}
+  if "finetune" in config.methods:
+    mesh_lib.check_divisible(g.batch_size, mesh, "finetune.batch_size")
+    config_lib.load_part("finetune.recipe", g.recipe, "finetune")
+  for name, row in config.rows.items():
+    train, held_out, _ = parts[name] = splits(row, config.data_dir or None)
+    most = np.count_nonzero(~held_out)
+    if "finetune" in config.methods and train.targets.ndim == 1 and g.batch_size > most:
+      raise UserError(
+        f"finetune.batch_size={g.batch_size} exceeds the {most} training images of {train.spec}: lower it with "
+        "--config.finetune.batch_size=..."
+      )
+  return parts
+
+
+def specs(config) -> list[str]:
+  """The data sets of all rows."""
+  return [spec for row in config.rows.values() for spec in (row.train, row.validation, row.test) if spec]
 
 
 def linear_evaluation(
@@ -205,17 +228,18 @@ def fine_tune(
     recipe = config_lib.load(g.recipe)
     c = config_lib.replace(trained.with_networks(recipe, encoder.start.encoder), changes)
     folder = checkpoint.claim_workdir(str(workdir / name), resume=True, overwrite=False)
-    result = finetune.train(c, start, source, tested, folder, mesh=mesh)
+
+    def make(*args, **options):
+      task, section = finetune.make_task(*args, **options), "finetune" if start else "from_scratch"
+      advice = f"begin again with lower config.{section}.base_lrs" if name == "final" else ""  # others may diverge
+      return dataclasses.replace(task, advice=advice)
+
+    result = finetune.train(c, start, source, tested, folder, mesh=mesh, make=make)
     logits, labels = result["logits"], result["labels"]
     if len(logits) != len(tested):
       raise UserError(f"{len(tested) - len(logits)} of {len(tested)} images are unreadable: remove or repair them")
     return logits, labels
 
-  if g.batch_size > (most := np.count_nonzero(~held_out)):
-    raise UserError(
-      f"finetune.batch_size={g.batch_size} exceeds the {most} training images of {train.spec}: lower it with "
-      "--config.finetune.batch_size=..."
-    )
   part, held = (data.Selection(train.source, np.flatnonzero(rows)) for rows in (~held_out, held_out))
   grid = list(itertools.product(tuned.base_lrs, tuned.weight_decays))
   best, kept = grid[0], -1.0
@@ -267,35 +291,40 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     ValueError: a mistake in the config or the data, on one line.
   """
   mesh = mesh_lib.make_mesh()
-  if "finetune" in config.methods:
-    mesh_lib.check_divisible(config.finetune.batch_size, mesh, "finetune.batch_size")
   start = trained.open_start(config.start)
+  parts = open_rows(config, mesh)
   encoders = {"pretrained": FrozenEncoder(start, config, mesh)}
   if config.supervised:
     encoders["supervised"] = FrozenEncoder(trained.open_start(config.supervised), config, mesh)
   encoders["random"] = FrozenEncoder(start, config, mesh, untrained=True)
-  if "finetune" in config.methods:
-    config_lib.load_part("finetune.recipe", config.finetune.recipe, "finetune")
-  parts = {name: splits(row, config.data_dir or None) for name, row in config.rows.items()}
-  starts = (config.start, config.supervised)
-  workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, starts=starts, writes=tuple(config.rows))
-  if resume and (workdir / "config.json").exists():
-    config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
   weights = {
     f"{label} encoder": exporting.checksum(encoder.start.variables["encoder"])
     for label, encoder in encoders.items()
     if label != "random"
   }
+  made_by = {
+    name: {**weights, "training set": train.source.fingerprint(), "test set": test.source.fingerprint()}
+    for name, (train, _, test) in parts.items()
+  }
+  folder = files.absolute(workdir)
+  done = folder / "transfer.json"
+  rows = json.loads(files.read_sealed(done)) if resume and done.exists() else []
+  finished = [row["name"] for row in rows]
+  if resume and (folder / "config.json").exists():  # before the folder is touched
+    same.same_config(config, folder)
+    for name in config.rows:
+      if name in finished or (folder / name).exists():  # there is something of this row to keep
+        same.check_result(folder / f"transfer.{name}.json", made_by[name], f"row {name} of {workdir}")
+  again = {"resume": resume, "overwrite": overwrite}
+  starts = (config.start, config.supervised)
+  workdir = workdir_lib.claim(workdir, **again, specs=specs(config), starts=starts, writes=tuple(config.rows))
   checkpoint.write_config(workdir, config_lib.to_json(config))
-  done = workdir / "transfer.json"
-  rows = json.loads(files.read_sealed(done)) if done.exists() else []
   for name in sorted(config.rows, key=lambda name: (*ROWS, name).index(name)):  # the paper's in its order, then others
     row = config.rows[name]
     train, held_out, test = parts[name]
-    made_by = {**weights, "training set": train.source.fingerprint(), "test set": test.source.fingerprint()}
-    same.check_result(workdir / f"transfer.{name}.json", made_by, f"row {name} of {workdir}")
-    if any(kept["name"] == name for kept in rows):
+    if name in finished:
       continue
+    files.write_sealed(workdir / f"transfer.{name}.json", json.dumps(made_by[name], indent=2))
     logits, out = {}, {"name": name, "metric": row.metric, "scores": {}, "p": {}, "chosen": {}}
     methods = config.methods
     if train.targets.ndim > 1 and "finetune" in methods:  # whose loss has one label per image
