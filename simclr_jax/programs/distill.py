@@ -10,7 +10,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from simclr_jax import data, exporting
 from simclr_jax.evaluation import embed, linear
@@ -109,7 +108,7 @@ def make_task(
 @errors.of_the_user()
 def abstract_step(config, mesh, source):
   """As finetune.abstract_step, with a teacher like the student where config.teacher is not there yet."""
-  named = epath.Path(config.teacher).exists()
+  named = files.absolute(config.teacher).exists()
   teacher = Teacher(config.teacher) if named else AbstractTeacher(finetune.resolve(config)[0], source.num_classes)
   student_loss = functools.partial(loss, temperature=config.temperature, alpha=config.alpha)
   make = functools.partial(make_task, teacher=teacher, loss=student_loss)
