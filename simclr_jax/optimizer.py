@@ -12,10 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# The official code excludes names that match batch_normalization|bias|head_supervised (model.py).
-# vit.py never trains its patch projection, and a class token has one vector.
-_EXCLUDED = re.compile(r"norm|classifier|patch_embed|class_token", re.IGNORECASE)
-
 
 def _names(path):
   return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
@@ -25,13 +21,16 @@ def exclude_from_l2(path) -> bool:
   """True for what SGD and Adam do not decay: scales and biases of BatchNorm and LayerNorm, and a patch projection, which is
   never trained."""
   *modules, leaf = _names(path)
-  return leaf == "scale" or any("norm" in name.lower() or name == "patch_embed" for name in modules)
+  # The name of the module itself: in an encoder of one's own, a ConvNorm or PreNorm may contain convolutions.
+  of_norm = leaf == "bias" and bool(modules) and bool(re.search("norm|bn", modules[-1], re.IGNORECASE))
+  return leaf == "scale" or of_norm or "patch_embed" in modules
 
 
 def exclude_from_lars(path) -> bool:
-  """True for what LARS neither adapts nor decays: BatchNorm, every bias, and all of the classifier."""
+  """True for what LARS neither adapts nor decays: BatchNorm, every bias, and all of the classifier, as in the official code
+  (model.py: batch_normalization|bias|head_supervised); and a patch projection and a class token, which is one vector."""
   *modules, leaf = _names(path)
-  return leaf in ("scale", "bias") or any(_EXCLUDED.search(name) for name in (*modules, leaf))
+  return leaf in ("scale", "bias", "class_token") or modules[:1] == ["classifier"] or "patch_embed" in modules
 
 
 def _mask(keep):

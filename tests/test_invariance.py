@@ -114,6 +114,15 @@ def test_regression_agrees_with_scipy_and_a_hopeless_one_scores_nothing():
   assert abs(linear.regression_score(x[:200], noise[:200], x[200:], noise[200:])) < 0.05
   circle = np.stack([np.cos(x[:, 0]), np.sin(x[:, 0])], 1)
   assert linear.regression_score(circle, circle, circle, circle) > 0.999
+  for few in (2, 3, 4):
+    assert np.isfinite(linear.regression_score(x[:few], y[:few], x, y))
+
+
+def test_too_few_images_are_one_line(tmp_path):
+  spec = tiny.npz(tmp_path / "tiny.npz", 1)
+  folder = tiny.export(tmp_path / "encoder", **{"data.train": f"{spec}:test", "data.test": spec})
+  with pytest.raises(UserError, match="32 images to train and 1 to test; expected at least 2 of each"):
+    transforms.run(folder)
 
 
 def test_an_export_has_no_steps(tmp_path):

@@ -130,6 +130,7 @@ def test_what_is_odd_in_a_channel_that_others_hardly_use_comes_first():
   assert found[0][0] == 11 and found[0][1] > 1.3 and len(found) == 200
   assert np.median([far for _, far in found]) == pytest.approx(1)
   assert len(maps.outliers(h[:2])) == 2
+  assert maps.outliers(-h) == found  # h of a Vision Transformer has both signs
 
 
 def test_colors_and_sheets(tmp_path):

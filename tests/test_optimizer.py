@@ -91,6 +91,23 @@ def test_exclusions_by_path():
   np.testing.assert_allclose(updates["projector"]["layer0"]["kernel"], adapted, rtol=1e-6)
 
 
+@pytest.mark.parametrize("excluded", [optimizer.exclude_from_l2, optimizer.exclude_from_lars])
+def test_what_is_excluded_in_an_encoder_of_ones_own(excluded):
+  """The parameters of its normalizations, not all of the modules that contain them."""
+  conv, norm = {"kernel": 0}, {"scale": 0, "bias": 0}
+  params = {
+    "ConvNormRelu_0": {"Conv_0": conv, "BatchNorm_0": norm},
+    "PreNorm_0": {"Dense_0": conv},
+    "bn1": norm,
+    "classifier": conv,
+  }
+  found = jax.tree_util.tree_map_with_path(lambda path, _: excluded(path), {"encoder": params})["encoder"]
+  conv, norm = {"kernel": False}, {"scale": True, "bias": True}
+  assert found == {
+    "ConvNormRelu_0": {"Conv_0": conv, "BatchNorm_0": norm}, "PreNorm_0": {"Dense_0": conv}, "bn1": norm, "classifier": conv
+  }  # fmt: skip
+
+
 def test_sgd_nesterov_keeps_the_rate_inside_the_velocity():
   """Under a moving rate, lr inside and outside the velocity differ; Keras has it inside."""
   rates = [0.1, 0.5, 0.02]

@@ -132,9 +132,10 @@ def test_an_encoder_of_another_program_is_scored_by_the_data_that_are_named(fini
   assert knn.run(tmp_path / "official", overrides=keys) == pytest.approx(result["scores"][3]["knn"])
 
 
-def test_probe_by_lbfgs_agrees_with_the_run(finished):
+def test_probe_by_lbfgs_agrees_with_the_run(finished, capsys):
   workdir, result = finished
   assert probe.run(workdir) == pytest.approx(result["scores"][3]["linear"])
+  assert "(96 training images, 32 test images of npz:" in capsys.readouterr().out
 
 
 @pytest.mark.slow

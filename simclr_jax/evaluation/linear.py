@@ -213,7 +213,7 @@ def regression_score(x, y, test_x, test_y, *, seed: int = SPLIT_SEED) -> float:
   """R² on test examples of a linear regression with an L2 penalty, of several targets together.
 
   Features are centered and scaled as in `logistic_regression`; the penalty of L2_GRID is the one with the best R² on a
-  tenth of the training examples.
+  tenth of the training examples, or the largest where these are fewer than 4.
 
   Args:
     x: [n, d]; y: [n, targets]; test_x and test_y: the same of the test examples.
@@ -237,5 +237,7 @@ def regression_score(x, y, test_x, test_y, *, seed: int = SPLIT_SEED) -> float:
     return 1 - float((error**2).sum() / ((test_y - test_y.mean(0)) ** 2).sum())
 
   held_out = np.random.default_rng(seed).permutation(len(x)) < max(2, len(x) // 10)
+  if len(x) < 4:
+    return score(x, y, test_x, test_y, max(L2_GRID))
   l2 = max(L2_GRID, key=lambda l2: score(x[~held_out], y[~held_out], x[held_out], y[held_out], l2))
   return score(x, y, test_x, test_y, l2)

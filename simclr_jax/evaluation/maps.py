@@ -186,11 +186,10 @@ def near_duplicates(h, pictures) -> list[tuple[int, int, float, float]]:
 def outliers(h, *, k: int = 5) -> list[tuple[int, float]]:
   """[(i, mean distance of image i to its k nearest others, divided by that of the median image)], farthest first.
 
-  Distances are between square roots of h [n, d], which is not negative. Otherwise the few largest activations would
-  decide, and an unusual value in a channel that others hardly use would go unnoticed. Source of the score: arXiv
-  2204.06507.
+  Distances are between square roots of h [n, d], with its signs. Otherwise the few largest activations would decide, and an
+  unusual value in a channel that others hardly use would go unnoticed. Source of the score: arXiv 2204.06507.
   """
-  x = np.sqrt(np.maximum(h, 0)).astype(np.float32)
+  x = (np.sign(h) * np.sqrt(np.abs(h))).astype(np.float32)
   k, squared = min(k, len(x) - 1), (x * x).sum(1)
   mean = np.empty(len(x))
   for rows in np.array_split(np.arange(len(x)), -(-len(x) // 500)):

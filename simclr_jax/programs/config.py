@@ -375,7 +375,7 @@ class Evaluate(CenterCrop, Every):
 
 @frozen
 class EvaluateFeatures(Evaluate):
-  train_examples: int = key(0, "training images that evaluation uses; 0: all", at_least=0)
+  train_examples: int = key(0, "training images that evaluation uses, except for probe.method=sgd; 0: all", at_least=0)
   knn_k: int = key(200, "number of neighbors of kNN", at_least=1)
   knn_temperature: float = key(0.1, "temperature of the votes of kNN", above=0)
 

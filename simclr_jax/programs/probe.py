@@ -113,7 +113,7 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
     h, y = opened.h(embed.train_examples(source, c))
     l2s = linear.L2_GRID_45 if c.probe.method == "lbfgs_45" else linear.L2_GRID
     classifier = linear.logistic_regression(h, y, num_classes=source.num_classes, l2s=l2s, mesh=opened.mesh)
-    how = f"L-BFGS, l2 {classifier['l2']:.0e} chosen on held-out training images"
+    how, count = f"L-BFGS, l2 {classifier['l2']:.0e} chosen on held-out training images", len(y)
   else:
     mesh_lib.check_divisible(c.probe.batch_size, opened.mesh, "probe.batch_size")
     source = data.labeled(source)
@@ -130,11 +130,11 @@ def run(workdir, *, step: int | None = None, overrides=()) -> float:
       seed=c.seed,
     )
     classifier = jax.device_get(state.params)
-    how = f"SGD-Nesterov, {c.probe.train_epochs:g} epochs"
+    how, count = f"SGD-Nesterov, {c.probe.train_epochs:g} epochs", len(source)
   value = linear.accuracy(classifier, test_h, test_y)
   print(
     f"linear evaluation ({how}) on h of step {opened.step}: {100 * value:.2f} %  "
-    f"({len(test_y):,} test images of {splits.describe(c.data, test)})"
+    f"({count:,} training images, {len(test_y):,} test images of {splits.describe(c.data, test)})"
   )
   return value
 

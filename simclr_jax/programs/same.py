@@ -139,7 +139,8 @@ def check_held_out(workdir, test: Source, cure: str = "name images to score with
   Raises:
     UserError: they are others, so that the run trained on some of them.
   """
-  kept = held_out(workdir)
+  kept, run = held_out(workdir), run_of(workdir)
+  workdir = run if (run / FILE).exists() else workdir
   if not kept and not jax.process_index():
     print(
       f"note        {workdir} does not say which images it held out: scores are right only if data.train has not changed"

@@ -57,6 +57,10 @@ def run(workdir, *, step: int | None = None, overrides=(), json_file: str = "") 
     train, test = (data.Selection(train, part) for part in (np.arange(middle), np.arange(middle, len(train))))
   mesh = mesh_lib.make_mesh()
   train, test = (_images(source, count, config, mesh) for source, count in ((train, TRAIN), (test, TEST)))
+  if min(len(train), len(test)) < 2:
+    raise UserError(
+      f"--workdir={workdir}: {len(train)} images to train and {len(test)} to test; expected at least 2 of each"
+    )
   scores = invariance.predictions(_encode(start, config.augment.size), train, test, seed=config.seed)
   if jax.process_index():
     return scores
