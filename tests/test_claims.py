@@ -305,7 +305,7 @@ def test_gray_images_that_jpeg_has_colored_a_little_are_gray(tmp_path, color):
   images = np.repeat(rng.integers(0, 200, (300, 8, 8, 1), dtype=np.uint8), 3, -1)
   images[150:, ..., 0] += np.uint8(color)
   labels = np.arange(300) % 3
-  np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+  np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images[:9], test_labels=labels[:9])
   assert cells.open_images(f"npz:{tmp_path}/a.npz", most_train=300, most_test=300).has_color == (color == 40)
 
 

@@ -287,7 +287,7 @@ def test_an_unknown_operator_of_the_views_touches_nothing(tmp_path):
   c = config(
     **{"data.train": spec, "data.test": f"{spec}:test", "encoder.width": 0.0625, "augment.color_strength": 0.5}
   )
-  c = config_lib.replace(c, {"augment.extra": (("sobell", 0.1),), "labels.fraction": 1.0})
   with pytest.raises(ValueError, match="sobell.*sobel") as raised:
+    c = config_lib.replace(c, {"augment.extra": (("sobell", 0.1),), "labels.fraction": 1.0})
     finetune.run(c, tmp_path / "run")
   assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()

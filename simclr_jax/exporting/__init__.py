@@ -181,8 +181,10 @@ def _versions() -> dict:
 def _version(name: str) -> str:
   with contextlib.suppress(importlib.metadata.PackageNotFoundError):
     return importlib.metadata.version(name)
-  others = importlib.metadata.packages_distributions().get(name)  # such as tensorflow-cpu
-  return importlib.metadata.version(others[0]) if others else ""
+  for other in importlib.metadata.packages_distributions().get(name, ()):  # such as tensorflow-cpu
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      return importlib.metadata.version(other)
+  return ""
 
 
 def _without_folders(value):
