@@ -236,8 +236,8 @@ def regression_score(x, y, test_x, test_y, *, seed: int = SPLIT_SEED) -> float:
     error = test_y - y.mean(0) - (test_x - mean) / scale @ weights
     return 1 - float((error**2).sum() / ((test_y - test_y.mean(0)) ** 2).sum())
 
-  held_out = np.random.default_rng(seed).permutation(len(x)) < max(2, len(x) // 10)
   if len(x) < 4:
     return score(x, y, test_x, test_y, max(L2_GRID))
+  held_out = np.random.default_rng(seed).permutation(len(x)) < max(2, len(x) // 10)
   l2 = max(L2_GRID, key=lambda l2: score(x[~held_out], y[~held_out], x[held_out], y[held_out], l2))
   return score(x, y, test_x, test_y, l2)

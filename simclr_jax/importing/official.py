@@ -143,11 +143,8 @@ def _open(path):
   def read(name):
     try:
       return reader.get_tensor(keys[name])
-    except (
-      tf.errors.OpError,
-      RuntimeError,
-      IndexError,
-    ) as error:  # a file of the data is missing, or was not copied to its end
+    except (tf.errors.OpError, RuntimeError, IndexError) as error:
+      # A file of the data is missing, or was not copied to its end.
       why = " ".join(str(error).split())[:200]
       raise UserError(f"{path}: {name} cannot be read ({why}): copy the checkpoint again, with all its files") from None
 
