@@ -363,17 +363,9 @@ def cifar_training(args):
   began = time.perf_counter()
   with tempfile.TemporaryDirectory() as folder:
     if args.tiny:
-      np.savez(
-        f"{folder}/a.npz",
-        **{
-          f"{p}{k}": v
-          for p in ("", "test_")
-          for k, v in (
-            ("images", np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)),
-            ("labels", np.arange(64) % 10),
-          )
-        },
-      )
+      images = np.random.default_rng(0).integers(0, 256, (2, 64, 32, 32, 3), np.uint8)
+      labels = np.arange(64) % 10
+      np.savez(f"{folder}/a.npz", images=images[0], labels=labels, test_images=images[1], test_labels=labels)
       from simclr_jax.programs import config as config_lib
 
       config = config_lib.replace(

@@ -131,7 +131,7 @@ def _of_run(workdir, step, head, flag):
   scores_file = files.absolute(workdir) / "scores.json"
   scores = json.loads(files.read_sealed(scores_file)) if scores_file.exists() else {}
   scores = scores.get("scores", {}) if scores.get("step") == step else {}
-  held_out = None if config.data.test else same.held_out(workdir)
+  held_out = same.held_out_of_training(workdir, config)
   return variables, projector, config, {"scores": scores, "step": step, "held_out": held_out}
 
 

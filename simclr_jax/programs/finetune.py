@@ -329,7 +329,7 @@ def train(config, start, source, test_source, workdir, *, mesh, loss=cross_entro
       scores={"test": scores},
       step=step,
       heads=heads,
-      held_out=None if config.data.test else same.held_out(workdir),
+      held_out=same.held_out_of_training(workdir, config),
       overwrite=True,
     )
     files.write_sealed(workdir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))

@@ -163,6 +163,11 @@ def held_out(path) -> dict:
   return {name: value for name, value in kept.items() if name != "classes"}
 
 
+def held_out_of_training(workdir, config) -> dict | None:
+  """What card.json keeps of the images that the run in `workdir` held out; None where `data.test` names the scored ones."""
+  return None if config.data.test else held_out(workdir)
+
+
 def agree(fingerprints: dict[str, dict]):
   """Checks that every process of a run reads the same data; one that scores fewer images would leave the others waiting.
 

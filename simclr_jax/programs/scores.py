@@ -140,7 +140,7 @@ def conclude(config, workdir, task, evaluation, state, mesh) -> dict:
     files.write_sealed(workdir / "scores.json", json.dumps({"step": step, "scores": scores, **numbers}, indent=2))
     out["map"] = _map(evaluation.test, test["h"], config.seed)
     metrics_lib.projector(workdir, test["h"][:ON_THE_MAP], None if labels is None else test_labels[:ON_THE_MAP])
-    held_out = None if config.data.test else same_lib.held_out(workdir)
+    held_out = same_lib.held_out_of_training(workdir, config)
     exporting.write(workdir / "encoder", kept, config, scores=scores, step=step, held_out=held_out, overwrite=True)
   return out
 

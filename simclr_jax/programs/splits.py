@@ -43,7 +43,8 @@ def open_data(section, train=None):
 
 def check_apart(train, name: str, test, name_of_test: str):
   """Raises UserError if some images are in both sets, as far as it is known where they lie."""
-  places, of_test = train.places(), test.places()
+  of_test = test.places()
+  places = train.places() if of_test else {}  # which takes a second for a million files
   shared = sum(len(np.intersect1d(places[path], of_test[path])) for path in places.keys() & of_test.keys())
   if shared:
     raise UserError(
