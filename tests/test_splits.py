@@ -60,6 +60,8 @@ def test_a_set_is_not_scored_against_itself(tmp_path, spelled):
   assert test is train
   with pytest.raises(UserError, match="is data.train: a set that is scored against itself"):
     splits.check_labeled(chosen, train, test)
+  assert f"data.test={other} is data.train" in splits.nothing_is_scored(chosen)
+  assert "no images are held out" in splits.nothing_is_scored(section(spec))
 
 
 @pytest.mark.parametrize("a, b, are_one", [

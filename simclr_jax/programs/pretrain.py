@@ -375,8 +375,7 @@ def _greet(config, workdir, mesh, source, test, abstract, task):
   if test is not source and not config.data.test:
     print(f"scored      {splits.describe(config.data, test)}, which training does not see")
   elif test is source and source.num_classes:
-    cause = f"data.test={config.data.test} is data.train" if config.data.test else "no images are held out of training"
-    print(f"scored      nothing, because {cause}; see data.test and data.held_out")
+    print(f"scored      {splits.nothing_is_scored(config.data)}")
   print("parameters  " + ", ".join(f"{name} {count:,}" for name, count in parts.items()))
   print(f"devices     {mesh.size} x {device.device_kind}, {jax.process_count()} process(es); {_ranges(config, mesh)}")
   chance = task.log_with_every_row.get("chance_loss")

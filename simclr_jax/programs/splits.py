@@ -81,6 +81,12 @@ def describe(section, test) -> str:
   return section.test or f"{len(test):,} images held out of {section.train}"
 
 
+def nothing_is_scored(section) -> str:
+  """Why labeled images are not scored, where `open_data` returned them twice."""
+  cause = f"data.test={section.test} is data.train" if section.test else "no images are held out of training"
+  return f"nothing, because {cause}; see data.test and data.held_out"
+
+
 def title(spec: str) -> str:
   """The name of a data set in a heading: cifar10 for npz:/data/cifar10.npz:train, images for folder:/my/images."""
   kind, _, rest = spec.partition(":")
