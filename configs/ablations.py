@@ -5,8 +5,9 @@ Command:   simclr pretrain --config=configs/ablations.py:temperature-0.05 --work
            color-S and autoaugment (Table 1, without blur), no_flip, head-none, head-linear-D, head-nonlinear-D
            (Figure 8), compose-FIRST-SECOND (Figure 5; names of augment_extra.EXTRA, applied to one branch only)
            small-ROW runs any of these rows in minutes on two CPU cores, as `simclr claims` does: ResNet-18 of an
-           eighth of the width with the CIFAR stem, views of 16 pixels, AdamW; everything else is as in the row, except
-           that batches are divided by 32, epochs by 16 and color strengths by 2 (App. B.9)
+           eighth of the width with the CIFAR stem, views of 16 pixels from crops of at least 20 %, no blur, brightness
+           as in v2, AdamW with its own learning rate, warm-up and weight decay; batches are divided by 32, epochs by
+           16 and color strengths by 2 (App. B.9); the rest is as in the row
 Hardware:  the paper used 128 TPU v3 cores, 1.5 hours for 100 epochs at batch 4,096; these rows have not been run yet.
            small-ROW: two CPU cores; docs/claims.md has scores
 Expected:  linear evaluation top-1 on ImageNet: TOP_1 below; head-nonlinear is 3 points above head-linear, and both are

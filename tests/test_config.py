@@ -157,6 +157,9 @@ def test_every_recipe_is_complete_and_survives_json(path):
     ("--config.augment.crop_area=(0.1, 0.5, 1)", "expected a tuple such as (0.08, 1.0) of (float, float)"),
     ("--config.augment.crop_area=(1.0, 0.1)", "expected the smaller value first"),
     ("--config.augment.crop_area=(0.02, 0.08)", "crop_sampler=official draws no crop below a tenth of the image"),
+    ("--config.augment.crop_area=(0.05, 0.1)", "crop_sampler=official draws no crop below a tenth of the image"),
+    ("--config.augment.crop_area=(0.5, 0.5)", "whole images where the range is narrower than about 0.01"),
+    ("--config.train_epochs=1e308", "expected a number of at least 0 and at most 1000000"),
     ("--config.augment.extra=(('sobell', 0.1),)", "config.augment.extra='sobell': expected one of sobel, solarize"),
     ("--config.augment.extra=(('sobel', 10.0),)", "config.augment.extra: sobel with probability 10.0: expected 0 to 1"),
     ("--config.augment.colour_strength=1", "did you mean config.augment.color_strength?"),
@@ -287,6 +290,12 @@ def test_colors_in_fine_tuning_need_a_strength():
     config_lib.load("finetune", ["--config.augment.blur=False"])
   with pytest.raises(UserError, match="config.augment.where=device: expected one of host"):
     config_lib.load("finetune", ["--config.augment.where=device"])
+  with pytest.raises(UserError, match="config.augment.one_sided=True: expected one of False"):
+    config_lib.load("finetune", ["--config.augment.color_strength=1.0", "--config.augment.one_sided=True"])
+  with pytest.raises(UserError, match="config.augment.blur=False: needs config.augment.color_strength"):
+    config_lib.load(
+      "transfer", ["--config.augment.blur=False"]
+    )  # which fine-tunes only after hours of linear evaluation
 
 
 def arguments(function):

@@ -65,6 +65,7 @@ __all__ = [
 ]
 
 
+LAST_EPOCH = 1e6  # far beyond any training, and small enough for whole numbers of steps
 LAST_SEED = 2**32 - 1  # JAX draws the same weights from a seed of 2**32 as from 0
 RENAMED = {"shares": "fractions", "distill_share": "distill_fraction"}  # keys at the top of the configs of older runs
 
@@ -107,9 +108,13 @@ class Crop(Section):
   def check(self):
     if self.crop_area[0] > self.crop_area[1]:
       raise UserError(f"crop_area={self.crop_area}: expected the smaller value first, such as (0.08, 1.0)")
-    if self.crop_sampler == "official" and self.crop_area[1] < 0.1:  # then its views are whole images
+    # Boxes have whole pixels for sides: where almost none has an area in the range, TensorFlow's sampler, which knows no
+    # area below a tenth, gives the whole image.
+    low, high = self.crop_area
+    if self.crop_sampler == "official" and low < 0.99 and high < max(low, 0.1) + 0.009:
       raise UserError(
-        f"crop_area={self.crop_area}: crop_sampler=official draws no crop below a tenth of the image; use torchvision"
+        f"crop_area={self.crop_area}: crop_sampler=official draws no crop below a tenth of the image, and whole images "
+        "where the range is narrower than about 0.01; use torchvision"
       )
 
 
@@ -172,6 +177,14 @@ class TuneAugment(Augment):
   color_strength: float | None = key(
     None, "strength of the color distortion; None: only crops and flips", at_least=0, at_most=1.25
   )
+  one_sided: bool = key(False, "of no effect on a single view", choices=(False,), option=False)
+
+  def check(self):
+    super().check()
+    if self.color_strength is None:
+      for name in set(self.keys()) - set(Crop(size=1).keys()):
+        if self[name] != self.__dataclass_fields__[name].default:
+          raise UserError(f"{name}={self[name]}: needs config.augment.color_strength")
 
 
 RESNET = ("depth", "width", "stem", "sk_ratio", "se_ratio", "dtype", "remat", "pool_padding", "arrangement")
@@ -341,7 +354,9 @@ class Optimizer(Section):
     "linear", "peak learning rate: linear: base_lr * batch / 256; sqrt: base_lr * sqrt(batch); none: base_lr",
     choices=("linear", "sqrt", "none"),
   )  # fmt: skip
-  warmup_epochs: float = key(0.0, "epochs of linear warm-up; then the rate decays to 0 along a cosine", at_least=0)
+  warmup_epochs: float = key(
+    0.0, "epochs of linear warm-up; then the rate decays to 0 along a cosine", at_least=0, at_most=LAST_EPOCH
+  )
   momentum: float = key(0.9, "momentum, or b1 of Adam", at_least=0, below=1)
   weight_decay: float = key(
     0.0, "weight decay; not applied to BatchNorm, nor, with LARS and AdamW, to biases, nor, with AdamW, to the classifier",
@@ -352,7 +367,9 @@ class Optimizer(Section):
 @frozen
 class Every(Section):
   every_steps: int = key(0, "interval in steps; 0: see every_epochs", at_least=0)
-  every_epochs: float = key(0.0, "interval in epochs; if this and every_steps are 0, only at the end", at_least=0)
+  every_epochs: float = key(
+    0.0, "interval in epochs; if this and every_steps are 0, only at the end", at_least=0, at_most=LAST_EPOCH
+  )
 
   def check(self):
     if self.every_steps and self.every_epochs:
@@ -412,7 +429,7 @@ class Probe(Section):
     "lbfgs", "lbfgs: logistic regression on features; lbfgs_45: the same with the paper's 45 penalties; sgd: the paper's SGD on crops and flips",
     choices=("lbfgs", "lbfgs_45", "sgd"),
   )  # fmt: skip
-  train_epochs: float = key(90.0, "epochs of SGD", above=0)
+  train_epochs: float = key(90.0, "epochs of SGD", above=0, at_most=LAST_EPOCH)
   batch_size: int = key(256, "batch size of SGD", at_least=1)
   base_lr: float = key(0.1, "learning rate of SGD, which is multiplied by batch_size / 256", above=0)
 
@@ -438,7 +455,7 @@ class Training(Section):
   seed: int = key(0, "seed of weights, order and augmentation", at_least=0, at_most=LAST_SEED)
   data: Data
   batch_size: int = key(REQUIRED, "images in the global batch", at_least=1)
-  train_epochs: float = key(0.0, "epochs of training; 0: see train_steps", at_least=0)
+  train_epochs: float = key(0.0, "epochs of training; 0: see train_steps", at_least=0, at_most=LAST_EPOCH)
   train_steps: int = key(0, "number of updates; above 0, it replaces train_epochs", at_least=0)
   encoder: Encoder
   optimizer: Optimizer
@@ -487,7 +504,9 @@ class Pretrain(Training):
     "encoder, whose architecture replaces the recipe's; empty: random weights",
   )  # fmt: skip
   keep_head: bool = key(False, "with start: also start from its projection head")
-  head_epochs: float = key(0.0, "with start: number of epochs at the beginning that train only the head", at_least=0)
+  head_epochs: float = key(
+    0.0, "with start: number of epochs at the beginning that train only the head", at_least=0, at_most=LAST_EPOCH
+  )
   microbatches: int = key(
     1, "number of parts in which the batch is computed; the loss still sees all negatives", at_least=1
   )
@@ -554,14 +573,6 @@ class Finetune(Training):
   projector: Projector = section(Projector, kind="none")
   evaluate: Evaluate = section(Evaluate)
 
-  def check(self):
-    super().check()
-    if self.augment.color_strength is None:
-      plain = TuneAugment(size=self.augment.size)
-      for name in set(plain.keys()) - set(Crop(size=1).keys()):
-        if self.augment[name] != plain[name]:
-          raise UserError(f"augment.{name}={self.augment[name]}: needs config.augment.color_strength")
-
 
 @frozen
 class Distill(Finetune):
@@ -599,7 +610,7 @@ class Downstream(Section):
     needed="at least one seed, such as (0,)",
   )
   pretrain: str = key(REQUIRED, "recipe of pretraining")
-  pretrain_epochs: float = key(REQUIRED, "epochs of pretraining", above=0)
+  pretrain_epochs: float = key(REQUIRED, "epochs of pretraining", above=0, at_most=LAST_EPOCH)
   finetune: str = key(REQUIRED, "recipe of fine-tuning, and of training from scratch")
   fractions: tuple[float, ...] = key(
     REQUIRED, "fractions of the labels", above=0, at_most=1, needed="fractions of the labels, such as (0.01, 0.1)"
@@ -789,7 +800,7 @@ def from_saved(values: dict):
   if part and not part.get("test") and "held_out" not in part:  # a run before 0.2, which trained on all images
     values["data"] = {**part, "held_out": 0.0}
   if values.get("program") in ("finetune", "distill", "transfer"):  # what had no effect, and is refused since 0.2
-    values["augment"] = {key: value for key, value in values.get("augment", {}).items() if key != "canvas"}
+    values["augment"] = {k: value for k, value in values.get("augment", {}).items() if k not in ("canvas", "one_sided")}
   saves = values.get("checkpoint", {})
   if not (saves.get("every_steps") or saves.get("every_epochs")) and "rollback" in values:
     values["rollback"] = {key: value for key, value in values["rollback"].items() if key != "times"}
