@@ -121,7 +121,7 @@ def _paper(arg):
       augment=dict(
         where="host" if extra else "device",
         size=224,
-        color_strength=float(values[0]) if what == "color" else float(not extra),
+        color_strength=float(values[0]) if what == "color" else float(not extra or "color" in extra),
         blur=what != "color" and not extra,
         flip=what != "no_flip",
         brightness="v1",

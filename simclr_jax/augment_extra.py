@@ -17,10 +17,23 @@ def two_views(image, seed, *, extra=(), **options):
   Args:
     extra: names of EXTRA with probabilities, such as (("sobel", 0.1), ("solarize", 0.2)), drawn for each view in
       this order: the other transformations of arXiv 2002.05709, Figure 4 and B.2.  With one_sided=True they are
-      applied only to the first view, as in Figure 5.
+      applied only to the first view, as in Figure 5.  Where "color" is among them, it is the color distortion of
+      `options`, which then takes place there instead.
     options: those of `augment.two_views`.
+  Raises:
+    ValueError: as `augment.two_views` and `apply_extra`; or "color" is named, and color_strength is 0.
   """
-  return augment.two_views(image, seed, extra=functools.partial(apply_extra, extra=extra) if extra else None, **options)
+  if not extra:
+    return augment.two_views(image, seed, **options)
+  distort = {}
+  if any(name == "color" for name, _ in extra):
+    if options.get("color_strength") == 0:
+      raise ValueError("extra color: expected color_strength above 0")
+    distort = {own: options.pop(name) for name, own in COLOR.items() if name in options}
+    options["color_strength"] = 0.0
+  operators = EXTRA | {"color": functools.partial(color, **distort)}
+  apply = functools.partial(apply_extra, extra=extra, operators=operators)
+  return augment.two_views(image, seed, extra=apply, **options)
 
 
 def sobel(image, seed=None):
@@ -87,9 +100,9 @@ def crop(image, seed):
   return augment.clip(augment.random_crop(image, seed, size=augment.check_static(image)[0]))
 
 
-def color(image, seed):
-  """`color_distort` of strength 1."""
-  return augment.clip(augment.color_distort(image, seed, strength=1.0))
+def color(image, seed, *, strength=1.0, **options):
+  """`augment.color_distort`, clipped."""
+  return augment.clip(augment.color_distort(image, seed, strength=strength, **options))
 
 
 def blur(image, seed):
@@ -198,8 +211,14 @@ EXTRA = {
   for op in (sobel, solarize, equalize, motion_blur, cutout, rotate, noise, crop, color, blur, autoaugment)
 }
 
+# Options of `two_views` and those of `color` that they set.
+COLOR = {
+  "color_strength": "strength", "brightness": "brightness", "color_jitter_prob": "jitter_prob",
+  "grayscale_prob": "grayscale_prob", "color_order": "order",
+}  # fmt: skip
 
-def apply_extra(image, seed, extra):
+
+def apply_extra(image, seed, extra, operators=EXTRA):
   """Each of `extra`, ((name, probability), ...), with its probability, in this order; see `two_views` above.
 
   Raises:
@@ -211,6 +230,6 @@ def apply_extra(image, seed, extra):
     augment.check_probability(f"extra {name}", prob)
     drawn, own = tf.unstack(tf.random.split(tf.random.experimental.stateless_fold_in(seed, i), 2))
     apply = tf.random.stateless_uniform([], drawn) < prob
-    image = tf.cond(apply, lambda x=image, op=EXTRA[name], s=own: op(x, s), lambda x=image: x)
+    image = tf.cond(apply, lambda x=image, op=operators[name], s=own: op(x, s), lambda x=image: x)
     image = tf.ensure_shape(image, shape)
   return image

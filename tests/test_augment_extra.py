@@ -111,13 +111,29 @@ def test_one_sided_views_share_their_crop():
   options = dict(size=24, color_strength=0.0, blur=False, one_sided=True)
   np.testing.assert_array_equal(augment_extra.two_views(image, SEED, **options), np.stack([plain[0]] * 2))
   for name in ("crop", "color", "blur", "solarize"):
-    first, second = augment_extra.two_views(image, SEED, **options, extra=((name, 1.0),)).numpy()
+    of_color = {"color_strength": float(name == "color")}
+    first, second = augment_extra.two_views(image, SEED, **options | of_color, extra=((name, 1.0),)).numpy()
     np.testing.assert_array_equal(second, plain[0])
     assert np.abs(first - second).max() > 0.02
   cropped = [
     augment_extra.two_views(image, (0, k), **options, extra=(("crop", 1.0), ("sobel", 1.0)))[0] for k in range(4)
   ]
   assert len({x.numpy().tobytes() for x in cropped}) == 4
+
+
+def test_color_among_them_is_the_color_distortion_of_the_options():
+  """As strong, and as often gray, as without `extra`; after the operators that are named before it."""
+  options = dict(size=12, blur=False, color_order="fixed", color_jitter_prob=1.0)
+  extra = (("sobel", 1.0), ("color", 1.0))
+  gray = dict(color_strength=0.5, grayscale_prob=1.0)
+  views = augment_extra.two_views(IMAGE, SEED, **options, **gray, extra=extra).numpy()
+  np.testing.assert_allclose(views[..., 0], views[..., 2], atol=1e-6)
+  colored = dict(color_strength=1e-3, grayscale_prob=0.0)
+  weak = augment_extra.two_views(IMAGE, SEED, **options, **colored, extra=extra)
+  edges = augment_extra.two_views(IMAGE, SEED, **options | {"color_strength": 0.0}, extra=extra[:1])
+  np.testing.assert_allclose(weak, edges, atol=0.01)  # edges of colors, and not colored edges
+  with pytest.raises(ValueError, match="extra color: expected color_strength above 0"):
+    augment_extra.two_views(IMAGE, SEED, **options, color_strength=0.0, extra=extra)
 
 
 @pytest.mark.slow
@@ -127,12 +143,15 @@ def test_they_take_their_place_in_the_views():
   plain = augment_extra.two_views(IMAGE, SEED, **options)
   every = tuple((name, 1.0) for name in augment_extra.EXTRA)
   np.testing.assert_array_equal(
-    augment_extra.two_views(IMAGE, SEED, **options, extra=[(n, 0.0) for n, _ in every]), plain
+    augment_extra.two_views(IMAGE, SEED, **options | {"color_strength": 1.0}, extra=[(n, 0.0) for n, _ in every]), plain
   )
   solarized = augment_extra.two_views(IMAGE, SEED, **options, extra=(("solarize", 1.0),))
   np.testing.assert_array_equal(solarized, np.stack([augment_extra.solarize(view) for view in plain]))
-  data = tf.data.Dataset.from_tensors(IMAGE).map(lambda x: augment_extra.two_views(x, SEED, **options, extra=every))
-  in_graph, eager = next(iter(data)), augment_extra.two_views(IMAGE, SEED, **options, extra=every)
+  data = tf.data.Dataset.from_tensors(IMAGE).map(
+    lambda x: augment_extra.two_views(x, SEED, **options | {"color_strength": 1.0}, extra=every)
+  )
+  in_graph = next(iter(data))
+  eager = augment_extra.two_views(IMAGE, SEED, **options | {"color_strength": 1.0}, extra=every)
   assert in_graph.shape == (2, 16, 16, 3)
   np.testing.assert_allclose(in_graph, eager, atol=1e-5)
   half = [augment_extra.two_views(IMAGE, (0, k), **options, extra=(("rotate", 0.5),)) for k in range(20)]

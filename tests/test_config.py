@@ -439,6 +439,18 @@ def test_figure_5_composes_two_transformations_on_one_branch():
   assert (c.where, c.one_sided, c.color_strength, c.blur) == ("host", True, 0.0, False)
   assert [name for name, _ in c.extra] == ["crop", "sobel"]
   assert len(config_lib.load("configs/ablations.py:compose-color-color").augment.extra) == 1
+  assert config_lib.load("configs/ablations.py:compose-crop-color").augment.color_strength == 1.0
+  small = config_lib.load("configs/ablations.py:small-compose-crop-color", ["--config.augment.grayscale_prob=0.5"])
+  assert (small.augment.color_strength, small.augment.grayscale_prob) == (0.5, 0.5)
+  with pytest.raises(UserError, match="extra: color is the color distortion, and needs color_strength above 0"):
+    config_lib.load("smoke", ["--config.augment.extra=(('color', 1.0),)", "--config.augment.color_strength=0.0"])
+
+
+def test_an_older_run_keeps_the_color_of_its_pair():
+  c = config_lib.load("configs/ablations.py:small-compose-crop-color")
+  old = config_lib.to_dict(c)
+  old["augment"] = {**old["augment"], "color_strength": 0.0}
+  assert config_lib.from_saved(old).augment == dataclasses.replace(c.augment, color_strength=1.0)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,9 @@ class Augment(Crop):
   blur_prob: float = key(0.5, "probability of blur", at_least=0, at_most=1)
   color_order: str = key("random", "order of the four color operations", choices=("random", "fixed"))
   extra: tuple[tuple[str, float], ...] = key(
-    (), f"more operators with probabilities, such as (('sobel', 0.1),); the operators: {', '.join(EXTRA)}"
+    (),
+    f"more operators with probabilities, such as (('sobel', 0.1),), applied after the color distortion, which color moves to its "
+    f"place among them; the operators: {', '.join(EXTRA)}",
   )
   one_sided: bool = key(
     False, "both views share crop and flip; only the first gets the other operations (v1, Figure 5)"
@@ -164,6 +166,8 @@ class Augment(Crop):
         raise UserError(f"extra={name!r}: expected one of {', '.join(EXTRA)}")
       if not 0 <= prob <= 1:
         raise UserError(f"extra: {name} with probability {prob}: expected 0 to 1")
+    if "color" in dict(self.extra) and self.color_strength == 0:
+      raise UserError("extra: color is the color distortion, and needs color_strength above 0")
 
 
 @frozen
@@ -801,6 +805,10 @@ def from_saved(values: dict):
     values["data"] = {**part, "held_out": 0.0}
   if values.get("program") in ("finetune", "distill", "transfer"):  # what had no effect, and is refused since 0.2
     values["augment"] = {k: value for k, value in values.get("augment", {}).items() if k not in ("canvas", "one_sided")}
+  augment = values.get("augment", {})
+  if "color" in dict(augment.get("extra", ())) and not augment.get("color_strength"):  # before 0.2 of fixed strength
+    fixed = dict(color_strength=1.0, brightness="v2", color_jitter_prob=0.8, grayscale_prob=0.2, color_order="random")
+    values["augment"] = augment | fixed
   saves = values.get("checkpoint", {})
   if not (saves.get("every_steps") or saves.get("every_epochs")) and "rollback" in values:
     values["rollback"] = {key: value for key, value in values["rollback"].items() if key != "times"}
