@@ -11,6 +11,7 @@ import time
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 import scipy.stats
 import tiny
@@ -425,9 +426,82 @@ def test_flags():
 
 def test_color_claims_are_not_made_of_gray_images(spec):
   images = cells.open_images(spec, most_train=60, most_test=32)
-  names = {claim.name for claim in claims.claims_of(claims.BUDGETS["full"], images)}
+  full, quick = (dataclasses.replace(claims.BUDGETS[name], changes=TINY.changes) for name in ("full", "quick"))
+  names = {claim.name for claim in claims.claims_of(full, images)}
   assert "h over z" in names and "still longer" in names and not any(c.color for c in claims.claims_of(TINY, images))
-  assert "still longer" not in {claim.name for claim in claims.claims_of(claims.BUDGETS["quick"], images)}
+  assert "still longer" not in {claim.name for claim in claims.claims_of(quick, images)}
+
+
+def test_claims_whose_batches_a_set_does_not_fill_are_left_out_by_name(spec):
+  """A batch that holds an image twice takes it as a negative of itself."""
+  full = dataclasses.replace(claims.BUDGETS["full"], changes=TINY.changes)
+  images = dataclasses.replace(cells.open_images(spec, most_train=60, most_test=32), has_color=True)
+  large = dataclasses.replace(images, train=range(3000))
+  names, of_large = ({claim.name for claim in claims.claims_of(full, part)} for part in (images, large))
+  assert names < of_large and of_large - names >= {"LARS at 2,048", "LARS over AdamW at 2,048"}
+  said = claims.left_out(full, images)
+  assert "has 50 images to train on, fewer than a batch of: " in said and "LARS at 2,048" in said
+  assert claims.left_out(full, large) == ""
+  used = {
+    c.config.batch_size for c in claims.cells_of(full, [images]) if experiments.SETTINGS[c.setting].kind == "train"
+  }
+  assert max(used) <= 50
+  assert claims.claims_of(claims.BUDGETS["quick"], images) == []  # none of its batches is as small
+
+
+def test_sets_that_cannot_be_judged_are_one_line(tmp_path):
+  images = np.zeros((24, 8, 8, 3), np.uint8)
+  for name, labels, message in (
+    ("one", np.zeros(24, int), "24 training images of 1 classes; claims need two classes"),
+    ("each", np.arange(24), "a tenth of the images of a class held out"),
+  ):
+    np.savez(
+      tmp_path / f"{name}.npz", train_images=images, train_labels=labels, test_images=images + 1, test_labels=labels
+    )
+    with pytest.raises(errors.UserError, match=message):
+      cells.open_images(f"npz:{tmp_path / name}.npz", most_train=24, most_test=24)
+
+
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("fashion:train", "--data=fashion:train: name the set without a split, fashion; fashion:train and fashion:test"),
+    ("npz:a.npz:test", "name the set without a split, npz:a.npz"),
+    ("/nowhere/pictures", "did you mean folder:/nowhere/pictures?"),
+    ("folder:/nowhere/pictures", "there is no folder /nowhere/pictures/train"),
+  ],
+)  # fmt: skip
+def test_a_name_that_is_no_set_is_one_line(name, message):
+  with pytest.raises(errors.UserError) as caught:
+    cells.open_images(name, most_train=60, most_test=32)
+  assert message in str(caught.value)
+
+
+def test_a_folder_is_a_set_if_it_holds_train_and_test(tmp_path):
+  for i in range(48):
+    place = tmp_path / ("test" if i < 12 else "train") / "ab"[i % 2]
+    place.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(place / f"{i}.png")
+  images = cells.open_images(f"folder:{tmp_path}", most_train=60, most_test=32)
+  assert len(images.train) + len(images.validation) == 36 and len(images.test) == 12
+
+
+def test_a_cell_of_a_command_that_ended_without_it_is_run_by_the_other(few, spec, tmp_path, monkeypatch):
+  """It is skipped at first, because another command has its lock; after the rest it is tried again."""
+  monkeypatch.setattr(
+    cells.Runner, "run", lambda *_: {"linear": 0.5, "linear_z": 0.4, "validation": 0.5, "seconds": 1.0}
+  )
+  take, held = claims.lock.take, []
+
+  def busy(place):
+    if not held:
+      held.append(place)
+      raise errors.UserError("in use")
+    return take(place)
+
+  monkeypatch.setattr(claims.lock, "take", busy)
+  findings = claims.run([spec], tmp_path, budget=TINY)
+  assert held and len(findings) == 3 and (tmp_path / "claims.html").exists()
 
 
 def test_the_histogram_counts_colors():

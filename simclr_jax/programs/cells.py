@@ -25,6 +25,7 @@ from simclr_jax.programs import pretrain, scores, splits
 from simclr_jax.runtime import loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
+from simclr_jax.runtime.errors import UserError
 from simclr_jax.views import Batch
 
 VERSION = 2  # of what a cell does; a change of it makes every cell anew
@@ -79,15 +80,21 @@ class Images:
 
 
 def open_images(name: str, *, most_train: int, most_test: int) -> Images:
-  """The sets NAME:train and NAME:test, at most `most_train` and `most_test` images, a tenth of the former held out.
+  """The sets NAME:train and NAME:test, of folders and shards NAME/train and NAME/test, at most `most_train` and `most_test`
+  images, a tenth of the former held out.
 
   Raises:
-    UserError: there is no such set, or it has no labels.
+    UserError: there is no such set, or it has no labels, or too few classes or images.
   """
-  section = config_lib.Data(train=f"{name}:train", test=f"{name}:test")
+  section = config_lib.Data(train=_part(name, "train"), test=_part(name, "test"))
   train, test = splits.check_labeled(section, *splits.open_data(section))
   train, test = (data.Subset(part, most if most < len(part) else 0, splits.SEED) for part, most in ((train, most_train), (test, most_test)))  # fmt: skip
   held_out = splits.hold_out(train.labels, 0.1)
+  if train.num_classes < 2 or not len(held_out):
+    raise UserError(
+      f"--data={name}: {len(train):,} training images of {train.num_classes} classes; claims need two classes, and a tenth of "
+      "the images of a class held out"
+    )
   parts = {
     "train": data.Selection(train, np.setdiff1d(np.arange(len(train)), held_out)),
     "validation": data.Selection(train, held_out),
@@ -95,6 +102,18 @@ def open_images(name: str, *, most_train: int, most_test: int) -> Images:
   }
   prints = json.dumps({key: part.fingerprint() for key, part in parts.items()}, sort_keys=True)
   return Images(name, **parts, has_color=_has_color(train), digest=hashlib.sha256(prints.encode()).hexdigest()[:12])
+
+
+def _part(name: str, part: str) -> str:
+  """The spec of "train" or "test" of a data set."""
+  kind, _, rest = name.partition(":")
+  if not rest and kind not in data.EMBEDDED:
+    data.open_source(name)  # raises an error that says what may be meant
+  if rest.endswith((":train", ":test")) or rest and kind in data.EMBEDDED:
+    whole = name.rpartition(":")[0]
+    raise UserError(f"--data={name}: name the set without a split, {whole}; {whole}:train and {whole}:test are used")
+  is_folder = kind in data.KINDS and data.KINDS[kind].is_path and kind != "npz"
+  return f"{name.rstrip('/')}/{part}" if is_folder else f"{name}:{part}"
 
 
 def _has_color(source) -> bool:

@@ -8,6 +8,7 @@ themselves.
 
 import collections
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -117,8 +118,35 @@ def alternatives(setting: str) -> list[str]:
 
 
 def claims_of(budget: Budget, images: cells.Images):
-  """The claims that the budget measures on a data set."""
+  """The claims that the budget measures on a data set: those whose batches it fills."""
+  return [c for c in _claims_of(budget, images) if all(_fills(name, budget, images) for name in settings_of(c))]
+
+
+def _claims_of(budget, images):
   return [c for c in experiments.CLAIMS if set(c.groups) & set(budget.groups) and (images.has_color or not c.color)]
+
+
+def _fills(name: str, budget, images) -> bool:
+  """Whether a batch of a setting has no image twice, which would be a negative of itself."""
+  setting = experiments.SETTINGS[name]
+  return setting.kind in (cells.PIXELS, cells.HISTOGRAM, cells.UNTRAINED) or _batch(name, budget) <= len(images.train)
+
+
+@functools.cache
+def _batch(name: str, budget: Budget) -> int:
+  setting = experiments.SETTINGS[name]
+  return cells.config_of(setting, 0, budget.epochs, dict(budget.changes)).batch_size
+
+
+def left_out(budget: Budget, images: cells.Images) -> str:
+  """The claims that are not measured because the data set is smaller than their batches, in a sentence; or nothing."""
+  measured = claims_of(budget, images)
+  names = [claim.name for claim in _claims_of(budget, images) if claim not in measured]
+  if not names:
+    return ""
+  return (
+    f"{images.name} has {len(images.train):,} images to train on, fewer than a batch of: {', '.join(names)}; left out"
+  )
 
 
 def cells_of(budget: Budget, sets) -> list[Cell]:
@@ -127,7 +155,7 @@ def cells_of(budget: Budget, sets) -> list[Cell]:
   for images in sets:
     needed = {name for claim in claims_of(budget, images) for name in settings_of(claim)}
     if budget.pairs and images.has_color:
-      needed |= {name for name in experiments.SETTINGS if name.startswith("compose_")}
+      needed |= {name for name in experiments.SETTINGS if name.startswith("compose_") and _fills(name, budget, images)}
     for name, setting in experiments.SETTINGS.items():
       for seed in budget.seeds if name in needed else ():
         if seed != budget.seeds[0] and setting.kind in (cells.PIXELS, cells.HISTOGRAM):
@@ -380,15 +408,24 @@ def run(names, workdir, *, budget: Budget, plan_only: bool = False) -> list[Find
   """
   sets = [cells.open_images(name, most_train=budget.train, most_test=budget.test) for name in names or budget.data]
   todo = cells_of(budget, sets)
+  for images in sets:
+    few = left_out(budget, images)
+    if not claims_of(budget, images):
+      raise UserError(f"{few}; nothing is left: name a larger data set with --data")
+    if few:
+      print(few)
   folder = files.absolute(workdir)
   results = Results(folder)
   if plan_only:
     print(plan(todo, results))
     return []
   folder.mkdir(parents=True, exist_ok=True)
-  measure(todo, results, folder)
+  while measure(todo, results, folder):
+    pass  # once more, for a cell of another command that has ended without it
   if busy := [cell for cell in todo if cell.key not in results.cells]:
-    print(f"{len(busy)} cells are being run by other commands, the last of which writes the page")
+    print(
+      f"cells that another command is running: {len(busy)}; the last command writes the page, or this one, given again"
+    )
     return []
   for cell in todo:  # what a killed command left
     shutil.rmtree(folder / "cells" / cell.key, ignore_errors=True)
@@ -416,13 +453,14 @@ def write_page(path, kept: dict):
   )  # fmt: skip
 
 
-def measure(todo: list[Cell], results: Results, folder):
-  """Runs the cells that are not yet in the results and that no other command is running, and adds them."""
+def measure(todo: list[Cell], results: Results, folder) -> int:
+  """Runs the cells that are not yet in the results and that no other command is running, adds them, and returns how many."""
   runner = cells.Runner(folder / "cells")
   missing = [cell for cell in todo if cell.key not in results.cells]
   left = [
     estimate(cell, i == 0 or cell.setting != missing[i - 1].setting, todo, results) for i, cell in enumerate(missing)
   ]
+  added = 0
   for i, cell in enumerate(missing):
     place = folder / "cells" / cell.key
     try:
@@ -441,11 +479,13 @@ def measure(todo: list[Cell], results: Results, folder):
     )  # fmt: skip
     numbers = runner.run(experiments.SETTINGS[cell.setting], cell.config, cell.images)
     results.add(cell, numbers)
+    added += 1
     lock.release(place)
     shutil.rmtree(place, ignore_errors=True)
     score = f"linear {100 * numbers['linear']:.1f} %" if "linear" in numbers else "diverged"
     print(f"  {score}, {numbers['seconds']:.0f} s", flush=True)
   results.read()
+  return added
 
 
 def main(flags, overrides) -> int:

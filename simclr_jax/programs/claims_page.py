@@ -20,8 +20,9 @@ HEADER = """# The claims about SimCLR, measured
     simclr claims --plan                                  # lists the runs and how long they will take; runs nothing
     simclr claims --workdir=runs/claims                   # textures, which is in the package
     simclr claims --data=npz:cifar10.npz --data=fashion   # NAME:train and NAME:test of each
-    simclr claims --budget=full                           # more claims and more data sets
-    simclr claims --budget=methods                        # SimCLR next to MoCo, BYOL, InstDisc, SupCon and an autoencoder
+    simclr claims --data=folder:photos                    # photos/train/CLASS/ and photos/test/CLASS/
+    simclr claims --budget=full --workdir=runs/full       # more claims and more data sets
+    simclr claims --budget=methods --workdir=runs/methods # SimCLR next to MoCo, BYOL, InstDisc, SupCon and an autoencoder
 
 The command can be killed at any moment; started again, it resumes. A finished run is recorded in `claims.json` at once and
 is not repeated. Several such commands with one workdir divide the runs among themselves. The results are `claims.html`, a
@@ -34,9 +35,10 @@ so give each budget a folder of its own. A file under another name counts as ano
 - **Runs.** Each is a row of `configs/ablations.py` at its small scale: a ResNet-18 of an eighth of the width, views of 16
   pixels, AdamW. Training takes 8 epochs of 5,000 images (`quick`), 10,000 (`full`) or 20,000 (`methods`), of which a tenth is
   held out; a claim about longer or shorter training says how much, pairs of transformations train for half as long, and
-  batches of 2,048 for twice as long. On textures half of all views are gray, as in the recipe `textures`, where a fifth
-  costs 14 points on held-out training images ([results.md](results.md)). Raw pixels and histograms are read at 32 pixels.
-  The untrained encoder keeps its initial weights and BatchNorm statistics.
+  batches of 2,048 for twice as long. Crops take 20 % of the image or more, but 8 % or more where a pair crops once more.
+  Colors are distorted at half the paper's strength; on textures half of these views are gray, as in the recipe `textures`,
+  where a fifth costs 14 points on held-out training images ([results.md](results.md)). Raw pixels and histograms are read at
+  32 pixels. The untrained encoder keeps its initial weights and BatchNorm statistics.
 - **Scores** are accuracies of a linear classifier on test images unless noted; of supervised training, the accuracy of the
   classifier that it trained. Where a claim takes the best of several settings, that setting is chosen on held-out training
   images.
