@@ -44,7 +44,7 @@ def claims(parser):
   add = parser.add_argument
   add(
     "--data", action="append", default=[], metavar="SET",
-    help="a data set with SET:train and SET:test, such as textures or npz:FILE; may be repeated (default: the budget's)",
+    help="a data set with SET:train and SET:test, such as textures or npz:FILE, or a folder:PATH or shards with PATH/train and PATH/test; may be repeated (default: the budget's)",
   )  # fmt: skip
   add(
     "--budget",
