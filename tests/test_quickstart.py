@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import images
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import tiny
 
 from simclr_jax import __main__ as cli
+from simclr_jax.evaluation import features
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import quickstart
 from simclr_jax.programs.quickstart import Network
@@ -143,6 +145,67 @@ def test_runs_that_are_not_its_own_are_spared(tmp_path):
   with pytest.raises(UserError, match="is a quickstart of /other: name another folder for"):
     quickstart.run(str(tmp_path / "photos"), run, resume=True)
   assert (run / "COMPLETE").exists()
+
+
+@pytest.fixture
+def at_once(tmp_path, monkeypatch):
+  """A quickstart of tmp_path/photos, 20 flat images in levels of gray, whose networks cost nothing.
+
+  Its keyword arguments: `training` and `embedded` are called in the place of the training, and after the folder was
+  embedded; `lost` are lines about unreadable images.
+  """
+  photos = tmp_path / "photos"
+  for i in range(20):
+    images.save(photos / f"{i:02}.png", np.full((40, 40, 3), 10 * i, np.uint8))
+  h = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+  monkeypatch.setattr(quickstart, "choose", lambda *_: (config_lib.load("folder"), [("what", "value", "why")]))
+  monkeypatch.setattr(quickstart.map_lib.maps, "infonc_tsne", lambda h, near, seed: h[:, :2])
+
+  def start(folder=photos, *, training=lambda: None, embedded=lambda: None, lost=(), **options):
+    def train(*_, **__):
+      training()
+      return {"page": {"files": {}, "seconds": {}}, "state": types.SimpleNamespace(step=1)}
+
+    def embed(workdir, spec, output, **_):
+      source = quickstart.data.open_source(spec)
+      n = len(source)
+      name = np.array([source.name(i) for i in range(n)])
+      about = dict(data=spec, encoder=str(workdir))
+      made = features.Features(h=h[:n], name=name, label=np.full(n, -1, np.int32), index=np.arange(n), **about)
+      features.write(output, made)
+      files.write_text(f"{output}.unreadable.txt", "".join(f"{photos}/{name}\tis cut off\n" for name in lost))
+      embedded()
+      return output
+
+    monkeypatch.setattr(quickstart.pretrain, "run", train)
+    monkeypatch.setattr(quickstart.embed, "run", embed)
+    return quickstart.run(folder and str(folder), tmp_path / "run", minutes=None, **options)
+
+  return start
+
+
+def test_photos_that_come_and_go_meanwhile_do_not_cost_the_page(at_once, tmp_path, monkeypatch):
+  """While it trains, while it embeds, and while the thumbnails are read."""
+  photos, thumbnails = tmp_path / "photos", quickstart.map_lib.thumbnails
+
+  def training():
+    images.save(photos / "000.png", np.full((40, 40, 3), 255, np.uint8))
+    (photos / "07.png").unlink()
+
+  def embedded():
+    images.save(photos / "0.png", np.full((40, 40, 3), 77, np.uint8))
+    (photos / "11.png").unlink()
+
+  def drawn(*arguments):
+    (photos / "13.png").unlink()
+    return thumbnails(*arguments)
+
+  monkeypatch.setattr(quickstart.map_lib, "thumbnails", drawn)
+  chart = at_once(training=training, embedded=embedded)["chart"]
+  shown = dict(zip(chart["names"], chart["pictures"][:, 8, 8, 0].tolist(), strict=True))
+  expected = {f"{i:02}.png": 10 * i for i in range(20) if i not in (7, 11)} | {"000.png": 255, "13.png": 128}
+  assert shown == expected
+  assert "20 images, " in (tmp_path / "run/report.html").read_text() and (tmp_path / "run/COMPLETE").exists()
 
 
 def check(found, planted, workdir):

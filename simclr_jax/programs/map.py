@@ -21,12 +21,22 @@ MOST_OF_A_GROUP = 6  # near-duplicates that a page shows of each group
 
 
 def thumbnails(source, index) -> np.ndarray:
-  """uint8 [n, s, s, 3]: the central squares of the images `index` [n] of a source, as large as a page can carry."""
-  sides = [min(source.read(int(i)).shape[:2]) for i in index[:: -(-len(index) // 32)]]
+  """uint8 [n, s, s, 3]: the central squares of the images `index` [n] of a source, as large as a page can carry.
+
+  What can no longer be read is gray: a file that was removed since its h was computed costs its picture, not the page.
+  """
+
+  def read(i):
+    try:
+      return source.read(int(i))
+    except data.BadImage:
+      return np.full((1, 1, 3), 128, np.uint8)
+
+  sides = [min(read(i).shape[:2]) for i in index[:: -(-len(index) // 32)]]
   side = min(report.thumbnail_side(len(index)), max(16, int(np.median(sides))))
 
   def small(i):
-    pixels = source.read(int(i))
+    pixels = read(i)
     height, width = pixels.shape[:2]
     square = min(height, width)
     top, left = (height - square) // 2, (width - square) // 2

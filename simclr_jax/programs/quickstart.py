@@ -213,6 +213,14 @@ def classes(root: str, names) -> tuple[np.ndarray | None, list[str]]:
   return np.asarray([found.index(parts[0]) for parts in first], np.int32), found
 
 
+def still_there(names, source) -> tuple[np.ndarray, np.ndarray]:
+  """(positions in `names` [n] of the images that a source still has, their indices in it)."""
+  place = {source.name(i): i for i in range(len(source))}
+  index = np.array([place.get(name, -1) for name in names])
+  rows = np.flatnonzero(index >= 0)
+  return rows, index[rows]
+
+
 def run(
   folder: str | None,
   workdir,
@@ -280,16 +288,20 @@ def run(
   print("\nwhat is in the folder")
   table = embed.run(workdir, spec, workdir / "features.npz", overwrite=True)
   made = features.load(table)
-  labels, class_names = classes(root, made.name)
-  pictures = map_lib.thumbnails(source, made.index)
-  names = [os.path.relpath(name, root) for name in made.name]
-  chart = map_lib.chart(made.h, pictures, names, labels, class_names, seed=config.seed)
-  found = map_lib.anomalies(made.h, pictures)
+  source = data.open_source(spec)  # by now the folder may hold other images than at the start
+  rows, index = still_there(made.name, source)
+  if len(rows) < 2:
+    raise UserError(f"{folder} still holds {len(rows)} of the {len(made.h)} images that were embedded: a map needs two")
+  labels, class_names = classes(root, made.name[rows])
+  pictures = map_lib.thumbnails(source, index)
+  names = [os.path.relpath(name, root) for name in made.name[rows]]
+  chart = map_lib.chart(made.h[rows], pictures, names, labels, class_names, seed=config.seed)
+  found = map_lib.anomalies(made.h[rows], pictures)
   map_lib.write(workdir / "map", chart, found)
   listed = epath.Path(f"{table}.unreadable.txt")
   unreadable = [line.split("\t") for line in files.read_text(listed).splitlines()] if listed.exists() else []
   took = span(time.monotonic() - began, trained["page"]["seconds"].get(BEFORE, 0.0))
-  _page(workdir, trained["page"], root, source, why, chart, found, unreadable, took)
+  _page(workdir, trained["page"], root, len(made.h) + len(unreadable), why, chart, found, unreadable, took)
   checkpoint.mark_complete(workdir, int(trained["state"].step))
   print(chart["note"])
   map_lib.print_findings(names, found)
@@ -306,8 +318,8 @@ def span(seconds: float, before: float) -> str:
   return f"{duration(seconds)} from the folder to this page"
 
 
-def _page(workdir, page, root, source, why, chart, found, unreadable, took):
-  pairs, n = len(found["duplicates"]), len(source)
+def _page(workdir, page, root, n, why, chart, found, unreadable, took):
+  pairs = len(found["duplicates"])
   summary = f"{n:,} images, {took}: {pairs:,} near-duplicate pairs, {len(unreadable):,} unreadable."
   lost = [(os.path.relpath(name, root), reason) for name, reason in unreadable]
   files = {
