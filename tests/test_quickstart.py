@@ -92,6 +92,22 @@ def test_too_little_time_takes_the_smallest_and_says_so(chosen):
   times = {(96, 0.5): 9.0, (64, 0.5): 9.0, (64, 0.25): 9.0, (48, 0.25): 9.0}
   config, why, timed = chosen(300, 1, times)
   assert timed[-1] == (48, 0.25) and config.train_steps == 20 and "more --minutes would serve it" in str(why)
+  assert "about 3:00', 'the fewest that make sense; it takes longer than the 1 minute'" in str(why)
+  config, why, _ = chosen(300, 1, dict.fromkeys(times, 0.5))
+  assert config.train_steps == 24 and "a fifth of the 1 minute; it takes longer than that, for the rest alone" in str(
+    why
+  )
+
+
+def test_the_minutes_are_for_reading_the_images_too(chosen, monkeypatch):
+  """All are read twice after the training: for h, and, as far as they are on the map, for their thumbnails."""
+  slow = dict.fromkeys([(96, 0.5), (64, 0.5), (64, 0.25), (48, 0.25)], 0.5)
+  monkeypatch.setattr(quickstart, "look", lambda source: (200, 0.01 * quickstart.data.cores()))
+  config, why, _ = chosen(20_000, 10, slow)
+  left = 10 * 60 - 60 - (20_000 + 10_000) * 0.01 - 10_000 * 0.004
+  assert config.train_steps == pytest.approx(left / 0.5, rel=0.02) and "less 6:40 for the rest" in str(why)
+  config, why, _ = chosen(100_000, 10, slow)
+  assert config.train_steps == 2 * 60 / 0.5 and "a fifth of the 10 minutes" in str(why)  # not fewer
 
 
 def test_sub_folders_color_the_map():
@@ -206,6 +222,20 @@ def test_photos_that_come_and_go_meanwhile_do_not_cost_the_page(at_once, tmp_pat
   expected = {f"{i:02}.png": 10 * i for i in range(20) if i not in (7, 11)} | {"000.png": 255, "13.png": 128}
   assert shown == expected
   assert "20 images, " in (tmp_path / "run/report.html").read_text() and (tmp_path / "run/COMPLETE").exists()
+
+
+def test_of_a_large_folder_a_part_is_on_the_map(at_once, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(quickstart.map_lib, "MOST_ON_A_MAP", 12)
+  found = at_once()
+  names = found["chart"]["names"]
+  assert len(names) == len(found["chart"]["pictures"]) == 12 and names == sorted(names)
+  assert names != [f"{i:02}.png" for i in range(12)]  # but from all of the folder
+  assert len(features.load(tmp_path / "run/features.npz").h) == 20
+  page, said = (
+    (tmp_path / "run/report.html").read_text(),
+    "Map and lists are of 12 of the 20 images that were embedded.",
+  )
+  assert said in page and said in capsys.readouterr().out and re.search(r"near-duplicate pairs among 12 of them,", page)
 
 
 def check(found, planted, workdir):

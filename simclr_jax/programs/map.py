@@ -14,6 +14,7 @@ from simclr_jax import data, report
 from simclr_jax.evaluation import embed, features, maps
 from simclr_jax.programs import trained
 from simclr_jax.programs import workdir as workdir_lib
+from simclr_jax.programs.flags import MOST_ON_A_MAP
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
@@ -161,7 +162,7 @@ def run(
   method="infonc-tsne",
   step=None,
   output=None,
-  images: int = 10_000,
+  images: int = MOST_ON_A_MAP,
   seed: int = 0,
   data_dir: str | None = None,
   overrides=(),

@@ -29,7 +29,8 @@ from simclr_jax.runtime.progress import BEFORE, duration
 RECIPE = "folder"
 FEWEST = 16  # images: with fewer there is nothing to tell apart
 LOOKED_AT = 200  # images whose sizes are read
-REST = 60.0  # seconds that compiling, evaluating, the map and the page take on two CPU cores
+REST = 60.0  # seconds that compiling, evaluating and the page take on two CPU cores
+AN_IMAGE_ON_THE_MAP = 0.004  # seconds: InfoNC-t-SNE, and the search for near-duplicates and outliers, on two CPU cores
 MOST_EPOCHS = 400  # more adds little on a small folder
 MINUTES = 6.0
 
@@ -79,21 +80,22 @@ def batch_size(images: int, devices: int, on_cpu: bool) -> int:
   return max(devices, min(most, 2 ** int(np.log2(max(images / 4, 8)))) // devices * devices)
 
 
-def short_side(source) -> int:
-  """The median shorter side of LOOKED_AT images.
+def look(source) -> tuple[int, float]:
+  """(the median shorter side of LOOKED_AT images, the seconds in which one core reads an image).
 
   Raises:
     ValueError: none of them can be read.
   """
-  sides, last = [], None
-  for i in data.permutation(0, 0, len(source))[:LOOKED_AT]:
+  sides, last, began = [], None, time.monotonic()
+  tried = data.permutation(0, 0, len(source))[:LOOKED_AT]
+  for i in tried:
     try:
       sides.append(min(source.read(int(i)).shape[:2]))
     except data.BadImage as reason:
       last = f"{source.name(int(i))}: {reason}"
   if not sides:
-    raise UserError(f"none of the {min(LOOKED_AT, len(source))} images that were tried can be read; the last is {last}")
-  return int(np.median(sides))
+    raise UserError(f"none of the {len(tried)} images that were tried can be read; the last is {last}")
+  return int(np.median(sides)), (time.monotonic() - began) / len(tried)
 
 
 def recipe_for(source, spec: str, network: Network, batch: int, steps: int, on_cpu: bool):
@@ -159,14 +161,18 @@ def choose(source, spec: str, mesh, minutes: float, began: float, start: str = "
 
   `start` is a run or an exported encoder to start from, which is then the network.
   """
-  n, side, device = len(source), short_side(source), mesh.devices.flat[0]
+  n, device = len(source), mesh.devices.flat[0]
   on_cpu = device.platform == "cpu"
+  side, read = look(source)
+  on_map = min(n, map_lib.MOST_ON_A_MAP)
+  # Each image is read once more for h, and each on the map for its thumbnail.
+  rest = REST + (n + on_map) * read / data.cores() + on_map * AN_IMAGE_ON_THE_MAP
   batch, enough = batch_size(n, mesh.size, on_cpu), wanted(n, on_cpu)
   networks, tried, rate, work = candidates(side, on_cpu), [], 0.0, 0.0
   if start:
     networks = [Network(trained_lib.open_start(start).config.augment.size, 1.0, "imagenet", start=start)]
   for network in networks:
-    left = max(60 * minutes - (time.monotonic() - began) - REST, 12 * minutes)
+    left = max(60 * minutes - (time.monotonic() - began) - rest, 12 * minutes)
     # At best the rate goes with the work; what is too slow even so is not tried.
     if rate and rate * work / network.work < enough / left and network != networks[-1]:
       continue
@@ -174,11 +180,20 @@ def choose(source, spec: str, mesh, minutes: float, began: float, start: str = "
     rate, work = batch / each, network.work
     tried.append(f"{network}: {rate:,.0f} images/s")
     print(f"measured    {tried[-1]}", flush=True)
-    left = max(60 * minutes - (time.monotonic() - began) - REST, 12 * minutes)
+    left = max(60 * minutes - (time.monotonic() - began) - rest, 12 * minutes)
     if left * rate >= enough:
       break
   possible, most = int(left / each), MOST_EPOCHS * n // batch
   steps = max(20, min(possible, most))
+  given = f"{minutes:g} minute{'' if minutes == 1 else 's'}"
+  if possible < steps:
+    reason = f"the fewest that make sense; it takes longer than the {given}"
+  elif possible > most:
+    reason = f"{MOST_EPOCHS} epochs are enough for a set of this size; {given} would allow more"
+  elif left == 12 * minutes:
+    reason = f"a fifth of the {given}; it takes longer than that, for the rest alone takes about {duration(rest)}"
+  else:
+    reason = f"what is left of {given} at {each:.3f} s a step, less {duration(rest)} for the rest"
   why = [
     ("images", f"{n:,}, shorter side {side} pixels", f"the median of {min(n, LOOKED_AT)}"),
     ("hardware", f"{mesh.size} x {device.device_kind}", "measured: " + "; ".join(tried)),
@@ -195,9 +210,7 @@ def choose(source, spec: str, mesh, minutes: float, began: float, start: str = "
     (
       "training",
       f"{steps:,} steps, {steps * batch / n:.0f} epochs, about {duration(steps * each)}",
-      f"what is left of {minutes:g} minutes at {each:.3f} s a step, less {REST:.0f} s for the rest"
-      if possible <= most
-      else f"{MOST_EPOCHS} epochs are enough for a set of this size; {minutes:g} minutes would allow more",
+      reason,
     ),
     ("optimizer", "AdamW", "forgiving at small batches; LARS is for large ones"),
   ]
@@ -290,12 +303,16 @@ def run(
   made = features.load(table)
   source = data.open_source(spec)  # by now the folder may hold other images than at the start
   rows, index = still_there(made.name, source)
+  drawn = np.sort(data.permutation(config.seed, 0, len(rows))[: map_lib.MOST_ON_A_MAP])
+  rows, index = rows[drawn], index[drawn]
   if len(rows) < 2:
     raise UserError(f"{folder} still holds {len(rows)} of the {len(made.h)} images that were embedded: a map needs two")
   labels, class_names = classes(root, made.name[rows])
   pictures = map_lib.thumbnails(source, index)
   names = [os.path.relpath(name, root) for name in made.name[rows]]
   chart = map_lib.chart(made.h[rows], pictures, names, labels, class_names, seed=config.seed)
+  if len(rows) < len(made.h):
+    chart["note"] += f" Map and lists are of {len(rows):,} of the {len(made.h):,} images that were embedded."
   found = map_lib.anomalies(made.h[rows], pictures)
   map_lib.write(workdir / "map", chart, found)
   listed = epath.Path(f"{table}.unreadable.txt")
@@ -319,8 +336,9 @@ def span(seconds: float, before: float) -> str:
 
 
 def _page(workdir, page, root, n, why, chart, found, unreadable, took):
-  pairs = len(found["duplicates"])
-  summary = f"{n:,} images, {took}: {pairs:,} near-duplicate pairs, {len(unreadable):,} unreadable."
+  pairs, shown = len(found["duplicates"]), len(chart["names"])
+  among = f" among {shown:,} of them" if shown < n - len(unreadable) else ""
+  summary = f"{n:,} images, {took}: {pairs:,} near-duplicate pairs{among}, {len(unreadable):,} unreadable."
   lost = [(os.path.relpath(name, root), reason) for name, reason in unreadable]
   files = {
     workdir / "features.npz": "h of every image; simclr embed writes parquet and safetensors too",
