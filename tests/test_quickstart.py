@@ -1,6 +1,7 @@
 """`simclr quickstart` chooses by what it measures, finds what was planted, and leaves one page that opens."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -236,6 +237,34 @@ def test_of_a_large_folder_a_part_is_on_the_map(at_once, tmp_path, monkeypatch, 
     "Map and lists are of 12 of the 20 images that were embedded.",
   )
   assert said in page and said in capsys.readouterr().out and re.search(r"near-duplicate pairs among 12 of them,", page)
+
+
+def test_of_many_unreadable_files_the_number_of_those_not_shown_is_said(at_once, tmp_path, capsys):
+  names = [f"cut_{i:03}.jpg" for i in range(640)]
+  assert len(at_once(lost=names)["unreadable"]) == 640
+  page, said = (tmp_path / "run/report.html").read_text(), capsys.readouterr().out
+  assert names[99] in page and names[100] not in page and "and 540 more" in page
+  assert "all are named in features.npz.unreadable.txt" in page
+  assert (
+    f"cut_004.jpg: is cut off\n            and 635 more: all are named in {tmp_path}/run/features.npz.unreadable"
+    in said
+  )
+  at_once(lost=names[:5], overwrite=True)
+  assert " more: " not in capsys.readouterr().out and "all are named" not in (tmp_path / "run/report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["my\\photos", "a\nb", os.fsdecode(b"caf\xe9")])
+def test_a_run_resumes_without_the_folder_whatever_its_name(at_once, tmp_path, name):
+  folder, plan = tmp_path / name, tmp_path / "run/quickstart.json"
+  (tmp_path / "photos").rename(folder)
+  at_once(folder)
+  for keep in (("path", "folder", "minutes", "why"), ("folder", "minutes", "why")):  # the latter before 0.2
+    kept = json.loads(files.read_sealed(plan))
+    files.write_sealed(plan, json.dumps({key: kept[key] for key in keep}))
+    if "path" in keep:
+      assert len(at_once(None, resume=True)["chart"]["names"]) == 20
+    assert len(at_once(folder, resume=True)["chart"]["names"]) == 20
+  assert kept["path"] == str(folder) and kept["folder"] == files.printable(str(folder))
 
 
 def check(found, planted, workdir):

@@ -262,9 +262,9 @@ def run(
   if not folder:
     if not kept:
       raise UserError("name a folder of images, or resume a quickstart with --resume --workdir=RUN")
-    folder = kept["folder"]
-  root = os.path.abspath(os.path.expanduser(folder))
-  spec, root = f"files:{root}", files.printable(root)  # as the names of its images are
+    folder = kept.get("path", kept["folder"])  # "folder", the only one before 0.2, is as the names of its images are
+  path = os.path.abspath(os.path.expanduser(folder))
+  spec, root = f"files:{path}", files.printable(path)
   source = data.open_source(spec)
   if len(source) < FEWEST:
     raise UserError(
@@ -293,7 +293,8 @@ def run(
   for what, value, reason in why:
     print(f"{what:12}{value} ({reason})")
   checkpoint.write_config(workdir, config_lib.to_json(config))
-  files.write_sealed(workdir / "quickstart.json", json.dumps({"folder": root, "minutes": planned, "why": why}))
+  kept = {"path": path, "folder": root, "minutes": planned, "why": why}
+  files.write_sealed(workdir / "quickstart.json", json.dumps(kept))
   # A folder that grows meanwhile is looked at as it is now.
   config = config_lib.replace(config, {"data.changed": "accept"})
   trained = pretrain.run(config, workdir, resume=True, recipe=RECIPE, complete=False)  # the page is still to come
@@ -318,11 +319,14 @@ def run(
   listed = epath.Path(f"{table}.unreadable.txt")
   unreadable = [line.split("\t") for line in files.read_text(listed).splitlines()] if listed.exists() else []
   took = span(time.monotonic() - began, trained["page"]["seconds"].get(BEFORE, 0.0))
-  _page(workdir, trained["page"], root, len(made.h) + len(unreadable), why, chart, found, unreadable, took)
+  lost = [(os.path.relpath(name, root), reason) for name, reason in unreadable]
+  _page(workdir, trained["page"], root, len(made.h) + len(lost), why, chart, found, lost, listed, took)
   checkpoint.mark_complete(workdir, int(trained["state"].step))
   print(chart["note"])
   map_lib.print_findings(names, found)
-  print(f"unreadable  {len(unreadable)}" + "".join(f"\n            {name}: {why}" for name, why in unreadable[:5]))
+  print(f"unreadable  {len(unreadable)}")
+  for name, reason in first(unreadable, 5, listed):
+    print(f"            {name}: {reason}")
   print(f"time        {took}")
   print(f"\nopen {workdir / 'report.html'}", flush=True)
   return dict(config=config, why=why, chart=chart, found=found, unreadable=unreadable)
@@ -335,11 +339,16 @@ def span(seconds: float, before: float) -> str:
   return f"{duration(seconds)} from the folder to this page"
 
 
-def _page(workdir, page, root, n, why, chart, found, unreadable, took):
+def first(lost, most: int, listed) -> list[tuple]:
+  """The first `most` rows (file, reason) of unreadable files; if there are more, the last says how many, and which file has all."""
+  left = len(lost) - most
+  return [*lost[:most], *([(f"and {left:,} more", f"all are named in {listed}")] if left > 0 else [])]
+
+
+def _page(workdir, page, root, n, why, chart, found, lost, listed, took):
   pairs, shown = len(found["duplicates"]), len(chart["names"])
-  among = f" among {shown:,} of them" if shown < n - len(unreadable) else ""
-  summary = f"{n:,} images, {took}: {pairs:,} near-duplicate pairs{among}, {len(unreadable):,} unreadable."
-  lost = [(os.path.relpath(name, root), reason) for name, reason in unreadable]
+  among = f" among {shown:,} of them" if shown < n - len(lost) else ""
+  summary = f"{n:,} images, {took}: {pairs:,} near-duplicate pairs{among}, {len(lost):,} unreadable."
   files = {
     workdir / "features.npz": "h of every image; simclr embed writes parquet and safetensors too",
     workdir / "map": "the points as npz and csv, a picture, near-duplicates and outliers as csv",
@@ -354,7 +363,7 @@ def _page(workdir, page, root, n, why, chart, found, unreadable, took):
       "files": files,
       "map_of_images": chart,
       "choices": why,
-      "unreadable": lost[:100],
+      "unreadable": first(lost, 100, listed.name),
       **map_lib.findings(chart, found),
     },
   )
