@@ -145,6 +145,26 @@ def test_colors_and_sheets(tmp_path):
   assert (tmp_path / "map.html").read_text().count("</script>") == 2  # of the page itself
 
 
+def test_the_legend_of_the_picture_names_every_class_legibly(tmp_path, monkeypatch):
+  names = [
+    "cat",
+    "Möbel",
+    "قطة برية",
+    "野良猫",
+    "carnivore/cat/a1_b",
+    "mammal/carnivore/cat/a",
+    "mammal/carnivore/cat/b",
+    "½\n",
+  ]
+  drawn, text = [], map_report.ImageDraw.ImageDraw.text
+  monkeypatch.setattr(map_report.ImageDraw.ImageDraw, "text", lambda *a, **k: drawn.append(a[2]) or text(*a, **k))
+  report.map_png(tmp_path / "map.png", np.eye(8)[:, :2], labels=np.arange(8), class_names=names)
+  short = ["mammal/ca…re/cat/a", "mammal/ca…re/cat/b"]
+  assert drawn == ["cat", "Mobel", "class 2", "class 3", "carnivore/cat/a1_b", *short, "class 7"]
+  font = map_report.ImageFont.load_default(15)
+  assert not any(bytes(font.getmask(c)) == bytes(font.getmask("\uffff")) for c in "".join(drawn))
+
+
 DICHROMATS = {  # of linear RGB: Machado, Oliveira and Fernandes 2009, table 1, severity 1
   "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
   "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
