@@ -19,6 +19,7 @@ from PIL import Image
 
 from simclr_jax import report
 from simclr_jax.report import charts, pictures
+from simclr_jax.runtime import progress
 
 ROOT = pathlib.Path(__file__).parents[1]
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -301,6 +302,19 @@ def test_a_curve_stands_where_its_axes_say(tmp_path):
   assert "<span>odd</span>" in folded and "<span>Loss</span>" not in folded
   assert "<span>note</span>" not in page and "<span>flag</span>" not in page  # not numbers
   assert "<b>50.0 %</b>" in panel(page, "kNN accuracy of h")  # a single point has a panel too
+
+
+def test_all_phases_of_a_run_have_colors_of_their_own(tmp_path):
+  clock = progress.Clock()
+  clock.before = 9.0  # it was resumed
+  clock.seconds.update(dict.fromkeys(("start", "compile", "data", "step", "evaluate", "save", "trace"), 1.0))
+  text = write(tmp_path, seconds=clock.budget())
+  page, style = Page(text), text[: text.index("</style>")]
+  kinds = [attrs["class"].split()[-1] for attrs, _ in page.all("span", "key")]
+  assert len(set(kinds)) == len(clock.budget()) == 8
+  for theme in (style[: style.index("@media")], style[style.index("@media") :]):
+    assert len({re.search(rf"--{kind}: (#\w+);", theme)[1] for kind in kinds}) == 8
+  assert all(f".{kind} {{ background: var(--{kind}); }}" in style for kind in kinds)
 
 
 def test_labels_of_an_axis_are_short_and_exact(tmp_path):
