@@ -145,6 +145,26 @@ def test_colors_and_sheets(tmp_path):
   assert (tmp_path / "map.html").read_text().count("</script>") == 2  # of the page itself
 
 
+def test_the_legend_of_the_picture_names_every_class_legibly(tmp_path, monkeypatch):
+  names = [
+    "cat",
+    "Möbel",
+    "قطة برية",
+    "野良猫",
+    "carnivore/cat/a1_b",
+    "mammal/carnivore/cat/a",
+    "mammal/carnivore/cat/b",
+    "½\n",
+  ]
+  drawn, text = [], map_report.ImageDraw.ImageDraw.text
+  monkeypatch.setattr(map_report.ImageDraw.ImageDraw, "text", lambda *a, **k: drawn.append(a[2]) or text(*a, **k))
+  report.map_png(tmp_path / "map.png", np.eye(8)[:, :2], labels=np.arange(8), class_names=names)
+  short = ["mammal/ca…re/cat/a", "mammal/ca…re/cat/b"]
+  assert drawn == ["cat", "Mobel", "class 2", "class 3", "carnivore/cat/a1_b", *short, "class 7"]
+  font = map_report.ImageFont.load_default(15)
+  assert not any(bytes(font.getmask(c)) == bytes(font.getmask("\uffff")) for c in "".join(drawn))
+
+
 DICHROMATS = {  # of linear RGB: Machado, Oliveira and Fernandes 2009, table 1, severity 1
   "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
   "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
@@ -252,6 +272,30 @@ def test_gestures_in_a_browser(tmp_path):
   assert "CONSOLE" not in done.stderr
 
 
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+@pytest.mark.parametrize("n", [2, 100, 7919])
+def test_every_point_is_drawn_once_and_classes_are_mixed(tmp_path, n):
+  """Points without a class are circles; those of the first half are to the left."""
+  shown = dict(
+    note="", views={"a": np.stack([np.arange(n), np.zeros(n)], 1)}, pictures=np.zeros((n, 16, 16, 3), np.uint8),
+    names=["x"] * n, labels=np.full(n, -1), class_names=["a"],
+  )  # fmt: skip
+  page = tmp_path / "map.html"
+  report.write_map(page, title="t", summary="", map_of_images=shown)
+  watch = """
+    const drawn = [], pen = CanvasRenderingContext2D.prototype, arc = pen.arc;
+    pen.arc = function (x, ...rest) { drawn.push(x); arc.call(this, x, ...rest); };
+    addEventListener("load", () => { document.title = drawn.join(" "); });"""
+  page.write_text(page.read_text().replace("<body>", f"<body><script>{watch}</script>", 1))
+  command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+  command += ["--window-size=1200,900", "--virtual-time-budget=3000", "--dump-dom", str(page)]
+  done = subprocess.run(command, capture_output=True, text=True)
+  x = np.array(re.search("<title>(.*?)</title>", done.stdout)[1].split(), float)[:n]
+  assert len(set(x)) == len(x) == n
+  if n > 2:
+    assert 0.4 < (x[: n // 2] < np.median(x)).mean() < 0.6
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
   """What `simclr embed` wrote about 48 images."""
@@ -271,6 +315,7 @@ def test_the_program_writes_page_picture_and_tables(table, capsys):
     assert arrays["xy"].shape == arrays["pca"].shape == (32, 2) and arrays["label"].max() < 10
     np.testing.assert_allclose([float(row["x"]) for row in rows], arrays["xy"][:, 0], atol=1e-4)
     assert [row["name"] for row in rows] == arrays["name"].tolist()
+  assert all(re.fullmatch(r"-?\d+\.\d{1,4}", row[key]) for row in rows for key in ("x", "y"))
   assert len(list(csv.reader((folder / "outliers.csv").open()))) == 33
 
 

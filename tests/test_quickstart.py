@@ -1,12 +1,14 @@
 """`simclr quickstart` chooses by what it measures, finds what was planted, and leaves one page that opens."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
 import time
+import types
 
 import images
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 import tiny
 
 from simclr_jax import __main__ as cli
+from simclr_jax.evaluation import features
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import quickstart
 from simclr_jax.programs.quickstart import Network
@@ -90,6 +93,22 @@ def test_too_little_time_takes_the_smallest_and_says_so(chosen):
   times = {(96, 0.5): 9.0, (64, 0.5): 9.0, (64, 0.25): 9.0, (48, 0.25): 9.0}
   config, why, timed = chosen(300, 1, times)
   assert timed[-1] == (48, 0.25) and config.train_steps == 20 and "more --minutes would serve it" in str(why)
+  assert "about 3:00', 'the fewest that make sense; it takes longer than the 1 minute'" in str(why)
+  config, why, _ = chosen(300, 1, dict.fromkeys(times, 0.5))
+  assert config.train_steps == 24 and "a fifth of the 1 minute; it takes longer than that, for the rest alone" in str(
+    why
+  )
+
+
+def test_the_minutes_are_for_reading_the_images_too(chosen, monkeypatch):
+  """All are read twice after the training: for h, and, as far as they are on the map, for their thumbnails."""
+  slow = dict.fromkeys([(96, 0.5), (64, 0.5), (64, 0.25), (48, 0.25)], 0.5)
+  monkeypatch.setattr(quickstart, "look", lambda source: (200, 0.01 * quickstart.data.cores()))
+  config, why, _ = chosen(20_000, 10, slow)
+  left = 10 * 60 - 60 - (20_000 + 10_000) * 0.01 - 10_000 * 0.004
+  assert config.train_steps == pytest.approx(left / 0.5, rel=0.02) and "less 6:40 for the rest" in str(why)
+  config, why, _ = chosen(100_000, 10, slow)
+  assert config.train_steps == 2 * 60 / 0.5 and "a fifth of the 10 minutes" in str(why)  # not fewer
 
 
 def test_sub_folders_color_the_map():
@@ -143,6 +162,109 @@ def test_runs_that_are_not_its_own_are_spared(tmp_path):
   with pytest.raises(UserError, match="is a quickstart of /other: name another folder for"):
     quickstart.run(str(tmp_path / "photos"), run, resume=True)
   assert (run / "COMPLETE").exists()
+
+
+@pytest.fixture
+def at_once(tmp_path, monkeypatch):
+  """A quickstart of tmp_path/photos, 20 flat images in levels of gray, whose networks cost nothing.
+
+  Its keyword arguments: `training` and `embedded` are called in the place of the training, and after the folder was
+  embedded; `lost` are lines about unreadable images.
+  """
+  photos = tmp_path / "photos"
+  for i in range(20):
+    images.save(photos / f"{i:02}.png", np.full((40, 40, 3), 10 * i, np.uint8))
+  h = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+  monkeypatch.setattr(quickstart, "choose", lambda *_: (config_lib.load("folder"), [("what", "value", "why")]))
+  monkeypatch.setattr(quickstart.map_lib.maps, "infonc_tsne", lambda h, near, seed: h[:, :2])
+
+  def start(folder=photos, *, training=lambda: None, embedded=lambda: None, lost=(), **options):
+    def train(*_, **__):
+      training()
+      return {"page": {"files": {}, "seconds": {}}, "state": types.SimpleNamespace(step=1)}
+
+    def embed(workdir, spec, output, **_):
+      source = quickstart.data.open_source(spec)
+      n = len(source)
+      name = np.array([source.name(i) for i in range(n)])
+      about = dict(data=spec, encoder=str(workdir))
+      made = features.Features(h=h[:n], name=name, label=np.full(n, -1, np.int32), index=np.arange(n), **about)
+      features.write(output, made)
+      files.write_text(f"{output}.unreadable.txt", "".join(f"{photos}/{name}\tis cut off\n" for name in lost))
+      embedded()
+      return output
+
+    monkeypatch.setattr(quickstart.pretrain, "run", train)
+    monkeypatch.setattr(quickstart.embed, "run", embed)
+    return quickstart.run(folder and str(folder), tmp_path / "run", minutes=None, **options)
+
+  return start
+
+
+def test_photos_that_come_and_go_meanwhile_do_not_cost_the_page(at_once, tmp_path, monkeypatch):
+  """While it trains, while it embeds, and while the thumbnails are read."""
+  photos, thumbnails = tmp_path / "photos", quickstart.map_lib.thumbnails
+
+  def training():
+    images.save(photos / "000.png", np.full((40, 40, 3), 255, np.uint8))
+    (photos / "07.png").unlink()
+
+  def embedded():
+    images.save(photos / "0.png", np.full((40, 40, 3), 77, np.uint8))
+    (photos / "11.png").unlink()
+
+  def drawn(*arguments):
+    (photos / "13.png").unlink()
+    return thumbnails(*arguments)
+
+  monkeypatch.setattr(quickstart.map_lib, "thumbnails", drawn)
+  chart = at_once(training=training, embedded=embedded)["chart"]
+  shown = dict(zip(chart["names"], chart["pictures"][:, 8, 8, 0].tolist(), strict=True))
+  expected = {f"{i:02}.png": 10 * i for i in range(20) if i not in (7, 11)} | {"000.png": 255, "13.png": 128}
+  assert shown == expected
+  assert "20 images, " in (tmp_path / "run/report.html").read_text() and (tmp_path / "run/COMPLETE").exists()
+
+
+def test_of_a_large_folder_a_part_is_on_the_map(at_once, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(quickstart.map_lib, "MOST_ON_A_MAP", 12)
+  found = at_once()
+  names = found["chart"]["names"]
+  assert len(names) == len(found["chart"]["pictures"]) == 12 and names == sorted(names)
+  assert names != [f"{i:02}.png" for i in range(12)]  # but from all of the folder
+  assert len(features.load(tmp_path / "run/features.npz").h) == 20
+  page, said = (
+    (tmp_path / "run/report.html").read_text(),
+    "Map and lists are of 12 of the 20 images that were embedded.",
+  )
+  assert said in page and said in capsys.readouterr().out and re.search(r"near-duplicate pairs among 12 of them,", page)
+
+
+def test_of_many_unreadable_files_the_number_of_those_not_shown_is_said(at_once, tmp_path, capsys):
+  names = [f"cut_{i:03}.jpg" for i in range(640)]
+  assert len(at_once(lost=names)["unreadable"]) == 640
+  page, said = (tmp_path / "run/report.html").read_text(), capsys.readouterr().out
+  assert names[99] in page and names[100] not in page and "and 540 more" in page
+  assert "all are named in features.npz.unreadable.txt" in page
+  assert (
+    f"cut_004.jpg: is cut off\n            and 635 more: all are named in {tmp_path}/run/features.npz.unreadable"
+    in said
+  )
+  at_once(lost=names[:5], overwrite=True)
+  assert " more: " not in capsys.readouterr().out and "all are named" not in (tmp_path / "run/report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["my\\photos", "a\nb", os.fsdecode(b"caf\xe9")])
+def test_a_run_resumes_without_the_folder_whatever_its_name(at_once, tmp_path, name):
+  folder, plan = tmp_path / name, tmp_path / "run/quickstart.json"
+  (tmp_path / "photos").rename(folder)
+  at_once(folder)
+  for keep in (("path", "folder", "minutes", "why"), ("folder", "minutes", "why")):  # the latter before 0.2
+    kept = json.loads(files.read_sealed(plan))
+    files.write_sealed(plan, json.dumps({key: kept[key] for key in keep}))
+    if "path" in keep:
+      assert len(at_once(None, resume=True)["chart"]["names"]) == 20
+    assert len(at_once(folder, resume=True)["chart"]["names"]) == 20
+  assert kept["path"] == str(folder) and kept["folder"] == files.printable(str(folder))
 
 
 def check(found, planted, workdir):

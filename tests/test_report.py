@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from simclr_jax import report
 from simclr_jax.report import charts, pictures
+from simclr_jax.runtime import progress
 
 ROOT = pathlib.Path(__file__).parents[1]
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -300,6 +302,57 @@ def test_a_curve_stands_where_its_axes_say(tmp_path):
   assert "<span>odd</span>" in folded and "<span>Loss</span>" not in folded
   assert "<span>note</span>" not in page and "<span>flag</span>" not in page  # not numbers
   assert "<b>50.0 %</b>" in panel(page, "kNN accuracy of h")  # a single point has a panel too
+
+
+def test_all_phases_of_a_run_have_colors_of_their_own(tmp_path):
+  clock = progress.Clock()
+  clock.before = 9.0  # it was resumed
+  clock.seconds.update(dict.fromkeys(("start", "compile", "data", "step", "evaluate", "save", "trace"), 1.0))
+  text = write(tmp_path, seconds=clock.budget())
+  page, style = Page(text), text[: text.index("</style>")]
+  kinds = [attrs["class"].split()[-1] for attrs, _ in page.all("span", "key")]
+  assert len(set(kinds)) == len(clock.budget()) == 8
+  for theme in (style[: style.index("@media")], style[style.index("@media") :]):
+    assert len({re.search(rf"--{kind}: (#\w+);", theme)[1] for kind in kinds}) == 8
+  assert all(f".{kind} {{ background: var(--{kind}); }}" in style for kind in kinds)
+
+
+def test_labels_of_an_axis_are_short_and_exact(tmp_path):
+  for value in (1.2345e-5, -1.2345e-5, 1.5e-4, 1.2345e-4, 0.0012345, -0.012345, 0.12345, 12345.0, -1.2345e7):
+    values = [value * (1 + k / 1000) for k in range(5)]
+    page = write(tmp_path, history=[dict(step=k, odd=one) for k, one in enumerate(values)])
+    labels = Page(panel(page, "odd")).texts("text", "y")
+    assert labels and max(len(label.lstrip("-")) for label in labels) <= 8, labels
+    np.testing.assert_allclose(curve(page, "odd")[0]["curve"][1], values, rtol=1e-3)
+
+
+LAYOUT = """
+const wrong = [], box = (element) => element.getBoundingClientRect();
+for (const td of document.querySelectorAll("#unreadable td")) if (td.clientWidth < 120) wrong.push("squeezed " + td.textContent);
+for (const part of document.querySelectorAll("#unreadable .scroll"))
+  if (part.scrollWidth > part.clientWidth) wrong.push("wider than the screen");
+for (const text of document.querySelectorAll("figure svg text")) {
+  const svg = text.closest("svg"), room = getComputedStyle(svg).overflow === "visible" ? svg.closest("figure") : svg;
+  if (box(text).left < box(room).left || box(text).right > box(room).right) wrong.push("clipped " + text.textContent);
+}
+document.title = "wrong: " + wrong.join("; ");
+"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+@pytest.mark.parametrize("width", [500, 1200])
+def test_nothing_is_squeezed_or_clipped_on_a_phone_or_a_desktop(tmp_path, width):
+  names = ["2021/Summer holiday/IMG-20210812-WA0001 (edited).jpg", "a.tif", f"dir/{'longfilename' * 12}.png"]
+  rows = [
+    dict(step=k, loss=1.5e-4 + 1e-9 * k, alignment=1.2345e-5 + 1e-9 * k, uniformity=-1.2345e-5) for k in range(50)
+  ]
+  text = write(tmp_path, history=rows, unreadable=[(name, "is cut off: 2,000 bytes of a JPEG") for name in names])
+  page = tmp_path / "report.html"
+  page.write_text(text.replace("</body>", f"<script>onload = () => {{ {LAYOUT} }};</script></body>"))
+  command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+  command += [f"--window-size={width},900", "--virtual-time-budget=2000", "--dump-dom", str(page)]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert re.search("<title>(.*?)</title>", done.stdout)[1].strip() == "wrong:", done.stderr
 
 
 def test_the_later_of_two_rows_of_a_step_counts_and_what_is_not_finite_is_counted(tmp_path):

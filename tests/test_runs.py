@@ -51,6 +51,14 @@ def test_every_run_is_found_and_read(folder):
   }
 
 
+def test_a_run_may_have_the_name_of_a_folder_inside_runs(folder):
+  for name in ("encoder", "deeper/map", "checkpoints/one"):
+    make(folder / name)
+  assert sorted(run.name for run in runs.find(folder)) == [
+    *("a", "c", "checkpoints/one", "deeper/b", "deeper/map", "encoder"),
+  ]
+
+
 def test_exports_are_no_runs(folder):
   """Those for timm and Hugging Face have a config.json of their own."""
   export = folder / "a/encoder_torch"
@@ -93,6 +101,30 @@ def test_damaged_files_do_not_stop_it(folder, capsys):
   (folder / "empty").mkdir()
   assert cli.main(["runs", str(folder / "empty")]) == 1
   assert "no run in or below it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "file, content, why",
+  [
+    ("metrics.jsonl", '{"step": 1, "loss": "0.5", "verdict": 3}', "metrics.jsonl is damaged"),
+    ("metrics.jsonl", '{"step": 1, "loss": true, "seconds": [1]}', "metrics.jsonl is damaged"),
+    ("metrics.jsonl", f'{{"step": 1, "rank": 1{"0" * 400}}}', "OverflowError: int too large to convert to float"),
+    ("scores.json", '{"scores": {"h": {"knn": "x"}}}', "scores.json is damaged"),
+    ("scores.json", '{"scores": [1]}', "scores.json is damaged"),
+    ("run.json", '{"recipe": 5}', "run.json is damaged"),
+    ("run.json", '{"total_steps": [1]}', "TypeError: int() argument must be"),
+    ("config.json", '{"program": ["x"]}', "config.json is damaged"),
+    ("config.json", '{"train_steps": {"x": NaN}, "hidden": [NaN], "id2label": {"0": "a"}}', "TypeError: int()"),
+  ],
+)
+def test_an_odd_file_is_named_and_the_good_runs_are_shown(folder, capsys, file, content, why):
+  make(folder / "odd")
+  (folder / "odd/run.json").write_text("{}")
+  (folder / "odd" / file).write_text(content)
+  assert cli.main(["runs", str(folder)]) == 0
+  out = capsys.readouterr().out
+  assert f"odd: {why}" in out and re.search(r"a +configs/smoke.py +4 of 4 +complete +1.000", out)
+  assert re.search(r"odd .* damaged", out) and (folder / "runs.html").exists()
 
 
 def test_every_recipe_states_its_contract():

@@ -4,6 +4,7 @@ import argparse
 
 # augment.RESIZES, whose module imports TensorFlow.
 RESIZES = ("bicubic", "bicubic_tf1", "bilinear", "bicubic_antialias")
+MOST_ON_A_MAP = 10_000  # images, unless told otherwise: as pictures and names they make a page of about 2 MB
 ENCODER = "a run, or a folder written by simclr import, or by simclr export as orbax or safetensors"
 
 
@@ -157,8 +158,9 @@ def map_of_images(parser):
   add("--step", type=int, help="checkpoint of the run to use (default: the newest)")
   add("--output", metavar="DIR", help="folder to write to (default: map, in DIR or next to FILE)")
   add(
-    "--images", type=_at_least(2), default=10_000, help="largest number of images, drawn with --seed (default: 10000)"
-  )
+    "--images", type=_at_least(2), default=MOST_ON_A_MAP,
+    help=f"largest number of images, drawn with --seed (default: {MOST_ON_A_MAP})",
+  )  # fmt: skip
   add("--seed", type=_seed, default=0)
   add("--data_dir", metavar="DIR", help="where prepared TensorFlow Datasets are, for --features")
 

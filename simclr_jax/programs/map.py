@@ -14,6 +14,7 @@ from simclr_jax import data, report
 from simclr_jax.evaluation import embed, features, maps
 from simclr_jax.programs import trained
 from simclr_jax.programs import workdir as workdir_lib
+from simclr_jax.programs.flags import MOST_ON_A_MAP
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
@@ -21,12 +22,22 @@ MOST_OF_A_GROUP = 6  # near-duplicates that a page shows of each group
 
 
 def thumbnails(source, index) -> np.ndarray:
-  """uint8 [n, s, s, 3]: the central squares of the images `index` [n] of a source, as large as a page can carry."""
-  sides = [min(source.read(int(i)).shape[:2]) for i in index[:: -(-len(index) // 32)]]
+  """uint8 [n, s, s, 3]: the central squares of the images `index` [n] of a source, as large as a page can carry.
+
+  What can no longer be read is gray: a file that was removed since its h was computed costs its picture, not the page.
+  """
+
+  def read(i):
+    try:
+      return source.read(int(i))
+    except data.BadImage:
+      return np.full((1, 1, 3), 128, np.uint8)
+
+  sides = [min(read(i).shape[:2]) for i in index[:: -(-len(index) // 32)]]
   side = min(report.thumbnail_side(len(index)), max(16, int(np.median(sides))))
 
   def small(i):
-    pixels = source.read(int(i))
+    pixels = read(i)
     height, width = pixels.shape[:2]
     square = min(height, width)
     top, left = (height - square) // 2, (width - square) // 2
@@ -128,7 +139,8 @@ def write(folder, chart: dict, found: dict):
   buffer = io.BytesIO()
   np.savez(buffer, name=np.asarray(names), xy=xy, pca=components, label=labels)
   files.write_bytes(folder / "map.npz", buffer.getvalue())
-  points = zip(names, *xy.T.round(4).tolist(), *components.T.round(6).tolist(), labels.tolist(), strict=True)
+  columns = (*xy.T.astype(float).round(4), *components.T.astype(float).round(6), labels)
+  points = zip(names, *(column.tolist() for column in columns), strict=True)
   _csv(folder / "map.csv", ("name", "x", "y", "pca_1", "pca_2", "label"), points)
   pairs = ((names[i], names[j], round(deep, 5), round(pixels, 5)) for i, j, deep, pixels in found["duplicates"])
   _csv(folder / "duplicates.csv", ("first", "second", "cosine_of_h", "correlation_of_pixels"), pairs)
@@ -151,7 +163,7 @@ def run(
   method="infonc-tsne",
   step=None,
   output=None,
-  images: int = 10_000,
+  images: int = MOST_ON_A_MAP,
   seed: int = 0,
   data_dir: str | None = None,
   overrides=(),

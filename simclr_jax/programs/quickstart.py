@@ -29,7 +29,8 @@ from simclr_jax.runtime.progress import BEFORE, duration
 RECIPE = "folder"
 FEWEST = 16  # images: with fewer there is nothing to tell apart
 LOOKED_AT = 200  # images whose sizes are read
-REST = 60.0  # seconds that compiling, evaluating, the map and the page take on two CPU cores
+REST = 60.0  # seconds that compiling, evaluating and the page take on two CPU cores
+AN_IMAGE_ON_THE_MAP = 0.004  # seconds: InfoNC-t-SNE, and the search for near-duplicates and outliers, on two CPU cores
 MOST_EPOCHS = 400  # more adds little on a small folder
 MINUTES = 6.0
 
@@ -79,21 +80,22 @@ def batch_size(images: int, devices: int, on_cpu: bool) -> int:
   return max(devices, min(most, 2 ** int(np.log2(max(images / 4, 8)))) // devices * devices)
 
 
-def short_side(source) -> int:
-  """The median shorter side of LOOKED_AT images.
+def look(source) -> tuple[int, float]:
+  """(the median shorter side of LOOKED_AT images, the seconds in which one core reads an image).
 
   Raises:
     ValueError: none of them can be read.
   """
-  sides, last = [], None
-  for i in data.permutation(0, 0, len(source))[:LOOKED_AT]:
+  sides, last, began = [], None, time.monotonic()
+  tried = data.permutation(0, 0, len(source))[:LOOKED_AT]
+  for i in tried:
     try:
       sides.append(min(source.read(int(i)).shape[:2]))
     except data.BadImage as reason:
       last = f"{source.name(int(i))}: {reason}"
   if not sides:
-    raise UserError(f"none of the {min(LOOKED_AT, len(source))} images that were tried can be read; the last is {last}")
-  return int(np.median(sides))
+    raise UserError(f"none of the {len(tried)} images that were tried can be read; the last is {last}")
+  return int(np.median(sides)), (time.monotonic() - began) / len(tried)
 
 
 def recipe_for(source, spec: str, network: Network, batch: int, steps: int, on_cpu: bool):
@@ -159,14 +161,18 @@ def choose(source, spec: str, mesh, minutes: float, began: float, start: str = "
 
   `start` is a run or an exported encoder to start from, which is then the network.
   """
-  n, side, device = len(source), short_side(source), mesh.devices.flat[0]
+  n, device = len(source), mesh.devices.flat[0]
   on_cpu = device.platform == "cpu"
+  side, read = look(source)
+  on_map = min(n, map_lib.MOST_ON_A_MAP)
+  # Each image is read once more for h, and each on the map for its thumbnail.
+  rest = REST + (n + on_map) * read / data.cores() + on_map * AN_IMAGE_ON_THE_MAP
   batch, enough = batch_size(n, mesh.size, on_cpu), wanted(n, on_cpu)
   networks, tried, rate, work = candidates(side, on_cpu), [], 0.0, 0.0
   if start:
     networks = [Network(trained_lib.open_start(start).config.augment.size, 1.0, "imagenet", start=start)]
   for network in networks:
-    left = max(60 * minutes - (time.monotonic() - began) - REST, 12 * minutes)
+    left = max(60 * minutes - (time.monotonic() - began) - rest, 12 * minutes)
     # At best the rate goes with the work; what is too slow even so is not tried.
     if rate and rate * work / network.work < enough / left and network != networks[-1]:
       continue
@@ -174,11 +180,20 @@ def choose(source, spec: str, mesh, minutes: float, began: float, start: str = "
     rate, work = batch / each, network.work
     tried.append(f"{network}: {rate:,.0f} images/s")
     print(f"measured    {tried[-1]}", flush=True)
-    left = max(60 * minutes - (time.monotonic() - began) - REST, 12 * minutes)
+    left = max(60 * minutes - (time.monotonic() - began) - rest, 12 * minutes)
     if left * rate >= enough:
       break
   possible, most = int(left / each), MOST_EPOCHS * n // batch
   steps = max(20, min(possible, most))
+  given = f"{minutes:g} minute{'' if minutes == 1 else 's'}"
+  if possible < steps:
+    reason = f"the fewest that make sense; it takes longer than the {given}"
+  elif possible > most:
+    reason = f"{MOST_EPOCHS} epochs are enough for a set of this size; {given} would allow more"
+  elif left == 12 * minutes:
+    reason = f"a fifth of the {given}; it takes longer than that, for the rest alone takes about {duration(rest)}"
+  else:
+    reason = f"what is left of {given} at {each:.3f} s a step, less {duration(rest)} for the rest"
   why = [
     ("images", f"{n:,}, shorter side {side} pixels", f"the median of {min(n, LOOKED_AT)}"),
     ("hardware", f"{mesh.size} x {device.device_kind}", "measured: " + "; ".join(tried)),
@@ -195,9 +210,7 @@ def choose(source, spec: str, mesh, minutes: float, began: float, start: str = "
     (
       "training",
       f"{steps:,} steps, {steps * batch / n:.0f} epochs, about {duration(steps * each)}",
-      f"what is left of {minutes:g} minutes at {each:.3f} s a step, less {REST:.0f} s for the rest"
-      if possible <= most
-      else f"{MOST_EPOCHS} epochs are enough for a set of this size; {minutes:g} minutes would allow more",
+      reason,
     ),
     ("optimizer", "AdamW", "forgiving at small batches; LARS is for large ones"),
   ]
@@ -211,6 +224,14 @@ def classes(root: str, names) -> tuple[np.ndarray | None, list[str]]:
   if any(len(parts) < 2 for parts in first) or not 2 <= len(found) <= 40:
     return None, []
   return np.asarray([found.index(parts[0]) for parts in first], np.int32), found
+
+
+def still_there(names, source) -> tuple[np.ndarray, np.ndarray]:
+  """(positions in `names` [n] of the images that a source still has, their indices in it)."""
+  place = {source.name(i): i for i in range(len(source))}
+  index = np.array([place.get(name, -1) for name in names])
+  rows = np.flatnonzero(index >= 0)
+  return rows, index[rows]
 
 
 def run(
@@ -241,9 +262,9 @@ def run(
   if not folder:
     if not kept:
       raise UserError("name a folder of images, or resume a quickstart with --resume --workdir=RUN")
-    folder = kept["folder"]
-  root = os.path.abspath(os.path.expanduser(folder))
-  spec, root = f"files:{root}", files.printable(root)  # as the names of its images are
+    folder = kept.get("path", kept["folder"])  # "folder", the only one before 0.2, is as the names of its images are
+  path = os.path.abspath(os.path.expanduser(folder))
+  spec, root = f"files:{path}", files.printable(path)
   source = data.open_source(spec)
   if len(source) < FEWEST:
     raise UserError(
@@ -272,7 +293,8 @@ def run(
   for what, value, reason in why:
     print(f"{what:12}{value} ({reason})")
   checkpoint.write_config(workdir, config_lib.to_json(config))
-  files.write_sealed(workdir / "quickstart.json", json.dumps({"folder": root, "minutes": planned, "why": why}))
+  kept = {"path": path, "folder": root, "minutes": planned, "why": why}
+  files.write_sealed(workdir / "quickstart.json", json.dumps(kept))
   # A folder that grows meanwhile is looked at as it is now.
   config = config_lib.replace(config, {"data.changed": "accept"})
   trained = pretrain.run(config, workdir, resume=True, recipe=RECIPE, complete=False)  # the page is still to come
@@ -280,20 +302,31 @@ def run(
   print("\nwhat is in the folder")
   table = embed.run(workdir, spec, workdir / "features.npz", overwrite=True)
   made = features.load(table)
-  labels, class_names = classes(root, made.name)
-  pictures = map_lib.thumbnails(source, made.index)
-  names = [os.path.relpath(name, root) for name in made.name]
-  chart = map_lib.chart(made.h, pictures, names, labels, class_names, seed=config.seed)
-  found = map_lib.anomalies(made.h, pictures)
+  source = data.open_source(spec)  # by now the folder may hold other images than at the start
+  rows, index = still_there(made.name, source)
+  drawn = np.sort(data.permutation(config.seed, 0, len(rows))[: map_lib.MOST_ON_A_MAP])
+  rows, index = rows[drawn], index[drawn]
+  if len(rows) < 2:
+    raise UserError(f"{folder} still holds {len(rows)} of the {len(made.h)} images that were embedded: a map needs two")
+  labels, class_names = classes(root, made.name[rows])
+  pictures = map_lib.thumbnails(source, index)
+  names = [os.path.relpath(name, root) for name in made.name[rows]]
+  chart = map_lib.chart(made.h[rows], pictures, names, labels, class_names, seed=config.seed)
+  if len(rows) < len(made.h):
+    chart["note"] += f" Map and lists are of {len(rows):,} of the {len(made.h):,} images that were embedded."
+  found = map_lib.anomalies(made.h[rows], pictures)
   map_lib.write(workdir / "map", chart, found)
   listed = epath.Path(f"{table}.unreadable.txt")
   unreadable = [line.split("\t") for line in files.read_text(listed).splitlines()] if listed.exists() else []
   took = span(time.monotonic() - began, trained["page"]["seconds"].get(BEFORE, 0.0))
-  _page(workdir, trained["page"], root, source, why, chart, found, unreadable, took)
+  lost = [(os.path.relpath(name, root), reason) for name, reason in unreadable]
+  _page(workdir, trained["page"], root, len(made.h) + len(lost), why, chart, found, lost, listed, took)
   checkpoint.mark_complete(workdir, int(trained["state"].step))
   print(chart["note"])
   map_lib.print_findings(names, found)
-  print(f"unreadable  {len(unreadable)}" + "".join(f"\n            {name}: {why}" for name, why in unreadable[:5]))
+  print(f"unreadable  {len(unreadable)}")
+  for name, reason in first(unreadable, 5, listed):
+    print(f"            {name}: {reason}")
   print(f"time        {took}")
   print(f"\nopen {workdir / 'report.html'}", flush=True)
   return dict(config=config, why=why, chart=chart, found=found, unreadable=unreadable)
@@ -306,10 +339,16 @@ def span(seconds: float, before: float) -> str:
   return f"{duration(seconds)} from the folder to this page"
 
 
-def _page(workdir, page, root, source, why, chart, found, unreadable, took):
-  pairs, n = len(found["duplicates"]), len(source)
-  summary = f"{n:,} images, {took}: {pairs:,} near-duplicate pairs, {len(unreadable):,} unreadable."
-  lost = [(os.path.relpath(name, root), reason) for name, reason in unreadable]
+def first(lost, most: int, listed) -> list[tuple]:
+  """The first `most` rows (file, reason) of unreadable files; if there are more, the last says how many, and which file has all."""
+  left = len(lost) - most
+  return [*lost[:most], *([(f"and {left:,} more", f"all are named in {listed}")] if left > 0 else [])]
+
+
+def _page(workdir, page, root, n, why, chart, found, lost, listed, took):
+  pairs, shown = len(found["duplicates"]), len(chart["names"])
+  among = f" among {shown:,} of them" if shown < n - len(lost) else ""
+  summary = f"{n:,} images, {took}: {pairs:,} near-duplicate pairs{among}, {len(lost):,} unreadable."
   files = {
     workdir / "features.npz": "h of every image; simclr embed writes parquet and safetensors too",
     workdir / "map": "the points as npz and csv, a picture, near-duplicates and outliers as csv",
@@ -324,7 +363,7 @@ def _page(workdir, page, root, source, why, chart, found, unreadable, took):
       "files": files,
       "map_of_images": chart,
       "choices": why,
-      "unreadable": lost[:100],
+      "unreadable": first(lost, 100, listed.name),
       **map_lib.findings(chart, found),
     },
   )

@@ -8,11 +8,12 @@ import urllib.parse
 
 from simclr_jax import report
 from simclr_jax.programs import config as config_lib
+from simclr_jax.report.tables import is_finite, is_number
 from simclr_jax.runtime import files
 from simclr_jax.runtime import metrics as metrics_lib
 from simclr_jax.runtime.errors import UserError
 
-INSIDE_A_RUN = ("checkpoints", "encoder", "map")  # folders that are not searched
+INSIDE_A_RUN = ("checkpoints", "encoder", "map")  # folders of a run that are not searched
 NUMBERS = {  # column: (key, factor)
   "loss": ("loss", 1.0),
   "contrastive acc, %": ("contrastive_accuracy", 100.0),
@@ -48,7 +49,8 @@ def find(folder) -> list[RunSummary]:
   folder, found = files.absolute(folder), []
 
   def look(path):
-    if (path / "config.json").exists() and not (path / "card.json").exists():  # of an export for timm or Hugging Face
+    has_config = (path / "config.json").exists()
+    if has_config and not (path / "card.json").exists():  # of an export for timm or Hugging Face
       name = "." if path == folder else str(path.relative_to(folder))
       try:
         found.append(open_run(path, name))
@@ -57,7 +59,7 @@ def find(folder) -> list[RunSummary]:
         found.append(RunSummary(name, "", "", {}, 0, 0, False, 0.0, {}, "", [], damaged=(why,)))
     with contextlib.suppress(PermissionError):
       for below in sorted(path.iterdir()):
-        if below.name not in INSIDE_A_RUN and not below.name.startswith(".") and _is_folder(below):
+        if not (has_config and below.name in INSIDE_A_RUN) and not below.name.startswith(".") and _is_folder(below):
           look(below)
 
   look(folder)
@@ -87,16 +89,17 @@ def open_run(path, name: str) -> RunSummary:
   """What the folder of a run says about it; whatever is missing or truncated is left out."""
   damaged = []
   config, about, scores = (_json(path / f"{file}.json", damaged) for file in ("config", "run", "scores"))
-  history = metrics_lib.read(path)
-  numbers = {}
-  for row in history:
-    numbers.update({key: value for key, value in row.items() if value is not None})
+  history = [_known(row, "metrics.jsonl", damaged) for row in metrics_lib.read(path)]
   of_h = scores.get("scores", {})
-  numbers.update(of_h.get("h", of_h.get("SimCLR h", of_h)))  # the latter before 0.2
+  if isinstance(of_h, dict):
+    of_h = of_h.get("h", of_h.get("SimCLR h", of_h))  # the latter before 0.2
+  numbers = {}
+  for row in (*history, _known(of_h, "scores.json", damaged)):
+    numbers.update(row)
   return RunSummary(
     name=name,
-    program=config.get("program", "pretrain"),
-    recipe=about.get("recipe", ""),
+    program=_text(config.get("program", "pretrain"), "config.json", damaged),
+    recipe=_text(about.get("recipe", ""), "run.json", damaged),
     config=config_lib.flatten(config),
     step=int(numbers.get("step", 0)),
     total=int(about.get("total_steps") or config.get("train_steps") or 0),
@@ -105,8 +108,29 @@ def open_run(path, name: str) -> RunSummary:
     numbers=numbers,
     verdict=str(numbers.get("verdict", "")),
     history=history,
-    damaged=tuple(damaged),
+    damaged=tuple(dict.fromkeys(damaged)),
   )
+
+
+def _known(row, file: str, damaged: list) -> dict:
+  """The finite numbers and the verdict of a row; its file is named in `damaged` if it has no row, or no number, there."""
+  if not isinstance(row, dict):
+    damaged.append(f"{file} is damaged")
+    return {}
+  known = {key: value for key, value in row.items() if is_finite(value)}
+  if isinstance(row.get("verdict"), str):
+    known["verdict"] = row["verdict"]
+  if not all(row.get(key) is None or is_number(row[key]) for key in ("seconds", *(key for key, _ in NUMBERS.values()))):
+    damaged.append(f"{file} is damaged")
+  return known
+
+
+def _text(value, file: str, damaged: list) -> str:
+  """The value if it is a text; else nothing, and the name of its file in `damaged`."""
+  if isinstance(value, str):
+    return value
+  damaged.append(f"{file} is damaged")
+  return ""
 
 
 def differences(runs) -> dict[str, list]:

@@ -28,7 +28,7 @@ CURVES = {  # key: (heading, unit, whether the axis starts at zero)
   "entropy": ("Entropy", "number", False),
 }
 NOT_DRAWN = ("step", "epoch", "chance_loss", "seconds")  # numbers of a history that get no curve of their own
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320, 150, 42, 10, 8, 20  # of a curve and its margins, in SVG units
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320, 150, 50, 10, 8, 20  # of a curve and its margins, in SVG units
 METHOD_COLORS = ("#1f5fa8", "#c2571a", "#2e7d32", "#7b3fa0", "#555555")
 STEP_COLORS = ("#1f5fa8", "#5b93cf", "#c2571a", "#e39a6c", "#8a8a8a")
 
@@ -270,6 +270,10 @@ def value_text(value, unit) -> str:
 
 
 def _short(value):
+  """Four digits in at most eight characters and a sign, for which LEFT has room: 12.35M, 0.0425, 1.225e-5."""
+  if 0 < abs(value) < 1e-3:
+    digits, exponent = f"{value:.3e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
   for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
     if abs(value) >= size:
       return f"{value / size:.4g}{letter}"

@@ -6,6 +6,10 @@
   const pen = canvas.getContext("2d"), n = names.length, fingers = new Map();
   let view = 0, pictures = !labels, only = -1, zoom = 1, cx = 0.5, cy = 0.5, size = 0, hovered = -1, moved = 0;
 
+  const divisor = (a, b) => (b ? divisor(b, a % b) : a);
+  let stride = Math.ceil(0.618 * n);
+  while (divisor(stride, n) > 1) stride++;  // else its multiples would not be all numbers below n
+
   const margin = 24;
   const scale = () => zoom * (size - 2 * margin);
   const place = (i) => [
@@ -31,7 +35,7 @@
     const radius = Math.max(1.6, Math.min(5, 110 / Math.sqrt(n))) * Math.sqrt(zoom) * (size < 500 ? 0.8 : 1);
     const taken = new Set();
     for (let k = 0; k < n; k++) {
-      const i = labels ? (k * 7919) % n : k;  // mixed, or the last class would cover the others
+      const i = labels ? (k * stride) % n : k;  // mixed, or the last class would cover the others
       const [x, y] = place(i);
       if (x < -40 || y < -40 || x > size + 40 || y > size + 40) continue;
       pen.globalAlpha = shown(i) ? 0.85 : 0.08;

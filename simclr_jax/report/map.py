@@ -3,6 +3,8 @@
 It takes numpy arrays and pictures that all have one size.
 """
 
+import unicodedata
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -86,8 +88,17 @@ def _with_legend(image, class_names):
   for i, (name, (color, shape)) in enumerate(zip(class_names, marks(len(class_names)), strict=True)):
     x, y = 28 + i % columns * (image.width - 40) // columns, image.height + i // columns * step
     _draw_mark(draw, x + 5.5, y + 9.5, 5.5, color, shape)
-    draw.text((x + 18, y), str(name)[:20], fill="#333", font=font)
+    draw.text((x + 18, y), _drawable(str(name), font) or f"class {i}", fill="#333", font=font)
   return out
+
+
+def _drawable(name: str, font) -> str:
+  """A name in at most 18 characters, without the accents, which the font lacks; empty if it lacks anything else."""
+  plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+  missing = bytes(font.getmask("\U0010ffff"))  # a character that is none: the box for all that the font lacks
+  if any(bytes(font.getmask(c)) == missing for c in plain):
+    return ""
+  return plain if len(plain) <= 18 else f"{plain[:9]}…{plain[-8:]}"
 
 
 # ---- on a page ----------------------------------------------------------------------------------------------------
