@@ -54,7 +54,8 @@ def get_config(arg=""):
       methods=("linear",) if arg in ("linear", "small") else ("linear", "finetune"),
       rows=rows,
       augment=dict(size=20 if small else 224, crop_area=(0.4, 1.0) if small else (0.08, 1.0)),
-      evaluate=dict(crop=1.0),  # shorter side to 224, then its center
+      # Of the linear score: shorter side to 224, then its center.  Fine-tuned networks have the crop of finetune.recipe.
+      evaluate=dict(crop=1.0),
       finetune=dict(
         recipe="finetune:small" if small else "finetune:supervised",
         train_steps=300 if small else 20000,

@@ -258,6 +258,14 @@ def test_fine_tuning_sees_the_pixels_that_linear_evaluation_sees(tmp_path, monke
   assert {c.augment.resize for c in configs} == {"bicubic_tf1"}
 
 
+def test_fine_tuned_networks_see_the_crop_of_their_recipe(tmp_path, monkeypatch):
+  """Shorter side to 256, center 224; the whole of the shorter side is for the linear score (arXiv 2002.05709, App. B.8)."""
+  assert config_lib.load("transfer").evaluate.crop == 1.0
+  changes = {"finetune.recipe": config_lib.load("transfer").finetune.recipe, "evaluate.batch_size": 7}
+  _, configs = fine_tuned(tmp_path, monkeypatch, lambda c: 0, **changes)
+  assert {(c.evaluate.crop, c.evaluate.batch_size) for c in configs} == {(0.875, 7)}
+
+
 def test_the_configs_of_fine_tuning_name_its_data_and_its_start(tmp_path, monkeypatch):
   changes = {"finetune.recipe": "finetune:v1_1pct"}
   _, configs = fine_tuned(tmp_path, monkeypatch, lambda c: 0, **changes)

@@ -221,7 +221,7 @@ def fine_tune(
       **{
         "optimizer": optimizer,
         "augment": augment,
-        "evaluate": config.evaluate,
+        "evaluate.batch_size": config.evaluate.batch_size,  # its crop is that of the linear score
       },
       **{"checkpoint": {"keep": 1}, "rollback.times": 0, "log": {"every_steps": tuned.train_steps}},
     }
