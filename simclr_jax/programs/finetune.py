@@ -51,14 +51,19 @@ def resolve(config, begun=None):
     resize = config.augment.resize or start.resize  # pixels as the weights know them
     networks = {"projector": start.projector, "augment.resize": resize}
     config = trained.with_networks(config, start.encoder, **networks)
+  check_network(config, f"start={config.start or 'nothing'}")
+  if start and config.tap and "projector" not in start.variables:
+    raise UserError(f"config.tap={config.tap}: {config.start} holds no projection head; use tap 0")
+  return config, start
+
+
+def check_network(config, what: str):
+  """Raises UserError if the encoder or the projection head of `config`, which `what` names, lacks a part that training uses."""
   layers = {"nonlinear": config.projector.layers, "linear": 1, "none": 0}[config.projector.kind]
   if config.tune_after >= 0 and ":" in config.encoder.name:
     raise UserError(f"config.tune_after={config.tune_after}: {config.encoder.name} has no known stages; use -1")
   if config.tap > layers:
-    raise UserError(f"config.tap={config.tap}: start={config.start or 'nothing'} has {layers} layers in its head")
-  if start and config.tap and "projector" not in start.variables:
-    raise UserError(f"config.tap={config.tap}: {config.start} holds no projection head; use tap 0")
-  return config, start
+    raise UserError(f"config.tap={config.tap}: {what} has {layers} layers in its head")
 
 
 def create(config, num_classes: int) -> model_lib.Classifier:
