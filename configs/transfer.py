@@ -3,7 +3,8 @@
 Command:   simclr transfer --config=configs/transfer.py --config.start=RUN_OR_ENCODER --workdir=runs/transfer
            (:linear leaves out fine-tuning; :small uses one data set of the package; for other data sets see
            docs/downstream.md)
-Hardware:  linear: one accelerator for ResNet-50; fine-tuning takes 56 runs of 20,000 steps per data set.
+Hardware:  linear: one accelerator for ResNet-50.  Fine-tuning takes 57 runs of 20,000 steps and, for random weights, 57 of
+           40,000 per data set, and another 57 of 20,000 if `supervised` is given; one run of each is kept on the disk.
            :small is for two CPU cores.  This recipe has not been run to its end yet
 Expected:  the printed table shows the paper's numbers next to ours.  small: docs/downstream.md
 Source:    arXiv 2002.05709, App. B.8: 45 penalties, 7 learning rates x 8 weight decays, twice the steps and a grid of

@@ -27,7 +27,11 @@ def begun(workdir, resume: bool):
 def same_config(config, workdir):
   """The config of the run in `workdir` with the values of `config` of the keys MAY_CHANGE; raises UserError if another key
   has another value."""
-  kept = config_lib.from_json(checkpoint.read_config(workdir))
+  return same_as(config_lib.from_json(checkpoint.read_config(workdir)), config)
+
+
+def same_as(kept, config):
+  """`same_config` for a config that is kept elsewhere."""
   values, now = config_lib.flatten(kept), config_lib.flatten(config)
   kept = config_lib.replace(kept, {key: now[key] for key in values.keys() & now if key.startswith(MAY_CHANGE)})
   if values.get("norm_scope") == "device" and not values["norm_devices"]:  # an earlier version did not keep it
