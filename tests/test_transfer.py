@@ -340,7 +340,7 @@ def test_a_row_of_which_nothing_is_finished_may_be_of_other_images(tmp_path, mon
 
 def without_network(monkeypatch):
   """Runs of transfer open no encoder."""
-  start = types.SimpleNamespace(variables={"encoder": {}})
+  start = types.SimpleNamespace(variables={"encoder": {}}, config=None, path="x")
   monkeypatch.setattr(transfer.trained, "open_start", lambda _: start)
   monkeypatch.setattr(transfer, "FrozenEncoder", lambda *_, **__: types.SimpleNamespace(start=start))
 
@@ -376,6 +376,21 @@ def test_a_set_is_not_scored_against_itself(tmp_path):
   c = config("x", {"tiny": dict(train=spec, validation="", test=spec, metric="top_1")})
   with pytest.raises(ValueError, match="is the training set too"):
     transfer.splits(c.rows["tiny"], None)
+
+
+def test_images_that_an_encoder_was_trained_on_are_not_scored(tmp_path):
+  """Neither by one of the encoders nor by the other, and before the workdir is touched."""
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  seen = tiny.export(tmp_path / "seen", **{"data.train": f"{spec}:test", "data.test": spec})
+  other = tiny.export(tmp_path / "other", **{"data.train": spec, "data.test": ""})
+  only = {"tiny": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")}
+  for start, supervised in ((seen, ""), (other, seen)):
+    words = (
+      "rows.tiny.test=.*:test: 32 of the 32 images to score are in .*seen was trained on; .*--config.rows.tiny.test="
+    )
+    with pytest.raises(UserError, match=words):
+      transfer.run(config(str(start), only, supervised=str(supervised)), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_finished_rows_are_handed_out_for_the_same_encoder_and_images_only(tmp_path, monkeypatch):

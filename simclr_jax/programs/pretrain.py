@@ -277,6 +277,8 @@ def run(
   if begun:
     config = same.same_config(config, workdir)
   train_source, test_source = splits.open_data(config.data, source)
+  if start and test_source is not train_source:
+    trained.check_unseen(config.data, test_source, config.start, start.config)
   with errors.of_the_user():
     evaluation = scores.PretrainEvaluation(config, train_source, test_source, mesh)
   every = config_lib.every(config.evaluate, len(train_source), config.batch_size)

@@ -200,6 +200,12 @@ def classes_of(path) -> list[str]:
   return json.loads(files.read_sealed(file))["data.train"]["classes"] if file.exists() else []
 
 
+def images_of_training(path) -> int:
+  """How many images a run, or the run whose encoder is in the folder, was trained on; 0 where it does not say."""
+  file = run_of(path) / FILE
+  return json.loads(files.read_sealed(file))["data.train"]["images"] if file.exists() else 0
+
+
 def for_other_processes(source: Source) -> str:
   """loop.Task.data; a process that is alone has nobody to compare it with, and does not read the sample again."""
   return json.dumps(source.fingerprint()) if processes.is_multiprocess() else ""

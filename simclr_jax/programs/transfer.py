@@ -316,9 +316,11 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   mesh = mesh_lib.make_mesh()
   start = trained.open_start(config.start)
   parts = open_rows(config, mesh)
-  encoders = {"pretrained": FrozenEncoder(start, config, mesh)}
-  if config.supervised:
-    encoders["supervised"] = FrozenEncoder(trained.open_start(config.supervised), config, mesh)
+  starts = {"pretrained": start} | ({"supervised": trained.open_start(config.supervised)} if config.supervised else {})
+  for (name, (_, _, test)), one in itertools.product(parts.items(), starts.values()):
+    what, key = f"rows.{name}.test={test.spec}", f"--config.rows.{name}.test=..."
+    trained.check_apart(test.source, what, key, config.data_dir, one.path, one.config)
+  encoders = {label: FrozenEncoder(one, config, mesh) for label, one in starts.items()}
   encoders["random"] = FrozenEncoder(start, config, mesh, untrained=True)
   weights = {
     f"{label} encoder": exporting.checksum(encoder.start.variables["encoder"])
@@ -339,8 +341,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       if name in finished or (folder / name).exists():  # there is something of this row to keep
         same.check_result(folder / f"transfer.{name}.json", made_by[name], f"row {name} of {workdir}")
   again = {"resume": resume, "overwrite": overwrite}
-  starts = (config.start, config.supervised)
-  workdir = workdir_lib.claim(workdir, **again, specs=specs(config), starts=starts, writes=tuple(config.rows))
+  folders = (config.start, config.supervised)
+  workdir = workdir_lib.claim(workdir, **again, specs=specs(config), starts=folders, writes=tuple(config.rows))
   checkpoint.write_config(workdir, config_lib.to_json(config))
   for name in sorted(config.rows, key=lambda name: (*ROWS, name).index(name)):  # the paper's in its order, then others
     row = config.rows[name]
