@@ -1,6 +1,7 @@
 """Distillation against equations 2 and 3 by hand, and a whole run of a student that sees no label."""
 
 import contextlib
+import json
 import types
 
 import images
@@ -13,7 +14,7 @@ from test_finetune import filled
 from simclr_jax import augment, data, exporting, model
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, same, trained
-from simclr_jax.runtime import checkpoint, loop
+from simclr_jax.runtime import checkpoint, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 from simclr_jax.views import Batch
@@ -251,3 +252,28 @@ def test_a_run_resumes_with_the_teacher_that_it_began_with(teacher, tmp_path):
   with pytest.raises(ValueError, match=f"the run in {workdir} was made with another teacher: use another --workdir"):
     distill.run(c, workdir, resume=True)
   assert (workdir / "COMPLETE").exists()
+
+
+def test_a_run_resumes_with_the_labels_that_it_began_with(teacher, tmp_path):
+  """Their list may have been edited; a run of before did not keep which they were."""
+  folder, _ = teacher
+  listed, workdir = tmp_path / "names.txt", tmp_path / "run"
+  listed.write_text("0\n1\n")
+  c = config(folder, tiny.npz(tmp_path / "tiny.npz"), alpha=0.5, **{"labels.list": str(listed)})
+  (workdir / "checkpoints").mkdir(parents=True)
+  (workdir / "RUN").touch()
+  checkpoint.write_config(workdir, config_lib.to_json(c))
+
+  def resume():
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(finetune, "train", lambda *_, **__: {"scores": {"accuracy": 0.5}, "workdir": workdir})
+      patch.setattr(distill, "accuracy", lambda *_: 0.5)
+      distill.run(c, workdir, resume=True)
+
+  resume()
+  kept = (workdir / "teacher.json").read_text()
+  listed.write_text("0\n2\n")
+  with pytest.raises(UserError, match=f"the run in {workdir} was made with another choice of labels"):
+    resume()
+  files.write_sealed(workdir / "teacher.json", json.dumps({"teacher": json.loads(kept)["teacher"]}))
+  resume()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simclr_jax import data, exporting
+from simclr_jax.data import sources
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, same, splits, trained
@@ -174,6 +175,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     jax.eval_shape(teacher.apply, teacher.variables, jnp.zeros((1, config.augment.size, config.augment.size, 3)))
   starts = (config.start, config.teacher)
   made_by = {"teacher": exporting.checksum(teacher.variables)}
+  if config.alpha < 1:  # a file of labels.list may have been edited
+    made_by["choice of labels"] = sources.digest([chosen])
   if begun:  # before the folder is touched
     same.check_result(files.absolute(workdir) / "teacher.json", made_by, f"the run in {workdir}")
   logits = functools.cache(lambda: _logits(config, teacher, source, mesh))

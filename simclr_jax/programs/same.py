@@ -80,7 +80,8 @@ def check_result(file, made_by: dict, what: str):
 
   Args:
     file: next to the result; written if it does not exist.
-    made_by: JSON values by name: weights of encoders, fingerprints of data.
+    made_by: JSON values by name: weights of encoders, fingerprints of data.  A name that the file lacks, which is of an
+      earlier version, is not compared.
     what: the result, for the message.
 
   Raises:
@@ -88,7 +89,7 @@ def check_result(file, made_by: dict, what: str):
   """
   if file.exists():
     before = json.loads(files.read_sealed(file))
-    other = [name for name in sorted(before.keys() | made_by.keys()) if _differs(before.get(name), made_by.get(name))]
+    other = [name for name in sorted(before) if _differs(before[name], made_by.get(name))]
     if other:
       raise UserError(
         f"{what} was made with another {other[0]}: use another --workdir, or --overwrite to make everything again"
