@@ -1,6 +1,7 @@
 """Distillation against equations 2 and 3 by hand, and a whole run of a student that sees no label."""
 
 import contextlib
+import functools
 import json
 import types
 
@@ -43,6 +44,24 @@ def test_loss_is_equations_2_and_3():
   )
   slope = jax.grad(lambda s: distill.distillation(s, np.float32(teacher), 0.5))(np.float32(teacher))
   np.testing.assert_allclose(slope, 0, atol=1e-6)
+
+
+def test_metrics_of_labels_are_of_the_batches_that_have_some():
+  rng = np.random.default_rng(0)
+  student, teacher = rng.normal(size=(2, 4, 3)).astype(np.float32)
+
+  def metrics(label, alpha):
+    batch = Batch(pixels=None, label=np.array(label), index=None, seed=None, teacher=teacher)
+    loss = functools.partial(distill.loss, batch=batch, temperature=1.0, alpha=alpha)
+    (value, found), slope = jax.value_and_grad(loss, has_aux=True)(student)
+    assert np.isfinite(value) and np.isfinite(slope).all()
+    return found
+
+  of_labels = {"train_accuracy", "supervised_loss"}
+  assert not of_labels & metrics([0, 1, 2, 0], 1.0).keys()
+  some, none = metrics([int(student[0].argmax()), -1, -1, -1], 0.5), metrics([-1] * 4, 0.5)
+  assert some["train_accuracy"] == 1 and some["supervised_loss"] > 0
+  assert all(np.isnan(none[name]) for name in of_labels) and np.isfinite(none["distillation_loss"])
 
 
 @pytest.fixture(scope="module")

@@ -92,12 +92,13 @@ def optimizer_of(config, encoder, num_examples: int):
 
 
 def cross_entropy(logits, batch):
-  """Mean over the examples with a label (batch.label >= 0), and their accuracy."""
+  """Mean over the examples with a label (batch.label >= 0), and their accuracy; 0 and nan for a batch without one."""
   known = batch.label >= 0
-  label, count = jnp.maximum(batch.label, 0), jnp.maximum(known.sum(), 1)
+  label, count = jnp.maximum(batch.label, 0), known.sum()
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-  right = jnp.sum(known * (logits.argmax(1) == label)) / count
-  return jnp.sum(known * losses) / count, {"train_accuracy": right}
+  some = jnp.maximum(count, 1)
+  right = jnp.where(count, jnp.sum(known * (logits.argmax(1) == label)) / some, jnp.nan)
+  return jnp.sum(known * losses) / some, {"train_accuracy": right}
 
 
 def train_step(state: TrainState, batch, *, model, tx, schedule, tune_after: int, weight_decay: float, loss):
