@@ -64,11 +64,17 @@ def placed_like(like, tree):
 def with_networks(config, encoder, **networks):
   """`config` with the architecture of given networks, an encoder and other sections or keys by their names.
 
-  How the encoder computes (dtype, remat, arrangement) is no property of its weights and stays as `config` says.
+  How the encoder computes (dtype, remat, arrangement) is no property of its weights and stays as `config` says; a function
+  of your own has a dtype of its own.
+
+  Raises:
+    UserError: an encoder of this kind does not compute so.
   """
-  how = ("dtype", "remat", "arrangement") if encoder.name == config.encoder.name else ()
-  given = config_lib.replace(config, {"encoder": encoder, **networks})
-  return config_lib.replace(given, {f"encoder.{key}": config.encoder[key] for key in how})
+  takes = config_lib.ENCODERS.get(encoder.name, ())
+  how = {key: getattr(config.encoder, key) for key in ("dtype", "remat", "arrangement")}
+  plain = {"dtype": how["dtype"], "remat": "none", "arrangement": "plain"}
+  how = {f"encoder.{key}": value for key, value in how.items() if key in takes or value != plain[key]}
+  return config_lib.replace(config_lib.replace(config, {"encoder": encoder, **networks}), how)
 
 
 def as_begun(config, workdir, keys):
