@@ -296,3 +296,16 @@ def test_a_run_resumes_with_the_labels_that_it_began_with(teacher, tmp_path):
     resume()
   files.write_sealed(workdir / "teacher.json", json.dumps({"teacher": json.loads(kept)["teacher"]}))
   resume()
+
+
+@pytest.mark.parametrize("labeled, fraction", [("1pct", 0.01), ("10pct", 0.1)])
+def test_the_labels_of_a_student_are_those_of_a_teacher_as_the_header_says(labeled, fraction):
+  """The official subset of the teacher's own recipe is other images than the student draws."""
+  as_said = ["--config.data.train=tfds:imagenet2012:train", f"--config.labels.fraction={fraction}"]
+  student, taught = config_lib.load(f"distill:r50_1x_sk0-labels_{labeled}"), f"finetune:v2_{labeled}"
+  assert (config_lib.load(taught, as_said).data, config_lib.load(taught, as_said).labels) == (
+    student.data,
+    student.labels,
+  )
+  header = (config_lib.recipe_folder() / "distill.py").read_text()
+  assert as_said[0] in header and "--config.labels.fraction=0.01 (or 0.1)" in header
