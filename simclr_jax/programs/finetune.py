@@ -29,10 +29,6 @@ from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 from simclr_jax.runtime.errors import UserError
 
-ADVICE = (
-  "resume with rollback.times=3, or begin again with a lower optimizer.base_lr or a longer optimizer.warmup_epochs"
-)
-
 
 def resolve(config, begun=None):
   """(config, Start or None): where `start` names networks, `encoder` and `projector` become theirs.
@@ -251,7 +247,7 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
     num_examples=len(source),
     exports=lambda state: {"encoder": model_lib.keep_encoder(state)},
     warm_start=warm_start,
-    advice=ADVICE,
+    advice=config_lib.IF_IT_DIVERGES,
     check_batch=same.batch_check(source, config.batch_size, config.seed),
   )
 
