@@ -2,7 +2,11 @@
 
 Command:   simclr distill --config=configs/distill.py:r50_1x_sk0 --config.teacher=RUN_OF_FINETUNE --workdir=runs/student
            (:DEPTH_WIDTH_SK is the student; :r152_3x_sk1-self is self-distillation, with its own temperature;
-           -labels_1pct or -labels_10pct adds the loss on these labels, -only_1pct or -only_10pct uses no other images)
+           -labels_1pct or -labels_10pct adds the loss on labels, -only_1pct or -only_10pct uses no other images).
+           The labels of -labels_1pct and -labels_10pct have to be those of the teacher, which are not in the official
+           subset that configs/finetune.py names, or both together see twice as many.  Fine-tune the teacher with
+           --config.data.train=tfds:imagenet2012:train --config.labels.fraction=0.01 (or 0.1); or give both
+           --config.data.train=folder:/imagenet/train --config.labels.list=FILE, an official list
            simclr distill --config=configs/distill.py:small --config.teacher=runs/few --workdir=runs/student
 Hardware:  as for configs/v2.py; :small is for two CPU cores.  The ImageNet recipes have not been run to their end yet
 Expected:  ImageNet top-1 after a teacher fine-tuned on 1 % / 10 %: r50_1x_sk0 73.9 / 77.5, r50_2x_sk1 75.9 / 80.2,
@@ -12,7 +16,8 @@ Expected:  ImageNet top-1 after a teacher fine-tuned on 1 % / 10 %: r50_1x_sk0 7
 Source:    arXiv 2006.10029, abstract, section 2.3, Table 2: temperature 0.1 for self-distillation and 1 for a bigger
            teacher, 400 epochs, batch, learning rate and weight decay as in pretraining, crop and flip only.  Not
            published: alpha of Table 2
-Data:      a prepared TFDS imagenet2012 in --config.data.data_dir; its labels are used only for the test score
+Data:      a prepared TFDS imagenet2012 in --config.data.data_dir (for -only also imagenet2012_subset); without -labels and
+           -only its labels are used only for the test score
 """
 
 import ml_collections

@@ -3,7 +3,8 @@
 Command:   simclr transfer --config=configs/transfer.py --config.start=RUN_OR_ENCODER --workdir=runs/transfer
            (:linear leaves out fine-tuning; :small uses one data set of the package; for other data sets see
            docs/downstream.md)
-Hardware:  linear: one accelerator for ResNet-50; fine-tuning takes 56 runs of 20,000 steps per data set.
+Hardware:  linear: one accelerator for ResNet-50.  Fine-tuning takes 57 runs of 20,000 steps and, for random weights, 57 of
+           40,000 per data set, and another 57 of 20,000 if `supervised` is given; one run of each is kept on the disk.
            :small is for two CPU cores.  This recipe has not been run to its end yet
 Expected:  the printed table shows the paper's numbers next to ours.  small: docs/downstream.md
 Source:    arXiv 2002.05709, App. B.8: 45 penalties, 7 learning rates x 8 weight decays, twice the steps and a grid of
@@ -54,7 +55,8 @@ def get_config(arg=""):
       methods=("linear",) if arg in ("linear", "small") else ("linear", "finetune"),
       rows=rows,
       augment=dict(size=20 if small else 224, crop_area=(0.4, 1.0) if small else (0.08, 1.0)),
-      evaluate=dict(crop=1.0),  # shorter side to 224, then its center
+      # Of the linear score: shorter side to 224, then its center.  Fine-tuned networks have the crop of finetune.recipe.
+      evaluate=dict(crop=1.0),
       finetune=dict(
         recipe="finetune:small" if small else "finetune:supervised",
         train_steps=300 if small else 20000,

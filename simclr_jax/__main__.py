@@ -361,7 +361,8 @@ def _out_of_memory(error, config) -> str:
   cures = ["more --config.microbatches"] if hasattr(config, "microbatches") else []
   cures += ["--config.encoder.remat=block"] if hasattr(config, "encoder") else []
   if not cures:
-    return f"out of memory{reason}: lower batch_size, or evaluate.batch_size where images are only scored"
+    batch_size = "finetune.batch_size" if hasattr(getattr(config, "finetune", None), "batch_size") else "batch_size"
+    return f"out of memory{reason}: lower {batch_size}, or evaluate.batch_size where images are only scored"
   return (
     f"out of memory{reason}: lower batch_size, or with the same batch_size use {' or '.join(cures)} (`simclr plan` and "
     "docs/scaling.md say what they save); in evaluation lower evaluate.batch_size, also with --resume"

@@ -1,6 +1,8 @@
 """Distillation against equations 2 and 3 by hand, and a whole run of a student that sees no label."""
 
 import contextlib
+import functools
+import json
 import types
 
 import images
@@ -13,7 +15,7 @@ from test_finetune import filled
 from simclr_jax import augment, data, exporting, model
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import distill, finetune, same, trained
-from simclr_jax.runtime import checkpoint, loop
+from simclr_jax.runtime import checkpoint, files, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 from simclr_jax.views import Batch
@@ -42,6 +44,24 @@ def test_loss_is_equations_2_and_3():
   )
   slope = jax.grad(lambda s: distill.distillation(s, np.float32(teacher), 0.5))(np.float32(teacher))
   np.testing.assert_allclose(slope, 0, atol=1e-6)
+
+
+def test_metrics_of_labels_are_of_the_batches_that_have_some():
+  rng = np.random.default_rng(0)
+  student, teacher = rng.normal(size=(2, 4, 3)).astype(np.float32)
+
+  def metrics(label, alpha):
+    batch = Batch(pixels=None, label=np.array(label), index=None, seed=None, teacher=teacher)
+    loss = functools.partial(distill.loss, batch=batch, temperature=1.0, alpha=alpha)
+    (value, found), slope = jax.value_and_grad(loss, has_aux=True)(student)
+    assert np.isfinite(value) and np.isfinite(slope).all()
+    return found
+
+  of_labels = {"train_accuracy", "supervised_loss"}
+  assert not of_labels & metrics([0, 1, 2, 0], 1.0).keys()
+  some, none = metrics([int(student[0].argmax()), -1, -1, -1], 0.5), metrics([-1] * 4, 0.5)
+  assert some["train_accuracy"] == 1 and some["supervised_loss"] > 0
+  assert all(np.isnan(none[name]) for name in of_labels) and np.isfinite(none["distillation_loss"])
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +271,41 @@ def test_a_run_resumes_with_the_teacher_that_it_began_with(teacher, tmp_path):
   with pytest.raises(ValueError, match=f"the run in {workdir} was made with another teacher: use another --workdir"):
     distill.run(c, workdir, resume=True)
   assert (workdir / "COMPLETE").exists()
+
+
+def test_a_run_resumes_with_the_labels_that_it_began_with(teacher, tmp_path):
+  """Their list may have been edited; a run of before did not keep which they were."""
+  folder, _ = teacher
+  listed, workdir = tmp_path / "names.txt", tmp_path / "run"
+  listed.write_text("0\n1\n")
+  c = config(folder, tiny.npz(tmp_path / "tiny.npz"), alpha=0.5, **{"labels.list": str(listed)})
+  (workdir / "checkpoints").mkdir(parents=True)
+  (workdir / "RUN").touch()
+  checkpoint.write_config(workdir, config_lib.to_json(c))
+
+  def resume():
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(finetune, "train", lambda *_, **__: {"scores": {"accuracy": 0.5}, "workdir": workdir})
+      patch.setattr(distill, "accuracy", lambda *_: 0.5)
+      distill.run(c, workdir, resume=True)
+
+  resume()
+  kept = (workdir / "teacher.json").read_text()
+  listed.write_text("0\n2\n")
+  with pytest.raises(UserError, match=f"the run in {workdir} was made with another choice of labels"):
+    resume()
+  files.write_sealed(workdir / "teacher.json", json.dumps({"teacher": json.loads(kept)["teacher"]}))
+  resume()
+
+
+@pytest.mark.parametrize("labeled, fraction", [("1pct", 0.01), ("10pct", 0.1)])
+def test_the_labels_of_a_student_are_those_of_a_teacher_as_the_header_says(labeled, fraction):
+  """The official subset of the teacher's own recipe is other images than the student draws."""
+  as_said = ["--config.data.train=tfds:imagenet2012:train", f"--config.labels.fraction={fraction}"]
+  student, taught = config_lib.load(f"distill:r50_1x_sk0-labels_{labeled}"), f"finetune:v2_{labeled}"
+  assert (config_lib.load(taught, as_said).data, config_lib.load(taught, as_said).labels) == (
+    student.data,
+    student.labels,
+  )
+  header = (config_lib.recipe_folder() / "distill.py").read_text()
+  assert as_said[0] in header and "--config.labels.fraction=0.01 (or 0.1)" in header

@@ -91,6 +91,75 @@ def test_what_would_end_it_after_pretraining_ends_it_before(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def recipe(path, base, **changes):
+  """The file of a recipe that is `base` with changed values."""
+  path.write_text(
+    "import ml_collections\nfrom simclr_jax.programs import config\n\n\ndef get_config():\n"
+    f"  found = config.to_dict(config.replace(config.load({base!r}), {changes!r}))\n  return ml_collections.ConfigDict(found)\n"
+  )
+  return str(path)
+
+
+def configs(tmp_path, **changes):
+  parts = downstream.parts_of(downstream.changed("downstream", changes), 3, tmp_path)
+  return {name: one for name, (_, one) in parts.items()}
+
+
+def test_training_from_scratch_taps_no_head(tmp_path):
+  changes = {"labels.fraction": 1.0, "data.train": "fashion:train", "data.test": "fashion:test"}
+  tuned = recipe(tmp_path / "tuned.py", "finetune:v2_10pct", **changes)
+  found = configs(tmp_path, finetune=tuned)
+  assert {name: one.tap for name, one in found.items() if isinstance(one, config_lib.Finetune)} == {
+    "fine-tuned_0.01": 1,
+    "from_scratch_0.01": 0,
+    "fine-tuned_0.1": 1,
+    "from_scratch_0.1": 0,
+    "student": 0,
+    "student_from_scratch": 0,
+  }
+  deep = recipe(tmp_path / "deep.py", "finetune:small", tap=3)
+  with pytest.raises(UserError, match="config.tap=3: config.pretrain=smoke has 2 layers in its head"):
+    downstream.run(downstream.changed("downstream", {"finetune": deep}), tmp_path / "run")
+  started = recipe(tmp_path / "started.py", "distill:small", start=str(tmp_path / "none"))
+  with pytest.raises(UserError, match="no run here"):
+    downstream.run(downstream.changed("downstream", {"distill": started}), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_student_with_labels_has_those_of_its_teacher(tmp_path):
+  found = configs(tmp_path, distill=recipe(tmp_path / "half.py", "distill:small", alpha=0.5))
+  for name in ("student", "fine-tuned_0.1", "student_from_scratch"):
+    assert (found[name].labels.fraction, found[name].labels.seed) == (0.1, 3)
+  assert configs(tmp_path)["student"].labels.fraction == 1
+
+
+def test_a_finished_part_of_another_recipe_is_refused(tmp_path):
+  """Before the folder is touched; what a run found in its start is no difference, nor are a moved folder and what may change."""
+  settings, run = config_lib.load("downstream"), tmp_path / "run"
+  run.mkdir()
+  checkpoint.write_config(run, config_lib.to_json(settings))
+  (run / "COMPLETE").touch()
+  found = downstream.parts_of(settings, 0, run / "seed0")
+  name = "fine-tuned_0.1"
+  values = {"start": "moved/pretrain", "encoder.width": 2.0, "projector.kind": "linear", "log.every_steps": 7}
+  for part, changes in (("pretrain", {}), (name, values), ("student", {"augment.resize": "bicubic_tf1"})):
+    (folder := run / "seed0" / part).mkdir(parents=True)
+    kept = config_lib.replace(found[part][1], changes)
+    checkpoint.write_config(folder, config_lib.to_json(kept))
+    (folder / "scores.json").write_text(json.dumps({"scores": {"accuracy": 0.5}}))
+    (folder / "COMPLETE").touch()
+    if part != "student":
+      assert downstream.part(None, found[part][1], folder) == {"accuracy": 0.5}
+  edited = recipe(tmp_path / "edited.py", "finetune:small", **{"optimizer.base_lr": 9.0})
+  now = config_lib.replace(settings, {"finetune": edited})
+  checkpoint.write_config(run, config_lib.to_json(now))
+  with pytest.raises(
+    UserError, match=f"{name} is finished: .*config.optimizer.base_lr is 0.001 in the run and 9.0 now"
+  ):
+    downstream.run(now, run, resume=True)
+  assert (run / "COMPLETE").exists()
+
+
 def test_a_refused_resume_leaves_a_finished_run_complete(tmp_path):
   (tmp_path / "COMPLETE").touch()
   checkpoint.write_config(tmp_path, config_lib.to_json(config_lib.load("downstream")))

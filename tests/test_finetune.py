@@ -1,5 +1,6 @@
 """Fine-tuning: what is trained and what is not, from where, on which labels, against arithmetic by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, pretrain, splits, trained
 from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
+from simclr_jax.runtime.errors import UserError
 
 
 def filled(shapes):
@@ -251,6 +253,23 @@ def test_the_start_says_what_the_network_is_and_the_recipe_how_it_computes(start
   task = finetune.make_task(resolved, None, tiny.source(), mesh=mesh_lib.make_mesh())
   state = begin(task, mesh_lib.make_mesh())  # no checkpoint could be loaded
   assert all(np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(s.params["encoder"]) for s in (state, start[1])), strict=True))  # fmt: skip
+
+
+def test_a_start_of_another_kind_computes_as_the_recipe_says():
+  vit = config_lib.load("vit").encoder
+  own = config_lib.Encoder(name="mine:net")
+
+  def given(encoder, **how):
+    changes = {f"encoder.{key}": value for key, value in how.items()}
+    return trained.with_networks(config_lib.replace(config_lib.load("finetune:v2_10pct"), changes), encoder).encoder
+
+  found = given(dataclasses.replace(vit, dtype="float32"), remat="block")
+  assert (found.name, found.dtype, found.remat) == ("vit", "bfloat16", "block")
+  assert given(dataclasses.replace(vit, remat="block")).remat == "none"
+  assert given(own) == own
+  for encoder, key, value in ((vit, "remat", "group"), (vit, "arrangement", "packed"), (own, "remat", "block")):
+    with pytest.raises(UserError, match=f"encoder.{key}='{value}': encoder.name={encoder.name} takes"):
+      given(encoder, **{key: value})
 
 
 def test_an_export_says_which_images_its_training_held_out(tmp_path, capsys):

@@ -211,6 +211,19 @@ def test_a_run_that_is_stopped_around_an_evaluation_has_the_same_rows(tmp_path, 
   assert rows(tmp_path) == expected
 
 
+def test_what_a_batch_does_not_have_is_in_no_mean(tmp_path):
+  """A step says nan of it; where no batch of the window has it, the row says nothing."""
+
+  def some(state, batch):
+    state, found = step(state, batch)
+    known = {"odd": state.step % 2 == 1, "first": state.step < 3}
+    return state, {**found, **{name: jnp.where(here, 1.0 * state.step, jnp.nan) for name, here in known.items()}}
+
+  run(tmp_path, dataclasses.replace(task(6), step=some), log_every=3)
+  found = [row for row in metrics.read(tmp_path) if "odd" in row]
+  assert [(row["odd"], row["first"]) for row in found] == [(2.0, 1.5), (5.0, None)]
+
+
 # ---- several processes that disagree -----------------------------------------------------------------------------------
 
 

@@ -130,6 +130,11 @@ def test_out_of_memory_recommends_keys_that_the_program_has(recipe, offered):
   assert "evaluate.batch_size" in said
 
 
+def test_out_of_memory_names_the_batch_size_of_transfer():
+  assert "lower finetune.batch_size, or" in cli._out_of_memory(MemoryError(), config_lib.load("transfer"))
+  assert "lower batch_size, or" in cli._out_of_memory(MemoryError(), config_lib.load("downstream"))
+
+
 @pytest.mark.parametrize(
   "error, said",
   [

@@ -222,6 +222,87 @@ def test_an_encoder_is_not_scored_on_images_that_it_was_trained_on(folder, tmp_p
     assert trained.TrainedRun(encoder, overrides=[override])
 
 
+def scored(own, now, workdir):
+  """The images that are scored by the section `now` of an encoder that was trained by the section `own`."""
+  training = tiny.config(**{f"data.{key}": value for key, value in ({"test": ""} | own).items()})
+  section = tiny.config(**{f"data.{key}": value for key, value in ({"test": ""} | now).items()}).data
+  _, test = splits.open_data(section)
+  trained.check_unseen(section, test, workdir, training)
+  return test
+
+
+@pytest.mark.parametrize("own, now, shared", [
+  ({"train": "files:{}"}, {"train": "folder:{}", "held_out": 0.5}, "6 of the 6"),
+  ({"train": "files:{}/a"}, {"train": "folder:{}", "held_out": 0.5}, "3 of the 6"),
+  ({"train": "folder:{}", "held_out": 0.5}, {"train": "fashion:train", "test": "files:{}/a"}, "3 of the 6"),
+  ({"train": "folder:{}"}, {"train": "fashion:train", "test": "folder:{}/../other"}, None),
+  ({"train": "folder:{}", "test": "fashion:test"}, {"train": "folder:{}", "test": "files:{}/../other"}, None),
+  ({"train": "files:{}/../gone"}, {"train": "folder:{}", "held_out": 0.5}, None),
+  ({"train": "folder:/gone", "data_dir": "/gone"}, {"train": "folder:{}", "held_out": 0.5}, None),
+  ({"train": "fashion:test"}, {"train": "fashion:train", "test": "fashion:test"}, "2000 of the 2,000"),
+  ({"train": "fashion:train"}, {"train": "textures:train", "test": "fashion:test"}, None),
+  ({"train": "npz:{}/../link.npz"}, {"train": "npz:{}/../set.npz:test", "test": "npz:{}/../set.npz"}, "86 of the 96"),
+  ({"train": "npz:{}/../set.npz:test"}, {"train": "fashion:train", "test": "npz:{}/../set.npz"}, None),
+])  # fmt: skip
+def test_images_of_another_set_that_training_has_seen_are_not_scored(own, now, shared, folder, tmp_path, monkeypatch):
+  """However they are named.  What its training held out, and sets that are gone, are scored."""
+  for i in range(4):
+    save(tmp_path / f"other/{'ab'[i % 2]}/{i}.png", picture(i))
+  tiny.npz(tmp_path / "set.npz")
+  (tmp_path / "link.npz").symlink_to(tmp_path / "set.npz")
+  monkeypatch.setattr(data, "align", lambda train, test, what: test)  # their classes do not matter here
+  own, now = ({key: v.format(folder) if isinstance(v, str) else v for key, v in x.items()} for x in (own, now))
+  if not shared:
+    assert scored(own, now, tmp_path / "run")
+    return
+  what = f"data.test={now['test']}" if "test" in now else f"data.train={now['train']}, of which a part is held out"
+  shared = shared.replace("2000", "1,800")  # a tenth was held out
+  words = f"{what}: {shared} images to score are in {own['train']}, which .*/run was trained on; name others with --config.data.test="
+  with pytest.raises(UserError, match=words):
+    scored(own, now, tmp_path / "run")
+
+
+def test_images_without_a_label_that_fine_tuning_used_are_scored(folder, tmp_path):
+  own = {"train": f"folder:{folder}", "test": "fashion:test"}
+  chosen = data.class_balanced(data.open_source(own["train"]).labels, 0.5, 7)
+  source = data.open_source(own["train"])
+  training = config_lib.replace(
+    config_lib.load("finetune:small"), {"data": own, "labels": {"fraction": 0.5, "seed": 7}}
+  )
+  rest, chosen = data.Selection(source, np.setdiff1d(np.arange(12), chosen)), data.Selection(source, chosen)
+  trained.check_apart(rest, "x", "--y", "", tmp_path, training)
+  with pytest.raises(UserError, match="x: 6 of the 6 images to score are in folder:.*; name others with --y"):
+    trained.check_apart(chosen, "x", "--y", "", tmp_path, training)
+
+
+def test_a_set_that_has_grown_since_training_may_hold_new_images_to_score(folder, tmp_path, capsys):
+  own = {"train": f"files:{folder}"}
+  source = data.open_source(own["train"])
+  same.keep_data(tmp_path, {"data.train": source.fingerprint(), "data.test": source.fingerprint()})
+  add(folder)
+  scored(own, {"train": f"folder:{folder}", "held_out": 0.5}, tmp_path)
+  assert f"note        data.train=files:{folder} has changed since" in capsys.readouterr().out
+
+
+def test_places_of_parts(folder, tmp_path):
+  tiny.npz(tmp_path / "set.npz")
+  source, arrays = data.open_source(f"folder:{folder}"), data.open_source(f"npz:{tmp_path}/set.npz")
+  listed = lambda source: {key: found.tolist() for key, found in source.places().items()}  # noqa: E731
+  part = data.Selection(source, [0, 7, 6])
+  assert listed(part) == {f"{folder}/a": ["00.png"], f"{folder}/b": ["03.png", "01.png"]}
+  assert listed(data.Selection(part, [1])) == {f"{folder}/b": ["03.png"]}
+  assert listed(data.Subset(arrays, 3, 0)) == {f"{tmp_path}/set.npz:": data.Subset(arrays, 3, 0)._chosen.tolist()}
+  assert listed(source) == listed(data.Selection(source, range(12))) and not data.ArraySource(arrays.images).places()
+
+
+def test_pretraining_from_a_start_does_not_score_what_the_start_has_seen(folder, tmp_path):
+  encoder = tiny.export(tmp_path / "encoder", **{"data.train": f"files:{folder}", "data.test": ""})
+  changes = {"data.train": f"folder:{folder}", "data.test": "", "data.held_out": 0.5, "start": str(encoder)}
+  with pytest.raises(UserError, match="6 of the 6 images to score are in files:.*set, which .*encoder was trained on"):
+    pretrain.run(tiny.config(**changes), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
 def test_the_groups_of_batch_norm_are_those_that_the_run_began_with(tmp_path, monkeypatch):
   """On eight devices the config keeps eight; a run of an earlier version, which kept none, resumes."""
   spec = tiny.npz(tmp_path / "tiny.npz")

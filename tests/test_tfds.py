@@ -12,7 +12,7 @@ from simclr_jax import data
 from simclr_jax.data import tfds as tfds_source
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import data as dataset
-from simclr_jax.programs import splits
+from simclr_jax.programs import splits, trained
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,31 @@ def test_slices_that_overlap_are_not_scored(tfds_folder, cache, train, test, sha
     return
   with pytest.raises(ValueError, match=rf"data.test=.* has {shared} images of data.train=.*, such as train\[:90%\]"):
     splits.open_data(section)
+
+
+@pytest.mark.parametrize(
+  "own, train, test, shared",
+  [
+    ("train[:12]", "train", "", r"\d of the 12"),  # half of each class is held out
+    ("train", "train[12:]", "", "5 of the 5"),
+    ("unlabelled+train[:12]", "test", "train[10:]", "2 of the 13"),
+    ("all", "train", "test", "5 of the 5"),
+    ("train[:12]", "train[:12]", "train[12:]", ""),
+    ("train", "unlabelled", "test", ""),
+  ],
+)
+def test_slices_that_training_has_seen_are_not_scored(tfds_folder, cache, own, train, test, shared, monkeypatch):
+  monkeypatch.setattr(data, "align", lambda train, test, what: test)
+  names = {"data.train": f"tfds:tiny:{train}", "data.test": test and f"tfds:tiny:{test}", "data.held_out": 0.5}
+  section = tiny.config(**names, **{"data.data_dir": str(tfds_folder)}).data
+  _, tested = splits.open_data(section)
+  training = tiny.config(**{"data.train": f"tfds:tiny/1.2.0:{own}", "data.test": "fashion:test"})
+  if not shared:
+    monkeypatch.setattr(data, "open_source", None if own == "train" else data.open_source)  # other files are not opened
+    trained.check_unseen(section, tested, "run", training)
+    return
+  with pytest.raises(ValueError, match=f"{shared} images to score are in tfds:tiny.*, which run was trained on"):
+    trained.check_unseen(section, tested, "run", training)
 
 
 def test_tfds_index_is_cached_and_keyed_by_the_shards(tfds_folder, cache, monkeypatch):

@@ -201,11 +201,13 @@ def test_fine_tuning_grid(tmp_path, teacher):  # noqa: F811
   assert set(row["scores"]) == {"finetune pretrained", "finetune random"}
   assert row["chosen"]["finetune pretrained"]["base_lr"] in (0.03, 0.1)
   assert (tmp_path / "run/tiny/pretrained/final/checkpoints/2").exists()
+  kept = {path.name.partition(".")[0] for path in (tmp_path / "run/tiny/pretrained").iterdir() if path.is_file()}
+  assert kept == {"grid0", "grid1"} and not (tmp_path / "run/tiny/pretrained/grid0").exists()
   assert (tmp_path / "run/tiny/random/final/checkpoints/3").exists()
   assert (tmp_path / "run/tiny/random/final/encoder/card.json").exists()
 
 
-def fine_tuned(tmp_path, monkeypatch, result, **changes):
+def fine_tuned(tmp_path, monkeypatch, result, row="held_out", **changes):
   """(what transfer.fine_tune returns, the configs that it trains with) where each prediction is `result` classes too high."""
   configs = []
 
@@ -215,12 +217,11 @@ def fine_tuned(tmp_path, monkeypatch, result, **changes):
     return {"logits": np.eye(10)[(labels + result(c)) % 10], "labels": labels}
 
   monkeypatch.setattr(finetune, "train", train)
-  spec = tiny.npz(tmp_path / "tiny.npz")
-  c = config("x", {"tiny": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")}, **changes)
-  train, held_out, test = transfer.splits(c.rows["tiny"], None)
+  c = config("x", rows(tmp_path), **changes)
+  train, held_out, test = transfer.splits(c.rows[row], None)
   started = types.SimpleNamespace(encoder=tiny.config().encoder, path="x")
   frozen = types.SimpleNamespace(start=started, resize="bicubic_tf1")
-  found = transfer.fine_tune(c, frozen, started, train, held_out, test, "top_1", tmp_path / "run", mesh=None)
+  found = transfer.fine_tune(c, frozen, started, train, held_out, test, c.rows[row].metric, tmp_path / "run", mesh=None)
   return found, configs
 
 
@@ -258,13 +259,56 @@ def test_fine_tuning_sees_the_pixels_that_linear_evaluation_sees(tmp_path, monke
   assert {c.augment.resize for c in configs} == {"bicubic_tf1"}
 
 
+def test_fine_tuned_networks_see_the_crop_of_their_recipe(tmp_path, monkeypatch):
+  """Shorter side to 256, center 224; the whole of the shorter side is for the linear score (arXiv 2002.05709, App. B.8)."""
+  assert config_lib.load("transfer").evaluate.crop == 1.0
+  changes = {"finetune.recipe": config_lib.load("transfer").finetune.recipe, "evaluate.batch_size": 7}
+  _, configs = fine_tuned(tmp_path, monkeypatch, lambda c: 0, **changes)
+  assert {(c.evaluate.crop, c.evaluate.batch_size) for c in configs} == {(0.875, 7)}
+
+
 def test_the_configs_of_fine_tuning_name_its_data_and_its_start(tmp_path, monkeypatch):
   changes = {"finetune.recipe": "finetune:v1_1pct"}
   _, configs = fine_tuned(tmp_path, monkeypatch, lambda c: 0, **changes)
   spec = f"npz:{tmp_path / 'tiny.npz'}"
-  assert {(c.data.train, c.data.test, c.labels.fraction, c.start) for c in configs} == {
-    (spec, f"{spec}:test", 1.0, "x")
-  }
+  *grid, final = configs
+  assert {(c.data.train, c.labels.fraction, c.start) for c in configs} == {(spec, 1.0, "x")}
+  assert final.data.test == f"{spec}:test" and {c.data.test for c in grid} == {""}  # these score held-out images
+
+
+def test_the_points_of_a_grid_name_the_validation_images_that_they_score(tmp_path, monkeypatch):
+  _, configs = fine_tuned(tmp_path, monkeypatch, lambda c: 0, row="split")
+  tested = [f"npz:{tmp_path / 'other.npz'}"] * 2 + [f"npz:{tmp_path / 'tiny.npz'}:test"]
+  assert [c.data.test for c in configs] == tested
+
+
+def test_of_a_point_of_the_grid_its_score_is_kept_and_no_file_else(tmp_path, monkeypatch):
+  """A killed command trains neither the points with a score again nor those that diverged."""
+  killed = KeyboardInterrupt()
+
+  def train(c):
+    assert c.checkpoint.every_steps == transfer.SAVE_EVERY and c.log.every_steps == 100
+    if c.optimizer.base_lr > 0.05:
+      raise loop.Diverged("the loss is nan")
+    if c.data.test and killed:
+      raise killed
+    return 0
+
+  changes = {"finetune.base_lrs": (0.1, 0.03, 0.01)}
+  with pytest.raises(KeyboardInterrupt):
+    fine_tuned(tmp_path, monkeypatch, train, **changes)
+  run = tmp_path / "run"
+  names = [f"grid{i}.json{seal}" for i in range(3) for seal in ("", ".sha256")]
+  assert sorted(path.name for path in run.iterdir()) == ["final", *names]
+  assert [json.loads((run / f"grid{i}.json").read_text())["score"] for i in range(3)] == [None, 1, 1]
+  (run / "grid1").mkdir()  # killed before it was removed
+  killed = None
+  (score, _, chosen), configs = fine_tuned(tmp_path, monkeypatch, train, **changes, **{"evaluate.batch_size": 7})
+  assert score == 1 and chosen["base_lr"] == 0.03 and len(configs) == 1 and not (run / "grid1").exists()
+  with pytest.raises(UserError, match="config.labels.seed is 0 in the run and 7 now"):
+    edited = config_lib.replace(config_lib.load("finetune:small"), {"labels.seed": 7})
+    monkeypatch.setattr(config_lib, "load", lambda *_, load=config_lib.load: edited if "finetune" in _[0] else load(*_))
+    fine_tuned(tmp_path, monkeypatch, train, **changes)
 
 
 def test_a_row_of_which_nothing_is_finished_may_be_of_other_images(tmp_path, monkeypatch):
@@ -296,7 +340,7 @@ def test_a_row_of_which_nothing_is_finished_may_be_of_other_images(tmp_path, mon
 
 def without_network(monkeypatch):
   """Runs of transfer open no encoder."""
-  start = types.SimpleNamespace(variables={"encoder": {}})
+  start = types.SimpleNamespace(variables={"encoder": {}}, config=None, path="x")
   monkeypatch.setattr(transfer.trained, "open_start", lambda _: start)
   monkeypatch.setattr(transfer, "FrozenEncoder", lambda *_, **__: types.SimpleNamespace(start=start))
 
@@ -332,6 +376,21 @@ def test_a_set_is_not_scored_against_itself(tmp_path):
   c = config("x", {"tiny": dict(train=spec, validation="", test=spec, metric="top_1")})
   with pytest.raises(ValueError, match="is the training set too"):
     transfer.splits(c.rows["tiny"], None)
+
+
+def test_images_that_an_encoder_was_trained_on_are_not_scored(tmp_path):
+  """Neither by one of the encoders nor by the other, and before the workdir is touched."""
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  seen = tiny.export(tmp_path / "seen", **{"data.train": f"{spec}:test", "data.test": spec})
+  other = tiny.export(tmp_path / "other", **{"data.train": spec, "data.test": ""})
+  only = {"tiny": dict(train=spec, validation="", test=f"{spec}:test", metric="top_1")}
+  for start, supervised in ((seen, ""), (other, seen)):
+    words = (
+      "rows.tiny.test=.*:test: 32 of the 32 images to score are in .*seen was trained on; .*--config.rows.tiny.test="
+    )
+    with pytest.raises(UserError, match=words):
+      transfer.run(config(str(start), only, supervised=str(supervised)), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_finished_rows_are_handed_out_for_the_same_encoder_and_images_only(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from simclr_jax.data.sources import (
   class_balanced,
   first_readable,
   open_npz,
+  place_of_npz,
   skipped_text,
   split_npz,
 )
@@ -39,7 +40,7 @@ __all__ = [
   "EMBEDDED", "KINDS", "MAX_PIXELS", "AbstractSource", "ArrayRecordSource", "ArraySource", "BadImage", "FilesSource",
   "FolderSource", "Joined", "ParquetSource", "ReadError", "Selection", "Source", "Stream", "Subset", "TFRecordSource", "TfdsSource", "WebDatasetSource",
   "align", "check_fits", "class_balanced", "cores", "decode", "draws", "eval_batches", "example_seeds", "first_readable", "in_memory", "jpeg_header", "labeled",
-  "make_labels", "match_classes", "open_source", "permutation", "significant_bits", "skipped_text", "sniff", "split_npz",
+  "make_labels", "match_classes", "open_source", "permutation", "place_of_npz", "significant_bits", "skipped_text", "sniff", "split_npz",
   "train_stream",
 ]  # fmt: skip
 
@@ -47,10 +48,12 @@ __all__ = [
 @functools.lru_cache(maxsize=4)  # textures take a second to draw
 def _embedded(kind: str, split: str) -> ArraySource:
   if kind == "fashion":
-    return ArraySource(*fashion.split(split), class_names=fashion.CLASS_NAMES, title=f"fashion:{split}")
+    title = f"fashion:{split}"
+    return ArraySource(*fashion.split(split), class_names=fashion.CLASS_NAMES, title=title, place=title)
   seed, count = {"train": (0, 5000), "test": (1, 2000)}[split]
   images, labels = textures.split(seed, count, size=64 if kind == "textures64" else 32)
-  return ArraySource(images, labels, class_names=textures.CLASS_NAMES, title=f"{kind}:{split}")
+  title = f"{kind}:{split}"
+  return ArraySource(images, labels, class_names=textures.CLASS_NAMES, title=title, place=title)
 
 
 class Kind(NamedTuple):

@@ -35,7 +35,7 @@ from simclr_jax.data.records import (
   scan_tfrecord,
   versions,
 )
-from simclr_jax.data.sources import Source, say_once, skipped_text
+from simclr_jax.data.sources import Source, by_shard, say_once, skipped_text
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
@@ -107,8 +107,11 @@ class ShardSource(Source):
   def __len__(self):
     return len(self._facts["shard"])
 
-  def places(self):
-    return {path: np.arange((self._facts["shard"] == k).sum()) for k, path in enumerate(self._shards)}
+  def places(self, rows=None):
+    shard = self._facts["shard"]
+    rows = np.arange(len(shard)) if rows is None else np.asarray(rows)
+    names = [path if files.is_remote(path) else os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)) for path in self._shards]  # fmt: skip
+    return by_shard(names, shard[rows], rows - np.searchsorted(shard, shard[rows]))
 
   def name(self, i):
     return files.printable(f"{self._shards[self._facts['shard'][i]]}:{i}")

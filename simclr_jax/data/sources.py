@@ -48,6 +48,13 @@ def spread(count: int, most: int) -> np.ndarray:
   return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
+def by_shard(shards: Sequence[str], shard: np.ndarray, number: np.ndarray) -> dict[str, np.ndarray]:
+  """`Source.places` of records [n] that are each a number in a shard."""
+  order = np.argsort(shard, kind="stable")
+  parts = np.split(number[order], np.searchsorted(shard[order], np.arange(1, len(shards))))
+  return {path: part for path, part in zip(shards, parts, strict=True) if len(part)}
+
+
 class Source:
   """Images with access by index.
 
@@ -131,9 +138,9 @@ class Source:
       "contents": digest(self._contents()),
     }
 
-  def places(self) -> dict[str, np.ndarray]:
-    """Where the images lie: {path of a shard or folder: numbers of the records or names of the files in it}; empty where it is
-    not known.  Two sets with a place in common share an image."""
+  def places(self, rows=None) -> dict[str, np.ndarray]:
+    """Where the images, or those at int `rows` [n], lie: {path of a shard or folder, or name of a set of arrays: numbers of the
+    records or names of the files in it}; empty where it is not known.  Two sets with a place in common share an image."""
     return {}
 
   def _listing(self) -> Iterable:
@@ -166,9 +173,10 @@ class ArraySource(Source):
     labels: anything that `make_labels` takes, or None.
     class_names: names of the labels; by default their numbers or strings.
     title: what messages call the set.
+    place: the only name of the set, for `places`; empty where it has none.
   """
 
-  def __init__(self, images, labels=None, *, class_names: Sequence[str] = (), title: str = "array"):
+  def __init__(self, images, labels=None, *, class_names: Sequence[str] = (), title: str = "array", place: str = ""):
     images = np.asarray(images)
     if images.ndim == 3:
       images = images[..., None]
@@ -183,6 +191,7 @@ class ArraySource(Source):
       if not (labels >= 0).any():
         labels, class_names = None, ()
     self.images, self.class_names, self._labels, self._title = images, class_names, labels, title
+    self._place = place
     self.array_extent = images.shape[1:3]
 
   @property
@@ -197,6 +206,9 @@ class ArraySource(Source):
 
   def item(self, i):
     return self.gather(np.asarray([i]))[0], -1 if self._labels is None else int(self._labels[i])
+
+  def places(self, rows=None):
+    return {self._place: np.arange(len(self)) if rows is None else np.asarray(rows)} if self._place else {}
 
   def _listing(self):
     return (str(self.images.shape),)
@@ -259,6 +271,9 @@ class Subset(_Part):
   def bits(self):
     return self._source.bits
 
+  def places(self, rows=None):
+    return self._source.places(self._chosen if rows is None else self._chosen[rows])
+
   def item(self, i):
     return self._source.item(int(self._chosen[i]))
 
@@ -311,9 +326,6 @@ class Relabeled(Selection):
 
   def fingerprint(self):
     return self._source.fingerprint()
-
-  def places(self):
-    return self._source.places()
 
   def item(self, i):
     item, label = self._source.item(i)
@@ -381,6 +393,11 @@ def split_npz(rest: str) -> tuple[str, str]:
   return f"{bucket}{place}{path}", split
 
 
+def place_of_npz(path: str, split: str) -> str:
+  """The one name of the arrays of a file, however its path is spelled."""
+  return f"{path if files.is_remote(path) else os.path.realpath(os.path.expanduser(path))}:{split}"
+
+
 def open_npz(rest: str) -> ArraySource:
   path, split = split_npz(rest)
   if not files.expanded(path).is_file():
@@ -404,4 +421,4 @@ def open_npz(rest: str) -> ArraySource:
       f"npz:{rest}: holds the arrays {', '.join(present)}; expected images under {' or '.join(images_keys)} and, if"
       f" any, labels under {' or '.join(labels_keys)}; name another split as npz:FILE:SPLIT"
     )
-  return ArraySource(images, labels, class_names=class_names, title=f"npz:{rest}")
+  return ArraySource(images, labels, class_names=class_names, title=f"npz:{rest}", place=place_of_npz(path, split))

@@ -19,7 +19,7 @@ from simclr_jax.data.records import (
   scan_tfrecords,
   versions,
 )
-from simclr_jax.data.sources import SAMPLE, Source, spread
+from simclr_jax.data.sources import SAMPLE, Source, by_shard, spread
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
@@ -91,9 +91,9 @@ class TfdsSource(Source):
   def name(self, i):
     return f"{self._title}:{i}"
 
-  def places(self):
-    shard, offset = (self._offsets[key][self._rows] for key in ("shard", "offset"))
-    return {path: offset[shard == k] for k, path in enumerate(self._shards)}
+  def places(self, rows=None):
+    rows = self._rows if rows is None else self._rows[rows]
+    return by_shard(self._shards, *(self._offsets[key][rows] for key in ("shard", "offset")))
 
   def _listing(self):
     return *map(os.path.basename, self._shards), self._offsets["length"][self._rows]

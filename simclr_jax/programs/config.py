@@ -425,6 +425,12 @@ class Rollback(Section):
   )
 
 
+# loop.Task.advice, of programs with a section `rollback` and an optimizer.
+IF_IT_DIVERGES = (
+  "resume with rollback.times=3, or begin again with a lower optimizer.base_lr or a longer optimizer.warmup_epochs"
+)
+
+
 @frozen
 class Probe(Section):
   """Linear evaluation by `simclr probe`."""

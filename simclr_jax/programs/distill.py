@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simclr_jax import data, exporting
+from simclr_jax.data import sources
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, same, splits, trained
@@ -32,14 +33,17 @@ def distillation(logits, teacher_logits, temperature: float):
 def loss(logits, batch, *, temperature: float, alpha: float):
   """(1 - alpha) * cross-entropy of the labeled images + alpha * distillation of all (equation 3; 2 for alpha = 1).
 
-  Each term is a mean over its images of the batch.  The label of an image is -1 where the
-  student may not know it.
+  Each term is a mean over its images of the batch.  The label of an image is -1 where the student may not know it.  The
+  metrics of labels are nan in a batch without one, and left out for alpha = 1.
   """
-  supervised, metrics = finetune.cross_entropy(logits, batch)
   distilled = distillation(logits, batch.teacher, temperature)
   agreement = jnp.mean(logits.argmax(1) == batch.teacher.argmax(1))
-  value = (1 - alpha) * supervised + alpha * distilled
-  return value, {**metrics, "supervised_loss": supervised, "distillation_loss": distilled, "agreement": agreement}
+  metrics = {"distillation_loss": distilled, "agreement": agreement}
+  if alpha == 1:
+    return distilled, metrics
+  supervised, of_labels = finetune.cross_entropy(logits, batch)
+  of_labels["supervised_loss"] = jnp.where(jnp.any(batch.label >= 0), supervised, jnp.nan)
+  return (1 - alpha) * supervised + alpha * distilled, {**of_labels, **metrics}
 
 
 class Teacher:
@@ -174,6 +178,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     jax.eval_shape(teacher.apply, teacher.variables, jnp.zeros((1, config.augment.size, config.augment.size, 3)))
   starts = (config.start, config.teacher)
   made_by = {"teacher": exporting.checksum(teacher.variables)}
+  if config.alpha < 1:  # a file of labels.list may have been edited
+    made_by["choice of labels"] = sources.digest([chosen])
   if begun:  # before the folder is touched
     same.check_result(files.absolute(workdir) / "teacher.json", made_by, f"the run in {workdir}")
   logits = functools.cache(lambda: _logits(config, teacher, source, mesh))

@@ -12,7 +12,7 @@ import numpy as np
 
 from simclr_jax import data, report
 from simclr_jax.programs import config as config_lib
-from simclr_jax.programs import distill, finetune, pretrain, same, splits, transfer
+from simclr_jax.programs import distill, finetune, pretrain, same, splits, trained, transfer
 from simclr_jax.programs import workdir as workdir_lib
 from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime import mesh as mesh_lib
@@ -20,10 +20,33 @@ from simclr_jax.runtime.errors import UserError
 
 
 def part(run, config, folder) -> dict:
-  """scores.json of a program's run in `folder`, made if the run is not complete; an interrupted one resumes."""
+  """scores.json of a program's run in `folder`, made if the run is not complete; an interrupted one resumes.
+
+  Raises:
+    UserError: the complete run is of another config.
+  """
+  check_finished(config, folder)
   if not (folder / "COMPLETE").exists():
     run(config, folder, resume=folder.exists(), overwrite=False)
   return json.loads(files.read_sealed(folder / "scores.json"))["scores"]
+
+
+def check_finished(config, folder):
+  """Raises UserError if the run in `folder` is complete and of another config than `config`, such as a recipe before it was
+  edited."""
+  if not (folder / "COMPLETE").exists() or not (folder / "config.json").exists():
+    return
+  kept = config_lib.from_json(checkpoint.read_config(folder))
+  before, now = config_lib.flatten(kept), config_lib.flatten(config)
+  # What the run found in its start and teacher, or counted, stands in its config alone; and the whole folder may be moved.
+  found = [key for key in ("augment.resize", "norm_devices") if not now.get(key)]
+  found += ["start", "teacher"] if isinstance(config, config_lib.Finetune) else []
+  config = config_lib.replace(config, {key: before[key] for key in found if key in before.keys() & now})
+  keys = ("encoder", "projector") if getattr(config, "keep_head", True) else ("encoder",)
+  try:
+    same.same_config(trained.as_begun(config, folder, keys), folder)
+  except UserError as error:
+    raise UserError(f"{folder} is finished: {error}") from None
 
 
 def changed(recipe: str, changes: dict):
@@ -38,39 +61,61 @@ def pretraining(config, seed: int):
   return changed(config.pretrain, {"seed": seed, **length})
 
 
-def one_seed(config, seed: int, folder) -> dict:
-  """{(what, fraction of labels): accuracy} of one seed; fraction 1 where all labels or none are meant."""
-  recipe = config_lib.load(config.pretrain)
-  scores = part(pretrain.run, pretraining(config, seed), folder / "pretrain")
-  names = {"raw pixels": "raw pixels", "untrained encoder": "an untrained h", "h": "h"}
-  out = {(f"linear on {name}", 1.0): scores[key]["linear"] for key, name in names.items()}
+def parts_of(config, seed: int, folder) -> dict:
+  """{name: (program, config)} of what is trained with a seed, in order; each has the folder of its name in `folder`.
+
+  Raises:
+    UserError: a recipe that does not fit the others.
+  """
+  recipe, begin, fraction = config_lib.load(config.pretrain), str(folder / "pretrain"), config.distill_fraction
   shared = {
     "seed": seed,
     "labels.seed": seed,
     "data": recipe.data,
-    "encoder": recipe.encoder,
     "augment.size": recipe.augment.size,
     "augment.resize": recipe.augment.resize,
   }
-  for fraction in config.fractions:
-    for name, start in (("fine-tuned", str(folder / "pretrain")), ("from scratch", "")):
-      tuning = changed(config.finetune, {**shared, "labels.fraction": fraction, "start": start})
-      where = folder / f"{name.replace(' ', '_')}_{fraction:g}"
-      out[name, fraction] = part(finetune.run, tuning, where)["accuracy"]
+  from_scratch = {**shared, "start": "", "tap": 0}  # there is no trained head to tap
+  parts = {"pretrain": (pretrain, pretraining(config, seed))}
+  for part_of in config.fractions:
+    fine_tuned = changed(
+      config.finetune, {**shared, "encoder": recipe.encoder, "labels.fraction": part_of, "start": begin}
+    )
+    alone = changed(config.finetune, {**from_scratch, "encoder": recipe.encoder, "labels.fraction": part_of})
+    head = config_lib.replace(fine_tuned, {"projector": recipe.projector})
+    finetune.check_network(head, f"config.pretrain={config.pretrain}")
+    parts[f"fine-tuned_{part_of:g}"], parts[f"from_scratch_{part_of:g}"] = (finetune, fine_tuned), (finetune, alone)
+  student = changed(config.distill, {**shared, "teacher": str(folder / f"fine-tuned_{fraction:g}")})
+  if student.alpha < 1:  # or no labels are used
+    student = config_lib.replace(student, {"labels.fraction": fraction})
+  alone = changed(config.finetune, {**from_scratch, "encoder": student.encoder, "labels.fraction": fraction})
+  parts |= {"student": (distill, student), "student_from_scratch": (finetune, alone)}
+  for _, one in parts.values():
+    if isinstance(one, config_lib.Finetune) and one.start != begin:
+      finetune.resolve(one)
+  return parts
+
+
+def one_seed(config, seed: int, folder) -> dict:
+  """{(what, fraction of labels): accuracy} of one seed; fraction 1 where all labels or none are meant."""
   fraction = config.distill_fraction
-  teacher = folder / f"fine-tuned_{fraction:g}"
-  student_shared = {key: value for key, value in shared.items() if key != "encoder"}
-  student = changed(config.distill, {**student_shared, "teacher": str(teacher)})
-  out["student", fraction] = part(distill.run, student, folder / "student")["accuracy"]
-  alone = changed(config.finetune, {**shared, "encoder": student.encoder, "labels.fraction": fraction})
-  out["student from scratch", fraction] = part(finetune.run, alone, folder / "student_from_scratch")["accuracy"]
+  scores = {
+    name: part(program.run, one, folder / name) for name, (program, one) in parts_of(config, seed, folder).items()
+  }
+  names = {"raw pixels": "raw pixels", "untrained encoder": "an untrained h", "h": "h"}
+  out = {(f"linear on {name}", 1.0): scores["pretrain"][key]["linear"] for key, name in names.items()}
+  for part_of in config.fractions:
+    for name in ("fine-tuned", "from scratch"):
+      out[name, part_of] = scores[f"{name.replace(' ', '_')}_{part_of:g}"]["accuracy"]
+  out["student", fraction] = scores["student"]["accuracy"]
+  out["student from scratch", fraction] = scores["student_from_scratch"]["accuracy"]
   moved = changed(
     config.transfer,
     {
       "start": str(folder / "pretrain"),
       "supervised": str(folder / f"from_scratch_{max(config.fractions):g}"),
       "seed": seed,
-      "augment.size": recipe.augment.size,
+      "augment.size": config_lib.load(config.pretrain).augment.size,
     },
   )
   for row in transfer.run(moved, folder / "transfer", resume=(folder / "transfer").exists())["rows"]:
@@ -130,6 +175,11 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   specs = (recipe.data.train, recipe.data.test, *transfer.specs(moving))
   if resume and (files.absolute(workdir) / "config.json").exists():  # before the folder is touched
     config_lib.check_same(config_lib.from_json(checkpoint.read_config(workdir)), config)
+  for seed in config.seeds:
+    folder = files.absolute(workdir) / f"seed{seed}"
+    for name, (_, one) in parts_of(config, seed, folder).items():
+      if resume:
+        check_finished(one, folder / name)
   workdir = workdir_lib.claim(workdir, resume=resume, overwrite=overwrite, specs=specs)
   same.keep_data(workdir, fingerprints)
   checkpoint.write_config(workdir, config_lib.to_json(config))

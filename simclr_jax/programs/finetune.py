@@ -29,10 +29,6 @@ from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime import metrics as metrics_lib
 from simclr_jax.runtime.errors import UserError
 
-ADVICE = (
-  "resume with rollback.times=3, or begin again with a lower optimizer.base_lr or a longer optimizer.warmup_epochs"
-)
-
 
 def resolve(config, begun=None):
   """(config, Start or None): where `start` names networks, `encoder` and `projector` become theirs.
@@ -51,14 +47,19 @@ def resolve(config, begun=None):
     resize = config.augment.resize or start.resize  # pixels as the weights know them
     networks = {"projector": start.projector, "augment.resize": resize}
     config = trained.with_networks(config, start.encoder, **networks)
+  check_network(config, f"start={config.start or 'nothing'}")
+  if start and config.tap and "projector" not in start.variables:
+    raise UserError(f"config.tap={config.tap}: {config.start} holds no projection head; use tap 0")
+  return config, start
+
+
+def check_network(config, what: str):
+  """Raises UserError if the encoder or the projection head of `config`, which `what` names, lacks a part that training uses."""
   layers = {"nonlinear": config.projector.layers, "linear": 1, "none": 0}[config.projector.kind]
   if config.tune_after >= 0 and ":" in config.encoder.name:
     raise UserError(f"config.tune_after={config.tune_after}: {config.encoder.name} has no known stages; use -1")
   if config.tap > layers:
-    raise UserError(f"config.tap={config.tap}: start={config.start or 'nothing'} has {layers} layers in its head")
-  if start and config.tap and "projector" not in start.variables:
-    raise UserError(f"config.tap={config.tap}: {config.start} holds no projection head; use tap 0")
-  return config, start
+    raise UserError(f"config.tap={config.tap}: {what} has {layers} layers in its head")
 
 
 def create(config, num_classes: int) -> model_lib.Classifier:
@@ -87,12 +88,13 @@ def optimizer_of(config, encoder, num_examples: int):
 
 
 def cross_entropy(logits, batch):
-  """Mean over the examples with a label (batch.label >= 0), and their accuracy."""
+  """Mean over the examples with a label (batch.label >= 0), and their accuracy; 0 and nan for a batch without one."""
   known = batch.label >= 0
-  label, count = jnp.maximum(batch.label, 0), jnp.maximum(known.sum(), 1)
+  label, count = jnp.maximum(batch.label, 0), known.sum()
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-  right = jnp.sum(known * (logits.argmax(1) == label)) / count
-  return jnp.sum(known * losses) / count, {"train_accuracy": right}
+  some = jnp.maximum(count, 1)
+  right = jnp.where(count, jnp.sum(known * (logits.argmax(1) == label)) / some, jnp.nan)
+  return jnp.sum(known * losses) / some, {"train_accuracy": right}
 
 
 def train_step(state: TrainState, batch, *, model, tx, schedule, tune_after: int, weight_decay: float, loss):
@@ -245,7 +247,7 @@ def make_task(config, start, source, *, mesh, loss=cross_entropy, evaluators=Non
     num_examples=len(source),
     exports=lambda state: {"encoder": model_lib.keep_encoder(state)},
     warm_start=warm_start,
-    advice=ADVICE,
+    advice=config_lib.IF_IT_DIVERGES,
     check_batch=same.batch_check(source, config.batch_size, config.seed),
   )
 

@@ -27,9 +27,6 @@ from simclr_jax.runtime import metrics as metrics_lib
 from simclr_jax.runtime.errors import UserError
 
 SHOW = {"contrastive_accuracy": "contrastive acc %", "online_accuracy": "online %", "knn": "kNN %"}
-ADVICE = (
-  "resume with rollback.times=3, or begin again with a lower optimizer.base_lr or a longer optimizer.warmup_epochs"
-)
 
 
 def init_state(key, *, model, method, tx, image_size: int) -> TrainState:
@@ -213,7 +210,7 @@ def make_task(config, source, *, mesh, evaluators=None, bad_file=None, start=Non
     split=getattr(method, "split", ()),
     show=SHOW,
     log_with_every_row={} if method.chance_loss is None else {"chance_loss": method.chance_loss},
-    advice=ADVICE,
+    advice=config_lib.IF_IT_DIVERGES,
     check_batch=same.batch_check(source, config.batch_size, config.seed),
   )
 
@@ -277,6 +274,8 @@ def run(
   if begun:
     config = same.same_config(config, workdir)
   train_source, test_source = splits.open_data(config.data, source)
+  if start and test_source is not train_source:
+    trained.check_unseen(config.data, test_source, config.start, start.config)
   with errors.of_the_user():
     evaluation = scores.PretrainEvaluation(config, train_source, test_source, mesh)
   every = config_lib.every(config.evaluate, len(train_source), config.batch_size)

@@ -27,7 +27,11 @@ def begun(workdir, resume: bool):
 def same_config(config, workdir):
   """The config of the run in `workdir` with the values of `config` of the keys MAY_CHANGE; raises UserError if another key
   has another value."""
-  kept = config_lib.from_json(checkpoint.read_config(workdir))
+  return same_as(config_lib.from_json(checkpoint.read_config(workdir)), config)
+
+
+def same_as(kept, config):
+  """`same_config` for a config that is kept elsewhere."""
   values, now = config_lib.flatten(kept), config_lib.flatten(config)
   kept = config_lib.replace(kept, {key: now[key] for key in values.keys() & now if key.startswith(MAY_CHANGE)})
   if values.get("norm_scope") == "device" and not values["norm_devices"]:  # an earlier version did not keep it
@@ -76,7 +80,8 @@ def check_result(file, made_by: dict, what: str):
 
   Args:
     file: next to the result; written if it does not exist.
-    made_by: JSON values by name: weights of encoders, fingerprints of data.
+    made_by: JSON values by name: weights of encoders, fingerprints of data.  A name that the file lacks, which is of an
+      earlier version, is not compared.
     what: the result, for the message.
 
   Raises:
@@ -84,7 +89,7 @@ def check_result(file, made_by: dict, what: str):
   """
   if file.exists():
     before = json.loads(files.read_sealed(file))
-    other = [name for name in sorted(before.keys() | made_by.keys()) if _differs(before.get(name), made_by.get(name))]
+    other = [name for name in sorted(before) if _differs(before[name], made_by.get(name))]
     if other:
       raise UserError(
         f"{what} was made with another {other[0]}: use another --workdir, or --overwrite to make everything again"
@@ -194,6 +199,12 @@ def classes_of(path) -> list[str]:
   """The classes that a run, or the run whose encoder is in the folder, was trained with; empty where it does not say."""
   file = run_of(path) / FILE
   return json.loads(files.read_sealed(file))["data.train"]["classes"] if file.exists() else []
+
+
+def images_of_training(path) -> int:
+  """How many images a run, or the run whose encoder is in the folder, was trained on; 0 where it does not say."""
+  file = run_of(path) / FILE
+  return json.loads(files.read_sealed(file))["data.train"]["images"] if file.exists() else 0
 
 
 def for_other_processes(source: Source) -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import exporting, views
+from simclr_jax import data, exporting, views
 from simclr_jax.evaluation import embed
 from simclr_jax.methods import tsimcne
 from simclr_jax.model import make_encoder, variables_of
@@ -64,11 +64,17 @@ def placed_like(like, tree):
 def with_networks(config, encoder, **networks):
   """`config` with the architecture of given networks, an encoder and other sections or keys by their names.
 
-  How the encoder computes (dtype, remat, arrangement) is no property of its weights and stays as `config` says.
+  How the encoder computes (dtype, remat, arrangement) is no property of its weights and stays as `config` says; a function
+  of your own has a dtype of its own.
+
+  Raises:
+    UserError: an encoder of this kind does not compute so.
   """
-  how = ("dtype", "remat", "arrangement") if encoder.name == config.encoder.name else ()
-  given = config_lib.replace(config, {"encoder": encoder, **networks})
-  return config_lib.replace(given, {f"encoder.{key}": config.encoder[key] for key in how})
+  takes = config_lib.ENCODERS.get(encoder.name, ())
+  how = {key: getattr(config.encoder, key) for key in ("dtype", "remat", "arrangement")}
+  plain = {"dtype": how["dtype"], "remat": "none", "arrangement": "plain"}
+  how = {f"encoder.{key}": value for key, value in how.items() if key in takes or value != plain[key]}
+  return config_lib.replace(config_lib.replace(config, {"encoder": encoder, **networks}), how)
 
 
 def as_begun(config, workdir, keys):
@@ -174,17 +180,24 @@ def open_data(config, workdir, training):
 
 
 def check_unseen(section, test, workdir, training):
-  """Checks that the encoder of a run or an export in `workdir` has not seen the images that are held out to score it.
+  """Checks that the encoder of a run or an export in `workdir` has not seen the images that are to score it.
 
   Args:
     section: the section `data` by which they are chosen; test: they.
     training: the config of the encoder's training.
 
   Raises:
-    UserError: it has, because its training held out fewer, or others of data that has changed since.
+    UserError: it has, because its training held out fewer, or others of data that has changed since, or because they are
+      images of another set that it was trained on.
   """
   own = getattr(training, "data", None)
-  if section.test or own is None or not splits.are_one(section.train, own.train):
+  if own is None:
+    return
+  if not splits.are_one(section.train, own.train):
+    what = f"data.test={section.test}" if section.test else f"data.train={section.train}, of which a part is held out"
+    check_apart(test, what, "--config.data.test=...", section.data_dir, workdir, training)
+    return
+  if section.test:  # `splits.open_data` has found it apart from the images of training
     return
   held_out = 0.0 if own.test else own.held_out
   if section.held_out > held_out:
@@ -197,6 +210,47 @@ def check_unseen(section, test, workdir, training):
   else:
     test_of_training = test
   same.check_held_out(workdir, test_of_training)
+
+
+def check_apart(test, what: str, key: str, data_dir: str, workdir, training):
+  """Checks that the training of the run or export in `workdir` has not seen images of a set, as far as the set that it was
+  trained on is still there and it is known where their images lie.  Nothing is opened that cannot share images.
+
+  Args:
+    test: the images, which `what` names; key: the key that names others.
+    data_dir: where prepared TensorFlow Datasets are now.
+    training: the config of the encoder's training.
+
+  Raises:
+    UserError: it has.
+  """
+  own = getattr(training, "data", None)
+  places = test.places() if own else {}
+  places = {place: found for place, found in places.items() if splits.may_hold(own.train, place)}
+  if not places:
+    return
+  own = dataclasses.replace(own, data_dir=data_dir or own.data_dir)
+  try:
+    source = data.open_source(own.train, data_dir=own.data_dir or None)
+    seen = source if own.test else splits.open_data(own, source)[0]
+  except UserError:  # it is gone, or is not what it was
+    return
+  labels = training.labels if type(training) is config_lib.Finetune else None
+  if labels and not labels.list and labels.fraction < 1:  # others were left out
+    seen = data.Selection(seen, data.class_balanced(seen.labels, labels.fraction, labels.seed))
+  shared = splits.count_shared(seen, places)
+  count = same.images_of_training(workdir)
+  if shared and count and count != len(seen):
+    if not jax.process_index():
+      print(
+        f"note        data.train={own.train} has changed since {workdir} was trained on it: scores are right only if it has "
+        f"not seen images of {what}"
+      )
+  elif shared:
+    raise UserError(
+      f"{what}: {shared:,} of the {len(test):,} images to score are in {own.train}, which {workdir} was trained on; name "
+      f"others with {key}"
+    )
 
 
 def read_encoder(workdir, config, step: int | None = None, flag: str = "--workdir="):

@@ -43,17 +43,20 @@ PAPER = {
   }.items()
 }
 HELD_OUT_SEED = 0
+# Steps between two checkpoints of fine-tuning: an interval in epochs, as in its recipe, may be a few steps of a small set.
+SAVE_EVERY = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
   """Labeled images: a source, which `spec` names; `targets` are its labels [n], or [n, classes] of 1, 0 and -1 where images
-  have several."""
+  have several.  `validation` names the set of the images at its end that choose settings; empty: they are of `spec` too."""
 
   source: data.Source
   targets: np.ndarray
   num_classes: int
   spec: str
+  validation: str = ""
 
 
 def open_split(spec: str, data_dir=None) -> Split:
@@ -148,7 +151,7 @@ def splits(row, data_dir):
   for other, spec in ((train, row.train), (test, row.test)):
     splits_lib.check_apart(other.source, spec, more.source, f"validation={row.validation}")
   both = data.Joined([train.source, more.source])
-  joined = Split(both, np.concatenate([train.targets, more.targets]), train.num_classes, row.train)
+  joined = Split(both, np.concatenate([train.targets, more.targets]), train.num_classes, row.train, row.validation)
   return joined, np.arange(len(joined.source)) >= len(train.source), test
 
 
@@ -198,16 +201,19 @@ def fine_tune(
 
   Weight decay is divided by the learning rate, as the paper divides it.  `encoder` says which network it is and
   how its images are resized; `start=None` trains new weights, for as long and with the grid of `config.from_scratch`.
+  Of a point of the grid only gridN.json is kept in `workdir`, its score and config; checkpoints would fill the disk.
 
   Raises:
     loop.Diverged: training on all images with the best point, or with the only one.  A point of the grid that diverges is
       the worst.
+    UserError: a point that is kept was trained with another recipe.
   """
   g, score = config.finetune, linear.METRICS[metric]
   augment = dataclasses.replace(config.augment, resize=encoder.resize)
   tuned = g if start else config.from_scratch
+  recipe = trained.with_networks(config_lib.load(g.recipe), encoder.start.encoder)
 
-  def fit(source, tested, lr, decay, name):
+  def settings(lr, decay, test: str):
     optimizer = dict(name="sgd", base_lr=lr, lr_scaling="none", weight_decay=decay / lr)
     changes = {
       **{
@@ -215,18 +221,20 @@ def fine_tune(
         "tap": 0,
         "start": start.path if start else "",
       },
-      **{"data.train": train.spec, "data.test": test.spec, "data.data_dir": config.data_dir},
+      **{"data.train": train.spec, "data.test": test, "data.data_dir": config.data_dir},
       **{"labels.fraction": 1.0, "labels.list": ""},
       **{"batch_size": g.batch_size, "train_steps": tuned.train_steps, "train_epochs": 0.0, "seed": config.seed},
       **{
         "optimizer": optimizer,
         "augment": augment,
-        "evaluate": config.evaluate,
+        "evaluate.batch_size": config.evaluate.batch_size,  # its crop is that of the linear score
       },
-      **{"checkpoint": {"keep": 1}, "rollback.times": 0, "log": {"every_steps": tuned.train_steps}},
+      **{"checkpoint": {"keep": 1, "every_steps": SAVE_EVERY}, "rollback.times": 0},
+      **{"log": {"every_steps": min(100, tuned.train_steps)}},  # where a loss that is not finite is found
     }
-    recipe = config_lib.load(g.recipe)
-    c = config_lib.replace(trained.with_networks(recipe, encoder.start.encoder), changes)
+    return config_lib.replace(recipe, changes)
+
+  def fit(c, source, tested, name):
     folder = checkpoint.claim_workdir(str(workdir / name), resume=True, overwrite=False)
 
     def make(*args, **options):
@@ -240,17 +248,32 @@ def fine_tune(
       raise UserError(f"{len(tested) - len(logits)} of {len(tested)} images are unreadable: remove or repair them")
     return logits, labels
 
+  def point(c, name):
+    """The score of a point of the grid, None if it diverged; one that is kept is not trained again."""
+    file, folder = files.absolute(workdir / f"{name}.json"), files.absolute(workdir / name)
+    if file.exists():
+      kept = json.loads(files.read_sealed(file))
+      same.same_as(config_lib.from_saved(kept["config"]), c)
+      value = kept["score"]
+    else:
+      try:
+        value = float(score(*fit(c, part, held, name)))
+      except loop.Diverged as error:
+        value = None
+        print(f"base_lr={c.optimizer.base_lr:g}: {error}", flush=True)
+      if not jax.process_index():
+        files.write_sealed(file, json.dumps({"score": value, "config": config_lib.to_dict(c)}, indent=2))
+    if not jax.process_index():
+      folder.rmtree(missing_ok=True)
+    return value
+
   part, held = (data.Selection(train.source, np.flatnonzero(rows)) for rows in (~held_out, held_out))
   grid = list(itertools.product(tuned.base_lrs, tuned.weight_decays))
   best, kept = grid[0], -1.0
   for i, (lr, decay) in enumerate(grid) if len(grid) > 1 else ():
-    try:
-      value = score(*fit(part, held, lr, decay, f"grid{i}"))
-    except loop.Diverged as error:
-      print(f"base_lr={lr:g}, weight_decay={decay:g}: {error}", flush=True)
-      continue
-    best, kept = ((lr, decay), value) if value > kept else (best, kept)
-  logits, _ = fit(train.source, test.source, *best, "final")
+    value = point(settings(lr, decay, train.validation), f"grid{i}")
+    best, kept = ((lr, decay), value) if value is not None and value > kept else (best, kept)
+  logits, _ = fit(settings(*best, test.spec), train.source, test.source, "final")
   return score(logits, test.targets), logits, dict(base_lr=best[0], weight_decay=best[1])
 
 
@@ -293,9 +316,11 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   mesh = mesh_lib.make_mesh()
   start = trained.open_start(config.start)
   parts = open_rows(config, mesh)
-  encoders = {"pretrained": FrozenEncoder(start, config, mesh)}
-  if config.supervised:
-    encoders["supervised"] = FrozenEncoder(trained.open_start(config.supervised), config, mesh)
+  starts = {"pretrained": start} | ({"supervised": trained.open_start(config.supervised)} if config.supervised else {})
+  for (name, (_, _, test)), one in itertools.product(parts.items(), starts.values()):
+    what, key = f"rows.{name}.test={test.spec}", f"--config.rows.{name}.test=..."
+    trained.check_apart(test.source, what, key, config.data_dir, one.path, one.config)
+  encoders = {label: FrozenEncoder(one, config, mesh) for label, one in starts.items()}
   encoders["random"] = FrozenEncoder(start, config, mesh, untrained=True)
   weights = {
     f"{label} encoder": exporting.checksum(encoder.start.variables["encoder"])
@@ -316,8 +341,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
       if name in finished or (folder / name).exists():  # there is something of this row to keep
         same.check_result(folder / f"transfer.{name}.json", made_by[name], f"row {name} of {workdir}")
   again = {"resume": resume, "overwrite": overwrite}
-  starts = (config.start, config.supervised)
-  workdir = workdir_lib.claim(workdir, **again, specs=specs(config), starts=starts, writes=tuple(config.rows))
+  folders = (config.start, config.supervised)
+  workdir = workdir_lib.claim(workdir, **again, specs=specs(config), starts=folders, writes=tuple(config.rows))
   checkpoint.write_config(workdir, config_lib.to_json(config))
   for name in sorted(config.rows, key=lambda name: (*ROWS, name).index(name)):  # the paper's in its order, then others
     row = config.rows[name]

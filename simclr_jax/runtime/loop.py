@@ -49,7 +49,8 @@ class Task:
   """Everything the loop needs to know about a program."""
 
   init: Callable[[jax.Array], State]  # PRNG key -> state at step 0
-  step: Callable[..., tuple[State, dict]]  # (state, batch, *constants): one update; jitted here, state donated
+  # (state, batch, *constants) -> (state, {metric: number; nan if the batch has none}): one update; jitted here, state donated
+  step: Callable[..., tuple[State, dict]]
   stream: Callable[[int], Iterator[Batch]]  # start step -> this process's numpy batches
   evaluators: Mapping[str, Evaluator]
   total_steps: int
@@ -383,7 +384,7 @@ class Loop:
     self.window = []
     for row in rows:
       self.check_loss(row["loss"])
-    mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    mean = {key: _mean([row[key] for row in rows]) for key in rows[0]}
     row = {**mean, **self.speed(), **self.task.log_with_every_row}
     self.writer.scalars(self.step, row)
     self.progress.update(self.step, row, self.seconds_left())
@@ -487,6 +488,13 @@ class Loop:
     self.writer.close()
     with self.clock.phase("save", "wait"):
       self.checkpoints.close()
+
+
+def _mean(values) -> float:
+  """Of those that are not nan, which a step says of what its batch does not have; nan if there are none."""
+  values = np.asarray(values)
+  known = values[~np.isnan(values)]
+  return float(np.mean(known)) if len(known) else math.nan
 
 
 class _Skipped:
