@@ -11,6 +11,7 @@ import sys
 import xml.etree.ElementTree
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -53,6 +54,69 @@ def test_what_is_read_from_a_program():
   assert aot.traffic(HLO) == 128 + (128 + 128 + 32) + 64 + 32
   found = aot.collectives(HLO)
   assert found["all-reduce"]["image_sized"] == 0 and found["all-gather"]["image_sized"] == 1
+
+
+IN_PARTS = """HloModule step
+%product (a: bf16[8,4,16], i: s32[], b: bf16[8,16], w: bf16[16,4]) -> bf16[8,4,4] {
+  %a.1 = bf16[8,4,16]{2,1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %b.1 = bf16[8,4,4]{2,1,0} parameter(2)
+  %w.1 = bf16[16,4]{1,0} parameter(3)
+  %a.2 = bf16[1,4,16]{2,1,0} dynamic-slice(%a.1, %i.1), dynamic_slice_sizes={1,4,16}
+  %a.3 = bf16[4,16]{1,0} bitcast(%a.2)
+  %b.2 = bf16[4,4]{1,0} convolution(%a.3, %w.1), dim_labels=bf_io->bf
+  %b.3 = bf16[1,4,4]{2,1,0} bitcast(%b.2)
+  ROOT %b.4 = bf16[8,4,4]{2,1,0} dynamic-update-slice(%b.1, %b.3, %i.1)
+}
+%body (c: (s32[], bf16[8,4,16], bf16[8,4,4], bf16[16,4])) -> (s32[], bf16[8,4,16], bf16[8,4,4], bf16[16,4]) {
+  %c = (s32[], bf16[8,4,16]{2,1,0}, bf16[8,4,4]{2,1,0}, bf16[16,4]{1,0}) parameter(0)
+  %i.2 = s32[] get-tuple-element(%c), index=0
+  %a.4 = bf16[8,4,16]{2,1,0} get-tuple-element(%c), index=1
+  %b.5 = bf16[8,4,4]{2,1,0} get-tuple-element(%c), index=2
+  %w.2 = bf16[16,4]{1,0:S(1)} get-tuple-element(%c), index=3
+  %b.6 = bf16[8,4,4]{2,1,0} fusion(%a.4, %i.2, %b.5, %w.2), kind=kOutput, calls=%product, metadata={op_name="jit(train_step)/jvp()/while/body/closed_call/SimCLR/dot_general"}, backend_config={"estimated_cycles":"100"}
+  %s = f32[4]{0} all-reduce(%b.6), to_apply=%sum, backend_config={"estimated_cycles":"3"}
+  ROOT %t = (s32[], bf16[8,4,16], bf16[8,4,4], bf16[16,4]) tuple(%i.2, %a.4, %b.6, %w.2)
+}
+%condition (c.1: (s32[], bf16[8,4,16], bf16[8,4,4], bf16[16,4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(8)
+}
+ENTRY %main (a.5: bf16[8,4,16]) -> bf16[8,4,4] {
+  %t.1 = (s32[], bf16[8,4,16], bf16[8,4,4], bf16[16,4]) parameter(0)
+  %loop = (s32[], bf16[8,4,16], bf16[8,4,4], bf16[16,4]) while(%t.1), condition=%condition, body=%body
+}
+"""
+
+
+def test_what_a_loop_does_counts_for_every_trip():
+  assert aot.Schedule(IN_PARTS).cycles == 8 * 103
+  parts = aot.parts(IN_PARTS)
+  assert parts["convolutions, forward"] == 8 * 100 and parts["outside the network"] == 8 * 3
+  assert aot.collectives(IN_PARTS)["all-reduce"] == {"count": 8, "bytes": 8 * 16, "image_sized": 0}
+  # The product reads a microbatch [4, 16] and writes one [4, 4]; the index is 4 bytes; the all-reduce reads all of b and
+  # writes 16 bytes.
+  assert aot.traffic(IN_PARTS) == 8 * (128 + 32 + 4 + 256 + 16)
+  assert aot.products(IN_PARTS) == 7 * 2 * 4 * 4 * 16  # XLA has counted the first trip
+
+
+@pytest.mark.parametrize("size, stride, padding, side", [(3, 1, 1, 9), (2, 2, 0, 4)])
+def test_products_with_padding_are_no_operations(size, stride, padding, side):
+  """As in XLA's own count, for a convolution and its gradients."""
+  x, w, y = (2, 9, 9, 3), (size, size, 3, 5), (2, side, side, 5)
+
+  def convolve(x, w):
+    padded = [(padding, padding)] * 2
+    return jax.lax.conv_general_dilated(x, w, (stride,) * 2, padded, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+  def gradient(i):
+    return lambda x, w: jax.vjp(convolve, x, w)[1](np.ones(y, np.float32))[i]
+
+  for function, shapes in ((convolve, (x, w)), (gradient(0), (y, w)), (gradient(1), (x, y))):
+    lowered = jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in (x, w)))
+    (line,) = (s for s in lowered.as_text("hlo").splitlines() if " convolution(" in s)
+    (made,) = aot._operations(["%c = " + line.partition(" = ")[2]])
+    cost = lowered.cost_analysis()
+    assert cost and 2 * aot._multiplications(made, *shapes) == cost["flops"]
 
 
 @dataclasses.dataclass
@@ -307,6 +371,52 @@ def test_a_real_program_for_a_pod_that_is_not_here():
   for recipe in ("finetune:small", "distill:small"):
     (row,) = json.loads(simclr_plan(f"--config={recipe}", "--topology=v5e:2x2", "--json"))
     assert row["changes"].keys() <= {"encoder.arrangement"} and row["steps"] == 300
+
+
+TOY = """
+import json
+from simclr_jax.runtime import aot
+aot.prepare()
+import jax
+import jax.numpy as jnp
+from simclr_jax import accumulate
+from simclr_jax.runtime import mesh as mesh_lib
+
+def two_products(variables, x, train):
+  return jax.nn.relu(x @ variables["params"]["a"]) @ variables["params"]["b"], variables["batch_stats"]
+
+def update(parts):
+  network = two_products
+  if parts > 1:
+    network = accumulate.in_parts(network, parts=parts, devices=4, batch_norm="microbatch")
+  def loss(params, x):
+    return jnp.mean(jnp.square(network({"params": params, "batch_stats": {}}, x, True)[0]))
+  return jax.jit(lambda params, x: jax.tree.map(jnp.subtract, params, jax.grad(loss)(params, x)))
+
+chip, devices = aot.topology("v5e:2x2")
+mesh = mesh_lib.make_mesh(devices)
+w = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16, sharding=mesh_lib.replicated(mesh))
+x = jax.ShapeDtypeStruct((8192, 2048), jnp.bfloat16, sharding=mesh_lib.batch_sharding(mesh))
+print(json.dumps([aot.measure(update(n), ({"a": w, "b": w}, x), chip=chip, devices=4) for n in (1, 8)]))
+"""
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_program_in_microbatches_is_measured_as_a_whole():
+  environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+  done = subprocess.run([sys.executable, "-c", TOY], env=environment, capture_output=True, text=True, check=True)
+  one, eight = json.loads(done.stdout)
+  # Five products of [2048, 2048] matrices each, and in microbatches the first once more.
+  product = 2 * 2048**3
+  assert 5 * product <= one["flops"] < 5.1 * product and 6 * product <= eight["flops"] < 6.1 * product
+  assert eight["hbm_traffic"] > one["hbm_traffic"]
+  assert max(eight["memory_seconds"], eight["matmul_seconds"]) < eight["step_seconds"]
+  for row in (one, eight):
+    assert sum(row["parts_seconds"].values()) == pytest.approx(row["step_seconds"])
+    low, high = aot.step_range(row, aot.CHIPS["v5e"])
+    assert row["matmul_seconds"] <= low < high
 
 
 def test_the_images_are_those_that_are_trained_on(tmp_path):
