@@ -101,6 +101,14 @@ def test_dry_run(name):
     ("tpu_train.sh", ("--dry-run", "--config=smoke"), POD, "--config=smoke: expected a command of simclr"),
     ("tpu_train.sh", ("--dry-run", "time", "--config=smoke"), POD, "time: expected a command of simclr that resumes"),
     ("tpu_train.sh", ("--dry-run", "pretrain", "--overwrite"), POD, "--overwrite: a pod resumes"),
+    ("tpu_train.sh", ("transfer", "--workdir=x"), POD, "transfer runs in one process: TYPE=v4-256 has several hosts"),
+    (
+      "tpu_train.sh",
+      ("quickstart",),
+      POD | {"TYPE": "v5litepod-16"},
+      "quickstart runs in one process: TYPE=v5litepod-16",
+    ),
+    ("tpu_train.sh", ("downstream",), POD | {"TYPE": "v6e-8"}, "REPOSITORY: git address of the code"),
     ("tpu_train.sh", ("pretrain",), POD, "REPOSITORY: git address of the code"),
     ("tpu_train.sh", ("pretrain",), POD | {"NAME": "My_Run", "REPOSITORY": "x"}, "NAME=My_Run: expected"),
     (
