@@ -1,6 +1,7 @@
 """The launch scripts, without a cloud: what they would run, byte for byte, and what a linter says of them."""
 
 import argparse
+import inspect
 import io
 import os
 import pathlib
@@ -14,6 +15,7 @@ import tarfile
 import textwrap
 import time
 
+import jax
 import jsonschema
 import kubernetes_validate
 import numpy as np
@@ -41,7 +43,7 @@ GKE = {
 }
 PRETRAIN = ("pretrain", "--config=configs/v1.py:1x", "--workdir=gs://bucket/a b", "--resume")
 CASES = {
-  "multiprocess": ("multiprocess.sh", ("--dry-run", "2", *PRETRAIN), {}),
+  "multiprocess": ("multiprocess.sh", ("--dry-run", "2", *PRETRAIN), {"CUDA_VISIBLE_DEVICES": ""}),
   "slurm": ("slurm.sbatch", ("--config.seed=1",), {"DRY_RUN": "1", "CONFIG": "smoke", "WORKDIR": "/shared/a b"}),
   "tpu_create": ("tpu_pod.sh", ("--dry-run", "create"), POD | {"SPOT": "1"}),
   "tpu_create_v5e": ("tpu_pod.sh", ("--dry-run", "create"), POD | {"TYPE": "v5litepod-256"}),
@@ -287,6 +289,30 @@ def test_several_processes_end_with_the_highest_exit_code(tmp_path):
       pass
     group.terminate()
     assert group.wait(timeout=20) == 42
+
+
+@pytest.mark.parametrize(
+  "count, environment, devices",
+  [
+    (2, {}, ["0", "1"]),
+    (4, {}, ["0", "1", "2", "3"]),
+    (5, {}, []),  # more processes than GPUs: only to try what a cluster does
+    (2, {"CUDA_VISIBLE_DEVICES": "2,3"}, ["0", "1"]),  # of those that are visible
+    (2, {"CUDA_VISIBLE_DEVICES": "2"}, []),
+  ],
+)
+def test_every_process_of_a_machine_with_gpus_has_its_own(count, environment, devices, tmp_path):
+  """By the variable that jax.distributed.initialize reads (jax/_src/distributed.py)."""
+  smi = tmp_path / "nvidia-smi"
+  smi.write_text(
+    "#!/bin/bash\nfor i in 0 1 2 3; do echo \"GPU $i: NVIDIA H200 (UUID: GPU-$i)\"; done\necho '  MIG 1g'\n"
+  )
+  smi.chmod(0o755)
+  path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+  done = bash("multiprocess.sh", ("--dry-run", str(count), "pretrain"), path | environment)
+  assert done.returncode == 0 and len(done.stdout.splitlines()) == count
+  assert re.findall(r"^env JAX_LOCAL_DEVICE_IDS=(\d+) simclr pretrain ", done.stdout, re.M) == devices
+  assert "'JAX_LOCAL_DEVICE_IDS'" in pathlib.Path(inspect.getfile(jax.distributed.initialize)).read_text()
 
 
 def wait_for(path, seconds=20):

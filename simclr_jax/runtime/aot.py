@@ -332,9 +332,7 @@ PARTS = (
   "outside the network",
 )
 _MADE = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, |$)")
-_CALLS = re.compile(
-  r"\b(?:calls|to_apply|body|branch_computations|called_computations)=(%[\w.\-]+|\{[^}]*\})"
-)
+_CALLS = re.compile(r"\b(?:calls|to_apply|body|branch_computations|called_computations)=(%[\w.\-]+|\{[^}]*\})")
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 # A module of the network, which may be in loops over microbatches.
 _FORWARD = re.compile(r"jvp\(\w+\)|jvp\(\)(/while/body)+/closed_call/\w+/")
