@@ -429,6 +429,16 @@ def test_a_worker_that_was_rebooted_gets_its_run_back_and_one_that_was_stopped_d
     restart("stop")
 
 
+@pytest.mark.parametrize("given", [(), ("--overwrite",), ("--resume",)])
+def test_a_worker_that_gets_its_run_back_resumes_like_the_others(given, tmp_path):
+  """They have been started again with --resume; processes of which one is to overwrite end for good."""
+  worker(tmp_path, "printf '%s|' \"$@\" > got.partial\nmv got.partial got\nexit 1\n")
+  command = ["bash", "launch/restart.sh", "revive", "pretrain", *given, "--workdir=/a b"]
+  subprocess.run(command, cwd=tmp_path, check=True)
+  got = wait_for(tmp_path / "got").split("|")[:-1]
+  assert got[0] == "pretrain" and "--workdir=/a b" in got and "--resume" in got and "--overwrite" not in got
+
+
 def test_the_answer_how_a_run_is_has_a_line_of_its_own(tmp_path):
   worker(tmp_path, "")
   (tmp_path / "run.log").write_text("step 7 of 9, killed in the mid")
