@@ -194,6 +194,29 @@ def test_the_jobset_takes_values_as_they_are():
   assert "--workdir=gs://b/a&b/it's/{x}" in container["command"]
 
 
+@pytest.mark.parametrize(
+  "state, asked",
+  [("", ["get", "apply"]), ("Completed", ["get", "delete", "apply"]), ("Failed", ["get", "delete", "apply"])],
+)
+def test_a_jobset_that_has_ended_makes_room_for_its_next_start(state, asked, tmp_path):
+  """Its terminalState is empty until then: JobSet's api/jobset/v1alpha2/jobset_types.go, read 2026-11-30."""
+  kubectl = tmp_path / "kubectl"
+  kubectl.write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/asked\n[ "$1" != get ] || printf "{state}"\n')
+  kubectl.chmod(0o755)
+  done = bash("gke.sh", (), GKE | {"PATH": f"{tmp_path}:/usr/bin:/bin"})
+  lines = (tmp_path / "asked").read_text().splitlines()
+  assert done.returncode == 0 and [line.split()[0] for line in lines] == asked
+  assert all("jobset/my-run" in line for line in lines[:-1])
+
+
+def test_no_jobset_is_applied_where_the_cluster_does_not_answer(tmp_path):
+  kubectl = tmp_path / "kubectl"
+  kubectl.write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/asked\nexit 1\n')
+  kubectl.chmod(0o755)
+  assert bash("gke.sh", (), GKE | {"PATH": f"{tmp_path}:/usr/bin:/bin"}).returncode == 1
+  assert (tmp_path / "asked").read_text().startswith("get ") and "apply" not in (tmp_path / "asked").read_text()
+
+
 def test_the_jobset_restarts_what_was_preempted_and_nothing_that_failed():
   manifest = yaml.safe_load(bash(*CASES["gke"]).stdout)
   assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
