@@ -171,6 +171,19 @@ def test_arguments_reach_the_workers_of_a_pod_as_they_were_given(tmp_path):
   assert not list(tmp_path.rglob("pwned"))
 
 
+@pytest.mark.parametrize("action", ["run", "revive"])
+def test_what_simclr_reads_from_the_environment_reaches_the_workers(action, tmp_path):
+  """A preempted pod has lost its home, where compiled programs are kept unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+  program = 'printf \'%s|%s\' "$JAX_COMPILATION_CACHE_DIR" "${SIMCLR_HANG_SECONDS-unset}" > got.partial\nmv got.partial got\nexit 1\n'
+  worker(tmp_path / "simclr_jax", program)
+  place = "gs://bucket/it's a $(touch pwned)"
+  subprocess.run(
+    ["bash", "-c", on_the_worker(action, "pretrain", JAX_COMPILATION_CACHE_DIR=place)], cwd=tmp_path, check=True
+  )
+  assert wait_for(tmp_path / "simclr_jax/got") == f"{place}|unset" and not list(tmp_path.rglob("pwned"))
+  assert "SIMCLR_HANG_SECONDS=600 bash" in on_the_worker(action, "pretrain", SIMCLR_HANG_SECONDS="600")
+
+
 def test_the_address_of_the_repository_runs_nothing(tmp_path):
   git = tmp_path / "bin/git"
   git.parent.mkdir()
