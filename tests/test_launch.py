@@ -596,6 +596,19 @@ def test_a_pod_that_was_there_is_asked_for_until_there_is_another(tmp_path):
   assert done.returncode == 0 and steps == ["delete", "create", "create", "create", "setup", "run", "delete"]
 
 
+def test_images_without_labels_get_all_that_needs_none(tmp_path):
+  """`simclr knn` refuses them, which ends launch/local.sh."""
+  (tmp_path / "launch").mkdir()
+  shutil.copy(ROOT / "launch/local.sh", tmp_path / "launch")
+  (tmp_path / "launch/setup.sh").write_text(f"export PATH={tmp_path}:$PATH\n")
+  simclr = tmp_path / "simclr"
+  simclr.write_text('#!/bin/bash\necho "$1" >> asked\n[ "$1" != knn ]\n')
+  simclr.chmod(0o755)
+  done = subprocess.run(["bash", "launch/local.sh"], cwd=tmp_path, capture_output=True, text=True)
+  assert done.returncode == 1 and "report.html" in done.stdout
+  assert (tmp_path / "asked").read_text().split() == ["pretrain", "export", "knn"]
+
+
 # ---- setup.sh, with interpreters that only write down what they are asked -----------------------------------------------
 
 PYTHON = """#!/bin/bash
