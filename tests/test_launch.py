@@ -791,6 +791,12 @@ def test_a_fact_of_a_vendor_stands_where_it_is_used(page, says, file, text):
   assert text in (ROOT / file).read_text()
 
 
+def test_no_page_sources_a_script_that_may_end_the_shell():
+  """`. launch/setup.sh` closes the terminal of whoever gives it, when something is missing."""
+  for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+    assert not re.search(r"(\.|source) launch/", page.read_text()), page
+
+
 def launch_commands():
   """(page, script, words) of every `bash launch/...` that a page shows, continued lines joined."""
   for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
@@ -802,7 +808,7 @@ def launch_commands():
 @pytest.mark.parametrize("page, script, words", list(launch_commands()), ids=lambda value: "-".join(value) if isinstance(value, list) else value)  # fmt: skip
 def test_every_launch_command_of_a_page_can_be_given(page, script, words):
   """The script takes it, and simclr takes what it passes on."""
-  if script in ("local.sh", "test.sh"):
+  if script in ("local.sh", "setup.sh", "test.sh"):
     return
   environment = GKE if script == "gke.sh" else POD | {"REPOSITORY": "https://example.org/x"}
   words = [word for word in words if word != "--dry-run"]
