@@ -3,7 +3,7 @@
 #   export NAME=my-run ZONE=us-central2-b TYPE=v4-256 SPOT=1 REPOSITORY=https://...
 #   bash launch/tpu_train.sh [--dry-run] pretrain --config=configs/v1.py:1x --workdir=gs://BUCKET/my-run
 # The request of a preempted pod is SUSPENDED permanently (cloud.google.com/tpu/docs/queued-resources): another is made, and the
-# run resumes.  The pod is deleted when the run has ended or was stopped, or after five failed starts.  Start this again to reconnect.
+# run resumes.  The pod is deleted when the run has ended or was stopped, or after five failed starts.  Started again, this reconnects.
 set -euo pipefail
 dry=""
 if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi

@@ -537,6 +537,14 @@ def test_a_run_that_ends_with_an_error_gives_the_pod_back(tmp_path):
   assert done.returncode == 1 and steps == ["delete"]  # the script was started again while the run went on
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_run_that_ended_while_the_script_was_away_is_started_again(code, tmp_path):
+  """What ended may have been another command, such as `simclr time`: its exit code is not that of this run."""
+  answers = ["ACTIVE", f"ended {code}", "ACTIVE", "running", "ACTIVE", "ended 0"]
+  done, steps = pod_life(tmp_path, answers, "pretrain")
+  assert done.returncode == 0 and steps == ["setup", "run", "delete"]
+
+
 def test_a_request_that_fails_is_not_made_again(tmp_path):
   done, steps = pod_life(tmp_path, ["NOT_FOUND: no such resource", "FAILED"], "pretrain")
   assert done.returncode == 1 and steps == ["create"] and "the request failed" in done.stdout
