@@ -433,6 +433,39 @@ def test_the_images_are_those_that_are_trained_on(tmp_path):
   assert plan.size_of(config_lib.replace(few, known)) == (128_117, 1000)
 
 
+def test_of_a_given_number_of_images_the_trained_ones_are_counted(tmp_path):
+  """As of those at hand: without what is held out, and in fine-tuning the fraction with labels."""
+  whole = {"data.train": "folder:/not/here", "data.test": "folder:/nor/here"}
+  few = config_lib.replace(config_lib.load("finetune:v1_1pct"), whole | {"labels.fraction": 0.01})
+  assert plan.trained_on(few, 1_281_167, 1000) == 12_812
+  assert plan.trained_on(config_lib.replace(few, {"data.test": ""}), 1_281_167, 1000) == 11_530
+  (tmp_path / "names.txt").write_text("a.png\nb.png\n\na.png\n")
+  listed = config_lib.replace(few, {"labels.fraction": 1.0, "labels.list": str(tmp_path / "names.txt")})
+  assert plan.trained_on(listed, 1_281_167, 1000) == 2
+  pretraining = tiny.config(**{"data.train": "folder:/not/here", "data.test": "", "data.held_out": 0.1})
+  assert plan.trained_on(pretraining, 1000, 10) == 900 and plan.trained_on(pretraining, 1000, 0) == 1000
+  known = config_lib.replace(pretraining, {"data.train": "tfds:cifar10:train", "data.data_dir": "/not/here"})
+  assert plan.size_of(known) == (45_000, 10)
+
+
+@pytest.mark.parametrize("recipe", ["finetune:small", "distill:small"])
+def test_a_plan_of_what_learns_classes_needs_their_number(monkeypatch, recipe):
+  monkeypatch.setattr(aot, "topology", lambda name: pytest.fail("it has begun to compile"))
+  with pytest.raises(UserError, match="learns classes: give --num_examples and --num_classes"):
+    plan.run(config_lib.load(recipe), ["v5e:2x2"], num_examples=1000)
+
+
+def test_what_is_planned_is_what_is_trained_on(monkeypatch):
+  planned = []
+  monkeypatch.setattr(aot, "topology", lambda name: (aot.CHIPS["v5e"], jax.devices()[:4]))
+  monkeypatch.setattr(plan, "plan", lambda config, name, examples, classes, note: planned.append(examples) or {})
+  few = config_lib.replace(
+    config_lib.load("finetune:small"), {"labels.fraction": 0.1, "data.train": "folder:/not/here"}
+  )
+  plan.run(few, ["v5e:2x2"], num_examples=5000, num_classes=10, as_json=True)
+  assert planned == [500]
+
+
 def test_a_form_of_nt_xent_is_named_where_it_is_the_loss():
   mesh = mesh_lib.make_mesh()
   assert "nt_xent" in plan.settings(tiny.config(), mesh)

@@ -43,17 +43,30 @@ def size_of(config) -> tuple[int, int]:
   Raises:
     ValueError: neither, or the labels that training needs are not there.
   """
-  fine_tunes = config.program == "finetune"
   try:
-    # data.test, which may not be at hand, is not opened: with it, nothing is held out.
-    held_out = 0.0 if config.data.test else config.data.held_out
-    source, _ = splits.open_data(dataclasses.replace(config.data, test="", held_out=held_out))
+    source = _training_images(config)
   except ValueError as error:
     if config.data.train in KNOWN:
       images, classes = KNOWN[config.data.train]
-      return round(images * config.labels.fraction) if fine_tunes else images, classes
+      return trained_on(config, images, classes), classes
     raise UserError(f"{error}; or give --num_examples and --num_classes") from None
-  return len(finetune.choose(source, config.labels)) if fine_tunes else len(source), source.num_classes
+  chosen = finetune.choose(source, config.labels) if config.program == "finetune" else source
+  return len(chosen), source.num_classes
+
+
+def _training_images(config):
+  # data.test, which may not be at hand, is not opened: with it, nothing is held out.
+  held_out = 0.0 if config.data.test else config.data.held_out
+  return splits.open_data(dataclasses.replace(config.data, test="", held_out=held_out))[0]
+
+
+def trained_on(config, images: int, classes: int) -> int:
+  """Number of the images of a set that is not at hand that are trained on."""
+  if classes and not config.data.test:
+    images -= round(images * config.data.held_out)
+  if config.program != "finetune":
+    return images
+  return len(finetune.listed(config.labels)) if config.labels.list else round(images * config.labels.fraction)
 
 
 def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
@@ -314,8 +327,12 @@ def run(config, topologies, *, batches=(), num_examples=0, num_classes=0, as_jso
   """
   if num_classes and not num_examples:
     raise UserError(f"--num_classes={num_classes}: give --num_examples too")
-  if not num_examples:
+  if num_examples:
+    num_examples = trained_on(config, num_examples, num_classes)
+  else:
     num_examples, num_classes = size_of(config)
+  if not num_classes and config.program != "pretrain":
+    raise UserError(f"simclr {config.program} learns classes: give --num_examples and --num_classes")
   if config.program == "pretrain":
     config = pretrain.from_random_weights(config)
   cases = []
