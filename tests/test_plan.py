@@ -466,6 +466,35 @@ def test_what_is_planned_is_what_is_trained_on(monkeypatch):
   assert planned == [500]
 
 
+def test_images_that_stay_on_the_devices_are_planned_in_their_size(monkeypatch, tmp_path):
+  """As `data.in_memory` stores them there, and in the memory of every device; the hosts deliver none."""
+  steps, hbm = [], 2**31
+
+  def measured(jitted, arguments, *, chip, devices):
+    steps.append(arguments[1])
+    return ROW | {"peak_bytes": 1000, "arguments_bytes": 500, "hbm_bytes": hbm}
+
+  monkeypatch.setattr(aot, "topology", lambda name: (aot.CHIPS["v5e"], jax.devices()[:4]))
+  monkeypatch.setattr(aot, "measure", measured)
+  monkeypatch.setattr(plan, "model_flops", lambda *_: 1.0)
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  config = tiny.config(**{"data.train": spec, "data.test": f"{spec}:test", "augment.where": "resident"})
+  row = plan.measure(plan.with_canvas(config), "v5e:2x2", *plan.size_of(config))
+  assert steps[0].pixels["image"].shape == (tiny.BATCH, 28, 28, 3)
+  assert row["peak_bytes"] == 1000 + 96 * 28 * 28 * 3 and row["arguments_bytes"] == 500 + 96 * 28 * 28 * 3
+  text = plan.table({**ROW, **row, "changes": {}})
+  assert "\nhosts" not in text and "\nhosts" in plan.table(ROW)
+  on_host = config_lib.replace(config, {"augment.where": "host"})
+  assert plan.with_canvas(on_host) == on_host
+  # Of what is not here, the canvas is that of the recipe, and no more is kept on a device than a run would keep.
+  away = config_lib.replace(config, {"data.train": "folder:/not/here", "optimizer.warmup_epochs": 0.0})
+  row = plan.measure(plan.with_canvas(away), "v5e:2x2", 1_000_000, 10)
+  assert steps[1].pixels["image"].shape == (tiny.BATCH, 512, 512, 3) and row["peak_bytes"] == 1000 + 2**30
+  hbm = 2**30
+  with pytest.raises(aot.DoesNotFit):
+    plan.measure(away, "v5e:2x2", 1_000_000, 10)
+
+
 def test_a_form_of_nt_xent_is_named_where_it_is_the_loss():
   mesh = mesh_lib.make_mesh()
   assert "nt_xent" in plan.settings(tiny.config(), mesh)
