@@ -36,4 +36,8 @@ for flag in "$@"; do
   flags+=", \"$flag\""
 done
 manifest="${manifest//"\${FLAGS}"/$flags}"
-if [ -n "$dry" ]; then echo "$manifest"; else kubectl apply -f - <<< "$manifest"; fi
+if [ -n "$dry" ]; then echo "$manifest"; exit; fi
+# A JobSet that has ended stays, and kubectl would leave it as it is, or refuse the change of a field.
+ended="$(kubectl get "jobset/$NAME" --ignore-not-found --output='jsonpath={.status.terminalState}')"
+if [ -n "$ended" ]; then kubectl delete "jobset/$NAME"; fi
+kubectl apply -f - <<< "$manifest"

@@ -2,7 +2,7 @@
 # Keeps one run of simclr going in the background on this machine: restarts it after exit code 42 (preempted and saved) and
 # 128 and above (killed, or a peer was lost), at most 50 times, until it ends by itself or is stopped.
 #   bash launch/restart.sh start pretrain --config=configs/v1.py:1x --workdir=gs://BUCKET/my-run --resume
-#   bash launch/restart.sh revive pretrain ...      start, but only where the run was lost, as by a reboot
+#   bash launch/restart.sh revive pretrain ...      start with --resume, but only where the run was lost, as by a reboot
 #   bash launch/restart.sh status | log | stop
 # Output goes to run.log.  A second start while the first run is active changes nothing.
 set -uo pipefail
@@ -14,15 +14,25 @@ alive() { # whether the process in run.pid is still this script, of this checkou
   [ -s run.pid ] && [ "/proc/$(< run.pid)/cwd" -ef . ] && tr '\0' ' ' < "/proc/$(< run.pid)/cmdline" 2> /dev/null | grep -q "launch/restart.sh "
 }
 
+resuming() { # `again`: the command of a start after the first, which would delete what was saved, or find that the folder is not empty
+  again=("$@")
+  case "${1:-}" in
+    distill | downstream | finetune | pretrain | quickstart | transfer) again=("${@/#--overwrite/--resume}" --resume) ;;
+  esac
+}
+
 case "$action" in
   start)
     if alive; then echo "a run is already active"; exit 0; fi
     rm -f run.exit run.stopped
     setsid nohup bash launch/restart.sh keep "$@" >> run.log 2>&1 < /dev/null &
     echo $! > run.pid ;;
-  revive) alive || [ -e run.exit ] || [ -e run.stopped ] || exec bash launch/restart.sh start "$@" ;;
+  revive) # by now the other workers may have been started again
+    resuming "$@"
+    alive || [ -e run.exit ] || [ -e run.stopped ] || exec bash launch/restart.sh start "${again[@]}" ;;
   keep)
-    stopped="" child="" command=("$@")
+    stopped="" child=""
+    resuming "$@"
     trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null' TERM
     for ((restarts = 0; restarts <= 50; restarts++)); do
       .venv/bin/simclr "$@" &
@@ -35,9 +45,7 @@ case "$action" in
       child=$!
       wait "$child"
       [ -z "$stopped" ] || break
-      case "${1:-}" in # a start after the first would delete what was saved, or find that the folder is not empty
-        distill | downstream | finetune | pretrain | quickstart | transfer) set -- "${command[@]/#--overwrite/--resume}" --resume ;;
-      esac
+      set -- "${again[@]}"
     done
     # A machine that is shut down sends the same signal as `stop`, and then the run has not ended.
     if [ -z "$stopped" ] || [ -e run.stopped ] || { [ "$code" -ne 42 ] && [ "$code" -lt 128 ]; }; then echo "$code" > run.exit; fi ;;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sourced by the other scripts: makes .venv at the top of the checkout once, with the tested versions, without root.
+# Makes .venv at the top of the checkout once, with the tested versions, without root.  Run it; only the other scripts source it.
 #   PYTHON=python3.12     the interpreter
 #   ACCELERATOR=cuda13    cpu, cuda12, cuda13 or tpu; default: what this machine has
 #   KEEP_VENV=1           never make or rebuild .venv, which other jobs may be using: end with one line instead

@@ -40,10 +40,13 @@ setup() {
   printf -v repository %q "${REPOSITORY:?git address of the code}"
   on all "if [ -d simclr_jax ]; then git -C simclr_jax pull --ff-only; else git clone -- $repository simclr_jax; fi; cd simclr_jax && ACCELERATOR=tpu bash launch/setup.sh"
 }
-restart() { # on all workers
-  local command
+restart() { # on all workers, with what simclr reads from the environment here
+  local command settings="" key
   printf -v command '%q ' "$@"
-  on all "cd simclr_jax && bash launch/restart.sh ${command% }"
+  for key in JAX_COMPILATION_CACHE_DIR SIMCLR_HANG_SECONDS; do
+    if [ -n "${!key:-}" ]; then printf -v settings '%s%s=%q ' "$settings" "$key" "${!key}"; fi
+  done
+  on all "cd simclr_jax && ${settings}bash launch/restart.sh ${command% }"
 }
 delete() { do_ gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet; }
 case "$action" in

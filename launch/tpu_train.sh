@@ -2,9 +2,8 @@
 # A run on a Cloud TPU pod, from requesting the pod to deleting it, through the steps of launch/tpu_pod.sh:
 #   export NAME=my-run ZONE=us-central2-b TYPE=v4-256 SPOT=1 REPOSITORY=https://...
 #   bash launch/tpu_train.sh [--dry-run] pretrain --config=configs/v1.py:1x --workdir=gs://BUCKET/my-run
-# A preempted pod is deleted and its request SUSPENDED permanently (cloud.google.com/tpu/docs/queued-resources), so this script
-# deletes the request, makes a new one, installs again and resumes.  The pod is deleted when the run has ended by itself, was
-# stopped with `tpu_pod.sh stop`, or could not be started in five tries.  Started again, this script reconnects to the run.
+# The request of a preempted pod is SUSPENDED permanently (cloud.google.com/tpu/docs/queued-resources): another is made, and the
+# run resumes.  The pod is deleted when the run has ended or was stopped, or after five failed starts.  Started again, this reconnects.
 set -euo pipefail
 dry=""
 if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
@@ -12,13 +11,14 @@ case "${1:-}" in
   distill | downstream | finetune | pretrain | quickstart | transfer) command=("$@" --resume) ;;
   *) echo "${1:-nothing}: expected a command of simclr that resumes, such as pretrain" >&2; exit 1 ;;
 esac
+if [[ "$1 ${TYPE:-}" =~ ^(downstream|quickstart|transfer)\ .*-([0-9]+)$ && "${BASH_REMATCH[2]}" -gt 8 ]]; then # cores or chips
+  echo "$1 runs in one process: TYPE=$TYPE has several hosts; take one that ends in -8" >&2; exit 1
+fi
 if [[ " $* " = *" --overwrite "* ]]; then echo "--overwrite: a pod resumes; delete the run, or name a new --workdir" >&2; exit 1; fi
 if [[ " $* " = *" --resume "* ]]; then command=("$@"); fi
 pod() { bash "$(dirname "$0")/tpu_pod.sh" ${dry:+--dry-run} "$@"; }
 note() { echo "$(date '+%F %T') $*"; }
-if [ -n "$dry" ]; then
-  pod create; pod status; pod setup; pod run "${command[@]}"; pod run_status; pod delete; exit
-fi
+if [ -n "$dry" ]; then pod create; pod status; pod setup; pod run "${command[@]}"; pod run_status; pod delete; exit; fi
 bash "$0" --dry-run "$@" > /dev/null # what is missing or wrong is said before a pod is billed
 trap 'note "this script ends; the pod does not: start it again, or bash launch/tpu_pod.sh delete"; exit 130' INT TERM
 errors="$(mktemp)"; trap 'rm -f "$errors"' EXIT

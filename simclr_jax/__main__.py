@@ -65,6 +65,8 @@ def for_this_machine(flags):
     processes.start(flags.coordinator, flags.num_processes, flags.process_id)
     if processes.is_multiprocess():
       processes.agree(_facts(flags))
+  elif "resume" in flags:
+    processes.check_alone(flags.command)
   mesh.check_devices()
   if note and not processes.process_index():
     print(note)

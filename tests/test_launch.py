@@ -1,6 +1,7 @@
 """The launch scripts, without a cloud: what they would run, byte for byte, and what a linter says of them."""
 
 import argparse
+import inspect
 import io
 import os
 import pathlib
@@ -14,6 +15,7 @@ import tarfile
 import textwrap
 import time
 
+import jax
 import jsonschema
 import kubernetes_validate
 import numpy as np
@@ -41,7 +43,7 @@ GKE = {
 }
 PRETRAIN = ("pretrain", "--config=configs/v1.py:1x", "--workdir=gs://bucket/a b", "--resume")
 CASES = {
-  "multiprocess": ("multiprocess.sh", ("--dry-run", "2", *PRETRAIN), {}),
+  "multiprocess": ("multiprocess.sh", ("--dry-run", "2", *PRETRAIN), {"CUDA_VISIBLE_DEVICES": ""}),
   "slurm": ("slurm.sbatch", ("--config.seed=1",), {"DRY_RUN": "1", "CONFIG": "smoke", "WORKDIR": "/shared/a b"}),
   "tpu_create": ("tpu_pod.sh", ("--dry-run", "create"), POD | {"SPOT": "1"}),
   "tpu_create_v5e": ("tpu_pod.sh", ("--dry-run", "create"), POD | {"TYPE": "v5litepod-256"}),
@@ -101,6 +103,14 @@ def test_dry_run(name):
     ("tpu_train.sh", ("--dry-run", "--config=smoke"), POD, "--config=smoke: expected a command of simclr"),
     ("tpu_train.sh", ("--dry-run", "time", "--config=smoke"), POD, "time: expected a command of simclr that resumes"),
     ("tpu_train.sh", ("--dry-run", "pretrain", "--overwrite"), POD, "--overwrite: a pod resumes"),
+    ("tpu_train.sh", ("transfer", "--workdir=x"), POD, "transfer runs in one process: TYPE=v4-256 has several hosts"),
+    (
+      "tpu_train.sh",
+      ("quickstart",),
+      POD | {"TYPE": "v5litepod-16"},
+      "quickstart runs in one process: TYPE=v5litepod-16",
+    ),
+    ("tpu_train.sh", ("downstream",), POD | {"TYPE": "v6e-8"}, "REPOSITORY: git address of the code"),
     ("tpu_train.sh", ("pretrain",), POD, "REPOSITORY: git address of the code"),
     ("tpu_train.sh", ("pretrain",), POD | {"NAME": "My_Run", "REPOSITORY": "x"}, "NAME=My_Run: expected"),
     (
@@ -161,6 +171,19 @@ def test_arguments_reach_the_workers_of_a_pod_as_they_were_given(tmp_path):
   assert not list(tmp_path.rglob("pwned"))
 
 
+@pytest.mark.parametrize("action", ["run", "revive"])
+def test_what_simclr_reads_from_the_environment_reaches_the_workers(action, tmp_path):
+  """A preempted pod has lost its home, where compiled programs are kept unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+  program = 'printf \'%s|%s\' "$JAX_COMPILATION_CACHE_DIR" "${SIMCLR_HANG_SECONDS-unset}" > got.partial\nmv got.partial got\nexit 1\n'
+  worker(tmp_path / "simclr_jax", program)
+  place = "gs://bucket/it's a $(touch pwned)"
+  subprocess.run(
+    ["bash", "-c", on_the_worker(action, "pretrain", JAX_COMPILATION_CACHE_DIR=place)], cwd=tmp_path, check=True
+  )
+  assert wait_for(tmp_path / "simclr_jax/got") == f"{place}|unset" and not list(tmp_path.rglob("pwned"))
+  assert "SIMCLR_HANG_SECONDS=600 bash" in on_the_worker(action, "pretrain", SIMCLR_HANG_SECONDS="600")
+
+
 def test_the_address_of_the_repository_runs_nothing(tmp_path):
   git = tmp_path / "bin/git"
   git.parent.mkdir()
@@ -182,6 +205,29 @@ def test_the_jobset_takes_values_as_they_are():
   manifest = yaml.safe_load(bash("gke.sh", ("--dry-run",), GKE | {"WORKDIR": "gs://b/a&b/it's/{x}"}).stdout)
   (container,) = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
   assert "--workdir=gs://b/a&b/it's/{x}" in container["command"]
+
+
+@pytest.mark.parametrize(
+  "state, asked",
+  [("", ["get", "apply"]), ("Completed", ["get", "delete", "apply"]), ("Failed", ["get", "delete", "apply"])],
+)
+def test_a_jobset_that_has_ended_makes_room_for_its_next_start(state, asked, tmp_path):
+  """Its terminalState is empty until then: JobSet's api/jobset/v1alpha2/jobset_types.go, read 2026-11-30."""
+  kubectl = tmp_path / "kubectl"
+  kubectl.write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/asked\n[ "$1" != get ] || printf "{state}"\n')
+  kubectl.chmod(0o755)
+  done = bash("gke.sh", (), GKE | {"PATH": f"{tmp_path}:/usr/bin:/bin"})
+  lines = (tmp_path / "asked").read_text().splitlines()
+  assert done.returncode == 0 and [line.split()[0] for line in lines] == asked
+  assert all("jobset/my-run" in line for line in lines[:-1])
+
+
+def test_no_jobset_is_applied_where_the_cluster_does_not_answer(tmp_path):
+  kubectl = tmp_path / "kubectl"
+  kubectl.write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/asked\nexit 1\n')
+  kubectl.chmod(0o755)
+  assert bash("gke.sh", (), GKE | {"PATH": f"{tmp_path}:/usr/bin:/bin"}).returncode == 1
+  assert (tmp_path / "asked").read_text().startswith("get ") and "apply" not in (tmp_path / "asked").read_text()
 
 
 def test_the_jobset_restarts_what_was_preempted_and_nothing_that_failed():
@@ -279,6 +325,30 @@ def test_several_processes_end_with_the_highest_exit_code(tmp_path):
       pass
     group.terminate()
     assert group.wait(timeout=20) == 42
+
+
+@pytest.mark.parametrize(
+  "count, environment, devices",
+  [
+    (2, {}, ["0", "1"]),
+    (4, {}, ["0", "1", "2", "3"]),
+    (5, {}, []),  # more processes than GPUs: only to try what a cluster does
+    (2, {"CUDA_VISIBLE_DEVICES": "2,3"}, ["0", "1"]),  # of those that are visible
+    (2, {"CUDA_VISIBLE_DEVICES": "2"}, []),
+  ],
+)
+def test_every_process_of_a_machine_with_gpus_has_its_own(count, environment, devices, tmp_path):
+  """By the variable that jax.distributed.initialize reads (jax/_src/distributed.py)."""
+  smi = tmp_path / "nvidia-smi"
+  smi.write_text(
+    "#!/bin/bash\nfor i in 0 1 2 3; do echo \"GPU $i: NVIDIA H200 (UUID: GPU-$i)\"; done\necho '  MIG 1g'\n"
+  )
+  smi.chmod(0o755)
+  path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+  done = bash("multiprocess.sh", ("--dry-run", str(count), "pretrain"), path | environment)
+  assert done.returncode == 0 and len(done.stdout.splitlines()) == count
+  assert re.findall(r"^env JAX_LOCAL_DEVICE_IDS=(\d+) simclr pretrain ", done.stdout, re.M) == devices
+  assert "'JAX_LOCAL_DEVICE_IDS'" in pathlib.Path(inspect.getfile(jax.distributed.initialize)).read_text()
 
 
 def wait_for(path, seconds=20):
@@ -395,6 +465,16 @@ def test_a_worker_that_was_rebooted_gets_its_run_back_and_one_that_was_stopped_d
     restart("stop")
 
 
+@pytest.mark.parametrize("given", [(), ("--overwrite",), ("--resume",)])
+def test_a_worker_that_gets_its_run_back_resumes_like_the_others(given, tmp_path):
+  """They have been started again with --resume; processes of which one is to overwrite end for good."""
+  worker(tmp_path, "printf '%s|' \"$@\" > got.partial\nmv got.partial got\nexit 1\n")
+  command = ["bash", "launch/restart.sh", "revive", "pretrain", *given, "--workdir=/a b"]
+  subprocess.run(command, cwd=tmp_path, check=True)
+  got = wait_for(tmp_path / "got").split("|")[:-1]
+  assert got[0] == "pretrain" and "--workdir=/a b" in got and "--resume" in got and "--overwrite" not in got
+
+
 def test_the_answer_how_a_run_is_has_a_line_of_its_own(tmp_path):
   worker(tmp_path, "")
   (tmp_path / "run.log").write_text("step 7 of 9, killed in the mid")
@@ -457,6 +537,14 @@ def test_a_run_that_ends_with_an_error_gives_the_pod_back(tmp_path):
   assert done.returncode == 1 and steps == ["delete"]  # the script was started again while the run went on
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_run_that_ended_while_the_script_was_away_is_started_again(code, tmp_path):
+  """What ended may have been another command, such as `simclr time`: its exit code is not that of this run."""
+  answers = ["ACTIVE", f"ended {code}", "ACTIVE", "running", "ACTIVE", "ended 0"]
+  done, steps = pod_life(tmp_path, answers, "pretrain")
+  assert done.returncode == 0 and steps == ["setup", "run", "delete"]
+
+
 def test_a_request_that_fails_is_not_made_again(tmp_path):
   done, steps = pod_life(tmp_path, ["NOT_FOUND: no such resource", "FAILED"], "pretrain")
   assert done.returncode == 1 and steps == ["create"] and "the request failed" in done.stdout
@@ -514,6 +602,19 @@ def test_a_pod_that_was_there_is_asked_for_until_there_is_another(tmp_path):
     tmp_path, [*answers, "ACTIVE", "running", "ACTIVE", "ended 0"], "pretrain", fails=["create"] * 2
   )
   assert done.returncode == 0 and steps == ["delete", "create", "create", "create", "setup", "run", "delete"]
+
+
+def test_images_without_labels_get_all_that_needs_none(tmp_path):
+  """`simclr knn` refuses them, which ends launch/local.sh."""
+  (tmp_path / "launch").mkdir()
+  shutil.copy(ROOT / "launch/local.sh", tmp_path / "launch")
+  (tmp_path / "launch/setup.sh").write_text(f"export PATH={tmp_path}:$PATH\n")
+  simclr = tmp_path / "simclr"
+  simclr.write_text('#!/bin/bash\necho "$1" >> asked\n[ "$1" != knn ]\n')
+  simclr.chmod(0o755)
+  done = subprocess.run(["bash", "launch/local.sh"], cwd=tmp_path, capture_output=True, text=True)
+  assert done.returncode == 1 and "report.html" in done.stdout
+  assert (tmp_path / "asked").read_text().split() == ["pretrain", "export", "knn"]
 
 
 # ---- setup.sh, with interpreters that only write down what they are asked -----------------------------------------------
@@ -698,6 +799,12 @@ def test_a_fact_of_a_vendor_stands_where_it_is_used(page, says, file, text):
   assert text in (ROOT / file).read_text()
 
 
+def test_no_page_sources_a_script_that_may_end_the_shell():
+  """`. launch/setup.sh` closes the terminal of whoever gives it, when something is missing."""
+  for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+    assert not re.search(r"(\.|source) launch/", page.read_text()), page
+
+
 def launch_commands():
   """(page, script, words) of every `bash launch/...` that a page shows, continued lines joined."""
   for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
@@ -709,7 +816,7 @@ def launch_commands():
 @pytest.mark.parametrize("page, script, words", list(launch_commands()), ids=lambda value: "-".join(value) if isinstance(value, list) else value)  # fmt: skip
 def test_every_launch_command_of_a_page_can_be_given(page, script, words):
   """The script takes it, and simclr takes what it passes on."""
-  if script in ("local.sh", "test.sh"):
+  if script in ("local.sh", "setup.sh", "test.sh"):
     return
   environment = GKE if script == "gke.sh" else POD | {"REPOSITORY": "https://example.org/x"}
   words = [word for word in words if word != "--dry-run"]

@@ -11,6 +11,7 @@ import sys
 import xml.etree.ElementTree
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -53,6 +54,69 @@ def test_what_is_read_from_a_program():
   assert aot.traffic(HLO) == 128 + (128 + 128 + 32) + 64 + 32
   found = aot.collectives(HLO)
   assert found["all-reduce"]["image_sized"] == 0 and found["all-gather"]["image_sized"] == 1
+
+
+IN_PARTS = """HloModule step
+%product (a: bf16[8,4,16], i: s32[], b: bf16[8,16], w: bf16[16,4]) -> bf16[8,4,4] {
+  %a.1 = bf16[8,4,16]{2,1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %b.1 = bf16[8,4,4]{2,1,0} parameter(2)
+  %w.1 = bf16[16,4]{1,0} parameter(3)
+  %a.2 = bf16[1,4,16]{2,1,0} dynamic-slice(%a.1, %i.1), dynamic_slice_sizes={1,4,16}
+  %a.3 = bf16[4,16]{1,0} bitcast(%a.2)
+  %b.2 = bf16[4,4]{1,0} convolution(%a.3, %w.1), dim_labels=bf_io->bf
+  %b.3 = bf16[1,4,4]{2,1,0} bitcast(%b.2)
+  ROOT %b.4 = bf16[8,4,4]{2,1,0} dynamic-update-slice(%b.1, %b.3, %i.1)
+}
+%body (c: (s32[], bf16[8,4,16], bf16[8,4,4], bf16[16,4])) -> (s32[], bf16[8,4,16], bf16[8,4,4], bf16[16,4]) {
+  %c = (s32[], bf16[8,4,16]{2,1,0}, bf16[8,4,4]{2,1,0}, bf16[16,4]{1,0}) parameter(0)
+  %i.2 = s32[] get-tuple-element(%c), index=0
+  %a.4 = bf16[8,4,16]{2,1,0} get-tuple-element(%c), index=1
+  %b.5 = bf16[8,4,4]{2,1,0} get-tuple-element(%c), index=2
+  %w.2 = bf16[16,4]{1,0:S(1)} get-tuple-element(%c), index=3
+  %b.6 = bf16[8,4,4]{2,1,0} fusion(%a.4, %i.2, %b.5, %w.2), kind=kOutput, calls=%product, metadata={op_name="jit(train_step)/jvp()/while/body/closed_call/SimCLR/dot_general"}, backend_config={"estimated_cycles":"100"}
+  %s = f32[4]{0} all-reduce(%b.6), to_apply=%sum, backend_config={"estimated_cycles":"3"}
+  ROOT %t = (s32[], bf16[8,4,16], bf16[8,4,4], bf16[16,4]) tuple(%i.2, %a.4, %b.6, %w.2)
+}
+%condition (c.1: (s32[], bf16[8,4,16], bf16[8,4,4], bf16[16,4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(8)
+}
+ENTRY %main (a.5: bf16[8,4,16]) -> bf16[8,4,4] {
+  %t.1 = (s32[], bf16[8,4,16], bf16[8,4,4], bf16[16,4]) parameter(0)
+  %loop = (s32[], bf16[8,4,16], bf16[8,4,4], bf16[16,4]) while(%t.1), condition=%condition, body=%body
+}
+"""
+
+
+def test_what_a_loop_does_counts_for_every_trip():
+  assert aot.Schedule(IN_PARTS).cycles == 8 * 103
+  parts = aot.parts(IN_PARTS)
+  assert parts["convolutions, forward"] == 8 * 100 and parts["outside the network"] == 8 * 3
+  assert aot.collectives(IN_PARTS)["all-reduce"] == {"count": 8, "bytes": 8 * 16, "image_sized": 0}
+  # The product reads a microbatch [4, 16] and writes one [4, 4]; the index is 4 bytes; the all-reduce reads all of b and
+  # writes 16 bytes.
+  assert aot.traffic(IN_PARTS) == 8 * (128 + 32 + 4 + 256 + 16)
+  assert aot.products(IN_PARTS) == 7 * 2 * 4 * 4 * 16  # XLA has counted the first trip
+
+
+@pytest.mark.parametrize("size, stride, padding, side", [(3, 1, 1, 9), (2, 2, 0, 4)])
+def test_products_with_padding_are_no_operations(size, stride, padding, side):
+  """As in XLA's own count, for a convolution and its gradients."""
+  x, w, y = (2, 9, 9, 3), (size, size, 3, 5), (2, side, side, 5)
+
+  def convolve(x, w):
+    padded = [(padding, padding)] * 2
+    return jax.lax.conv_general_dilated(x, w, (stride,) * 2, padded, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+  def gradient(i):
+    return lambda x, w: jax.vjp(convolve, x, w)[1](np.ones(y, np.float32))[i]
+
+  for function, shapes in ((convolve, (x, w)), (gradient(0), (y, w)), (gradient(1), (x, y))):
+    lowered = jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in (x, w)))
+    (line,) = (s for s in lowered.as_text("hlo").splitlines() if " convolution(" in s)
+    (made,) = aot._operations(["%c = " + line.partition(" = ")[2]])
+    cost = lowered.cost_analysis()
+    assert cost and 2 * aot._multiplications(made, *shapes) == cost["flops"]
 
 
 @dataclasses.dataclass
@@ -309,6 +373,52 @@ def test_a_real_program_for_a_pod_that_is_not_here():
     assert row["changes"].keys() <= {"encoder.arrangement"} and row["steps"] == 300
 
 
+TOY = """
+import json
+from simclr_jax.runtime import aot
+aot.prepare()
+import jax
+import jax.numpy as jnp
+from simclr_jax import accumulate
+from simclr_jax.runtime import mesh as mesh_lib
+
+def two_products(variables, x, train):
+  return jax.nn.relu(x @ variables["params"]["a"]) @ variables["params"]["b"], variables["batch_stats"]
+
+def update(parts):
+  network = two_products
+  if parts > 1:
+    network = accumulate.in_parts(network, parts=parts, devices=4, batch_norm="microbatch")
+  def loss(params, x):
+    return jnp.mean(jnp.square(network({"params": params, "batch_stats": {}}, x, True)[0]))
+  return jax.jit(lambda params, x: jax.tree.map(jnp.subtract, params, jax.grad(loss)(params, x)))
+
+chip, devices = aot.topology("v5e:2x2")
+mesh = mesh_lib.make_mesh(devices)
+w = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16, sharding=mesh_lib.replicated(mesh))
+x = jax.ShapeDtypeStruct((8192, 2048), jnp.bfloat16, sharding=mesh_lib.batch_sharding(mesh))
+print(json.dumps([aot.measure(update(n), ({"a": w, "b": w}, x), chip=chip, devices=4) for n in (1, 8)]))
+"""
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_program_in_microbatches_is_measured_as_a_whole():
+  environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+  done = subprocess.run([sys.executable, "-c", TOY], env=environment, capture_output=True, text=True, check=True)
+  one, eight = json.loads(done.stdout)
+  # Five products of [2048, 2048] matrices each, and in microbatches the first once more.
+  product = 2 * 2048**3
+  assert 5 * product <= one["flops"] < 5.1 * product and 6 * product <= eight["flops"] < 6.1 * product
+  assert eight["hbm_traffic"] > one["hbm_traffic"]
+  assert max(eight["memory_seconds"], eight["matmul_seconds"]) < eight["step_seconds"]
+  for row in (one, eight):
+    assert sum(row["parts_seconds"].values()) == pytest.approx(row["step_seconds"])
+    low, high = aot.step_range(row, aot.CHIPS["v5e"])
+    assert row["matmul_seconds"] <= low < high
+
+
 def test_the_images_are_those_that_are_trained_on(tmp_path):
   spec = tiny.npz(tmp_path / "tiny.npz")
   held_out = tiny.config(**{"data.train": spec, "data.test": ""})
@@ -321,6 +431,68 @@ def test_the_images_are_those_that_are_trained_on(tmp_path):
   known = {"data.train": "tfds:imagenet2012:train", "data.test": "tfds:imagenet2012:validation", "labels.fraction": 0.1}
   known["data.data_dir"] = str(tmp_path)
   assert plan.size_of(config_lib.replace(few, known)) == (128_117, 1000)
+
+
+def test_of_a_given_number_of_images_the_trained_ones_are_counted(tmp_path):
+  """As of those at hand: without what is held out, and in fine-tuning the fraction with labels."""
+  whole = {"data.train": "folder:/not/here", "data.test": "folder:/nor/here"}
+  few = config_lib.replace(config_lib.load("finetune:v1_1pct"), whole | {"labels.fraction": 0.01})
+  assert plan.trained_on(few, 1_281_167, 1000) == 12_812
+  assert plan.trained_on(config_lib.replace(few, {"data.test": ""}), 1_281_167, 1000) == 11_530
+  (tmp_path / "names.txt").write_text("a.png\nb.png\n\na.png\n")
+  listed = config_lib.replace(few, {"labels.fraction": 1.0, "labels.list": str(tmp_path / "names.txt")})
+  assert plan.trained_on(listed, 1_281_167, 1000) == 2
+  pretraining = tiny.config(**{"data.train": "folder:/not/here", "data.test": "", "data.held_out": 0.1})
+  assert plan.trained_on(pretraining, 1000, 10) == 900 and plan.trained_on(pretraining, 1000, 0) == 1000
+  known = config_lib.replace(pretraining, {"data.train": "tfds:cifar10:train", "data.data_dir": "/not/here"})
+  assert plan.size_of(known) == (45_000, 10)
+
+
+@pytest.mark.parametrize("recipe", ["finetune:small", "distill:small"])
+def test_a_plan_of_what_learns_classes_needs_their_number(monkeypatch, recipe):
+  monkeypatch.setattr(aot, "topology", lambda name: pytest.fail("it has begun to compile"))
+  with pytest.raises(UserError, match="learns classes: give --num_examples and --num_classes"):
+    plan.run(config_lib.load(recipe), ["v5e:2x2"], num_examples=1000)
+
+
+def test_what_is_planned_is_what_is_trained_on(monkeypatch):
+  planned = []
+  monkeypatch.setattr(aot, "topology", lambda name: (aot.CHIPS["v5e"], jax.devices()[:4]))
+  monkeypatch.setattr(plan, "plan", lambda config, name, examples, classes, note: planned.append(examples) or {})
+  few = config_lib.replace(
+    config_lib.load("finetune:small"), {"labels.fraction": 0.1, "data.train": "folder:/not/here"}
+  )
+  plan.run(few, ["v5e:2x2"], num_examples=5000, num_classes=10, as_json=True)
+  assert planned == [500]
+
+
+def test_images_that_stay_on_the_devices_are_planned_in_their_size(monkeypatch, tmp_path):
+  """As `data.in_memory` stores them there, and in the memory of every device; the hosts deliver none."""
+  steps, hbm = [], 2**31
+
+  def measured(jitted, arguments, *, chip, devices):
+    steps.append(arguments[1])
+    return ROW | {"peak_bytes": 1000, "arguments_bytes": 500, "hbm_bytes": hbm}
+
+  monkeypatch.setattr(aot, "topology", lambda name: (aot.CHIPS["v5e"], jax.devices()[:4]))
+  monkeypatch.setattr(aot, "measure", measured)
+  monkeypatch.setattr(plan, "model_flops", lambda *_: 1.0)
+  spec = tiny.npz(tmp_path / "tiny.npz")
+  config = tiny.config(**{"data.train": spec, "data.test": f"{spec}:test", "augment.where": "resident"})
+  row = plan.measure(plan.with_canvas(config), "v5e:2x2", *plan.size_of(config))
+  assert steps[0].pixels["image"].shape == (tiny.BATCH, 28, 28, 3)
+  assert row["peak_bytes"] == 1000 + 96 * 28 * 28 * 3 and row["arguments_bytes"] == 500 + 96 * 28 * 28 * 3
+  text = plan.table({**ROW, **row, "changes": {}})
+  assert "\nhosts" not in text and "\nhosts" in plan.table(ROW)
+  on_host = config_lib.replace(config, {"augment.where": "host"})
+  assert plan.with_canvas(on_host) == on_host
+  # Of what is not here, the canvas is that of the recipe, and no more is kept on a device than a run would keep.
+  away = config_lib.replace(config, {"data.train": "folder:/not/here", "optimizer.warmup_epochs": 0.0})
+  row = plan.measure(plan.with_canvas(away), "v5e:2x2", 1_000_000, 10)
+  assert steps[1].pixels["image"].shape == (tiny.BATCH, 512, 512, 3) and row["peak_bytes"] == 1000 + 2**30
+  hbm = 2**30
+  with pytest.raises(aot.DoesNotFit):
+    plan.measure(away, "v5e:2x2", 1_000_000, 10)
 
 
 def test_a_form_of_nt_xent_is_named_where_it_is_the_loss():

@@ -15,11 +15,16 @@ from simclr_jax import __main__ as cli
 from simclr_jax.runtime import processes
 
 
-def knn_in_slurm(monkeypatch, tmp_path, tasks, error, *flags):
-  """The exit code of `simclr knn` as task 0 of a job in which JAX cannot join the others."""
+def in_slurm(monkeypatch, tasks):
+  """Makes this process task 0 of a job."""
   job = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": str(tasks), "PROCID": "0", "LOCALID": "0"}
   for name, value in job.items():
     monkeypatch.setenv(f"SLURM_{name}", value)
+
+
+def knn_in_slurm(monkeypatch, tmp_path, tasks, error, *flags):
+  """The exit code of `simclr knn` as task 0 of a job in which JAX cannot join the others."""
+  in_slurm(monkeypatch, tasks)
 
   def initialize(*args, **options):
     raise error
@@ -54,6 +59,25 @@ def test_a_process_that_has_used_its_devices_or_is_a_whole_job_runs_alone(tmp_pa
   monkeypatch.setattr(processes._xla_bridge, "backends_are_initialized", lambda: used)
   assert knn_in_slurm(monkeypatch, tmp_path, tasks, TAKEN) == 1
   assert "no run here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "command",
+  [
+    ("transfer", "--config=transfer"),
+    ("downstream", "--config=downstream"),
+    ("quickstart", "/photos"),
+  ],
+)
+def test_a_command_that_runs_in_one_process_is_refused_in_a_cluster_of_several(tmp_path, monkeypatch, capsys, command):
+  """Each would believe itself alone, and all but one would find the workdir locked."""
+  in_slurm(monkeypatch, 2)
+  assert cli.main([*command, f"--workdir={tmp_path}/run"]) == 1
+  said = capsys.readouterr().err
+  assert said.startswith(f"simclr: {command[0]} runs in one process, and 2 have been started here")
+  assert len(said.splitlines()) == 1 and not (tmp_path / "run").exists()
+  in_slurm(monkeypatch, 1)
+  processes.check_alone(command[0])
 
 
 ONE = """

@@ -31,13 +31,13 @@ from simclr_jax.data.sources import (
   skipped_text,
   split_npz,
 )
-from simclr_jax.data.stream import Stream, check_fits, cores, eval_batches, in_memory, train_stream
+from simclr_jax.data.stream import MAX_BYTES_IN_MEMORY, Stream, check_fits, cores, eval_batches, in_memory, train_stream
 from simclr_jax.data.tfds import TfdsSource
 from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 __all__ = [
-  "EMBEDDED", "KINDS", "MAX_PIXELS", "AbstractSource", "ArrayRecordSource", "ArraySource", "BadImage", "FilesSource",
+  "EMBEDDED", "KINDS", "MAX_BYTES_IN_MEMORY", "MAX_PIXELS", "AbstractSource", "ArrayRecordSource", "ArraySource", "BadImage", "FilesSource",
   "FolderSource", "Joined", "ParquetSource", "ReadError", "Selection", "Source", "Stream", "Subset", "TFRecordSource", "TfdsSource", "WebDatasetSource",
   "align", "check_fits", "class_balanced", "cores", "decode", "draws", "eval_batches", "example_seeds", "first_readable", "in_memory", "jpeg_header", "labeled",
   "make_labels", "match_classes", "open_source", "permutation", "place_of_npz", "significant_bits", "skipped_text", "sniff", "split_npz",

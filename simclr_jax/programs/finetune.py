@@ -149,10 +149,7 @@ def choose(source, labels, test=None) -> np.ndarray:
     raise UserError("data.train has no labels: name a labeled set with --config.data.train=...")
   if not labels.list:
     return data.class_balanced(source.labels, labels.fraction, labels.seed)
-  if not files.absolute(labels.list).is_file():
-    raise UserError(f"labels.list={labels.list}: no such file; give one with one image name per line")
-  wanted = [line.strip("\r") for line in files.read_text(labels.list).split("\n")]
-  wanted = list(dict.fromkeys(name for name in wanted if name.strip()))
+  wanted = listed(labels)
   chosen, missing = [], []
   for name, found in _named(source, wanted).items():
     if len(found) > 1:
@@ -174,6 +171,18 @@ def choose(source, labels, test=None) -> np.ndarray:
       + (f", such as {missing[0]}" if missing else "; write one per line")
     )
   return np.unique(chosen)
+
+
+def listed(labels) -> list[str]:
+  """The names in the file labels.list, each once.
+
+  Raises:
+    ValueError: there is no such file.
+  """
+  if not files.absolute(labels.list).is_file():
+    raise UserError(f"labels.list={labels.list}: no such file; give one with one image name per line")
+  names = [line.strip("\r") for line in files.read_text(labels.list).split("\n")]
+  return list(dict.fromkeys(name for name in names if name.strip()))
 
 
 def _named(source, names) -> dict[str, list[int]]:

@@ -82,7 +82,9 @@ def plan(parser):
     metavar="N",
     help="replaces the recipe's; may be repeated",
   )
-  add("--num_examples", type=_at_least(0), default=0, help="number of images, if the data set is not available here")
+  add(
+    "--num_examples", type=_at_least(0), default=0, help="number of images of the data set, if it is not available here"
+  )
   add("--num_classes", type=_at_least(0), default=0, help="number of classes, if the data set is not available here")
   add("--json", action="store_true", help="print JSON")
   add("--picture", default="", metavar="SVG", help="draw where the time of the step goes")

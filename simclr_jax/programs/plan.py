@@ -43,17 +43,54 @@ def size_of(config) -> tuple[int, int]:
   Raises:
     ValueError: neither, or the labels that training needs are not there.
   """
-  fine_tunes = config.program == "finetune"
   try:
-    # data.test, which may not be at hand, is not opened: with it, nothing is held out.
-    held_out = 0.0 if config.data.test else config.data.held_out
-    source, _ = splits.open_data(dataclasses.replace(config.data, test="", held_out=held_out))
+    source = _training_images(config)
   except ValueError as error:
     if config.data.train in KNOWN:
       images, classes = KNOWN[config.data.train]
-      return round(images * config.labels.fraction) if fine_tunes else images, classes
+      return trained_on(config, images, classes), classes
     raise UserError(f"{error}; or give --num_examples and --num_classes") from None
-  return len(finetune.choose(source, config.labels)) if fine_tunes else len(source), source.num_classes
+  chosen = finetune.choose(source, config.labels) if config.program == "finetune" else source
+  return len(chosen), source.num_classes
+
+
+def _training_images(config):
+  # data.test, which may not be at hand, is not opened: with it, nothing is held out.
+  held_out = 0.0 if config.data.test else config.data.held_out
+  return splits.open_data(dataclasses.replace(config.data, test="", held_out=held_out))[0]
+
+
+def trained_on(config, images: int, classes: int) -> int:
+  """Number of the images of a set that is not at hand that are trained on."""
+  if classes and not config.data.test:
+    images -= round(images * config.data.held_out)
+  if config.program != "finetune":
+    return images
+  return len(finetune.listed(config.labels)) if config.labels.list else round(images * config.labels.fraction)
+
+
+def _resident(config) -> bool:
+  """Whether the images stay on the devices."""
+  return config.program == "pretrain" and config.augment.where == "resident"
+
+
+def with_canvas(config):
+  """The config with the canvas that its images need where they stay on the devices: they are stored in the size of the largest,
+  which is taken to be that of the first.  Of a set that is not at hand it stays as it is.
+
+  Raises:
+    ValueError: more images than stay on a device.
+  """
+  if not _resident(config):
+    return config
+  try:
+    source = _training_images(config)
+  except ValueError:
+    return config
+  canvas = config.augment.canvas
+  data.check_fits(source, canvas=canvas)
+  side = max(source.array_extent) if source.array_extent else min(canvas, max(data.first_readable(source).shape[:2]))
+  return config_lib.replace(config, {"augment.canvas": side})
 
 
 def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
@@ -70,6 +107,11 @@ def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
   row = {"topology": topology, "batch_size": config.batch_size, "settings": settings(config, mesh)}
   row["parameters"] = {name: int(count_parameters(tree)) for name, tree in arguments[0].params.items()}
   row |= aot.measure(step, arguments, chip=chip, devices=mesh.size)
+  if _resident(config):
+    images = min(3 * num_examples * config.augment.canvas**2, data.MAX_BYTES_IN_MEMORY)
+    row |= {key: row[key] + images for key in ("arguments_bytes", "peak_bytes")}
+    if row["peak_bytes"] > row["hbm_bytes"]:
+      raise aot.DoesNotFit(f"the images take {images / aot.GIB:.1f} GiB of it", row["peak_bytes"])
   steps = optimizer.train_steps(config, num_examples)
   row["steps"] = steps
   row["hours"] = steps * row["step_seconds"] / 3600
@@ -78,7 +120,9 @@ def measure(config, topology: str, num_examples: int, num_classes: int) -> dict:
   row["model_flops"] = model_flops(config, source) / mesh.size
   row["mfu"] = row["matmul_seconds"] * row["model_flops"] / row["flops"] / row["step_seconds"]
   row["hosts"] = math.ceil(row["chips"] / chip.per_host)
-  row["images_per_second_per_host"] = config.batch_size / row["step_seconds"] / row["hosts"]
+  row["images_per_second_per_host"] = (
+    0.0 if _resident(config) else config.batch_size / row["step_seconds"] / row["hosts"]
+  )
   row["host_vcpus"] = chip.host_vcpus
   per_core = PER_CORE.get(config.augment.where) if config.augment.size == 224 else None
   row["vcpus_needed"] = row["images_per_second_per_host"] / per_core if per_core else None
@@ -273,6 +317,8 @@ def table(row: dict) -> str:
       for text, cost in row["tried"].items()
     )
     lines.insert(1, ("best with", f"{changes_text(row['changes']) or 'the recipe as it is'} ({'; '.join(others)})"))
+  if not row["images_per_second_per_host"]:
+    lines = [(name, text) for name, text in lines if name != "hosts"]
   return "\n".join(f"{name:14}{value}" for name, value in lines)
 
 
@@ -314,8 +360,13 @@ def run(config, topologies, *, batches=(), num_examples=0, num_classes=0, as_jso
   """
   if num_classes and not num_examples:
     raise UserError(f"--num_classes={num_classes}: give --num_examples too")
-  if not num_examples:
+  if num_examples:
+    num_examples = trained_on(config, num_examples, num_classes)
+  else:
     num_examples, num_classes = size_of(config)
+    config = with_canvas(config)
+  if not num_classes and config.program != "pretrain":
+    raise UserError(f"simclr {config.program} learns classes: give --num_examples and --num_classes")
   if config.program == "pretrain":
     config = pretrain.from_random_weights(config)
   cases = []

@@ -1,7 +1,7 @@
 """How a step would run on a pod: it is compiled ahead of time for a named TPU topology, on a machine without a TPU.
 
-The TPU compiler comes with the package libtpu.  What it reports about its program is exact: memory, operations,
-collectives, the schedule.  Its estimate of the time is a model: the cycles it attributes to each operation of the
+The TPU compiler comes with the package libtpu.  What it reports about its program is exact: memory, operations (of what
+loops repeat, the products), collectives, the schedule.  Its estimate of the time is a model: the cycles it attributes to each operation of the
 schedule, divided by the clock rate, without collectives that nothing hides (docs/scaling.md says how far to trust it).
 """
 
@@ -14,6 +14,7 @@ import os
 import re
 
 import jax
+import numpy as np
 
 from simclr_jax.runtime.errors import UserError
 
@@ -140,6 +141,36 @@ def computations(hlo: str) -> dict:
   return result
 
 
+def _loop(text: str, found: dict):
+  """(body, trip count) of a `while` in a line of one of the computations `found`, or None."""
+  loop = re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", text)
+  if not loop:
+    return None
+  # Every loop here counts from 0 to the one constant in its condition.
+  (trips,) = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(found[loop[1]]))
+  return loop[2], int(trips)
+
+
+@functools.lru_cache(1)
+def executions(hlo: str) -> dict:
+  """{name: times} of the computations that a run of a module executes: of a loop's body, and of all that it calls, as often
+  as the loop's trip count says."""
+  found, times = computations(hlo), {}
+
+  def visit(name, count):
+    if times.get(name, 0) >= count:
+      return
+    times[name] = count
+    for text in found[name]:
+      body, trips = _loop(text, found) or (None, 1)
+      for called in re.findall(r"%([\w.\-]+)", " ".join(_CALLS.findall(text))):
+        if called in found:
+          visit(called, count * (trips if called == body else 1))
+
+  visit("ENTRY", 1)
+  return times
+
+
 class Schedule:
   """What a compiled TPU program says about itself.
 
@@ -157,11 +188,9 @@ class Schedule:
     total, started = 0, {}
     for text in self.computations[name]:
       total += _cost(text)
-      loop = re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", text)
-      if loop:
-        # Every loop here counts from 0 to the one constant in its condition.
-        (trips,) = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(self.computations[loop[1]]))
-        total += int(trips) * self._cycles(loop[2], in_loop=True)
+      if loop := _loop(text, self.computations):
+        body, trips = loop
+        total += trips * self._cycles(body, in_loop=True)
       if not in_loop:
         continue
       hop = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) (collective-permute(?:-start|-done)?)\((?:%([\w.\-]+))?", text)
@@ -174,18 +203,102 @@ class Schedule:
 
 
 def traffic(hlo: str) -> int:
-  """Bytes that the operations of a compiled module read from and write to HBM, each array once; arrays that the compiler
-  keeps in faster memory (`S(1)` and the like in their layout) do not count, as they do in cost_analysis()."""
-  size, total = {}, 0
-  for text in computations(hlo)["ENTRY"]:
-    made = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, |$)", text)
-    if made and made[3] in ("copy-start", "slice-start"):  # from the one memory to the other
-      total += min(_size(*shape) for shape in _shapes(made[2])[:2])
-    elif made:
-      size[made[1]] = sum(_size(*shape) for shape in _shapes(_FASTER.sub("", made[2])))
-      if '"estimated_cycles"' in text:
-        total += size[made[1]] + sum(size.get(name, 0) for name in re.findall(r"%([\w.\-]+)", made[4]))
+  """Bytes that the operations of a compiled module read from and write to HBM, each array once, and of an array of which a
+  slice is read or written, as of the microbatches of a loop, that slice; arrays that the compiler keeps in faster memory
+  (`S(1)` and the like in their layout) do not count, as they do in cost_analysis()."""
+  found, total = computations(hlo), 0
+  for name, times in executions(hlo).items():
+    size: dict[str, int] = {}
+    for made in _operations(found[name]):
+      if made[3] in ("copy-start", "slice-start"):  # from the one memory to the other
+        total += times * min(_size(*shape) for shape in _shapes(made[2])[:2])
+        continue
+      size[made[1]] = _sum(_FASTER.sub("", made[2]))
+      if '"estimated_cycles"' in made.string:
+        read = _read(made, found)
+        total += times * sum(min(size.get(name, 0), read.get(i, math.inf)) for i, name in enumerate(_operands(made)))
+        total += times * max(0, size[made[1]] - _kept(made, size, found))
+  return int(total)
+
+
+def _operations(lines):
+  """Matches of name, result, kind and operands of the operations in some lines."""
+  return filter(None, map(_MADE.match, lines))
+
+
+def _operands(made):
+  return re.findall(r"%([\w.\-]+)", made[4])
+
+
+def _inside(made, found):
+  """The operations of the computation that an operation calls, if any."""
+  called = re.search(r"calls=%([\w.\-]+)", made.string)
+  return _operations(found[called[1]]) if called else ()
+
+
+def _read(made, found) -> dict:
+  """{i: bytes} that an operation reads of its operand i; what is read whole may be missing."""
+  if made[3] in ("dynamic-slice", "dynamic-update-slice"):
+    return {0: _sum(made[2]) if made[3] == "dynamic-slice" else 0}
+  number, read = {}, {}
+  for inner in _inside(made, found):
+    operands = _operands(inner)
+    if inner[3] == "parameter":
+      number[inner[1]] = int(inner[4])
+    elif inner[3] == "bitcast" and operands[0] in number:
+      number[inner[1]] = number[operands[0]]
+    else:
+      portions = _read(inner, found)
+      for i, name in enumerate(operands):
+        if name in number:
+          read[number[name]] = read.get(number[name], 0) + portions.get(i, math.inf)
+  return read
+
+
+def _kept(made, size, found) -> int:
+  """Bytes of an operation's results that it leaves as they are, of arrays of which it writes a slice."""
+  kept, size = 0, dict(size)
+  for inner in _inside(made, found) if made[3] == "fusion" else (made,):
+    size[inner[1]] = _sum(_FASTER.sub("", inner[2]))
+    if inner[3] == "dynamic-update-slice":
+      kept += max(0, size[inner[1]] - size.get(_operands(inner)[1], 0))
+  return kept
+
+
+def products(hlo: str) -> float:
+  """FLOPs of the matrix products and convolutions that loops repeat after their first trip, which cost_analysis() leaves out.
+
+  As there, products with padding and with the zeros of a dilation are no operations.
+  """
+  found, total = computations(hlo), 0
+  for name, times in executions(hlo).items():
+    shape = {}
+    for made in _operations(found[name]) if times > 1 else ():
+      shape[made[1]] = _shapes(made[2])[0][1] if _shapes(made[2]) else []
+      if made[3] == "convolution":
+        total += 2 * (times - 1) * _multiplications(made, *(shape[name] for name in _operands(made)))
   return total
+
+
+def _multiplications(made, left, right) -> int:
+  """Of a convolution, which the compiler makes of a matrix product too; `left` and `right` are the shapes of its operands."""
+  ((of_left, of_right, of_out),) = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", made.string)
+  groups = re.search(r"batch_group_count=(\d+)", made.string)
+  window = re.search(r"window=\{([^}]*)\}", made.string)
+  window = {key: values.split("x") for key, values in re.findall(r"(\w+)=(\S+)", window[1])} if window else {}
+  out = _shapes(made[2])[0][1]
+  count = right[of_right.index("i")] * right[of_right.index("o")] * left[of_left.index("b")]
+  count //= int(groups[1]) if groups else 1
+  for axis, size in enumerate(map(int, window.get("size", ()))):
+    step, dilation, zeros, padding = (
+      window[key][axis] if key in window else default
+      for key, default in (("stride", "1"), ("rhs_dilate", "1"), ("lhs_dilate", "1"), ("pad", "0_0"))
+    )
+    place = np.arange(out[of_out.index(str(axis))])[:, None] * int(step) + np.arange(size) * int(dilation)
+    place -= int(padding.partition("_")[0])
+    inside = (place >= 0) & (place < left[of_left.index(str(axis))] * int(zeros))
+    count *= int(np.sum(inside & (place % int(zeros) == 0)))
+  return count
 
 
 def parts(hlo: str) -> dict:
@@ -193,14 +306,16 @@ def parts(hlo: str) -> dict:
 
   An operation that contains a convolution counts as one, with all that the compiler fused into it, including statistics.
   """
-  found: dict[str, int] = dict.fromkeys(PARTS, 0)
-  for text in computations(hlo)["ENTRY"]:
-    name = re.search(r'op_name="([^"]*)"', text)
-    name = name[1] if name else ""
-    direction = "backward" if "transpose(jvp(" in name else "forward" if re.search(r"jvp\(\w+\)", name) else None
-    kind = "convolutions" if re.search(r"conv_general_dilated|dot_general", name) else "passes over activations"
-    found[f"{kind}, {direction}" if direction else "outside the network"] += _cost(text)
-  return found
+  total: dict[str, int] = dict.fromkeys(PARTS, 0)
+  found = computations(hlo)
+  for computation, times in executions(hlo).items():
+    for text in found[computation]:
+      name = re.search(r'op_name="([^"]*)"', text)
+      name = name[1] if name else ""
+      direction = "backward" if "transpose(jvp(" in name else "forward" if _FORWARD.search(name) else None
+      kind = "convolutions" if re.search(r"conv_general_dilated|dot_general", name) else "passes over activations"
+      total[f"{kind}, {direction}" if direction else "outside the network"] += times * _cost(text)
+  return total
 
 
 def _cost(text: str) -> int:
@@ -216,7 +331,11 @@ PARTS = (
   "passes over activations, backward",
   "outside the network",
 )
+_MADE = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, |$)")
+_CALLS = re.compile(r"\b(?:calls|to_apply|body|branch_computations|called_computations)=(%[\w.\-]+|\{[^}]*\})")
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+# A module of the network, which may be in loops over microbatches.
+_FORWARD = re.compile(r"jvp\(\w+\)|jvp\(\)(/while/body)+/closed_call/\w+/")
 _FASTER = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\([^}]*\}")  # an array outside of HBM
 _WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
@@ -233,19 +352,24 @@ def _bytes(result: str) -> int:
   return max((_size(*shape) for shape in _shapes(result)), default=0)
 
 
+def _sum(result: str) -> int:
+  return sum(_size(*shape) for shape in _shapes(result))
+
+
 def collectives(hlo: str) -> dict:
-  """{kind: {"count", "bytes", "image_sized"}} of a compiled module.
+  """{kind: {"count", "bytes", "image_sized"}} of a run of a compiled module, so those in a loop count once for every trip.
 
   `image_sized` counts operands [n, ..., side, side, channels] with a side of at least 7: images and activations, which
   a data-parallel step never sends.
   """
-  found = {}
-  for result, kind in _COLLECTIVE.findall(hlo):
-    row = found.setdefault(kind, {"count": 0, "bytes": 0, "image_sized": 0})
-    row["count"] += 1
-    for dtype, dims in _shapes(result):
-      row["bytes"] += _size(dtype, dims)
-      row["image_sized"] += any(dims[i] == dims[i + 1] >= 7 for i in range(1, len(dims) - 2))
+  found, lines = {}, computations(hlo)
+  for name, times in executions(hlo).items():
+    for result, kind in _COLLECTIVE.findall("\n".join(lines[name])):
+      row = found.setdefault(kind, {"count": 0, "bytes": 0, "image_sized": 0})
+      row["count"] += times
+      for dtype, dims in _shapes(result):
+        row["bytes"] += times * _size(dtype, dims)
+        row["image_sized"] += times * any(dims[i] == dims[i + 1] >= 7 for i in range(1, len(dims) - 2))
   return found
 
 
@@ -302,7 +426,7 @@ def measure(jitted, arguments, *, chip: Chip, devices: int) -> dict:
   memory = compiled.memory_analysis()
   cost = compiled.cost_analysis()
   hlo = compiled.as_text()
-  moved = traffic(hlo)
+  flops, moved = cost["flops"] + products(hlo), traffic(hlo)
   per_chip = chip.devices
   return {
     "devices": devices,
@@ -311,9 +435,9 @@ def measure(jitted, arguments, *, chip: Chip, devices: int) -> dict:
     "temporaries_bytes": memory.temp_size_in_bytes,
     "peak_bytes": peak_bytes(compiled),
     "hbm_bytes": chip.hbm_bytes / per_chip,
-    "flops": cost["flops"],
+    "flops": flops,
     "hbm_traffic": moved,
-    "matmul_seconds": cost["flops"] / (chip.flops / per_chip),
+    "matmul_seconds": flops / (chip.flops / per_chip),
     "memory_seconds": moved / (chip.hbm_bandwidth / per_chip),
     "step_seconds": Schedule(hlo).cycles / chip.clock,
     "parts_seconds": {name: cycles / chip.clock for name, cycles in parts(hlo).items()},

@@ -83,7 +83,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
       with _limited(JOIN, "this process", ""):
         initialize()
     except RuntimeError as error:
-      if _cluster_is_this_process():  # two commands in one job want the same port, and need none
+      if _size_of_cluster() == 1:  # two commands in one job want the same port, and need none
         return
       raise NotJoined(f"a cluster was found but cannot be joined: {error}") from None
     except ValueError as error:
@@ -97,11 +97,29 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     watchdog.start(_client, jax.process_index(), jax.process_count())
 
 
-def _cluster_is_this_process() -> bool:
-  """Whether the cluster that JAX finds has one process."""
+def _size_of_cluster() -> int | None:
+  """Number of processes of the cluster that JAX finds, or None if there is none."""
   kinds = _clusters.ClusterEnv._cluster_types
   found = next((kind for kind in kinds if not kind.opt_in_only_method and kind.is_env_present()), None)
-  return found is not None and found.get_process_count() == 1
+  return found and found.get_process_count()
+
+
+def check_alone(command: str):
+  """Checks that this process is no part of a cluster, for a command whose processes would not join each other.
+
+  Raises:
+    UserError: it is one of several.
+  """
+  try:
+    count = _size_of_cluster() or 1
+  except (
+    Exception
+  ):  # whatever a cluster's own interface raises where it does not say, as for a single pod in Kubernetes
+    return
+  if count > 1:
+    raise UserError(
+      f"{command} runs in one process, and {count} have been started here: start it once, on a machine or TPU of one host"
+    )
 
 
 @contextlib.contextmanager
