@@ -17,7 +17,7 @@ pids=()
 trap 'kill -TERM ${pids[@]+"${pids[@]}"} 2>/dev/null' TERM INT
 for ((i = 0; i < count; i++)); do
   command=(simclr "$@" "--coordinator=localhost:$port" "--num_processes=$count" "--process_id=$i")
-  if [ "$gpus" -ge "$count" ]; then command=(env "JAX_LOCAL_DEVICE_IDS=$i" "${command[@]}"); fi
+  if [ "$count" -gt 1 ] && [ "$gpus" -ge "$count" ]; then command=(env "JAX_LOCAL_DEVICE_IDS=$i" "${command[@]}"); fi
   if [ -n "$dry" ]; then printf '%q ' "${command[@]}"; echo "&"; continue; fi
   "${command[@]}" &
   pids+=($!)

@@ -40,11 +40,11 @@ setup() {
   printf -v repository %q "${REPOSITORY:?git address of the code}"
   on all "if [ -d simclr_jax ]; then git -C simclr_jax pull --ff-only; else git clone -- $repository simclr_jax; fi; cd simclr_jax && ACCELERATOR=tpu bash launch/setup.sh"
 }
-restart() { # on all workers, with what simclr reads from the environment here
+restart() { # on all workers, with two values of the environment here; a folder of this machine means nothing there
   local command settings="" key
   printf -v command '%q ' "$@"
   for key in JAX_COMPILATION_CACHE_DIR SIMCLR_HANG_SECONDS; do
-    if [ -n "${!key:-}" ]; then printf -v settings '%s%s=%q ' "$settings" "$key" "${!key}"; fi
+    if [[ "${!key:-}" =~ ^(gs://.*|[0-9.]+)$ ]]; then printf -v settings '%s%s=%q ' "$settings" "$key" "${!key}"; fi
   done
   on all "cd simclr_jax && ${settings}bash launch/restart.sh ${command% }"
 }

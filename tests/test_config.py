@@ -167,7 +167,7 @@ def test_every_recipe_is_complete_and_survives_json(path):
     ("--config.augment.crop_area=(0.02, 0.08)", "crop_sampler=official draws no crop below a tenth of the image"),
     ("--config.augment.crop_area=(0.05, 0.1)", "crop_sampler=official draws no crop below a tenth of the image"),
     ("--config.augment.crop_area=(0.5, 0.5)", "whole images where the range is narrower than about 0.01"),
-    ("--config.train_epochs=1e308", "expected a number of at least 0 and at most 1000000"),
+    ("--config.train_epochs=1e308", "expected a number of at least 0 and at most 1000000000"),
     ("--config.augment.extra=(('sobell', 0.1),)", "config.augment.extra='sobell': expected one of sobel, solarize"),
     ("--config.augment.extra=(('sobel', 10.0),)", "config.augment.extra: sobel with probability 10.0: expected 0 to 1"),
     ("--config.augment.colour_strength=1", "did you mean config.augment.color_strength?"),
@@ -452,6 +452,12 @@ def test_figure_5_composes_two_transformations_on_one_branch():
   assert (small.augment.color_strength, small.augment.grayscale_prob) == (0.5, 0.5)
   with pytest.raises(UserError, match="extra: color is the color distortion, and needs color_strength above 0"):
     config_lib.load("smoke", ["--config.augment.extra=(('color', 1.0),)", "--config.augment.color_strength=0.0"])
+
+
+def test_an_older_run_whose_crops_were_whole_images_opens():
+  old = config_lib.to_dict(config_lib.load("smoke"))
+  old["augment"] = {**old["augment"], "crop_area": (0.05, 0.1)}
+  assert config_lib.from_saved(old).augment.crop_area == (1.0, 1.0)
 
 
 def test_an_older_run_keeps_the_color_of_its_pair():

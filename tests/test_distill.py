@@ -283,18 +283,21 @@ def test_a_run_resumes_with_the_labels_that_it_began_with(teacher, tmp_path):
   (workdir / "RUN").touch()
   checkpoint.write_config(workdir, config_lib.to_json(c))
 
-  def resume():
+  def resume(**changes):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(finetune, "train", lambda *_, **__: {"scores": {"accuracy": 0.5}, "workdir": workdir})
       patch.setattr(distill, "accuracy", lambda *_: 0.5)
-      distill.run(c, workdir, resume=True)
+      distill.run(config_lib.replace(c, changes), workdir, resume=True)
 
   resume()
-  kept = (workdir / "teacher.json").read_text()
   listed.write_text("0\n2\n")
-  with pytest.raises(UserError, match=f"the run in {workdir} was made with another choice of labels"):
+  with pytest.raises(UserError, match="labels is not what the run began with"):
     resume()
-  files.write_sealed(workdir / "teacher.json", json.dumps({"teacher": json.loads(kept)["teacher"]}))
+  resume(**{"data.changed": "accept"})
+  resume()
+  kept = json.loads((workdir / same.FILE).read_text())
+  files.write_sealed(workdir / same.FILE, json.dumps({key: value for key, value in kept.items() if key != "labels"}))
+  listed.write_text("0\n3\n")
   resume()
 
 

@@ -71,6 +71,8 @@ def test_what_would_end_it_after_pretraining_ends_it_before(tmp_path):
     text.replace("smoke", "distill:small")
     + "  found['batch_size'] = 16384\n  import ml_collections\n  return ml_collections.ConfigDict(found)\n"
   )
+  changes = {"rows.textures.train": "fashion:test", "rows.textures.test": "fashion:train"}
+  seen = recipe_of(tmp_path / "seen.py", "transfer:small", **changes)
   for changes, words in (
     ({"finetune": "finetun"}, "no such recipe"),
     (
@@ -80,6 +82,7 @@ def test_what_would_end_it_after_pretraining_ends_it_before(tmp_path):
     ),
     ({"distill": str(large)}, "its batch_size=16384 exceeds the 10000 training images"),
     ({"transfer": str(moved)}, "none.npz"),
+    ({"transfer": seen}, "rows.textures.test=fashion:train has 10,000 images of data.train=fashion:train"),
     (
       {"distill": "finetune:small"},
       "config.distill=finetune:small: a recipe for simclr finetune; expected one for simclr distill",
@@ -91,7 +94,7 @@ def test_what_would_end_it_after_pretraining_ends_it_before(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def recipe(path, base, **changes):
+def recipe_of(path, base, **changes):
   """The file of a recipe that is `base` with changed values."""
   path.write_text(
     "import ml_collections\nfrom simclr_jax.programs import config\n\n\ndef get_config():\n"
@@ -107,7 +110,7 @@ def configs(tmp_path, **changes):
 
 def test_training_from_scratch_taps_no_head(tmp_path):
   changes = {"labels.fraction": 1.0, "data.train": "fashion:train", "data.test": "fashion:test"}
-  tuned = recipe(tmp_path / "tuned.py", "finetune:v2_10pct", **changes)
+  tuned = recipe_of(tmp_path / "tuned.py", "finetune:v2_10pct", **changes)
   found = configs(tmp_path, finetune=tuned)
   assert {name: one.tap for name, one in found.items() if isinstance(one, config_lib.Finetune)} == {
     "fine-tuned_0.01": 1,
@@ -117,17 +120,17 @@ def test_training_from_scratch_taps_no_head(tmp_path):
     "student": 0,
     "student_from_scratch": 0,
   }
-  deep = recipe(tmp_path / "deep.py", "finetune:small", tap=3)
+  deep = recipe_of(tmp_path / "deep.py", "finetune:small", tap=3)
   with pytest.raises(UserError, match="config.tap=3: config.pretrain=smoke has 2 layers in its head"):
     downstream.run(downstream.changed("downstream", {"finetune": deep}), tmp_path / "run")
-  started = recipe(tmp_path / "started.py", "distill:small", start=str(tmp_path / "none"))
+  started = recipe_of(tmp_path / "started.py", "distill:small", start=str(tmp_path / "none"))
   with pytest.raises(UserError, match="no run here"):
     downstream.run(downstream.changed("downstream", {"distill": started}), tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 
 def test_a_student_with_labels_has_those_of_its_teacher(tmp_path):
-  found = configs(tmp_path, distill=recipe(tmp_path / "half.py", "distill:small", alpha=0.5))
+  found = configs(tmp_path, distill=recipe_of(tmp_path / "half.py", "distill:small", alpha=0.5))
   for name in ("student", "fine-tuned_0.1", "student_from_scratch"):
     assert (found[name].labels.fraction, found[name].labels.seed) == (0.1, 3)
   assert configs(tmp_path)["student"].labels.fraction == 1
@@ -150,7 +153,7 @@ def test_a_finished_part_of_another_recipe_is_refused(tmp_path):
     (folder / "COMPLETE").touch()
     if part != "student":
       assert downstream.part(None, found[part][1], folder) == {"accuracy": 0.5}
-  edited = recipe(tmp_path / "edited.py", "finetune:small", **{"optimizer.base_lr": 9.0})
+  edited = recipe_of(tmp_path / "edited.py", "finetune:small", **{"optimizer.base_lr": 9.0})
   now = config_lib.replace(settings, {"finetune": edited})
   checkpoint.write_config(run, config_lib.to_json(now))
   with pytest.raises(

@@ -182,6 +182,7 @@ def test_what_simclr_reads_from_the_environment_reaches_the_workers(action, tmp_
   )
   assert wait_for(tmp_path / "simclr_jax/got") == f"{place}|unset" and not list(tmp_path.rglob("pwned"))
   assert "SIMCLR_HANG_SECONDS=600 bash" in on_the_worker(action, "pretrain", SIMCLR_HANG_SECONDS="600")
+  assert "CACHE_DIR" not in on_the_worker(action, "pretrain", JAX_COMPILATION_CACHE_DIR="/home/me/.cache")  # of here
 
 
 def test_the_address_of_the_repository_runs_nothing(tmp_path):
@@ -332,6 +333,7 @@ def test_several_processes_end_with_the_highest_exit_code(tmp_path):
   [
     (2, {}, ["0", "1"]),
     (4, {}, ["0", "1", "2", "3"]),
+    (1, {}, []),  # which takes all of them
     (5, {}, []),  # more processes than GPUs: only to try what a cluster does
     (2, {"CUDA_VISIBLE_DEVICES": "2,3"}, ["0", "1"]),  # of those that are visible
     (2, {"CUDA_VISIBLE_DEVICES": "2"}, []),

@@ -155,12 +155,13 @@ def test_the_legend_of_the_picture_names_every_class_legibly(tmp_path, monkeypat
     "mammal/carnivore/cat/a",
     "mammal/carnivore/cat/b",
     "½\n",
+    "Große Straße",
   ]
   drawn, text = [], map_report.ImageDraw.ImageDraw.text
   monkeypatch.setattr(map_report.ImageDraw.ImageDraw, "text", lambda *a, **k: drawn.append(a[2]) or text(*a, **k))
-  report.map_png(tmp_path / "map.png", np.eye(8)[:, :2], labels=np.arange(8), class_names=names)
+  report.map_png(tmp_path / "map.png", np.eye(9)[:, :2], labels=np.arange(9), class_names=names)
   short = ["mammal/ca…re/cat/a", "mammal/ca…re/cat/b"]
-  assert drawn == ["cat", "Mobel", "class 2", "class 3", "carnivore/cat/a1_b", *short, "class 7"]
+  assert drawn == ["cat", "Mobel", "class 2", "class 3", "carnivore/cat/a1_b", *short, "1⁄2?", "Gro?e Stra?e"]
   font = map_report.ImageFont.load_default(15)
   assert not any(bytes(font.getmask(c)) == bytes(font.getmask("\uffff")) for c in "".join(drawn))
 

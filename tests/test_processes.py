@@ -80,6 +80,13 @@ def test_a_command_that_runs_in_one_process_is_refused_in_a_cluster_of_several(t
   processes.check_alone(command[0])
 
 
+@pytest.mark.parametrize("name, value", [("STEP_ID", "4294967290"), ("STEP_NUM_TASKS", "1")])
+def test_the_shell_of_salloc_is_one_process_whatever_it_may_start(monkeypatch, name, value):
+  in_slurm(monkeypatch, 4)
+  monkeypatch.setenv(f"SLURM_{name}", value)
+  processes.check_alone("quickstart")
+
+
 ONE = """
 import sys
 from simclr_jax.runtime import lock

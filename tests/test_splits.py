@@ -12,6 +12,7 @@ from simclr_jax import data
 from simclr_jax.evaluation import knn, linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, scores, splits
+from simclr_jax.runtime import files
 from simclr_jax.runtime.errors import UserError
 
 
@@ -47,6 +48,13 @@ def test_without_labels_or_a_fraction_there_is_nothing_to_score(tmp_path):
     assert test is train and len(train) == 20
     with pytest.raises(UserError, match=words):
       splits.check_labeled(section(spec, **changes), train, test)
+
+
+def test_where_images_lie_is_told_without_asking_the_bucket(monkeypatch):
+  monkeypatch.setattr(files, "expanded", lambda path: pytest.fail(f"{path} was looked for"))
+  assert splits.may_hold("npz:gs://b/x.npz:train", "gs://b/x.npz:train")
+  assert splits.may_hold("npz:gs://b/x.npz", "gs://b/x.npz:")
+  assert not splits.may_hold("npz:gs://b/x.npz:train", "fashion:test")
 
 
 @pytest.mark.parametrize("spelled", ["{}", "{}/../a.npz", "link"])

@@ -14,7 +14,7 @@ from simclr_jax import data, exporting
 from simclr_jax.evaluation import linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, transfer
-from simclr_jax.runtime import loop
+from simclr_jax.runtime import checkpoint, loop
 from simclr_jax.runtime import mesh as mesh_lib
 from simclr_jax.runtime.errors import UserError
 
@@ -309,6 +309,23 @@ def test_of_a_point_of_the_grid_its_score_is_kept_and_no_file_else(tmp_path, mon
     edited = config_lib.replace(config_lib.load("finetune:small"), {"labels.seed": 7})
     monkeypatch.setattr(config_lib, "load", lambda *_, load=config_lib.load: edited if "finetune" in _[0] else load(*_))
     fine_tuned(tmp_path, monkeypatch, train, **changes)
+
+
+def test_an_unfinished_fit_goes_on_only_as_it_was_begun(tmp_path, monkeypatch):
+  """The fit of the best point is begun anew where another point is the best since; how a fit is scored may have changed."""
+  changes = {"finetune.base_lrs": (0.1, 0.03)}
+  _, configs = fine_tuned(tmp_path, monkeypatch, lambda c: 0, **changes)
+  final, fitted = tmp_path / "run/final", configs[-1]
+  for values, goes_on in (({"evaluate.crop": 0.5, "data.test": ""}, True), ({"optimizer.base_lr": 0.5}, False)):
+    final.mkdir(exist_ok=True)
+    checkpoint.write_config(final, config_lib.to_json(config_lib.replace(fitted, values)))
+    (final / "begun").touch()
+    (score, _, _), again = fine_tuned(tmp_path, monkeypatch, lambda c: 0, **changes)
+    assert score == 1 and again == [fitted] and (final / "begun").exists() == goes_on
+  final.mkdir(exist_ok=True)
+  checkpoint.write_config(final, config_lib.to_json(config_lib.replace(fitted, {"labels.seed": 7})))
+  with pytest.raises(UserError, match="config.labels.seed is 7 in the run and 0 now"):
+    fine_tuned(tmp_path, monkeypatch, lambda c: 0, **changes)
 
 
 def test_a_row_of_which_nothing_is_finished_may_be_of_other_images(tmp_path, monkeypatch):

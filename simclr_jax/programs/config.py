@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 
-LAST_EPOCH = 1e6  # far beyond any training, and small enough for whole numbers of steps
+LAST_EPOCH = 1e9  # beyond any training, and small enough for whole numbers of steps
 LAST_SEED = 2**32 - 1  # JAX draws the same weights from a seed of 2**32 as from 0
 RENAMED = {"shares": "fractions", "distill_share": "distill_fraction"}  # keys at the top of the configs of older runs
 
@@ -93,6 +93,12 @@ class Data(Section):
   )
 
 
+def _draws_no_crop(low: float, high: float) -> bool:
+  """Whether crop_sampler=official mostly gives whole images for a range of areas: its boxes have whole pixels for sides, of which
+  almost none has an area in the range, and it knows no area below a tenth."""
+  return low < 0.99 and high < max(low, 0.1) + 0.009
+
+
 @frozen
 class Crop(Section):
   """The geometric half of the augmentation: arguments of augment.one_view."""
@@ -108,10 +114,7 @@ class Crop(Section):
   def check(self):
     if self.crop_area[0] > self.crop_area[1]:
       raise UserError(f"crop_area={self.crop_area}: expected the smaller value first, such as (0.08, 1.0)")
-    # Boxes have whole pixels for sides: where almost none has an area in the range, TensorFlow's sampler, which knows no
-    # area below a tenth, gives the whole image.
-    low, high = self.crop_area
-    if self.crop_sampler == "official" and low < 0.99 and high < max(low, 0.1) + 0.009:
+    if self.crop_sampler == "official" and _draws_no_crop(*self.crop_area):
       raise UserError(
         f"crop_area={self.crop_area}: crop_sampler=official draws no crop below a tenth of the image, and whole images "
         "where the range is narrower than about 0.01; use torchvision"
@@ -815,6 +818,10 @@ def from_saved(values: dict):
   if "color" in dict(augment.get("extra", ())) and not augment.get("color_strength"):  # before 0.2 of fixed strength
     fixed = dict(color_strength=1.0, brightness="v2", color_jitter_prob=0.8, grayscale_prob=0.2, color_order="random")
     values["augment"] = augment | fixed
+  augment = values.get("augment", {})
+  low, high = augment.get("crop_area", (0.0, 1.0))
+  if augment.get("crop_sampler", "official") == "official" and _draws_no_crop(low, high):  # so it had whole images
+    values["augment"] = augment | {"crop_area": (1.0, 1.0)}
   saves = values.get("checkpoint", {})
   if not (saves.get("every_steps") or saves.get("every_epochs")) and "rollback" in values:
     values["rollback"] = {key: value for key, value in values["rollback"].items() if key != "times"}

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from simclr_jax import data, exporting
-from simclr_jax.data import sources
 from simclr_jax.evaluation import embed, linear
 from simclr_jax.programs import config as config_lib
 from simclr_jax.programs import finetune, same, splits, trained
@@ -178,14 +177,15 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     jax.eval_shape(teacher.apply, teacher.variables, jnp.zeros((1, config.augment.size, config.augment.size, 3)))
   starts = (config.start, config.teacher)
   made_by = {"teacher": exporting.checksum(teacher.variables)}
-  if config.alpha < 1:  # a file of labels.list may have been edited
-    made_by["choice of labels"] = sources.digest([chosen])
   if begun:  # before the folder is touched
     same.check_result(files.absolute(workdir) / "teacher.json", made_by, f"the run in {workdir}")
   logits = functools.cache(lambda: _logits(config, teacher, source, mesh))
   if config.cache and overwrite:  # an unreadable image ends it before the older run is deleted
     logits()
-  config, workdir = same.claim(config, workdir, source, test, resume=resume, overwrite=overwrite, starts=starts)
+  # A file of labels.list may have been edited.
+  labeled = {"labels": data.Selection(source, chosen)} if config.alpha < 1 else {}
+  claim = functools.partial(same.claim, resume=resume, overwrite=overwrite, starts=starts, more=labeled)
+  config, workdir = claim(config, workdir, source, test)
   same.check_result(workdir / "teacher.json", made_by, f"the run in {workdir}")
   cache = logits() if config.cache else None
   make = functools.partial(make_task, teacher=teacher, chosen=chosen, cache=cache)

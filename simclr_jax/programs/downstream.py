@@ -46,7 +46,7 @@ def check_finished(config, folder):
   try:
     same.same_config(trained.as_begun(config, folder, keys), folder)
   except UserError as error:
-    raise UserError(f"{folder} is finished: {error}") from None
+    raise UserError(f"{folder} is finished: {error}, or delete it and what was made from it") from None
 
 
 def changed(recipe: str, changes: dict):
@@ -90,8 +90,9 @@ def parts_of(config, seed: int, folder) -> dict:
     student = config_lib.replace(student, {"labels.fraction": fraction})
   alone = changed(config.finetune, {**from_scratch, "encoder": student.encoder, "labels.fraction": fraction})
   parts |= {"student": (distill, student), "student_from_scratch": (finetune, alone)}
-  for _, one in parts.values():
-    if isinstance(one, config_lib.Finetune) and one.start != begin:
+  for name, (_, one) in parts.items():
+    begun = (folder / name / "checkpoints").exists()  # a run that has begun does without its start
+    if isinstance(one, config_lib.Finetune) and one.start != begin and not begun:
       finetune.resolve(one)
   return parts
 
@@ -170,7 +171,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
   )
   train, test = splits.check_labeled(recipe.data, *splits.open_data(recipe.data))
   check_batches(config, tuning, distilling, train)
-  transfer.open_rows(moving, mesh_lib.make_mesh())
+  for name, (_, _, scored) in transfer.open_rows(moving, mesh_lib.make_mesh()).items():
+    splits.check_apart(train, f"data.train={recipe.data.train}", scored.source, f"rows.{name}.test={scored.spec}")
   fingerprints = same.check_data(workdir, resume, "refuse", {"data.train": train, "data.test": test})
   specs = (recipe.data.train, recipe.data.test, *transfer.specs(moving))
   if resume and (files.absolute(workdir) / "config.json").exists():  # before the folder is touched

@@ -40,13 +40,14 @@ def same_as(kept, config):
   return kept
 
 
-def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwrite: bool, starts=()):
+def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwrite: bool, starts=(), more=None):
   """(config to keep, the absolute workdir, made if needed) of a run that trains on `train` and scores `test`.
 
   The config that is kept has data.changed=refuse: what was accepted once are these changes, and no later ones.
 
   Args:
     starts: folders that the run starts from, which it may not replace.
+    more: other sources to compare and keep, by the names of what chooses them.
 
   Raises:
     UserError: the folder belongs to another run or to no run, or holds the data; a run is resumed with another config or
@@ -56,7 +57,8 @@ def claim(config, workdir, train: Source, test: Source, *, resume: bool, overwri
     metrics.check_wandb(config.log.wandb)
   if begun(workdir, resume):
     same_config(config, workdir)
-  fingerprints = check_data(workdir, resume, config.data.changed, {"data.train": train, "data.test": test})
+  sources = {"data.train": train, "data.test": test, **(more or {})}
+  fingerprints = check_data(workdir, resume, config.data.changed, sources)
   # Where changes are refused, check_data has compared these images.
   if config.data.changed == "accept" and begun(workdir, resume) and not config.data.test and test is not train:
     check_held_out(workdir, test, "begin a new run")

@@ -61,7 +61,10 @@ def count_shared(train, of_test: dict) -> int:
 
 
 def may_hold(spec: str, place: str) -> bool:
-  """Whether images that lie at a key of `Source.places` may be of the set `spec`, as far as its name tells."""
+  """Whether images that lie at a key of `Source.places` may be of the set `spec`, as far as its name tells; asks no bucket."""
+  kind, _, rest = spec.partition(":")
+  if kind == "npz" and files.is_remote(rest):  # FILE or FILE:SPLIT
+    return place in (rest, f"{rest}:")
   kind, path, split = _place(spec)
   if kind == "tfds":  # whose files are called SET-SPLIT.tfrecord-00000-of-00001
     names = {name.strip() for name in re.split(r"\[[^]]*\]|\+", split)} - {""}

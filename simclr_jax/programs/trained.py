@@ -235,9 +235,10 @@ def check_apart(test, what: str, key: str, data_dir: str, workdir, training):
     seen = source if own.test else splits.open_data(own, source)[0]
   except UserError:  # it is gone, or is not what it was
     return
-  labels = training.labels if type(training) is config_lib.Finetune else None
-  if labels and not labels.list and labels.fraction < 1:  # others were left out
-    seen = data.Selection(seen, data.class_balanced(seen.labels, labels.fraction, labels.seed))
+  if type(training) is config_lib.Finetune:  # which left out the other images
+    if training.labels.list or not seen.num_classes:  # nothing says which, if the file has been edited
+      return
+    seen = data.Selection(seen, data.class_balanced(seen.labels, training.labels.fraction, training.labels.seed))
   shared = splits.count_shared(seen, places)
   count = same.images_of_training(workdir)
   if shared and count and count != len(seen):
@@ -249,7 +250,7 @@ def check_apart(test, what: str, key: str, data_dir: str, workdir, training):
   elif shared:
     raise UserError(
       f"{what}: {shared:,} of the {len(test):,} images to score are in {own.train}, which {workdir} was trained on; name "
-      f"others with {key}"
+      f"others with {key}, or where nothing has to be scored give --config.data.held_out=0.0"
     )
 
 

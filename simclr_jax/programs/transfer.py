@@ -235,7 +235,14 @@ def fine_tune(
     return config_lib.replace(recipe, changes)
 
   def fit(c, source, tested, name):
-    folder = checkpoint.claim_workdir(str(workdir / name), resume=True, overwrite=False)
+    begun = files.absolute(workdir / name)
+    if (begun / "config.json").exists():
+      kept = config_lib.from_json(checkpoint.read_config(begun))
+      if name == "final" and kept.optimizer != c.optimizer:  # the best point is another one since
+        begun.rmtree()
+      else:  # how it is scored does not matter to what was trained
+        same.same_as(config_lib.replace(kept, {"data.test": c.data.test, "evaluate": c.evaluate}), c)
+    folder = checkpoint.claim_workdir(str(begun), resume=True, overwrite=False)
 
     def make(*args, **options):
       task, section = finetune.make_task(*args, **options), "finetune" if start else "from_scratch"

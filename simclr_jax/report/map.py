@@ -93,11 +93,14 @@ def _with_legend(image, class_names):
 
 
 def _drawable(name: str, font) -> str:
-  """A name in at most 18 characters, without the accents, which the font lacks; empty if it lacks anything else."""
+  """A name in at most 18 characters, without the accents, which the font lacks, and with ? for what else it lacks; empty if
+  that is half of them."""
   plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
   missing = bytes(font.getmask("\U0010ffff"))  # a character that is none: the box for all that the font lacks
-  if any(bytes(font.getmask(c)) == missing for c in plain):
+  lacks = [bytes(font.getmask(c)) == missing for c in plain]
+  if 2 * sum(lacks) >= len(plain):
     return ""
+  plain = "".join("?" if lack else c for c, lack in zip(plain, lacks, strict=True))
   return plain if len(plain) <= 18 else f"{plain[:9]}…{plain[-8:]}"
 
 

@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 import threading
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,11 +111,14 @@ def check_alone(command: str):
   Raises:
     UserError: it is one of several.
   """
+  # The shell of `salloc` is a step of one process, although SLURM_NTASKS counts those that it may start.
+  if os.environ.get("SLURM_STEP_ID") == "4294967290" or os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
+    return
   try:
-    count = _size_of_cluster() or 1
-  except (
-    Exception
-  ):  # whatever a cluster's own interface raises where it does not say, as for a single pod in Kubernetes
+    with warnings.catch_warnings(action="ignore"):  # of a package that is missing in a pod of Kubernetes
+      count = _size_of_cluster() or 1
+  # Whatever a cluster's own interface raises where it does not say, as for a single pod in Kubernetes.
+  except Exception:
     return
   if count > 1:
     raise UserError(
