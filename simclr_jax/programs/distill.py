@@ -184,8 +184,8 @@ def run(config, workdir, *, resume: bool = False, overwrite: bool = False) -> di
     logits()
   # A file of labels.list may have been edited.
   labeled = {"labels": data.Selection(source, chosen)} if config.alpha < 1 else {}
-  claim = functools.partial(same.claim, resume=resume, overwrite=overwrite, starts=starts, more=labeled)
-  config, workdir = claim(config, workdir, source, test)
+  again = {"resume": resume, "overwrite": overwrite}
+  config, workdir = same.claim(config, workdir, source, test, **again, starts=starts, more=labeled)
   same.check_result(workdir / "teacher.json", made_by, f"the run in {workdir}")
   cache = logits() if config.cache else None
   make = functools.partial(make_task, teacher=teacher, chosen=chosen, cache=cache)
