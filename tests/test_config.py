@@ -460,6 +460,14 @@ def test_an_older_run_whose_crops_were_whole_images_opens():
   assert config_lib.from_saved(old).augment.crop_area == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("damage", [{"crop_area": [0.1]}, {"crop_area": "x"}, {"extra": 3}, {"extra": ["color"]}, None])
+def test_a_damaged_section_of_a_run_is_one_line_with_its_key(damage):
+  values = config_lib.to_dict(config_lib.load("smoke"))
+  values["augment"] = damage and {**values["augment"], **damage}
+  with pytest.raises(UserError, match=r"config\.augment"):
+    config_lib.from_saved(values)
+
+
 def test_an_older_run_keeps_the_color_of_its_pair():
   c = config_lib.load("configs/ablations.py:small-compose-crop-color")
   old = config_lib.to_dict(c)

@@ -225,14 +225,16 @@ def fine_tuned(tmp_path, monkeypatch, result, row="held_out", **changes):
   return found, configs
 
 
-def test_a_point_of_the_grid_that_diverges_is_the_worst(tmp_path, monkeypatch):
+def test_a_point_of_the_grid_that_diverges_is_the_worst(tmp_path, monkeypatch, capsys):
   def train(c):
     if c.optimizer.base_lr > 0.05:
       raise loop.Diverged("the loss is nan")
     return 0
 
-  (score, _, chosen), _ = fine_tuned(tmp_path, monkeypatch, train, **{"finetune.base_lrs": (0.1, 0.03)})
+  grid = {"finetune.base_lrs": (0.1, 0.03), "finetune.weight_decays": (1e-4,)}
+  (score, _, chosen), _ = fine_tuned(tmp_path, monkeypatch, train, **grid)
   assert score == 1 and chosen["base_lr"] == 0.03
+  assert "base_lr=0.1, weight_decay=0.0001: the loss is nan" in capsys.readouterr().out
 
 
 def test_a_final_fit_that_diverges_is_told_of_keys_of_transfer(tmp_path, monkeypatch):

@@ -814,14 +814,11 @@ def from_saved(values: dict):
     values["data"] = {**part, "held_out": 0.0}
   if values.get("program") in ("finetune", "distill", "transfer"):  # what had no effect, and is refused since 0.2
     values["augment"] = {k: value for k, value in values.get("augment", {}).items() if k not in ("canvas", "one_sided")}
-  augment = values.get("augment", {})
-  if "color" in dict(augment.get("extra", ())) and not augment.get("color_strength"):  # before 0.2 of fixed strength
-    fixed = dict(color_strength=1.0, brightness="v2", color_jitter_prob=0.8, grayscale_prob=0.2, color_order="random")
-    values["augment"] = augment | fixed
-  augment = values.get("augment", {})
-  low, high = augment.get("crop_area", (0.0, 1.0))
-  if augment.get("crop_sampler", "official") == "official" and _draws_no_crop(low, high):  # so it had whole images
-    values["augment"] = augment | {"crop_area": (1.0, 1.0)}
+  if values.get("augment"):
+    with contextlib.suppress(
+      AttributeError, TypeError, ValueError
+    ):  # what is damaged is refused with its key, by from_dict
+      values["augment"] = _drawn_alike(values["augment"])
   saves = values.get("checkpoint", {})
   if not (saves.get("every_steps") or saves.get("every_epochs")) and "rollback" in values:
     values["rollback"] = {key: value for key, value in values["rollback"].items() if key != "times"}
@@ -830,6 +827,17 @@ def from_saved(values: dict):
       key: value for key, value in values.get("labels", {}).items() if key not in ("list", "fraction")
     }
   return from_dict(values)
+
+
+def _drawn_alike(augment: dict) -> dict:
+  """The section of a run before 0.2 in today's terms, so that its views stay the same."""
+  if "color" in dict(augment.get("extra", ())) and not augment.get("color_strength"):  # it was of fixed strength
+    fixed = dict(color_strength=1.0, brightness="v2", color_jitter_prob=0.8, grayscale_prob=0.2, color_order="random")
+    augment = augment | fixed
+  low, high = augment.get("crop_area", (0.0, 1.0))
+  if augment.get("crop_sampler", "official") == "official" and _draws_no_crop(low, high):  # so it had whole images
+    augment = augment | {"crop_area": (1.0, 1.0)}
+  return augment
 
 
 def page() -> str:

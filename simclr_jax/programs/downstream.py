@@ -100,9 +100,8 @@ def parts_of(config, seed: int, folder) -> dict:
 def one_seed(config, seed: int, folder) -> dict:
   """{(what, fraction of labels): accuracy} of one seed; fraction 1 where all labels or none are meant."""
   fraction = config.distill_fraction
-  scores = {
-    name: part(program.run, one, folder / name) for name, (program, one) in parts_of(config, seed, folder).items()
-  }
+  parts = parts_of(config, seed, folder)
+  scores = {name: part(program.run, one, folder / name) for name, (program, one) in parts.items()}
   names = {"raw pixels": "raw pixels", "untrained encoder": "an untrained h", "h": "h"}
   out = {(f"linear on {name}", 1.0): scores["pretrain"][key]["linear"] for key, name in names.items()}
   for part_of in config.fractions:
@@ -116,7 +115,7 @@ def one_seed(config, seed: int, folder) -> dict:
       "start": str(folder / "pretrain"),
       "supervised": str(folder / f"from_scratch_{max(config.fractions):g}"),
       "seed": seed,
-      "augment.size": config_lib.load(config.pretrain).augment.size,
+      "augment.size": parts["pretrain"][1].augment.size,
     },
   )
   for row in transfer.run(moved, folder / "transfer", resume=(folder / "transfer").exists())["rows"]:

@@ -267,11 +267,10 @@ def fine_tune(
         value = float(score(*fit(c, part, held, name)))
       except loop.Diverged as error:
         value = None
-        print(f"base_lr={c.optimizer.base_lr:g}: {error}", flush=True)
-      if not jax.process_index():
-        files.write_sealed(file, json.dumps({"score": value, "config": config_lib.to_dict(c)}, indent=2))
-    if not jax.process_index():
-      folder.rmtree(missing_ok=True)
+        lr, decay = c.optimizer.base_lr, c.optimizer.weight_decay
+        print(f"base_lr={lr:g}, weight_decay={lr * decay:g}: {error}", flush=True)
+      files.write_sealed(file, json.dumps({"score": value, "config": config_lib.to_dict(c)}, indent=2))
+    folder.rmtree(missing_ok=True)
     return value
 
   part, held = (data.Selection(train.source, np.flatnonzero(rows)) for rows in (~held_out, held_out))

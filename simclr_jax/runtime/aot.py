@@ -1,8 +1,9 @@
 """How a step would run on a pod: it is compiled ahead of time for a named TPU topology, on a machine without a TPU.
 
-The TPU compiler comes with the package libtpu.  What it reports about its program is exact: memory, operations (of what
-loops repeat, the products), collectives, the schedule.  Its estimate of the time is a model: the cycles it attributes to each operation of the
-schedule, divided by the clock rate, without collectives that nothing hides (docs/scaling.md says how far to trust it).
+The TPU compiler comes with the package libtpu.  What it reports about its program is exact: memory, operations (it counts
+those in loops once, and `products` adds what loops repeat), collectives, the schedule.  Its estimate of the time is a
+model: the cycles it attributes to each operation of the schedule, divided by the clock rate, without collectives that
+nothing hides (docs/scaling.md says how far to trust it).
 """
 
 import ctypes
